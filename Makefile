@@ -1,0 +1,49 @@
+# Two commands do everything: `make demo` and `make test`. The others are for those who work on the code.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: demo test test-slow test-gpu check format compare clean
+
+# Train a small DSMoE on real handwritten digits, then sample, score and draw it.
+demo: $(STAMP)
+	$(BIN)/diffusion-moe train digits --output_dir runs/digits
+	$(BIN)/diffusion-moe sample runs/digits
+	$(BIN)/diffusion-moe analyze runs/digits
+	$(BIN)/diffusion-moe evaluate runs/digits
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+# Proofs that take minutes.
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest -m gpu
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Five routing rules on digits, three seeds each, into docs/digits.md (about an hour on two cores).
+compare: $(STAMP)
+	$(BIN)/python benchmarks/compare_digits.py
+
+clean:
+	rm -rf $(VENV) runs
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffusion-moe needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	rm -f $(VENV)/installed-*
+	touch $@

@@ -1,0 +1,23 @@
+"""All figures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data import load_dataset
+from ..evaluation.score import load_model
+from ..run_folder import RunFolder
+from .figures import draw_experts, draw_loss, expert_use
+
+
+def draw_figures(run: RunFolder, seed: int) -> list[Path]:
+    """Write the run's figures and return their paths."""
+    recipe = run.read_recipe()
+    model = load_model(run)
+    run.figures.mkdir(exist_ok=True)
+    paths = [run.figures / "loss.png"]
+    draw_loss(run.metrics, paths[0])
+    if model.routers():
+        paths.append(run.figures / "experts.png")
+        draw_experts(expert_use(model, seed), load_dataset(recipe.data, "train").class_names, paths[1])
+    return paths

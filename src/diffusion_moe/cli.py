@@ -1,0 +1,211 @@
+"""The command `diffusion-moe`: one function a verb, all of them thin."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .config import SECTIONS, EvaluationConfig, find_recipe, recipe_names, to_yaml
+from .parsing import make_parser, parse, read_recipe, recipe_arguments, recipe_from, unknown_name
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+USER_ERROR = 2
+
+
+def say(text: str) -> None:
+    """One line for the user, at once."""
+    print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Where to train, and what to do with what is there."""
+
+    output_dir: Path | None = None
+    """Run folder; runs/NAME-OF-THE-RECIPE unless given. The same command on the same folder resumes."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the last good checkpoint; never: refuse a folder that is not empty."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Which images to draw and how to save them."""
+
+    classes: list[int] | None = None
+    """Classes, as [3, 7]; all unless given."""
+    per_class: int = 10
+    """Images of each class (of an unconditional model: images)."""
+    format: Literal["grid", "png", "npz"] = "grid"
+    """One picture with a row a class, single pictures, or arrays `images` (uint8, NHWC) and `labels`."""
+    output: Path | None = None
+    """File (grid, npz) or folder (png); inside the run's samples/ unless given."""
+
+    def __post_init__(self) -> None:
+        if self.per_class < 1:
+            raise ValueError(f"per_class is {self.per_class}; it must be positive")
+        if self.classes is not None and not self.classes:
+            raise ValueError("classes is []; name at least one class, or leave the option out for all")
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train a recipe: a shipped one's name or a YAML file, with dotted overrides such as --model.num_experts 8."""
+    parser = make_parser("train", train.__doc__ or "", SECTIONS)
+    parser.add_argument("recipe", type=str, help="a shipped recipe (see `diffusion-moe recipes`) or a YAML file")
+    parser.add_class_arguments(TrainOptions)
+    parser.add_argument("--print_config", action="store_true", help="print the whole recipe as YAML and stop")
+    name, rest = _positional(parser, arguments, "recipe", "diffusion-moe train RECIPE")
+    file = find_recipe(name)
+    parsed = parse(parser, [name, *recipe_arguments(file), *rest])
+    recipe = recipe_from(parsed)
+    if parsed.print_config:
+        print(to_yaml(recipe), end="")
+        return 0
+    from .training.loop import train as run_training
+    from .training.step import NonFiniteError
+
+    folder = parsed.output_dir or Path("runs") / file.stem
+    try:
+        outcome = run_training(recipe, folder, parsed.resume, say)
+    except NonFiniteError as error:
+        say(f"stopped before the weights were touched: {error}; checkpoints up to then are in {folder}/checkpoints")
+        return 1
+    if outcome.interrupted_by is not None:
+        say(f"interrupted; saved a checkpoint at step {outcome.step}. Run the same command again to go on.")
+        return 128 + outcome.interrupted_by
+    return 0
+
+
+def sample(arguments: Sequence[str]) -> int:
+    """Draw images from a trained run, with its averaged weights."""
+    run, options, settings = _run_options("sample", sample.__doc__ or "", arguments, SampleOptions)
+    from .evaluation.draw import draw_samples
+
+    path = draw_samples(run, settings, options.classes, options.per_class, options.format, options.output)
+    say(f"wrote {path}")
+    return 0
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Score a trained run against the real images and write its evaluation.json."""
+    run, _, settings = _run_options("evaluate", evaluate.__doc__ or "", arguments, None)
+    from .evaluation.score import evaluate_run, table
+
+    table(evaluate_run(run, settings), say)
+    say(f"wrote {run.evaluation}")
+    return 0
+
+
+def analyze(arguments: Sequence[str]) -> int:
+    """Draw a trained run's loss, and which experts serve which class and time, into its figures/."""
+    run, _, settings = _run_options("analyze", analyze.__doc__ or "", arguments, None)
+    from .analysis.run import draw_figures
+
+    for path in draw_figures(run, settings.seed):
+        say(f"wrote {path}")
+    return 0
+
+
+def recipes(arguments: Sequence[str]) -> int:
+    """List the shipped recipes with their parameters (M of 2^20, as the papers count) and compute."""
+    parse(make_parser("recipes", recipes.__doc__ or ""), arguments)
+    from .models.sizes import PAPER_MILLION, model_size
+
+    width = max(len(name) for name in recipe_names()) + 2
+    say(f"{'recipe':{width}}{'router':10}{'total M':>10}{'activated M':>14}{'GFLOPs per image and step':>28}")
+    for name in recipe_names():
+        config = read_recipe(name).model
+        size = model_size(config)
+        total, activated = size.total / PAPER_MILLION, size.activated / PAPER_MILLION
+        say(f"{name:{width}}{config.router:10}{total:10.1f}{activated:14.1f}{size.flops / 1e9:28.3f}")
+    return 0
+
+
+def _positional(parser: ArgumentParser, arguments: Sequence[str], name: str, usage: str) -> tuple[str, list[str]]:
+    """The verb's first argument and the others; --help is answered here."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        parser.print_help()
+        raise SystemExit(0)
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"the {name} is missing; usage: {usage} [options]")
+    return arguments[0], list(arguments[1:])
+
+
+def _run_options(
+    verb: str, description: str, arguments: Sequence[str], options: type | None
+) -> tuple[RunFolder, Any, EvaluationConfig]:
+    """The run folder, the verb's own options, and sampling settings that default to the run's recipe."""
+    parser = make_parser(verb, description)
+    parser.add_argument("run", type=str, help="folder of a run that `diffusion-moe train` made")
+    parser.add_class_arguments(EvaluationConfig, skip=set() if verb == "evaluate" else {"num_samples"})
+    if options is not None:
+        parser.add_class_arguments(options)
+    name, rest = _positional(parser, arguments, "run folder", f"diffusion-moe {verb} RUN")
+    run = RunFolder(Path(name))
+    defaults = vars(run.read_recipe().evaluation)
+    parser.set_defaults({key: value for key, value in defaults.items() if key in parser.get_defaults()})
+    parsed = vars(parse(parser, [name, *rest]))
+    settings = EvaluationConfig(**{key: parsed.get(key, value) for key, value in defaults.items()})
+    fields = dataclasses.fields(options) if options is not None else ()
+    return run, options and options(**{field.name: parsed[field.name] for field in fields}), settings
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "analyze": analyze,
+    "recipes": recipes,
+}
+
+
+def usage() -> str:
+    """What `diffusion-moe --help` prints."""
+    lines = [f"  {name:10}{(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: diffusion-moe VERB ...",
+            "",
+            "Diffusion transformers with mixtures of experts: train, sample, score.",
+            "",
+            *lines,
+            "",
+            "`diffusion-moe VERB --help` explains every option of a verb.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; a user's mistake is one line on standard error and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else USER_ERROR
+    if arguments[0] == "--version":
+        from . import __version__
+
+        print(f"diffusion-moe {__version__}")
+        return 0
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        if arguments[0] not in VERBS:
+            raise ValueError(unknown_name(arguments[0], list(VERBS)).replace("is no", "is no verb"))
+        return VERBS[arguments[0]](arguments[1:])
+    except ValueError as error:
+        print(f"diffusion-moe: {error}", file=sys.stderr)
+        return USER_ERROR
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        print("diffusion-moe: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"diffusion-moe: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 1

@@ -1,0 +1,417 @@
+"""Recipes: everything that defines a run, as frozen dataclasses.
+
+A recipe is a YAML file whose sections are the fields of `Recipe`; every field is also an option of the command, under
+the same dotted name. This file imports nothing heavy, so that `--help` and a mistyped key answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Router = Literal["dense", "tc", "ec", "diffmoe", "dsmoe"]
+Balance = Literal["none", "aux", "bias"]
+Activation = Literal["gelu", "silu", "swiglu"]
+Position = Literal["sincos", "rope1d", "rope2d"]
+Solver = Literal["euler", "heun"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The diffusion transformer. The fields are the arguments of `diffusion_moe.DiT`."""
+
+    sample_size: int = 32
+    """Height and width of the image or latent, in its own pixels."""
+    patch_size: int = 2
+    """Side of the square of pixels that makes one token."""
+    in_channels: int = 4
+    """Channels of the image or latent."""
+    learn_sigma: bool = False
+    """Predict twice the channels, as the published models do; flow models use the first half."""
+    hidden_size: int = 384
+    """Width D of a token."""
+    depth: int = 12
+    """Number of transformer blocks."""
+    num_heads: int = 6
+    """Attention heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads (grouped-query attention); null: as many as num_heads."""
+    qk_norm: bool = False
+    """Normalise queries and keys (RMSNorm over each head)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention and feed-forward, without learned scale."""
+    position: Position = "rope2d"
+    """Positions: a fixed sine-cosine table added once, or rotary over one or two axes."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a dense feed-forward layer over D."""
+    mlp_activation: Activation = "gelu"
+    """Activation of the dense feed-forward layers (gelu is the tanh form)."""
+    num_classes: int = 1000
+    """Number of classes; 0 for an unconditional model."""
+    router: Router = "dsmoe"
+    """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (batch pool with a
+    capacity predictor), dsmoe (sigmoid grouped top-k)."""
+    num_experts: int = 16
+    """Routed experts of a layer."""
+    expert_dim: int = 768
+    """Hidden width of one expert."""
+    expert_activation: Literal["gelu", "swiglu"] = "swiglu"
+    """Activation of the experts."""
+    expert_bias: bool = False
+    """Whether the experts' two projections have biases."""
+    top_k: int = 2
+    """Experts a token is sent to (tc, dsmoe)."""
+    capacity: float = 1.0
+    """Experts a token is sent to on average (ec, diffmoe)."""
+    num_groups: int = 1
+    """Groups the experts are divided into (dsmoe)."""
+    top_groups: int = 1
+    """Groups a token may choose its experts from (dsmoe)."""
+    routed_scale: float = 1.0
+    """Factor on the routed experts' weights (dsmoe)."""
+    shared: Literal["none", "identity", "gelu", "swiglu"] = "swiglu"
+    """What every token gets beside its routed experts: nothing, itself, or a shared expert of that activation."""
+    shared_dim: int | None = None
+    """Hidden width of the shared expert; null: expert_dim."""
+    shared_bias: bool = False
+    """Whether the shared expert has biases."""
+    balance: Balance = "none"
+    """How token-choice routers (tc, dsmoe) keep experts evenly loaded: not at all, by an auxiliary loss, or by moving
+    the correction bias after each step (DeepSeek-V3)."""
+    balance_weight: float = 0.01
+    """Weight of the auxiliary loss (balance: aux)."""
+    balance_rate: float = 0.001
+    """Step of the correction bias (balance: bias)."""
+    capacity_loss_weight: float = 1.0
+    """Weight of the capacity predictor's loss (diffmoe)."""
+    threshold_decay: float = 0.95
+    """Decay of the moving average of the thresholds (diffmoe)."""
+    inference_pool: Literal["image", "batch"] = "image"
+    """Over what tokens thresholds decide at inference (diffmoe): each image for itself, or the paper's whole batch."""
+    interleave: bool = True
+    """Experts in the odd-numbered blocks only (1, 3, ...); false: in all blocks."""
+    skip_first: int = 0
+    """The first blocks stay dense."""
+
+    def __post_init__(self) -> None:
+        for name in ("sample_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        _require(
+            self.sample_size % self.patch_size == 0,
+            f"model.sample_size {self.sample_size} is not divisible by model.patch_size {self.patch_size}",
+        )
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}",
+        )
+        kv_heads = self.num_kv_heads
+        _require(
+            kv_heads is None or (kv_heads > 0 and self.num_heads % kv_heads == 0),
+            f"model.num_heads {self.num_heads} is not divisible by model.num_kv_heads {kv_heads}",
+        )
+        axes = {"sincos": 1, "rope1d": 1, "rope2d": 2}[self.position]
+        if self.position == "sincos":
+            _require(
+                self.hidden_size % 4 == 0,
+                f"model.hidden_size {self.hidden_size} is not divisible by 4, as model.position sincos needs",
+            )
+        else:
+            _require(
+                (self.hidden_size // self.num_heads) % (2 * axes) == 0,
+                f"model.hidden_size / model.num_heads is {self.hidden_size // self.num_heads}, not divisible by "
+                f"{2 * axes}, as model.position {self.position} needs",
+            )
+        _require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}; use 0 for an unconditional model")
+        if self.router != "dense":
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        for name in ("num_experts", "expert_dim", "top_k", "capacity"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("top_k", "capacity"):
+            _require(
+                getattr(self, name) <= self.num_experts,
+                f"model.{name} is {getattr(self, name)}, more than model.num_experts {self.num_experts}",
+            )
+        if self.router == "dsmoe":
+            _require(
+                self.num_groups > 0 and self.num_experts % self.num_groups == 0,
+                f"model.num_experts {self.num_experts} is not divisible by model.num_groups {self.num_groups}",
+            )
+            _require(
+                0 < self.top_groups <= self.num_groups,
+                f"model.top_groups is {self.top_groups}; choose 1 to model.num_groups {self.num_groups}",
+            )
+            reachable = self.top_groups * self.num_experts // self.num_groups
+            _require(
+                self.top_k <= reachable,
+                f"model.top_k is {self.top_k}, but model.top_groups {self.top_groups} leaves {reachable} experts",
+            )
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The path from noise to data, and how times and labels are drawn in training."""
+
+    time: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the training time t in [0, 1] (0 is noise, 1 is data)."""
+    time_mean: float = 0.0
+    """Mean of the normal under the logistic function (time: logit_normal)."""
+    time_std: float = 1.0
+    """Standard deviation of that normal."""
+    class_dropout: float = 0.1
+    """Share of training samples whose class is replaced by the null class, for guidance."""
+
+    def __post_init__(self) -> None:
+        _require(self.time_std > 0, f"diffusion.time_std is {self.time_std}; it must be positive")
+        _require(0 <= self.class_dropout <= 1, f"diffusion.class_dropout is {self.class_dropout}; choose from 0 to 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images."""
+
+    kind: Literal["digits", "folder"] = "digits"
+    """digits: scikit-learn's 1,797 handwritten digits; folder: a folder of images, one sub-folder a class."""
+    path: str | None = None
+    """The folder (kind: folder)."""
+    image_size: int = 8
+    """Height and width that images are resized and center-cropped to, in pixels (kind: folder)."""
+    channels: Literal[1, 3] = 1
+    """1 for grey, 3 for colour (kind: folder)."""
+    flip: bool = False
+    """Mirror half of the training images left to right."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """An unreadable image ends the run with its name, or is counted and replaced by the next one in the folder."""
+    test_fraction: float = 0.2
+    """Share of each class held out from training; the split is the same for every seed."""
+    num_workers: int = 0
+    """Processes that load images; the batches are the same for any number."""
+
+    def __post_init__(self) -> None:
+        _require(self.kind != "folder" or self.path is not None, "data.path is missing; data.kind folder needs it")
+        _require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be positive")
+        _require(0 <= self.test_fraction < 1, f"data.test_fraction is {self.test_fraction}; choose from 0 to below 1")
+        _require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; use 0 for none")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only (not on biases, norms and embeddings)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a cosine down to 0 at the last step."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient's norm to this; null: never."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas are {self.betas}; choose from 0 to below 1"
+        )
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; use 0 for none")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; use 0 for none")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"optimizer.max_grad_norm is {self.max_grad_norm}; use null for no clipping",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training loop."""
+
+    steps: int = 10000
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Images of one optimizer step, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches a step is split into; batch_size must be divisible by it."""
+    ema_decay: float = 0.9999
+    """Decay of the moving average of weights and routing state."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast, weights in float32; routers always compute in float32."""
+    seed: int = 0
+    """Seed of the initial weights, the order, the noise and every other draw."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; there is always one after the last step."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}; it must be positive")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}",
+        )
+        _require(0 <= self.ema_decay < 1, f"training.ema_decay is {self.ema_decay}; choose from 0 to below 1")
+        _require(0 <= self.seed < 2**63, f"training.seed is {self.seed}; choose from 0 to 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the run is spread over processes. This version trains on one."""
+
+    replicate: int = 1
+    """Copies of the model, each on its share of the batch."""
+    shard: int = 1
+    """Processes that share one copy's weights."""
+    experts: int = 1
+    """Processes that share the experts."""
+
+    def __post_init__(self) -> None:
+        product = self.replicate * self.shard * self.experts
+        _require(
+            self.replicate == self.shard == self.experts == 1,
+            f"parallel.replicate x shard x experts is {self.replicate} x {self.shard} x {self.experts} = {product}; "
+            "this version trains on one process, so each must be 1",
+        )
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    every: int = 20
+    """Steps between lines of metrics.jsonl, TensorBoard points and progress lines."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0, f"logging.every is {self.every}; it must be positive")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How images are generated and scored."""
+
+    num_samples: int = 1000
+    """Images generated for the scores, spread evenly over the classes."""
+    batch_size: int = 250
+    """Images generated at a time; the images are the same for any number."""
+    solver: Solver = "euler"
+    """Solver of the probability-flow equation."""
+    steps: int = 50
+    """Solver steps (Heun evaluates the model twice a step)."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times t between which guidance is on (0 is noise, 1 is data)."""
+    seed: int = 0
+    """Image number i is a function of this seed and i."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size", "steps"):
+            _require(getattr(self, name) > 0, f"evaluation.{name} is {getattr(self, name)}; it must be positive")
+        low, high = self.guidance_interval
+        _require(0 <= low <= high <= 1, f"evaluation.guidance_interval is {low}, {high}; give 0 <= low <= high <= 1")
+        _require(self.guidance_scale >= 0, f"evaluation.guidance_scale is {self.guidance_scale}; use 1 for no guidance")
+        _require(0 <= self.seed < 2**63, f"evaluation.seed is {self.seed}; choose from 0 to 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: what is trained, on what, how, and how it is judged."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+SECTIONS: dict[str, type] = {name: value.default_factory for name, value in Recipe.__dataclass_fields__.items()}  # type: ignore[misc]
+
+# Fields that leave the course of training as it is: a run may be continued with other values of these.
+CHANGEABLE = {
+    "training.steps",  # under a constant schedule only; see `difference`
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "data.num_workers",
+}
+CHANGEABLE_SECTIONS = {"logging", "evaluation"}
+
+
+def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The recipe as nested plain values, ready for YAML or JSON."""
+    sections = dataclasses.asdict(recipe)
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        for section, fields in sections.items()
+    }
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, every field written out."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def flatten(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a nested recipe."""
+    for section, fields in sections.items():
+        for key, value in fields.items():
+            yield f"{section}.{key}", value
+
+
+def difference(old: Recipe, new: Recipe) -> list[str]:
+    """Lines `name: old -> new` for every field that may not change while a run continues."""
+    fixed = set() if new.optimizer.schedule == "constant" else {"training.steps"}
+    before, after = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
+    return [
+        f"{name}: {before[name]} -> {after[name]}"
+        for name in after
+        if before[name] != after[name]
+        and (name in fixed or (name not in CHANGEABLE and name.split(".")[0] not in CHANGEABLE_SECTIONS))
+    ]
+
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a shipped recipe, or `name` itself if it is a path to a YAML file.
+
+    Raises:
+        ValueError: no such file or recipe; the message names the nearest recipes.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.parent != Path():
+        if not path.is_file():
+            raise ValueError(f"there is no recipe file {name}; shipped recipes: {', '.join(recipe_names())}")
+        return path
+    if name in recipe_names():
+        return RECIPE_FOLDER / f"{name}.yaml"
+    near = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.4) or recipe_names()
+    raise ValueError(f"there is no recipe {name!r}; did you mean {', '.join(near)}? See `diffusion-moe recipes`")

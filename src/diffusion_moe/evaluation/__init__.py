@@ -1,0 +1,1 @@
+"""Generating images, and judging them against real ones."""

@@ -1,0 +1,79 @@
+"""A small classifier trained on the real training split: its verdicts and its features judge generated images.
+
+For data sets too far from ImageNet for Inception's features to mean much.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import ImageDataset
+
+FEATURES = 64
+EPOCHS = 40
+BATCH = 128
+
+
+class Classifier(nn.Module):
+    """Three convolutions, averages over 4 x 4 parts of the image, two linear layers."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, FEATURES, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Conv2d(FEATURES, FEATURES, 3, padding=1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(16 * FEATURES, FEATURES),
+            nn.GELU(),
+        )
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """NCHW in [-1, 1] to (S, 64)."""
+        return self.body(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+    @torch.no_grad()
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (S, 64) and predicted classes (S,) of any number of images."""
+        features = torch.cat([self.features(part) for part in images.split(1024)])
+        return features, self.head(features).argmax(dim=1)
+
+    def fingerprint(self) -> str:
+        """A hash of the weights: numbers from classifiers of different fingerprints do not compare."""
+        digest = hashlib.sha256()
+        for tensor in self.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def train_classifier(dataset: ImageDataset, seed: int = 0) -> Classifier:
+    """Train on a data set's images, shifted by up to one pixel; a function of data and seed."""
+    images, labels = dataset.everything()[:2]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Classifier(images.shape[1], len(dataset.class_names))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=5e-2)
+        steps = EPOCHS * -(-len(images) // BATCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(images)).split(BATCH):
+                dy, dx = torch.randint(-1, 2, (2,)).tolist()
+                shifted = F.pad(images[rows], (1, 1, 1, 1), value=-1.0)
+                shifted = shifted[:, :, 1 + dy : 1 + dy + images.shape[2], 1 + dx : 1 + dx + images.shape[3]]
+                optimizer.zero_grad()
+                F.cross_entropy(model(shifted), labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+    return model.eval().requires_grad_(False)

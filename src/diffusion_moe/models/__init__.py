@@ -1,0 +1,1 @@
+"""Backbones, their presets and their sizes."""

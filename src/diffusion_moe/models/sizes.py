@@ -1,0 +1,46 @@
+"""How large a model is, and how much it computes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import ModelConfig
+from ..moe import GroupedExperts
+from .dit import DiT
+
+PAPER_MILLION = 2**20
+"""The papers' "M" parameters."""
+
+
+class Size(NamedTuple):
+    """Sizes of one model."""
+
+    total: int
+    """Parameters, and the fixed sine-cosine table where there is one, as the published code counts."""
+    activated: float
+    """The same with only the routed experts that serve a token on average; everything else counts whole."""
+    flops: int
+    """Floating-point operations (two a multiply-add) of matrix products, forward, for one image and one step."""
+
+
+def model_size(config: ModelConfig) -> Size:
+    """Count without allocating any memory."""
+    with torch.device("meta"):
+        model = DiT(**vars(config)).train()
+        experts = sum(
+            parameter.numel()
+            for module in model.modules()
+            if isinstance(module, GroupedExperts)
+            for parameter in module.parameters()
+        )
+        total = sum(parameter.numel() for parameter in model.parameters())
+        total += model.pos_embed.numel() if config.position == "sincos" else 0
+        x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
+        labels = torch.zeros(1, dtype=torch.long) if config.num_classes else None
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x, torch.zeros(1), labels)
+    per_token = config.top_k if config.router in ("tc", "dsmoe") else config.capacity
+    return Size(total, total - experts * (1 - per_token / config.num_experts), counter.get_total_flops())

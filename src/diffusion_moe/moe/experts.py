@@ -1,0 +1,92 @@
+"""The experts: one stack of weights a projection, one grouped product a projection.
+
+Shape suffixes: T tokens of the batch, D width, E experts, F expert width, A assignments, H columns of the first
+projection (F for GELU, 2F for SwiGLU: gates first, then values).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import gmm
+from .precision import compute_dtype
+from .routing import Routing
+
+ExpertActivation = Literal["gelu", "swiglu"]
+
+
+def activate(h_AH: Tensor, activation: ExpertActivation) -> Tensor:
+    """(A, H) to (A, F): tanh-GELU, or silu(gate) * value."""
+    if activation == "gelu":
+        return F.gelu(h_AH, approximate="tanh")
+    gate_AF, value_AF = h_AH.chunk(2, dim=-1)
+    return F.silu(gate_AF) * value_AF
+
+
+class GroupedExperts(nn.Module):
+    """E feed-forward networks of one shape, each applied to the tokens routed to it.
+
+    Args:
+        dim: token width D. expert_dim: hidden width F. num_experts: E. activation: "swiglu" or "gelu" (tanh form).
+        bias: whether both projections have biases.
+    """
+
+    def __init__(
+        self, dim: int, expert_dim: int, num_experts: int, activation: ExpertActivation = "swiglu", bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.activation: ExpertActivation = activation
+        columns = 2 * expert_dim if activation == "swiglu" else expert_dim
+        self.w_in = nn.Parameter(torch.empty(num_experts, dim, columns))
+        self.w_out = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
+        self.b_in = nn.Parameter(torch.zeros(num_experts, columns)) if bias else None
+        self.b_out = nn.Parameter(torch.zeros(num_experts, dim)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier-uniform for each expert's matrices by themselves, zero biases."""
+        for w_in_DH, w_out_FD in zip(self.w_in, self.w_out):
+            for w_DF in w_in_DH.split(w_out_FD.shape[0], dim=1):
+                nn.init.xavier_uniform_(w_DF)
+            nn.init.xavier_uniform_(w_out_FD)
+        for bias in (self.b_in, self.b_out):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum of each token's experts, (T, D) in the dtype of x_TD; zero for a token with none."""
+        dtype = compute_dtype(x_TD)
+        token_A, offsets_E = routing.token_A, routing.offsets_E
+        x_AD = x_TD.to(dtype).index_select(0, token_A)
+        h_AH = gmm(x_AD, self.w_in.to(dtype), offsets_E)
+        if self.b_in is not None:
+            h_AH = h_AH + self.b_in.to(dtype).index_select(0, routing.expert_A())
+        y_AD = gmm(activate(h_AH, self.activation), self.w_out.to(dtype), offsets_E)
+        if self.b_out is not None:
+            y_AD = y_AD + self.b_out.to(dtype).index_select(0, routing.expert_A())
+        # The sum runs in the weights' float32 (or float64), also where the products ran in bfloat16.
+        weighted_AD = routing.weight_A[:, None] * y_AD
+        sum_TD = weighted_AD.new_zeros(x_TD.shape).index_add(0, token_A, weighted_AD)
+        return sum_TD.to(x_TD.dtype)
+
+
+def experts_loop(experts: GroupedExperts, x_TD: Tensor, routing: Routing) -> Tensor:
+    """`GroupedExperts.forward` as a plain loop over experts: the oracle that every faster way is tested against."""
+    out_TD = x_TD.new_zeros(x_TD.shape)
+    start = 0
+    for e, end in enumerate(routing.offsets_E.tolist()):
+        token, weight = routing.token_A[start:end], routing.weight_A[start:end]
+        start = end
+        h = x_TD[token] @ experts.w_in[e]
+        if experts.b_in is not None:
+            h = h + experts.b_in[e]
+        y = activate(h, experts.activation) @ experts.w_out[e]
+        if experts.b_out is not None:
+            y = y + experts.b_out[e]
+        out_TD = out_TD.index_add(0, token, (weight[:, None] * y).to(out_TD.dtype))
+    return out_TD

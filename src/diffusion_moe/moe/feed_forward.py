@@ -1,0 +1,39 @@
+"""The ordinary feed-forward network: shared experts, and the dense blocks between the mixtures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FeedForwardActivation = Literal["gelu", "silu", "swiglu"]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around tanh-GELU or SiLU, or SwiGLU with a third for the gate.
+
+    Args:
+        dim: token width D. hidden_dim: width F of the hidden layer. activation: "gelu" (tanh form), "silu" or "swiglu".
+        bias: whether the linear layers have biases.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, activation: FeedForwardActivation = "gelu", bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.activation: FeedForwardActivation = activation
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias) if activation == "swiglu" else None
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+        for linear in self.children():
+            assert isinstance(linear, nn.Linear)
+            nn.init.xavier_uniform_(linear.weight)
+            if bias:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        if self.gate_proj is not None:
+            return self.down_proj(F.silu(self.gate_proj(x)) * up)
+        return self.down_proj(F.gelu(up, approximate="tanh") if self.activation == "gelu" else F.silu(up))

@@ -1,0 +1,76 @@
+"""The mixture-of-experts feed-forward layer: route, apply the experts, add what every token gets."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from .experts import ExpertActivation, GroupedExperts
+from .feed_forward import FeedForward
+from .routers import ROUTERS, RouterConfig
+from .routing import RoutingReport
+
+Shared = Literal["none", "identity", "gelu", "swiglu"]
+
+
+class MoEOutput(NamedTuple):
+    """What the layer returns."""
+
+    hidden_states: Tensor
+    """Of the input's shape and dtype; the residual is not added."""
+    report: RoutingReport
+    """Counts, losses to add, and what `update_routing_state` needs."""
+
+
+class MoEFeedForward(nn.Module):
+    """A drop-in replacement for a transformer's feed-forward layer.
+
+    Args:
+        dim: token width D. expert_dim: hidden width of one expert. router: the routing rule and its settings.
+        activation: of the experts. bias: whether the experts have biases.
+        shared: what every token gets beside its experts: nothing, the input itself (published DSMoE without its shared
+            expert), or a shared expert of that activation. shared_dim: its hidden width; None: expert_dim.
+        shared_bias: whether it has biases.
+
+    Example:
+        >>> layer = MoEFeedForward(64, 32, RouterConfig("dsmoe", num_experts=8, top_k=2, balance="bias"))
+        >>> out = layer(torch.randn(4, 16, 64))       # 4 images of 16 tokens
+        >>> loss = out.hidden_states.square().mean() + sum(out.report.losses.values())
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expert_dim: int,
+        router: RouterConfig,
+        activation: ExpertActivation = "swiglu",
+        bias: bool = False,
+        shared: Shared = "none",
+        shared_dim: int | None = None,
+        shared_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.router = ROUTERS[router.kind](dim, router)
+        self.experts = GroupedExperts(dim, expert_dim, router.num_experts, activation, bias)
+        self.add_input = shared == "identity"
+        self.shared = (
+            FeedForward(dim, shared_dim or expert_dim, shared, shared_bias) if shared in ("gelu", "swiglu") else None
+        )
+
+    def forward(self, x: Tensor, router_input: Tensor | None = None) -> MoEOutput:
+        """Apply the layer.
+
+        Args:
+            x: tokens, (B, N, D), or (N, D) for one image. router_input: what the router looks at
+                instead of x, with as many tokens.
+        """
+        x_BND = x if x.ndim == 3 else x[None]
+        seen_BND = x_BND if router_input is None else router_input.reshape(*x_BND.shape[:2], -1)
+        routing = self.router(seen_BND)
+        y_BND = self.experts(x_BND.flatten(0, 1), routing).view_as(x_BND)
+        if self.shared is not None:
+            y_BND = y_BND + self.shared(x_BND)
+        elif self.add_input:
+            y_BND = y_BND + x_BND
+        return MoEOutput(y_BND.view_as(x), routing.report)

@@ -1,0 +1,112 @@
+"""Grouped matrix products: rows of x, grouped by expert, each group times its expert's matrix.
+
+`torch.nn.functional.grouped_mm` does the work where it can. It takes no float64, fails on unaligned rows and on
+gradients of stride zero, counts no FLOPs, and its fake kernel refuses float32: so it stands here behind two operators
+of ours, with a loop for the cases it does not take. Shape suffixes: A rows, E experts, D and F widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_ALIGNMENT = 16  # bytes; grouped_mm wants every stride but the unit one to be a multiple of it
+
+
+def _takes_grouped_mm(*operands: Tensor) -> bool:
+    return all(
+        x.dtype in (torch.bfloat16, torch.float32)
+        and all(stride == 1 or stride * x.element_size() % _ALIGNMENT == 0 for stride in x.stride())
+        for x in operands
+    )
+
+
+@torch.library.custom_op("diffusion_moe::gmm", mutates_args=())
+def gmm(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
+    """Rows of expert e times w_EDF[e].
+
+    Args:
+        x_AD: rows, grouped by expert. w_EDF: one matrix an expert, any strides. offsets_E: end of each group, int32,
+            with offsets_E[-1] == A.
+
+    Returns:
+        (A, F), in the dtype of x_AD.
+    """
+    if len(x_AD) == 0:
+        return x_AD.new_empty(0, w_EDF.shape[2])
+    if _takes_grouped_mm(x_AD, w_EDF) and w_EDF.shape[2] * x_AD.element_size() % _ALIGNMENT == 0:
+        return F.grouped_mm(x_AD, w_EDF, offs=offsets_E)
+    return gmm_loop(x_AD, w_EDF, offsets_E)
+
+
+@torch.library.custom_op("diffusion_moe::gmm_wgrad", mutates_args=())
+def gmm_wgrad(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor) -> Tensor:
+    """Expert e's rows of x_AD, transposed, times its rows of y_AF: the gradient of `gmm` in w_EDF, (E, D, F)."""
+    if len(x_AD) == 0:
+        return x_AD.new_zeros(len(offsets_E), x_AD.shape[1], y_AF.shape[1])
+    if _takes_grouped_mm(x_AD, y_AF):
+        return F.grouped_mm(x_AD.T, y_AF, offs=offsets_E)
+    return gmm_wgrad_loop(x_AD, y_AF, offsets_E)
+
+
+def gmm_loop(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
+    """`gmm` as a plain loop over experts: the oracle, and the way for float64."""
+    ends = offsets_E.tolist()
+    starts = [0, *ends[:-1]]
+    return torch.cat([x_AD[start:end] @ w_EDF[e] for e, (start, end) in enumerate(zip(starts, ends))])
+
+
+def gmm_wgrad_loop(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor) -> Tensor:
+    """`gmm_wgrad` as a plain loop over experts."""
+    ends = offsets_E.tolist()
+    starts = [0, *ends[:-1]]
+    return torch.stack([x_AD[start:end].T @ y_AF[start:end] for start, end in zip(starts, ends)])
+
+
+@gmm.register_fake
+def _(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_AD.new_empty(x_AD.shape[0], w_EDF.shape[2])
+
+
+@gmm_wgrad.register_fake
+def _(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_AD.new_empty(offsets_E.shape[0], x_AD.shape[1], y_AF.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gmm_backward(ctx: Any, dy_AF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_AD, w_EDF, offsets_E = ctx.saved_tensors
+    dy_AF = dy_AF.contiguous()  # the gradient of a sum has stride 0, which grouped_mm refuses
+    dx_AD = gmm(dy_AF, w_EDF.transpose(1, 2), offsets_E) if ctx.needs_input_grad[0] else None
+    dw_EDF = gmm_wgrad(x_AD, dy_AF, offsets_E) if ctx.needs_input_grad[1] else None
+    return dx_AD, dw_EDF, None
+
+
+def _gmm_wgrad_backward(ctx: Any, dw_EDF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_AD, y_AF, offsets_E = ctx.saved_tensors
+    dw_EDF = dw_EDF.contiguous()
+    dx_AD = gmm(y_AF, dw_EDF.transpose(1, 2), offsets_E) if ctx.needs_input_grad[0] else None
+    dy_AF = gmm(x_AD, dw_EDF, offsets_E) if ctx.needs_input_grad[1] else None
+    return dx_AD, dy_AF, None
+
+
+gmm.register_autograd(_gmm_backward, setup_context=_save)
+gmm_wgrad.register_autograd(_gmm_wgrad_backward, setup_context=_save)
+
+
+# Every row meets one matrix of D x F, whatever the grouping.
+@register_flop_formula(torch.ops.diffusion_moe.gmm)
+def _gmm_flop(x_shape: Any, w_shape: Any, offsets_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * x_shape[0] * w_shape[1] * w_shape[2]
+
+
+@register_flop_formula(torch.ops.diffusion_moe.gmm_wgrad)
+def _gmm_wgrad_flop(x_shape: Any, y_shape: Any, offsets_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * y_shape[1]

@@ -1,0 +1,227 @@
+"""Routing rules, one class each. A new rule is one class here and one row in `ROUTERS`.
+
+Routers compute in float32 whatever autocast says, and their forward is pure: what they learn stands in the report.
+Shape suffixes: B images, N tokens of one image, T tokens of the batch (B * N), D width, E experts, K experts a token,
+C tokens an expert takes, G groups of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .balance import balance_loss, moved_correction
+from .capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, observed_threshold
+from .precision import full_precision
+from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Settings of a routing rule; each rule reads the ones it knows."""
+
+    kind: Literal["tc", "ec", "diffmoe", "dsmoe"]
+    """Row of `ROUTERS`: token choice, expert choice per image, DiffMoE's batch pool, DSMoE's sigmoid grouped top-k."""
+    num_experts: int
+    """Routed experts E."""
+    top_k: int = 2
+    """Experts a token is sent to (tc, dsmoe)."""
+    capacity: float = 1.0
+    """Experts a token is sent to on average (ec, diffmoe)."""
+    num_groups: int = 1
+    """Groups of experts (dsmoe)."""
+    top_groups: int = 1
+    """Groups a token may choose from (dsmoe)."""
+    routed_scale: float = 1.0
+    """Factor on the weights (dsmoe)."""
+    balance: Literal["none", "aux", "bias"] = "none"
+    """Balancing of tc and dsmoe: none, auxiliary loss, or a correction bias moved after each step."""
+    balance_weight: float = 0.01
+    """Weight of the auxiliary loss."""
+    balance_rate: float = 0.001
+    """Step of the correction bias."""
+    capacity_loss_weight: float = 1.0
+    """Weight of the capacity predictor's loss (diffmoe)."""
+    threshold_decay: float = 0.95
+    """Decay of the thresholds' moving average (diffmoe)."""
+    inference_pool: Literal["image", "batch"] = "image"
+    """Tokens that a threshold decides over at inference (diffmoe)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROUTERS:
+            raise ValueError(f"router kind {self.kind!r} is unknown; choose one of {', '.join(ROUTERS)}")
+        if not 0 < self.top_k <= self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}; choose 1 to num_experts {self.num_experts}")
+        if not 0 < self.capacity <= self.num_experts:
+            raise ValueError(f"capacity is {self.capacity}; choose above 0 to num_experts {self.num_experts}")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise ValueError(f"num_experts {self.num_experts} is not divisible by num_groups {self.num_groups}")
+        if self.top_k > self.top_groups * self.num_experts // self.num_groups or self.top_groups > self.num_groups:
+            raise ValueError(
+                f"top_groups {self.top_groups} of num_groups {self.num_groups} cannot give top_k {self.top_k} experts"
+            )
+
+
+class Router(nn.Module):
+    """What all rules share: one vector an expert, scored against the token in float32."""
+
+    def __init__(self, dim: int, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal of standard deviation 0.006, as the published DiffMoE and EC-DiT draw their gates."""
+        nn.init.normal_(self.weight, std=0.006)
+
+    def forward(self, x_BND: Tensor) -> Routing:
+        """Route the tokens of a batch of images; token n of image b is number b * N + n."""
+        with full_precision(x_BND):
+            x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
+            return self.route(x_BND, F.linear(x_BND, self.weight.to(x_BND.dtype)))
+
+    def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
+        """The rule itself, in full precision."""
+        raise NotImplementedError
+
+    def update_state(self, report: RoutingReport) -> None:
+        """Move the state by what a step learned (`update_routing_state` calls this after the optimizer step)."""
+
+    def slots(self, num_tokens: int) -> int:
+        """Tokens each expert takes out of a pool of `num_tokens`: the published int(T / E * capacity), at least one."""
+        return max(1, int(num_tokens / self.config.num_experts * self.config.capacity))
+
+
+class TokenChoice(Router):
+    """Each token takes the K experts of highest softmax score, weighted by that score (TC-DiT, DiT-MoE)."""
+
+    correction: Tensor | None
+
+    def __init__(self, dim: int, config: RouterConfig) -> None:
+        super().__init__(dim, config)
+        # Added to the scores for the choice only, never to the weights.
+        self.register_buffer("correction", torch.zeros(config.num_experts) if config.balance == "bias" else None)
+
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform as for a linear layer."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
+        scores_BNE = logits_BNE.softmax(dim=-1)
+        expert_BNK = self.choose(scores_BNE)
+        return self.routing(expert_BNK, scores_BNE.gather(-1, expert_BNK), scores_BNE)
+
+    def choose(self, scores_BNE: Tensor) -> Tensor:
+        corrected_BNE = scores_BNE if self.correction is None else scores_BNE + self.correction
+        return corrected_BNE.topk(self.config.top_k, dim=-1, sorted=False).indices
+
+    def routing(self, expert_BNK: Tensor, weight_BNK: Tensor, share_BNE: Tensor) -> Routing:
+        """Group by expert; `share_BNE` (summing to 1 over experts) is what the auxiliary loss evens out."""
+        losses, expert_TK = {}, expert_BNK.flatten(0, 1)
+        if self.training and self.config.balance == "aux":
+            losses["balance"] = self.config.balance_weight * balance_loss(share_BNE.flatten(0, 1), expert_TK)
+        return route_by_token(expert_TK, weight_BNK.flatten(0, 1), self.config.num_experts, losses)
+
+    def update_state(self, report: RoutingReport) -> None:
+        if self.config.balance == "bias":
+            assert self.correction is not None
+            self.correction.copy_(moved_correction(self.correction, report.counts_E, self.config.balance_rate))
+
+
+class GroupedSigmoid(TokenChoice):
+    """DSMoE: sigmoid scores; a token keeps its best groups of experts and the K best experts inside them.
+
+    A group scores the sum of its two best experts. Weights are the chosen sigmoids, normalised over the K and scaled.
+    The correction bias takes part in the choice only; it is kept with `balance: none` too, as published checkpoints do.
+    """
+
+    def __init__(self, dim: int, config: RouterConfig) -> None:
+        super().__init__(dim, config)
+        self.register_buffer("correction", torch.zeros(config.num_experts))
+
+    def reset_parameters(self) -> None:
+        """Kaiming-normal."""
+        nn.init.kaiming_normal_(self.weight)
+
+    def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
+        scores_BNE = logits_BNE.sigmoid()
+        expert_BNK = self.choose(scores_BNE)
+        weight_BNK = scores_BNE.gather(-1, expert_BNK)
+        weight_BNK = weight_BNK / (weight_BNK.sum(dim=-1, keepdim=True) + 1e-20) * self.config.routed_scale
+        # DeepSeek-V3 eq. 19: the auxiliary loss sees the scores' shares.
+        return self.routing(expert_BNK, weight_BNK, scores_BNE / scores_BNE.sum(dim=-1, keepdim=True))
+
+    def choose(self, scores_BNE: Tensor) -> Tensor:
+        G = self.config.num_groups
+        assert self.correction is not None
+        corrected_BNE = scores_BNE + self.correction
+        if self.config.top_groups < G:
+            grouped_BNGI = corrected_BNE.unflatten(-1, (G, -1))
+            best_BNG = grouped_BNGI.topk(min(2, grouped_BNGI.shape[-1]), dim=-1).values.sum(dim=-1)
+            kept = best_BNG.topk(self.config.top_groups, dim=-1, sorted=False).indices
+            dropped_BNG = torch.ones_like(best_BNG, dtype=torch.bool).scatter(-1, kept, False)
+            corrected_BNE = grouped_BNGI.masked_fill(dropped_BNG[..., None], -torch.inf).flatten(-2)
+        return corrected_BNE.topk(self.config.top_k, dim=-1, sorted=False).indices
+
+
+class ExpertChoice(Router):
+    """Each expert takes the C best tokens of each image by softmax score (EC-DiT)."""
+
+    def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
+        B, N, _ = logits_BNE.shape
+        gate_BEN = logits_BNE.softmax(dim=-1).transpose(1, 2)
+        weight_BEC, token_BEC = gate_BEN.topk(self.slots(N), dim=-1, sorted=False)
+        token_BEC = token_BEC + N * torch.arange(B, device=token_BEC.device)[:, None, None]
+        return route_by_expert(token_BEC.transpose(0, 1).flatten(1), weight_BEC.transpose(0, 1).flatten(1))
+
+
+class BatchPool(Router):
+    """DiffMoE: each expert takes the C best tokens of the whole batch by softmax score while training; at inference
+    thresholds on a predictor's probabilities decide how many.
+
+    The published inference rule pools the batch, so that one image's answer depends on the others. With
+    `inference_pool: image` the same rule is applied to each image by itself.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, dim: int, config: RouterConfig) -> None:
+        super().__init__(dim, config)
+        self.predictor = CapacityPredictor(dim, config.num_experts)
+        self.register_buffer("threshold", torch.zeros(config.num_experts))
+
+    def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
+        gate_BNE = logits_BNE.softmax(dim=-1)
+        predicted_BNE = self.predictor(x_BND.detach())
+        if not self.training:
+            if self.config.inference_pool == "batch":
+                predicted_BNE, gate_BNE = predicted_BNE.flatten(0, 1)[None], gate_BNE.flatten(0, 1)[None]
+            chosen_PME = chosen_by_threshold(predicted_BNE, gate_BNE, self.threshold)
+            return route_by_mask(chosen_PME.flatten(0, 1), gate_BNE.flatten(0, 1))
+        gate_TE, predicted_TE = gate_BNE.flatten(0, 1), predicted_BNE.flatten(0, 1)
+        slots = self.slots(len(gate_TE))
+        weight_EC, token_EC = gate_TE.T.topk(slots, dim=-1, sorted=False)
+        losses = {"capacity": self.config.capacity_loss_weight * capacity_loss(predicted_TE, token_EC)}
+        return route_by_expert(token_EC, weight_EC, losses, observed_threshold(predicted_TE, slots))
+
+    def update_state(self, report: RoutingReport) -> None:
+        assert report.threshold_E is not None
+        self.threshold.lerp_(report.threshold_E.to(self.threshold.dtype), 1 - self.config.threshold_decay)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "tc": TokenChoice,
+    "ec": ExpertChoice,
+    "diffmoe": BatchPool,
+    "dsmoe": GroupedSigmoid,
+}
+
+
+def routers_of(model: nn.Module) -> list[Router]:
+    """The routers of a model, in the order of its layers."""
+    return [module for module in model.modules() if isinstance(module, Router)]

@@ -1,0 +1,100 @@
+"""The one currency between routers and experts: which token goes to which expert, with which weight.
+
+Shape suffixes: B images, N tokens of one image, T tokens of the batch (B * N), E experts, K experts a token,
+A assignments (pairs of token and expert), C tokens an expert takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RoutingReport(NamedTuple):
+    """What one forward pass of a router learned. Nothing in the router has changed yet: see `moe.balance`."""
+
+    counts_E: Tensor
+    """Tokens each expert served, int64."""
+    losses: dict[str, Tensor]
+    """Scalars to add to the training loss, already weighted; empty at inference."""
+    threshold_E: Tensor | None = None
+    """DiffMoE in training: the lowest predicted probability among each expert's C most probable tokens."""
+
+
+class Routing(NamedTuple):
+    """Assignments of tokens to experts, grouped by expert; a dropped token simply does not occur."""
+
+    token_A: Tensor
+    """Token of each assignment in [0, T), int64; expert e owns rows offsets_E[e - 1] to offsets_E[e]."""
+    weight_A: Tensor
+    """Weight of the expert's output for that token; carries the router's gradient."""
+    offsets_E: Tensor
+    """End of each expert's rows, int32, on the tokens' device."""
+    report: RoutingReport
+
+    def expert_A(self) -> Tensor:
+        """Expert of each assignment in [0, E), int64."""
+        rows_A = torch.arange(len(self.token_A), device=self.token_A.device, dtype=self.offsets_E.dtype)
+        return torch.searchsorted(self.offsets_E, rows_A, right=True)
+
+
+def route_by_token(
+    expert_TK: Tensor, weight_TK: Tensor, num_experts: int, losses: dict[str, Tensor] | None = None
+) -> Routing:
+    """Routing in which every token chose K experts. No host synchronisation.
+
+    Args:
+        expert_TK: chosen experts, int64. weight_TK: their weights.
+    """
+    key_A = expert_TK.flatten()
+    if num_experts <= 256:
+        key_A = key_A.to(torch.uint8)  # one pass of radix sort instead of eight
+    sorted_A, order_A = torch.sort(key_A, stable=True)
+    bounds_E = torch.arange(num_experts, device=key_A.device, dtype=sorted_A.dtype)
+    offsets_E = torch.searchsorted(sorted_A, bounds_E, right=True, out_int32=True)
+    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).long()
+    return Routing(
+        token_A=order_A // expert_TK.shape[1],
+        weight_A=weight_TK.flatten().index_select(0, order_A),
+        offsets_E=offsets_E,
+        report=RoutingReport(counts_E, losses or {}),
+    )
+
+
+def route_by_expert(
+    token_EC: Tensor, weight_EC: Tensor, losses: dict[str, Tensor] | None = None, threshold_E: Tensor | None = None
+) -> Routing:
+    """Routing in which every expert chose C tokens. No host synchronisation."""
+    num_experts, capacity = token_EC.shape
+    counts_E = torch.full((num_experts,), capacity, device=token_EC.device)
+    return Routing(
+        token_A=token_EC.flatten(),
+        weight_A=weight_EC.flatten(),
+        offsets_E=counts_E.cumsum(0).to(torch.int32),
+        report=RoutingReport(counts_E, losses or {}, threshold_E),
+    )
+
+
+def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor) -> Routing:
+    """Routing with any number of tokens an expert; their total comes to the host (one synchronisation)."""
+    expert_A, token_A = chosen_TE.T.nonzero(as_tuple=True)
+    counts_E = chosen_TE.sum(0)
+    return Routing(
+        token_A=token_A,
+        weight_A=weight_TE[token_A, expert_A],
+        offsets_E=counts_E.cumsum(0).to(torch.int32),
+        report=RoutingReport(counts_E, {}),
+    )
+
+
+def merge_reports(reports: Sequence[RoutingReport]) -> RoutingReport:
+    """One report for a step made of several micro-batches: counts add up, thresholds and losses are averaged."""
+    thresholds = [report.threshold_E for report in reports if report.threshold_E is not None]
+    return RoutingReport(
+        counts_E=torch.stack([report.counts_E for report in reports]).sum(0),
+        losses={name: torch.stack([report.losses[name] for report in reports]).mean(0) for name in reports[0].losses},
+        threshold_E=torch.stack(thresholds).mean(0) if thresholds else None,
+    )

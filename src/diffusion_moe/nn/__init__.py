@@ -1,0 +1,1 @@
+"""Ordinary layers: attention, embeddings, positions, normalisation."""

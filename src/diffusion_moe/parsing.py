@@ -1,0 +1,112 @@
+"""From YAML files and command lines to dataclasses, through jsonargparse; every mistake becomes one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from .config import SECTIONS, Recipe, find_recipe
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def make_parser(verb: str, description: str, sections: Mapping[str, type] | None = None) -> ArgumentParser:
+    """A parser for one verb, with the fields of each section as dotted options explained by their docstrings."""
+    parser = ArgumentParser(
+        prog=f"diffusion-moe {verb}",
+        description=description,
+        allow_abbrev=False,
+        exit_on_error=False,
+        default_env=False,
+    )
+    for name, section in (sections or {}).items():
+        parser.add_class_arguments(section, name)
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parse and build the section dataclasses.
+
+    Raises:
+        ValueError: one line that names the option, its value and what is expected.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return parser.instantiate(parser.parse_args(list(arguments)))
+        except (argparse.ArgumentError, TypeError, ValueError) as error:
+            raise ValueError(_one_line(str(error), parser)) from error
+
+
+def _one_line(message: str, parser: ArgumentParser) -> str:
+    typed = re.search(r'Parser key "([^"]+)":\s+(.*?)\s*Got value: (.*)$', message, re.DOTALL)
+    if typed:
+        name, expected, value = typed.groups()
+        expected = re.sub(r"<class '(\w+)'>", r"\1", expected.replace("typing.", ""))
+        expected = re.sub(r"^Expected a |\.$", "", " ".join(expected.split()).strip())
+        return f"{name} is {value.strip()}; expected {expected}"
+    unknown = re.search(r"unrecognized arguments: (\S+)", message)
+    if unknown:
+        return unknown_name(unknown[1].split("=")[0], [option for a in parser._actions for option in a.option_strings])
+    return " ".join(message.split())
+
+
+def unknown_name(name: str, known: Sequence[str]) -> str:
+    """One line for a misspelled name, with the nearest known ones."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"there is no {name}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help for all names")
+
+
+def recipe_arguments(path: Path) -> list[str]:
+    """The fields of a recipe file as options, `--model.depth=4` and so on.
+
+    Raises:
+        ValueError: unreadable file, not a mapping of sections, or an unknown key, with its full path.
+    """
+    try:
+        sections = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(sections, dict):
+        raise ValueError(f"recipe {path} is not a mapping of sections; it may hold {', '.join(SECTIONS)}")
+    arguments = []
+    for section, fields in sections.items():
+        if section not in SECTIONS:
+            raise ValueError(f"recipe {path}: {unknown_name(str(section), list(SECTIONS))}")
+        if not isinstance(fields, dict):
+            raise ValueError(f"recipe {path}: {section} is {fields!r}; expected a mapping of its fields")
+        known = [f"{section}.{name}" for name in SECTIONS[section].__dataclass_fields__]  # type: ignore[attr-defined]
+        for key, value in fields.items():
+            if f"{section}.{key}" not in known:
+                raise ValueError(f"recipe {path}: {unknown_name(f'{section}.{key}', known)}")
+            arguments.append(f"--{section}.{key}={_as_text(value)}")
+    return arguments
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def recipe_from(parsed: Namespace) -> Recipe:
+    """The recipe out of parsed arguments."""
+    return Recipe(**{name: parsed[name] for name in SECTIONS})
+
+
+def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: a shipped one's name, or a YAML file; then apply options such as `--model.depth=4`.
+
+    Raises:
+        ValueError: one line that says what is wrong.
+    """
+    file = path if isinstance(path, Path) else find_recipe(path)
+    return recipe_from(parse(make_parser("train", "", SECTIONS), [*recipe_arguments(file), *overrides]))

@@ -1,0 +1,99 @@
+"""The folder of one run: what lies where, and whose it is. docs/run-folder.md describes it for users."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .config import Recipe, difference, to_yaml
+from .parsing import read_recipe
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    def claim(self, recipe: Recipe, resume: Literal["auto", "never"]) -> None:
+        """Make the folder this recipe's: create it, or check that it already is; then write `recipe.yaml`.
+
+        Raises:
+            ValueError: the folder is another recipe's, holds something else, or must not be resumed.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; choose another --output_dir")
+        occupied = self.path.is_dir() and any(self.path.iterdir())
+        if occupied and resume == "never":
+            raise ValueError(f"{self.path} is not empty and --resume is never; choose another --output_dir")
+        if occupied and not self.recipe.is_file():
+            raise ValueError(
+                f"{self.path} holds files but no recipe.yaml, so it is no run; choose another --output_dir"
+            )
+        if occupied:
+            changes = difference(read_recipe(self.recipe), recipe)
+            if changes:
+                raise ValueError(
+                    f"{self.path} holds a run of another recipe ({'; '.join(changes)}); choose another --output_dir"
+                )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.recipe, to_yaml(recipe))
+        except OSError as error:
+            raise ValueError(f"cannot write to {self.path}: {error.strerror}; choose another --output_dir") from error
+
+    def read_recipe(self) -> Recipe:
+        """The recipe of an existing run.
+
+        Raises:
+            ValueError: there is no run here.
+        """
+        if not self.path.is_dir():
+            raise ValueError(f"there is no folder {self.path}; give the folder of a run")
+        if not self.recipe.is_file():
+            raise ValueError(f"{self.path} has no recipe.yaml, so it is no run; give the folder of a run")
+        return read_recipe(self.recipe)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the old one or the new one, whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,272 @@
+"""The backbone: its arguments, its initial state, its files, and what an image's answer depends on."""
+
+import copy
+import dataclasses
+import inspect
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_moe import DiT
+from diffusion_moe.config import ModelConfig
+from diffusion_moe.models.dit import is_moe_block
+from diffusion_moe.moe import MoEFeedForward
+from diffusion_moe.nn.position import Rotary
+
+ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
+POSITIONS = ["sincos", "rope1d", "rope2d"]
+SMALL = {
+    "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5,
+    "hidden_size": 32, "depth": 3, "num_heads": 4, "router": "dsmoe", "num_experts": 4, "expert_dim": 16,
+}  # fmt: skip
+
+
+def make_model(**settings) -> DiT:
+    """A small model whose layers that start at zero have random weights instead: else every output is zero."""
+    torch.manual_seed(0)
+    model = DiT(**{**SMALL, **settings})
+    for name, p in model.named_parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.2)
+        elif "router" in name:
+            nn.init.normal_(p)
+    for router in model.routers():
+        for buffer in router.buffers():
+            nn.init.uniform_(buffer, 0.3, 0.5)
+    return model
+
+
+def batch(model: DiT, size: int = 3) -> tuple:
+    torch.manual_seed(1)
+    labels = torch.tensor([1, 4, 5, 0, 2])[:size] if model.null_class else None
+    return torch.randn(size, 3, 8, 8), torch.rand(size), labels
+
+
+def test_arguments_are_the_fields_of_the_config():
+    parameters = list(inspect.signature(DiT.__init__).parameters.values())[1:]
+    assert [(p.name, p.default) for p in parameters] == [(f.name, f.default) for f in dataclasses.fields(ModelConfig)]
+    assert DiT(**SMALL).settings == ModelConfig(**SMALL)
+    with pytest.raises(TypeError, match="hiden_size"):
+        DiT(hiden_size=3)
+    with pytest.raises(ValueError, match=r"hidden_size 32 is not divisible by model\.num_heads 5"):
+        DiT(**{**SMALL, "num_heads": 5})
+
+
+@pytest.mark.parametrize(
+    "name", ["norm", "position", "mlp_activation", "router", "expert_activation", "shared", "balance", "inference_pool"]
+)
+def test_an_unknown_choice_is_refused_with_its_name(name):
+    """Else a misspelt activation or shared expert would silently be another one."""
+    with pytest.raises(ValueError, match="magic"):
+        DiT(**{**SMALL, name: "magic"})
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_output_is_exactly_zero_at_initialisation(router):
+    model = DiT(**{**SMALL, "router": router})
+    out = model(*batch(model))
+    assert out.sample.shape == (3, 3, 8, 8) and torch.all(out.sample == 0)
+
+
+def test_initialisation():
+    """Xavier linears, normal 0.02 embeddings, zero biases, adaLN and output; experts and routers keep their own."""
+    torch.manual_seed(0)
+    model = DiT(**{**SMALL, "hidden_size": 128, "num_classes": 100, "router": "diffmoe", "expert_dim": 64})
+    assert all(torch.all(p == 0) for name, p in model.named_parameters() if name.endswith("bias"))
+    zero = [m.adaln[1].weight for m in (*model.blocks, model.final_layer)] + [model.final_layer.linear.weight]
+    assert all(torch.all(w == 0) for w in zero)
+    for weight in (model.y_embedder.weight, model.t_embedder.mlp[0].weight, model.t_embedder.mlp[2].weight):
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.05)
+    qkv, experts = model.blocks[1].attn.qkv.weight, model.blocks[1].mlp.experts.w_in
+    assert float(qkv.std()) == pytest.approx((2 / (128 + 384)) ** 0.5, rel=0.05)
+    assert float(experts.std()) == pytest.approx((2 / (128 + 64)) ** 0.5, rel=0.05)
+    assert float(model.blocks[1].mlp.router.weight.std()) == pytest.approx(0.006, rel=0.15)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_saved_and_loaded_again_it_gives_the_same_bits(router, position, tmp_path):
+    model = make_model(router=router, position=position).eval()
+    model.save_pretrained(tmp_path)
+    loaded = DiT.from_pretrained(tmp_path)
+    assert type(loaded) is DiT and not loaded.training and loaded.settings == model.settings
+    state, loaded_state = model.state_dict(), loaded.state_dict()
+    assert state.keys() == loaded_state.keys() and all(torch.equal(state[k], loaded_state[k]) for k in state)
+    sample = model(*batch(model)).sample
+    assert sample.std() > 0.01 and torch.equal(loaded(*batch(model)).sample, sample)
+
+
+def test_saved_config_is_flat(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.pop("_class_name") == "DiT" and saved.pop("_diffusers_version")
+    assert all(value is None or isinstance(value, bool | int | float | str) for value in saved.values())
+    assert saved == dataclasses.asdict(ModelConfig(**SMALL))
+
+
+CHECKPOINTED = [
+    {"router": "dense"},
+    {"router": "tc", "balance": "aux"},
+    {"router": "ec"},
+    {"router": "diffmoe"},
+    {"router": "dsmoe", "balance": "bias", "position": "sincos"},
+]
+
+
+@pytest.mark.parametrize("settings", CHECKPOINTED, ids=str)
+def test_gradient_checkpointing_changes_nothing(settings):
+    plain = make_model(**settings, interleave=False)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.enable_gradient_checkpointing()
+    outs, calls = [], []
+    for model in (plain, checkpointed):
+        handle = model.blocks[1].attn.register_forward_hook(lambda *args: calls.append(0))
+        out = model(*batch(model))
+        loss = out.sample.square().mean() + sum(sum(r.losses.values()) for r in out.routing)
+        loss.backward()
+        handle.remove()
+        calls.append(1)
+        outs.append(out)
+    assert calls == [0, 1, 0, 0, 1], "a checkpointed block runs twice"
+    assert torch.equal(outs[0].sample, outs[1].sample)
+    torch.testing.assert_close(outs[0].routing, outs[1].routing, rtol=0, atol=0)
+    for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-6, atol=1e-7, msg=name)
+    buffers = zip(plain.named_buffers(), checkpointed.named_buffers())
+    assert all(torch.equal(a, b) for (_, a), (_, b) in buffers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [1, 3, 5]),
+        ({"interleave": False}, [0, 1, 2, 3, 4, 5]),
+        ({"skip_first": 2}, [3, 5]),
+        ({"skip_first": 2, "interleave": False}, [2, 3, 4, 5]),
+        ({"skip_first": 6, "interleave": False}, []),
+        ({"router": "dense"}, []),
+    ],
+    ids=str,
+)
+def test_layout_of_mixture_blocks(settings, expected):
+    config = ModelConfig(**{**SMALL, "depth": 6, **settings})
+    assert [i for i in range(6) if is_moe_block(config, i)] == expected
+    model = DiT(**{**SMALL, "depth": 6, **settings})
+    assert [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoEFeedForward)] == expected
+    assert model.routers() == [model.blocks[i].mlp.router for i in expected]
+    assert len(model(*batch(model)).routing) == len(expected)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_an_image_does_not_depend_on_the_others(router, position):
+    model = make_model(router=router, position=position, interleave=False, num_groups=2, top_groups=1).eval()
+    images, times, labels = batch(model)
+    together = model(images, times, labels).sample
+    assert together.std() > 0.01
+    for b in range(3):
+        alone = model(images[b : b + 1], times[b : b + 1], labels[b : b + 1]).sample
+        torch.testing.assert_close(together[b : b + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_with_the_papers_pool_an_image_does_depend_on_the_others():
+    model = make_model(router="diffmoe", inference_pool="batch", interleave=False).eval()
+    images, times, labels = batch(model)
+    alone = model(images[:1], times[:1], labels[:1]).sample
+    assert (model(images, times, labels).sample[:1] - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_image_time_class_and_place_all_matter(position):
+    model = make_model(position=position).eval()
+    images, times, labels = batch(model)
+    before = model(images, times, labels).sample
+    changed = {
+        "image": model(images.flip(0), times, labels).sample,
+        "time": model(images, 1 - times, labels).sample,
+        "class": model(images, times, labels.flip(0)).sample,
+        # Without positions, shifted tokens would give the shifted answer.
+        "place": model(images.roll(2, dims=-1), times, labels).sample.roll(-2, dims=-1),
+    }
+    for what, sample in changed.items():
+        assert (sample - before).abs().amax() > 1e-4, what
+
+
+def test_null_class_is_the_last_row_and_learn_sigma_doubles_the_channels():
+    model = make_model(learn_sigma=True)
+    assert model.null_class == 5 and model.y_embedder.num_embeddings == 6
+    assert model(*batch(model)).sample.shape == (3, 6, 8, 8)
+
+
+def test_a_scalar_time_is_for_every_image_and_a_tuple_on_request():
+    model = make_model().eval()
+    images, _, labels = batch(model)
+    sample, reports = model(images, torch.tensor(0.3), labels, return_dict=False)
+    out = model(images, torch.full((3,), 0.3), labels)
+    assert torch.equal(sample, out.sample)
+    torch.testing.assert_close(reports, out.routing, rtol=0, atol=0)
+
+
+def test_unconditional_model():
+    model = make_model(num_classes=0)
+    assert model.y_embedder is None and model.null_class is None
+    images, times, _ = batch(model)
+    assert model(images, times).sample.std() > 0.01
+    with pytest.raises(ValueError, match="class_labels are given, but the model has num_classes 0"):
+        model(images, times, torch.zeros(3, dtype=torch.int64))
+
+
+def test_missing_labels_are_named():
+    model = make_model()
+    with pytest.raises(ValueError, match="class_labels are missing, but the model has num_classes 5"):
+        model(*batch(model)[:2])
+
+
+# Parameters of the published models, and the settings that make them.
+PUBLISHED = {
+    "DSMoE-S-E16": (96_870_560, {"depth": 10, "num_experts": 16, "expert_dim": 768, "top_k": 2, "num_groups": 2}),
+    "DSMoE-S-E48": (69_238_304, {"depth": 12, "num_experts": 48, "expert_dim": 128, "top_k": 5, "num_groups": 1}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    """To the number; the state dict holds one correction bias an expert besides, as the published ones do."""
+    total, settings = PUBLISHED[name]
+    with torch.device("meta"):
+        model = DiT(learn_sigma=True, mlp_activation="silu", top_groups=settings["num_groups"], **settings)
+    corrections = settings["num_experts"] * settings["depth"] // 2
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert sum(t.numel() for t in model.state_dict().values()) == total + corrections
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_bfloat16_model_is_close_to_float32(router):
+    """As from_pretrained(torch_dtype=torch.bfloat16) makes it. All experts are chosen, so rounding cannot reroute."""
+    every = {"top_k": 4, "capacity": 4.0}
+    model = make_model(router=router, **every).eval()
+    for m in model.routers():
+        if router == "diffmoe":
+            m.threshold.zero_()
+    images, times, labels = batch(model)
+    expected = model(images, times, labels).sample
+    actual = model.to(torch.bfloat16)(images.bfloat16(), times.bfloat16(), labels).sample
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe"])
+def test_a_block_compiles_to_one_graph(router):
+    torch._dynamo.reset()
+    model = make_model(router=router)
+    block, x, condition = model.blocks[1], torch.randn(2, 16, 32), torch.randn(2, 32)
+    rotary = Rotary(model.rotary_cos, model.rotary_sin, model.rotary_axes)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (block, compiled):
+        out = function(x, condition, rotary)
+        loss = out.hidden_states.square().sum() + sum(out.report.losses.values())
+        results.append((out.hidden_states, out.report.counts_E, *torch.autograd.grad(loss, list(block.parameters()))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)

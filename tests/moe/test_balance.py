@@ -1,0 +1,81 @@
+"""The balance loss and the moves of the routing state, in closed form."""
+
+import pytest
+import torch
+
+from diffusion_moe.moe import ROUTERS, MoEFeedForward, RouterConfig, RoutingReport, routers_of, update_routing_state
+from diffusion_moe.moe.balance import balance_loss, moved_correction
+
+
+def test_balance_loss_is_one_for_an_even_load():
+    expert_TK = torch.tensor([[0, 1], [2, 3], [1, 2], [3, 0]])
+    assert balance_loss(torch.full((4, 4), 0.25), expert_TK) == 1
+    # With an even load every score distribution gives 1.
+    torch.testing.assert_close(balance_loss(torch.rand(4, 4).softmax(1), expert_TK), torch.tensor(1.0))
+
+
+def test_balance_loss_by_hand():
+    """Both tokens on expert 0: f = (2, 0), P = (0.75, 0.25), loss 1.5; the gradient of a score is f / T."""
+    scores_TE = torch.tensor([[0.9, 0.1], [0.6, 0.4]], requires_grad=True)
+    loss = balance_loss(scores_TE, torch.tensor([[0], [0]]))
+    torch.testing.assert_close(loss, torch.tensor(1.5))
+    torch.testing.assert_close(torch.autograd.grad(loss, scores_TE)[0], torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+
+
+def test_balance_loss_with_two_experts_a_token_by_hand():
+    """Assignments (3, 2, 1) of 6, E = 3: f = (1.5, 1, 0.5); P = (0.4, 0.35, 0.25): 0.6 + 0.35 + 0.125."""
+    scores_TE = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.3, 0.35, 0.35]])
+    loss = balance_loss(scores_TE, torch.tensor([[0, 1], [0, 1], [2, 0]]))
+    torch.testing.assert_close(loss, torch.tensor(1.075))
+
+
+def test_correction_moves_by_rate_times_sign():
+    moved = moved_correction(torch.tensor([0.5, 0.0, -0.5, 0.0]), torch.tensor([9, 4, 1, 2]), 0.1)
+    torch.testing.assert_close(moved, torch.tensor([0.4, 0.0, -0.4, 0.1]))  # the mean load is 4
+
+
+@pytest.mark.parametrize("kind", ["tc", "dsmoe"])
+def test_update_moves_the_correction_only_with_balance_bias(kind):
+    report = RoutingReport(torch.tensor([3, 1]), {})
+    router = ROUTERS[kind](4, RouterConfig(kind, 2, balance="bias", balance_rate=0.25))
+    for _ in range(2):
+        update_routing_state([router], [report])
+    assert router.correction.tolist() == [-0.5, 0.5]
+    still = ROUTERS[kind](4, RouterConfig(kind, 2, balance="none"))
+    update_routing_state([still], [report])
+    assert still.correction is None or still.correction.tolist() == [0, 0]
+
+
+def test_update_moves_the_threshold_by_its_moving_average():
+    router = ROUTERS["diffmoe"](4, RouterConfig("diffmoe", 2, threshold_decay=0.75))
+    router.threshold.copy_(torch.tensor([0.4, 0.8]))
+    update_routing_state([router], [RoutingReport(torch.tensor([1, 1]), {}, torch.tensor([0.8, 0.4]))])
+    torch.testing.assert_close(router.threshold, torch.tensor([0.5, 0.7]))  # 0.75 old + 0.25 new
+
+
+def test_every_router_gets_its_own_report():
+    model = torch.nn.Sequential(
+        *(MoEFeedForward(8, 8, RouterConfig("tc", 2, top_k=1, balance="bias", balance_rate=1.0)) for _ in range(2))
+    )
+    routers = routers_of(model)
+    assert [id(router) for router in routers] == [id(layer.router) for layer in model]
+    update_routing_state(routers, [RoutingReport(torch.tensor(c), {}) for c in ([2, 0], [0, 2])])
+    assert [router.correction.tolist() for router in routers] == [[-1, 1], [1, -1]]
+
+
+@pytest.mark.parametrize("kind", ["tc", "dsmoe"])
+def test_bias_evens_out_a_skewed_load(kind):
+    """A constant feature makes every token prefer expert 0; the correction takes the load down to even."""
+    router = ROUTERS[kind](8, RouterConfig(kind, 4, top_k=1, balance="bias", balance_rate=0.01))
+    with torch.no_grad():
+        router.weight.normal_()
+        router.weight[:, 0] = torch.tensor([4.0, 0.0, 0.0, 0.0])
+    x_BND = torch.randn(2, 128, 8)
+    x_BND[..., 0] = 1
+    start = router(x_BND).report.counts_E
+    for _ in range(100):
+        update_routing_state([router], [router(x_BND).report])
+    end = router(x_BND).report.counts_E
+    assert start.sum() == end.sum() == 256
+    assert start[0] > 2 * 64 and start.min() < 0.5 * 64
+    assert end.max() < 1.1 * 64 and end.min() > 0.9 * 64

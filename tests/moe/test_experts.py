@@ -1,0 +1,143 @@
+"""The grouped experts against the loop over experts: output and every gradient."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_moe.moe import GroupedExperts, experts_loop, route_by_mask, route_by_token
+from diffusion_moe.moe.experts import activate
+
+KINDS = list(itertools.product(["swiglu", "gelu"], [True, False]))
+
+
+def make_experts(dim, expert_dim, num_experts, activation="swiglu", bias=True) -> GroupedExperts:
+    experts = GroupedExperts(dim, expert_dim, num_experts, activation, bias)
+    if bias:
+        for b in (experts.b_in, experts.b_out):
+            torch.nn.init.normal_(b)
+    return experts
+
+
+def outputs_and_gradients(function, experts, x_TD, routing, weight):
+    """Output, then the gradients of x, routing weights and all parameters for a random direction."""
+    y_TD = function(x_TD, routing)
+    direction = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(3))
+    inputs = (x_TD, weight, *experts.parameters())
+    # materialize_grads: a parameter the loop never touched has gradient zero.
+    return [y_TD, *torch.autograd.grad(y_TD.float(), inputs, direction, retain_graph=True, materialize_grads=True)]
+
+
+def assert_equals_loop(experts, x_TD, routing, weight):
+    fast = outputs_and_gradients(experts, experts, x_TD, routing, weight)
+    slow = outputs_and_gradients(lambda x, r: experts_loop(experts, x, r), experts, x_TD, routing, weight)
+    assert len(fast) == 3 + len(list(experts.parameters()))
+    for actual, expected in zip(fast, slow):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def route(expert_TK, num_experts):
+    """Random weights for given choices, and the leaf that holds them."""
+    weight_TK = torch.rand(expert_TK.shape, requires_grad=True)
+    return route_by_token(expert_TK, weight_TK, num_experts), weight_TK
+
+
+@pytest.mark.parametrize(("activation", "bias"), KINDS)
+def test_equals_the_loop(activation, bias):
+    experts = make_experts(8, 12, 5, activation, bias)
+    routing, weight = route(torch.rand(23, 5).argsort(1)[:, :2], 5)  # 23 tokens do not divide by 5 experts
+    assert_equals_loop(experts, torch.randn(23, 8, requires_grad=True), routing, weight)
+
+
+@pytest.mark.parametrize(("activation", "bias"), KINDS)
+@pytest.mark.parametrize("chosen", [[2, 4], [1]], ids=["some experts idle", "one expert has all"])
+def test_equals_the_loop_with_idle_experts(activation, bias, chosen):
+    experts = make_experts(8, 12, 5, activation, bias)
+    routing, weight = route(torch.tensor(chosen).expand(9, -1), 5)
+    assert [e for e, n in enumerate(routing.report.counts_E.tolist()) if n] == chosen
+    x_TD = torch.randn(9, 8, requires_grad=True)
+    assert_equals_loop(experts, x_TD, routing, weight)
+    experts(x_TD, routing).sum().backward()
+    idle = [e for e in range(5) if e not in chosen]
+    assert all(
+        torch.all(p.grad[idle] == 0) and torch.all(p.grad[chosen].flatten(1).any(1)) for p in experts.parameters()
+    )
+
+
+@pytest.mark.parametrize(("activation", "bias"), KINDS)
+def test_a_token_without_experts_gets_exactly_zero(activation, bias):
+    experts = make_experts(8, 12, 3, activation, bias)
+    chosen_TE = torch.rand(10, 3) < 0.4
+    chosen_TE[4], chosen_TE[0] = False, True
+    weight_TE = torch.rand(10, 3, requires_grad=True)
+    routing, x_TD = route_by_mask(chosen_TE, weight_TE), torch.randn(10, 8, requires_grad=True)
+    y_TD = experts(x_TD, routing)
+    assert torch.all(y_TD[4] == 0) and torch.all(y_TD[0] != 0)
+    assert_equals_loop(experts, x_TD, routing, weight_TE)
+    nothing = route_by_mask(torch.zeros_like(chosen_TE), weight_TE)
+    assert torch.equal(experts(x_TD, nothing), torch.zeros(10, 8))
+
+
+def test_one_assignment_is_the_plain_formula():
+    """SwiGLU takes gates first, then values; GELU is the tanh form; the weight multiplies the whole output."""
+    x = torch.randn(1, 4)
+    for activation in ("swiglu", "gelu"):
+        experts = make_experts(4, 6, 2, activation)
+        routing = route_by_token(torch.tensor([[1]]), torch.tensor([[0.3]]), 2)
+        h = x @ experts.w_in[1] + experts.b_in[1]
+        hidden = F.silu(h[:, :6]) * h[:, 6:] if activation == "swiglu" else F.gelu(h, approximate="tanh")
+        expected = 0.3 * (hidden @ experts.w_out[1] + experts.b_out[1])
+        torch.testing.assert_close(experts(x, routing), expected)
+        torch.testing.assert_close(activate(h, activation), hidden)
+
+
+@pytest.mark.parametrize(("activation", "bias"), KINDS)
+def test_autocast_stays_within_bfloat16_of_float32(activation, bias):
+    experts = make_experts(32, 32, 4, activation, bias)
+    routing, weight = route(torch.rand(64, 4).argsort(1)[:, :2], 4)
+    x_TD = torch.randn(64, 32, requires_grad=True)
+    expected = outputs_and_gradients(lambda x, r: experts_loop(experts, x, r), experts, x_TD, routing, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = outputs_and_gradients(experts, experts, x_TD, routing, weight)
+    assert actual[0].dtype == torch.float32
+    for a, e in zip(actual, expected):
+        error = float(((a - e).norm() / e.norm()).detach())
+        assert 1e-4 < error < 4 * 2.0**-8, f"relative error {error}: bfloat16 rounds to 2^-8, four roundings on the way"
+
+
+def test_the_sum_over_experts_runs_in_float32_under_autocast():
+    """1 + 2^-9 + 2^-9 is lost when partial sums are rounded to bfloat16."""
+    experts = make_experts(8, 8, 3, "gelu")
+    with torch.no_grad():
+        for p in experts.parameters():
+            p.zero_()
+        experts.b_out.copy_(torch.tensor([1.0, 2.0**-9, 2.0**-9])[:, None])
+    routing = route_by_token(torch.tensor([[0, 1, 2]]), torch.ones(1, 3), 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.all(experts(torch.zeros(1, 8), routing) == 1 + 2.0**-8)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_equals_the_loop_for_any_sizes(data):
+    tokens, experts, dim, width = (data.draw(st.integers(1, high)) for high in (17, 6, 9, 9))
+    top_k = data.draw(st.integers(1, experts))
+    activation, bias = data.draw(st.sampled_from(KINDS))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    routing, weight = route(torch.rand(tokens, experts).argsort(1)[:, :top_k], experts)
+    grouped = make_experts(dim, width, experts, activation, bias)
+    assert_equals_loop(grouped, torch.randn(tokens, dim, requires_grad=True), routing, weight)
+
+
+def test_experts_are_initialised_one_by_one():
+    """Xavier's bound is that of one expert's matrix, not of the stack; gate and value are drawn separately."""
+    experts = GroupedExperts(64, 48, 8, "swiglu", bias=True)
+    bound = (6 / (64 + 48)) ** 0.5
+    for w in (*experts.w_in, *experts.w_out):
+        assert 0.95 * bound < float(w.abs().max()) <= bound
+        assert float(w.var()) == pytest.approx(bound**2 / 3, rel=0.1)
+    assert torch.all(experts.b_in == 0) and torch.all(experts.b_out == 0)
+    assert not torch.equal(experts.w_in[0], experts.w_in[1])

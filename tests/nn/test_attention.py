@@ -1,0 +1,66 @@
+"""Attention against the softmax formula, head by head."""
+
+import pytest
+import torch
+
+from diffusion_moe.nn.attention import SelfAttention
+from diffusion_moe.nn.position import apply_rotary, rotary_table
+
+
+def plain_attention(layer: SelfAttention, x_ND: torch.Tensor, rotary=None) -> torch.Tensor:
+    """One image, one head at a time."""
+    heads, kv_heads, size = layer.num_heads, layer.num_kv_heads, layer.head_dim
+    queries, keys, values = layer.qkv(x_ND).split([heads * size, kv_heads * size, kv_heads * size], dim=1)
+    outs = []
+    for head in range(heads):
+        shared = head // (heads // kv_heads)  # consecutive query heads share a key and value head
+        q = layer.q_norm(queries[:, head * size : (head + 1) * size])
+        k = layer.k_norm(keys[:, shared * size : (shared + 1) * size])
+        v = values[:, shared * size : (shared + 1) * size]
+        if rotary is not None:
+            q, k = apply_rotary(q[None, None], rotary)[0, 0], apply_rotary(k[None, None], rotary)[0, 0]
+        exp = torch.exp(q @ k.T / size**0.5)
+        outs.append(exp / exp.sum(dim=1, keepdim=True) @ v)
+    return layer.proj(torch.cat(outs, dim=1))
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 4, 2, 1])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("axes", [0, 1, 2])
+def test_equals_the_softmax_formula(num_kv_heads, qk_norm, axes):
+    torch.manual_seed(0)
+    layer = SelfAttention(32, 4, num_kv_heads, qk_norm)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    rotary = rotary_table(3, 3, 8, axes) if axes else None
+    x_BND = torch.randn(2, 9, 32)
+    expected = torch.stack([plain_attention(layer, x_ND, rotary) for x_ND in x_BND])
+    torch.testing.assert_close(layer(x_BND, rotary), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant():
+    torch.manual_seed(0)
+    x_BND = torch.randn(1, 6, 16)
+    for qk_norm in (True, False):
+        layer = SelfAttention(16, 2, qk_norm=qk_norm)
+        torch.nn.init.zeros_(layer.qkv.bias)
+        before = layer(x_BND)
+        with torch.no_grad():
+            layer.qkv.weight[:32] *= 10
+        assert torch.allclose(layer(x_BND), before, atol=1e-4) == qk_norm
+
+
+def test_grouped_query_attention_has_fewer_rows():
+    assert SelfAttention(32, 4).qkv.out_features == 96
+    assert SelfAttention(32, 4, 1).qkv.out_features == 32 + 2 * 8
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_autocast_is_close_to_float32(qk_norm):
+    torch.manual_seed(0)
+    layer, x_BND, rotary = SelfAttention(32, 4, 2, qk_norm), torch.randn(2, 9, 32), rotary_table(3, 3, 8, 2)
+    expected = layer(x_BND, rotary)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = layer(x_BND, rotary)
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).norm() / expected.norm() < 2.0**-6
