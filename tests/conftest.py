@@ -7,8 +7,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)
 
@@ -24,10 +24,16 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def tiny() -> list[str]:
+@pytest.fixture(scope="session")
+def tiny_options() -> tuple[str, ...]:
     """Options that make the digits recipe small enough for tests."""
-    return list(TINY)
+    return tuple(TINY)
+
+
+@pytest.fixture
+def tiny(tiny_options: tuple[str, ...]) -> list[str]:
+    """The same, as a list of the test's own."""
+    return list(tiny_options)
 
 
 @pytest.fixture(autouse=True)

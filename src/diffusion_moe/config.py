@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -105,6 +105,10 @@ class ModelConfig:
     """The first blocks stay dense."""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            choices, value = get_args(hint), getattr(self, name)
+            if get_origin(hint) is Literal:
+                _require(value in choices, f"model.{name} is {value!r}; choose one of {', '.join(choices)}")
         for name in ("sample_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
         _require(

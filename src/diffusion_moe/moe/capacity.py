@@ -20,6 +20,11 @@ class CapacityPredictor(nn.Sequential):
             nn.init.zeros_(linear.bias)
         super().__init__(linears[0], nn.SiLU(), linears[1])
 
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Compute in the dtype of x_TD, whatever that of the weights: a router is in full precision."""
+        in_weight, in_bias, out_weight, out_bias = (parameter.to(x_TD.dtype) for parameter in self.parameters())
+        return F.linear(F.silu(F.linear(x_TD, in_weight, in_bias)), out_weight, out_bias)
+
 
 def capacity_loss(logits_TE: Tensor, token_EC: Tensor) -> Tensor:
     """Binary cross-entropy of the predictor against who was chosen, mean over tokens and experts (DiffMoE)."""

@@ -51,6 +51,10 @@ class MoEFeedForward(nn.Module):
         shared_bias: bool = False,
     ) -> None:
         super().__init__()
+        if activation not in ("gelu", "swiglu"):
+            raise ValueError(f"activation is {activation!r}; choose gelu or swiglu")
+        if shared not in ("none", "identity", "gelu", "swiglu"):
+            raise ValueError(f"shared is {shared!r}; choose none, identity, gelu or swiglu")
         self.router = ROUTERS[router.kind](dim, router)
         self.experts = GroupedExperts(dim, expert_dim, router.num_experts, activation, bias)
         self.add_input = shared == "identity"

@@ -18,11 +18,21 @@ _ALIGNMENT = 16  # bytes; grouped_mm wants every stride but the unit one to be a
 
 
 def _takes_grouped_mm(*operands: Tensor) -> bool:
-    return all(
-        x.dtype in (torch.bfloat16, torch.float32)
-        and all(stride == 1 or stride * x.element_size() % _ALIGNMENT == 0 for stride in x.stride())
-        for x in operands
-    )
+    return all(x.dtype in (torch.bfloat16, torch.float32) and _has_aligned_matrices(x) for x in operands)
+
+
+def _has_aligned_matrices(x: Tensor) -> bool:
+    """Row-major or column-major without overlap, every stride but the unit one aligned: what grouped_mm asserts."""
+    unit = _ALIGNMENT // x.element_size()
+    outer, (row, column), (rows, columns) = x.stride()[:-2], x.stride()[-2:], x.shape[-2:]
+    row_major = column == 1 and row >= columns and row % unit == 0
+    column_major = row == 1 and column >= rows and column % unit == 0
+    return (row_major or column_major) and all(stride % unit == 0 for stride in outer)
+
+
+def _aligned(columns: int, x: Tensor) -> bool:
+    """Whether a result of that width is laid out without padding, as the fake kernels promise."""
+    return columns * x.element_size() % _ALIGNMENT == 0
 
 
 @torch.library.custom_op("diffusion_moe::gmm", mutates_args=())
@@ -38,7 +48,7 @@ def gmm(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
     """
     if len(x_AD) == 0:
         return x_AD.new_empty(0, w_EDF.shape[2])
-    if _takes_grouped_mm(x_AD, w_EDF) and w_EDF.shape[2] * x_AD.element_size() % _ALIGNMENT == 0:
+    if _takes_grouped_mm(x_AD, w_EDF) and _aligned(w_EDF.shape[2], x_AD):
         return F.grouped_mm(x_AD, w_EDF, offs=offsets_E)
     return gmm_loop(x_AD, w_EDF, offsets_E)
 
@@ -48,7 +58,7 @@ def gmm_wgrad(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor) -> Tensor:
     """Expert e's rows of x_AD, transposed, times its rows of y_AF: the gradient of `gmm` in w_EDF, (E, D, F)."""
     if len(x_AD) == 0:
         return x_AD.new_zeros(len(offsets_E), x_AD.shape[1], y_AF.shape[1])
-    if _takes_grouped_mm(x_AD, y_AF):
+    if _takes_grouped_mm(x_AD, y_AF) and _aligned(y_AF.shape[1], y_AF):
         return F.grouped_mm(x_AD.T, y_AF, offs=offsets_E)
     return gmm_wgrad_loop(x_AD, y_AF, offsets_E)
 

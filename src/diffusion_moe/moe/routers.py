@@ -54,6 +54,10 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if self.kind not in ROUTERS:
             raise ValueError(f"router kind {self.kind!r} is unknown; choose one of {', '.join(ROUTERS)}")
+        if self.balance not in ("none", "aux", "bias"):
+            raise ValueError(f"balance is {self.balance!r}; choose none, aux or bias")
+        if self.inference_pool not in ("image", "batch"):
+            raise ValueError(f"inference_pool is {self.inference_pool!r}; choose image or batch")
         if not 0 < self.top_k <= self.num_experts:
             raise ValueError(f"top_k is {self.top_k}; choose 1 to num_experts {self.num_experts}")
         if not 0 < self.capacity <= self.num_experts:

@@ -57,7 +57,7 @@ def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
         )
     if model.num_classes not in (0, len(dataset.class_names)):
         raise ValueError(
-            f"the data has {len(dataset.class_names)} classes, but model.num_classes is {model.num_classes}"
+            f"model.num_classes is {model.num_classes}, but the data has {len(dataset.class_names)} classes"
         )
 
 

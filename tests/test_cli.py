@@ -1,0 +1,241 @@
+"""The command as a user meets it."""
+
+import json
+
+import pytest
+import yaml
+
+from diffusion_moe.cli import main
+from diffusion_moe.config import SECTIONS, find_recipe, recipe_names
+from diffusion_moe.parsing import read_recipe
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of the command."""
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_options):
+    """A tiny finished run."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    assert main(["train", "digits", "--output_dir", str(folder), *tiny_options, "--training.steps=4"]) == 0
+    return folder
+
+
+MISTAKES = {
+    "unknown option": (["--model.dept=4"], "did you mean --model.depth"),
+    "abbreviated option": (["--model.dep=4"], "did you mean --model.depth"),
+    "wrong type": (["--model.depth=four"], "model.depth is four; expected int"),
+    "fraction for an integer": (["--training.steps=1.5"], "training.steps is 1.5"),
+    "unknown choice": (["--model.router=best"], "model.router is best; expected Literal['dense', 'tc'"),
+    "number out of range": (["--training.steps=0"], "training.steps is 0"),
+    "experts": (["--model.top_k=9"], "model.top_k is 9, more than model.num_experts 8"),
+    "groups": (["--model.num_groups=3"], "model.num_experts 8 is not divisible by model.num_groups 3"),
+    "heads": (["--model.num_heads=5"], "model.num_heads 5"),
+    "rotary": (["--model.hidden_size=60", "--model.num_heads=6"], "model.position rope2d"),
+    "several processes": (["--parallel.shard=2"], "1 x 2 x 1 = 2"),
+    "missing folder path": (["--data.kind=folder"], "data.path is missing"),
+    "missing folder": (["--data.kind=folder", "--data.path=/no/such"], "data.path /no/such is not a folder"),
+    "shape of the data": (["--model.sample_size=16"], "(1, 16, 16)"),
+    "classes of the data": (["--model.num_classes=7"], "model.num_classes is 7, but the data has 10 classes"),
+    "no GPU": (["--training.device=cuda"], "no CUDA device"),
+    "accumulation": (["--training.accumulation=3"], "not divisible by training.accumulation 3"),
+    "resume": (["--resume=maybe"], "resume is maybe"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(capsys, tmp_path, mistake):
+    options, expected = MISTAKES[mistake]
+    status, out, err = run(capsys, "train", "digits", "--output_dir", tmp_path / "run", *options)
+    assert status == 2
+    assert expected in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+RECIPES = {
+    "misspelled key": ("model:\n  dept: 4\n", "model.dept; did you mean model.depth"),
+    "misspelled section": ("modle:\n  depth: 4\n", "there is no modle; did you mean model"),
+    "wrong type": ("training:\n  steps: many\n", "training.steps is many; expected int"),
+    "not YAML": ("model: [", "cannot read recipe"),
+    "a list": ("- 1\n", "not a mapping of sections"),
+    "a number for a section": ("model: 4\n", "model is 4; expected a mapping"),
+    "a list for a number": ("model:\n  depth: [1, 2]\n", "model.depth is"),
+    "empty": ("", "not a mapping of sections"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_wrong_recipe_file_is_one_line(capsys, tmp_path, case):
+    text, expected = RECIPES[case]
+    (tmp_path / "wrong.yaml").write_text(text)
+    status, _, err = run(capsys, "train", tmp_path / "wrong.yaml", "--output_dir", tmp_path / "run")
+    assert status == 2
+    assert expected in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "digit"], "did you mean digits"),
+        (["train", "no/such.yaml"], "no recipe file no/such.yaml"),
+        (["train"], "the recipe is missing"),
+        (["trian", "digits"], "did you mean train"),
+        (["sample", "/no/such/run"], "there is no folder /no/such/run"),
+        (["sample"], "the run folder is missing"),
+        (["evaluate", "."], "has no recipe.yaml"),
+        (["recipes", "--all"], "there is no --all"),
+    ],
+)
+def test_other_mistakes_are_one_line_too(capsys, arguments, expected):
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_print_config_shows_every_field_and_reads_back(capsys, tmp_path):
+    status, out, _ = run(capsys, "train", "digits", "--model.num_experts", 4, "--print_config")
+    assert status == 0
+    printed = yaml.safe_load(out)
+    assert printed.keys() == SECTIONS.keys()
+    assert all(printed[name].keys() == SECTIONS[name].__dataclass_fields__.keys() for name in SECTIONS)
+    (tmp_path / "again.yaml").write_text(out)
+    assert read_recipe(str(tmp_path / "again.yaml")) == read_recipe("digits", ["--model.num_experts=4"])
+
+
+def test_help_explains_every_option(capsys):
+    status, out, _ = run(capsys, "train", "--help")
+    assert status == 0
+    text = " ".join(out.split())
+    for name, section in SECTIONS.items():
+        for field in section.__dataclass_fields__:
+            assert f"--{name}.{field}" in text
+    assert "Experts a token is sent to (tc, dsmoe)." in text
+
+
+@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "analyze", "recipes"])
+def test_every_verb_has_help(capsys, verb):
+    status, out, _ = run(capsys, verb, "--help")
+    assert status == 0
+    assert f"diffusion-moe {verb}" in out
+    assert verb in run(capsys, "--help")[1]
+
+
+def test_every_option_of_a_dataclass_has_a_docstring():
+    for section in SECTIONS.values():
+        import inspect
+
+        source = inspect.getsource(section)
+        for field in section.__dataclass_fields__:
+            following = source.split(f"    {field}: ", 1)[1].split("\n", 1)[1]
+            assert following.lstrip().startswith('"""'), (section.__name__, field)
+
+
+def test_recipes_are_listed_with_their_sizes(capsys):
+    status, out, _ = run(capsys, "recipes")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == recipe_names()
+
+
+def test_every_shipped_recipe_can_be_read():
+    for name in recipe_names():
+        assert read_recipe(find_recipe(name)) == read_recipe(name)
+
+
+def test_running_again_resumes_and_another_recipe_is_refused(capsys, trained, tiny):
+    command = ["train", "digits", "--output_dir", trained, *tiny]
+    assert "already at the last step" in run(capsys, *command, "--training.steps=4")[1]
+    before = (trained / "recipe.yaml").read_text()
+    status, _, err = run(capsys, *command, "--training.steps=4", "--optimizer.learning_rate=0.5", "--model.top_k=1")
+    assert status == 2
+    assert "optimizer.learning_rate: 0.001 -> 0.5" in err
+    assert "model.top_k: 2 -> 1" in err
+    assert (trained / "recipe.yaml").read_text() == before
+    status, _, err = run(capsys, *command, "--training.steps=4", "--resume=never")
+    assert status == 2
+    assert "--resume is never" in err
+    # Under a cosine schedule another number of steps is another course of training.
+    assert "training.steps: 4 -> 8" in run(capsys, *command, "--training.steps=8")[2]
+
+
+def test_a_folder_of_other_files_is_refused(capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    status, _, err = run(capsys, "train", "digits", "--output_dir", tmp_path)
+    assert status == 2
+    assert "no recipe.yaml" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_sample_writes_a_grid_with_its_record(capsys, trained):
+    status, out, _ = run(capsys, "sample", trained, "--per_class=2", "--steps=2", "--classes=[3,7]")
+    assert status == 0
+    picture = trained / "samples" / "grid-seed0-euler2-guidance1.5.png"
+    assert str(picture) in out
+    record = json.loads(picture.with_suffix(".json").read_text())
+    assert record["labels"] == [3, 3, 7, 7]
+    assert (record["solver"], record["function_evaluations"], record["guidance_scale"]) == ("euler", 2, 1.5)
+
+
+def test_sample_writes_arrays_and_single_pictures(capsys, trained, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    options = ["--per_class=1", "--steps=2", "--classes=[1,4]"]
+    run(capsys, "sample", trained, *options, "--format=npz", "--output", tmp_path / "x.npz")
+    run(capsys, "sample", trained, *options, "--format=png", "--output", tmp_path / "pictures")
+    arrays = np.load(tmp_path / "x.npz")
+    assert arrays["labels"].tolist() == [1, 4]
+    names = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
+    assert names == ["class0001-000000.png", "class0004-000001.png"]
+    pictures = [np.array(Image.open(tmp_path / "pictures" / name)) for name in names]
+    np.testing.assert_array_equal(np.stack(pictures), arrays["images"][..., 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--classes=[10]"], "class 10 is out of range; the model has classes 0 to 9"),
+        (["--classes=[-1]"], "class -1 is out of range"),
+        (["--classes=cat"], "classes is cat"),
+        (["--per_class=0"], "per_class is 0"),
+        (["--solver=rk4"], "solver is rk4"),
+        (["--guidance_interval=[0.5,0.2]"], "guidance_interval is 0.5, 0.2"),
+        (["--num_samples=3"], "there is no --num_samples"),
+    ],
+)
+def test_a_wrong_sampling_option_is_one_line_and_writes_nothing(capsys, trained, options, expected):
+    before = sorted(trained.rglob("*"))
+    status, _, err = run(capsys, "sample", trained, *options)
+    assert status == 2
+    assert expected in err
+    assert err.count("\n") == 1
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_evaluate_and_analyze_write_what_they_say(capsys, trained, monkeypatch):
+    monkeypatch.setattr("diffusion_moe.evaluation.features.EPOCHS", 2)
+    status, out, _ = run(capsys, "evaluate", trained, "--num_samples=20", "--steps=2")
+    assert status == 0
+    assert "recognised as their class" in out
+    result = json.loads((trained / "evaluation.json").read_text())
+    keys = ["recognised", "frechet", "nearest_neighbour"]
+    assert all(isinstance(result[key], float) and isinstance(result[f"{key}_real"], float) for key in keys)
+    assert (result["num_samples"], result["steps"], result["training_steps"]) == (20, 2, 4)
+    status, out, _ = run(capsys, "analyze", trained)
+    assert status == 0
+    assert {path.name for path in (trained / "figures").iterdir()} == {"loss.png", "experts.png"}
+
+
+def test_an_unfinished_run_cannot_be_sampled(capsys, tmp_path, trained):
+    (tmp_path / "recipe.yaml").write_text((trained / "recipe.yaml").read_text())
+    status, _, err = run(capsys, "sample", tmp_path)
+    assert status == 2
+    assert "no trained model yet" in err

@@ -1,0 +1,136 @@
+"""Checkpoints: whole, verified, and never the loss of an older one."""
+
+import json
+
+import pytest
+import torch
+
+from diffusion_moe.data import batches_from, load_dataset
+from diffusion_moe.parsing import read_recipe
+from diffusion_moe.training.checkpoint import (
+    CheckpointError,
+    checkpoints_in,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
+from diffusion_moe.training.step import make_state, train_step
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(tiny):
+    return read_recipe("digits", [*tiny, "--model.router=diffmoe", "--optimizer.schedule=constant"])
+
+
+def run(recipe, state, steps):
+    data = load_dataset(recipe.data, "train")
+    for draws in batches_from(state.step, state.step + steps, len(data), recipe.training.batch_size, 0):
+        train_step(state, recipe, data.__getitems__(draws))
+
+
+def everything(state):
+    tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in state.ema.state_dict().items()}
+    for name, parameter in state.model.named_parameters():
+        tensors |= {f"{k}.{name}": v for k, v in state.optimizer.state[parameter].items()}
+    return tensors
+
+
+def test_a_restored_state_goes_on_bit_for_bit(recipe, tmp_path):
+    state = make_state(recipe, CPU)
+    run(recipe, state, 3)
+    path = save_checkpoint(tmp_path, state, keep=2)
+    run(recipe, state, 3)
+    restored = make_state(recipe, CPU)
+    load_checkpoint(path, restored)
+    assert restored.step == 3
+    run(recipe, restored, 3)
+    expected, found = everything(state), everything(restored)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_newest_are_kept_and_leftovers_go(recipe, tmp_path):
+    state = make_state(recipe, CPU)
+    (tmp_path / "step-00000001.partial").mkdir()
+    for _ in range(4):
+        run(recipe, state, 1)
+        save_checkpoint(tmp_path, state, keep=2)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000004", "step-00000003"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def _truncate(path):
+    data = (path / "ema.safetensors").read_bytes()
+    (path / "ema.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def _flip_a_bit(path):
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (path / "model.safetensors").write_bytes(data)
+
+
+def _lose_a_file(path):
+    (path / "optimizer.safetensors").unlink()
+
+
+def _lose_the_manifest(path):
+    (path / "state.json").unlink()
+
+
+def _cut_the_manifest(path):
+    (path / "state.json").write_text((path / "state.json").read_text()[:20])
+
+
+def _replace_the_manifest(path):
+    (path / "state.json").write_text(json.dumps([1, 2]))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_truncate, _flip_a_bit, _lose_a_file, _lose_the_manifest, _cut_the_manifest, _replace_the_manifest],
+)
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(recipe, tmp_path, damage):
+    state = make_state(recipe, CPU)
+    run(recipe, state, 1)
+    good = save_checkpoint(tmp_path, state, keep=3)
+    at_one = {name: tensor.clone() for name, tensor in everything(state).items()}
+    run(recipe, state, 1)
+    bad = save_checkpoint(tmp_path, state, keep=3)
+    damage(bad)
+    with pytest.raises(CheckpointError, match="step-00000002"):
+        load_checkpoint(bad, make_state(recipe, CPU))
+    restored = make_state(recipe, CPU)
+    path, problems = load_latest(tmp_path, restored)
+    assert path == good
+    assert len(problems) == 1
+    assert "step-00000002" in problems[0]
+    assert restored.step == 1
+    assert all(torch.equal(tensor, at_one[name]) for name, tensor in everything(restored).items())
+
+
+def test_a_failed_save_leaves_the_older_checkpoint_whole(recipe, tmp_path, monkeypatch):
+    state = make_state(recipe, CPU)
+    run(recipe, state, 1)
+    good = save_checkpoint(tmp_path, state, keep=1)
+    run(recipe, state, 1)
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusion_moe.training.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, state, keep=1)
+    assert load_latest(tmp_path, make_state(recipe, CPU)) == (good, [])
+
+
+def test_another_models_checkpoint_is_refused(recipe, tmp_path, tiny):
+    state = make_state(recipe, CPU)
+    run(recipe, state, 1)
+    path = save_checkpoint(tmp_path, state, keep=1)
+    other = make_state(read_recipe("digits", [*tiny, "--model.router=dense"]), CPU)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_checkpoint(path, other)

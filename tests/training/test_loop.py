@@ -1,0 +1,214 @@
+"""The loop: killed and interrupted runs end where an uninterrupted one does."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion_moe.parsing import read_recipe
+from diffusion_moe.training.loop import train
+
+STEPS = 12
+
+
+def options(tiny, router="diffmoe"):
+    return [
+        *tiny,
+        f"--model.router={router}",
+        "--data.flip=true",
+        f"--training.steps={STEPS}",
+        "--training.checkpoint_every=4",
+        "--logging.every=1",
+    ]
+
+
+def quietly(line):
+    """Takes what the loop says."""
+
+
+def start(arguments, folder):
+    command = [sys.executable, "-m", "diffusion_moe", "train", "digits", "--output_dir", str(folder), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def wait_for_step(process, folder, step):
+    """Read what the run prints until it has logged a step."""
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        assert process.poll() is None, process.stdout.read()
+
+
+def final_state(folder):
+    path = folder / "checkpoints" / f"step-{STEPS:08d}"
+    files = ("model", "ema", "optimizer")
+    return {f"{file}.{k}": v for file in files for k, v in load_file(path / f"{file}.safetensors").items()}
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def assert_same_run(one, other):
+    expected, found = final_state(one), final_state(other)
+    assert expected.keys() == found.keys()
+    different = [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert not different
+    assert losses(one) == losses(other)
+
+
+@pytest.fixture
+def uninterrupted(tiny, tmp_path):
+    folder = tmp_path / "whole"
+    process = start(options(tiny), folder)
+    assert process.communicate()[0].endswith("model\n")
+    return folder
+
+
+def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, uninterrupted):
+    """SIGKILL at a random step; weights, average, optimizer, order, flips and thresholds end the same."""
+    folder = tmp_path / "killed"
+    step = random.SystemRandom().randint(1, STEPS - 2)
+    process = start([*options(tiny), "--data.num_workers=1"], folder)
+    wait_for_step(process, folder, step)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "model").exists()
+    output = start(options(tiny), folder).communicate()[0]
+    assert ("resuming from" in output) == (step >= 5), output
+    assert_same_run(uninterrupted, folder)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_says_how_to_go_on_and_resumes(tiny, tmp_path, uninterrupted, number, status):
+    folder = tmp_path / "interrupted"
+    process = start(options(tiny), folder)
+    wait_for_step(process, folder, 2)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    assert process.returncode == status, output
+    assert "Run the same command again to go on." in output
+    assert "Traceback" not in output
+    again = start(options(tiny), folder)
+    assert "resuming from" in again.communicate()[0]
+    assert again.returncode == 0
+    assert_same_run(uninterrupted, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["dense", "tc", "ec", "dsmoe"])
+def test_every_rule_resumes_bit_for_bit_after_a_kill(tiny, tmp_path, router):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start(options(tiny, router), whole).communicate()
+    for _ in range(3):
+        process = start(options(tiny, router), killed)
+        done = len(losses(killed)) if (killed / "metrics.jsonl").exists() else 0
+        wait_for_step(process, killed, random.SystemRandom().randint(min(done + 1, STEPS - 1), STEPS - 1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    start(options(tiny, router), killed).communicate()
+    assert_same_run(whole, killed)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(tiny, tmp_path):
+    recipe = read_recipe("digits", options(tiny))
+    train(recipe, tmp_path / "whole", say=quietly)
+    train(recipe, tmp_path / "damaged", say=quietly)
+    newest = tmp_path / "damaged" / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    lines = []
+    train(recipe, tmp_path / "damaged", say=lines.append)
+    assert any("warning" in line and "model.safetensors has" in line for line in lines)
+    assert any("resuming from" in line and "step-00000008" in line for line in lines)
+    assert_same_run(tmp_path / "whole", tmp_path / "damaged")
+
+
+def test_if_no_checkpoint_is_good_training_does_not_silently_start_anew(tiny, tmp_path):
+    recipe = read_recipe("digits", options(tiny))
+    train(recipe, tmp_path, say=quietly)
+    for path in tmp_path.glob("checkpoints/*/state.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        train(recipe, tmp_path, say=quietly)
+
+
+def test_a_longer_run_of_the_same_recipe_continues(tiny, tmp_path):
+    arguments = [*options(tiny), "--optimizer.schedule=constant"]
+    train(read_recipe("digits", [*arguments, f"--training.steps={STEPS // 2}"]), tmp_path / "longer", say=quietly)
+    train(read_recipe("digits", arguments), tmp_path / "longer", say=quietly)
+    train(read_recipe("digits", arguments), tmp_path / "whole", say=quietly)
+    assert_same_run(tmp_path / "whole", tmp_path / "longer")
+
+
+def test_the_run_folder_is_as_documented(tiny, tmp_path):
+    arguments = [option for option in options(tiny) if "tensorboard" not in option]
+    recipe = read_recipe("digits", arguments)
+    train(recipe, tmp_path, say=quietly)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"recipe.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "model"}
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000012", "step-00000008"}
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"step", "loss", "grad_norm", "learning_rate", "images_per_second", "loss_capacity"} <= row.keys()
+
+
+def test_the_saved_model_is_the_average(tiny, tmp_path):
+    from diffusion_moe import DiT
+
+    train(read_recipe("digits", options(tiny)), tmp_path, say=quietly)
+    saved = DiT.from_pretrained(tmp_path / "model").state_dict()
+    average = load_file(tmp_path / "checkpoints" / f"step-{STEPS:08d}" / "ema.safetensors")
+    assert saved.keys() == average.keys()
+    assert all(torch.equal(saved[name], average[name]) for name in saved)
+
+
+def test_a_terminal_gets_a_bar(tiny, tmp_path):
+    """On a pseudo-terminal standard error shows a bar with step, loss and speed."""
+    import pty
+
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "diffusion_moe", "train", "digits", "--output_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [*command, *options(tiny)],
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(terminal)
+    shown = b""
+    try:
+        while part := os.read(master, 4096):
+            shown += part
+    except OSError:  # the other end is closed
+        pass
+    process.communicate()
+    os.close(master)
+    assert process.returncode == 0
+    assert b"step 12/12" in shown
+    assert b"images/s" in shown
+
+
+def test_unreadable_images_are_counted_in_the_metrics(tiny, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(np.full((8, 8), 16 * i, dtype=np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
+    Path(tmp_path / "images" / "a" / "0.png").write_bytes(b"broken")
+    changes = ["--data.kind=folder", f"--data.path={tmp_path / 'images'}", "--model.num_classes=2"]
+    changes += ["--data.test_fraction=0", "--data.on_corrupt=skip"]
+    lines = []
+    train(read_recipe("digits", [*options(tiny), *changes]), tmp_path / "run", say=lines.append)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped_images"] == STEPS  # each step of 16 draws each of the 16 images once
+    assert any(f"{STEPS} unreadable images" in line for line in lines)

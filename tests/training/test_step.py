@@ -1,0 +1,122 @@
+"""One training step."""
+
+import pytest
+import torch
+
+from diffusion_moe.data import Batch, batches_from, load_dataset
+from diffusion_moe.parsing import read_recipe
+from diffusion_moe.training.step import NonFiniteError, make_state, micro_batch_loss, train_step
+
+CPU = torch.device("cpu")
+
+
+def first_batch(recipe):
+    data = load_dataset(recipe.data, "train")
+    return data.__getitems__(next(batches_from(0, 1, len(data), recipe.training.batch_size, recipe.training.seed)))
+
+
+def snapshot(state):
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, module in (("model", state.model), ("ema", state.ema))
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tiny):
+    """Without routing over the batch, splitting a step changes rounding only."""
+    states = []
+    for accumulation in (1, 4):
+        recipe = read_recipe("digits", [*tiny, "--model.router=dsmoe", f"--training.accumulation={accumulation}"])
+        state = make_state(recipe, CPU)
+        result = train_step(state, recipe, first_batch(recipe))
+        states.append((state, result))
+    (whole, one), (split, two) = states
+    assert one.loss == pytest.approx(two.loss, rel=1e-5)
+    assert one.grad_norm == pytest.approx(two.grad_norm, rel=1e-4)
+    assert one.imbalance == pytest.approx(two.imbalance)
+    for name, tensor in whole.model.state_dict().items():
+        if name.endswith("correction"):
+            assert torch.equal(tensor, split.model.state_dict()[name])
+    grads = zip(whole.model.parameters(), split.model.parameters(), strict=True)
+    for a, b in grads:
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("router", ["dense", "tc", "ec", "diffmoe", "dsmoe"])
+def test_every_rule_learns_one_batch(tiny, router):
+    recipe = read_recipe(
+        "digits", [*tiny, f"--model.router={router}", "--optimizer.learning_rate=3e-3", "--optimizer.schedule=constant"]
+    )
+    state, batch = make_state(recipe, CPU), first_batch(recipe)
+    losses = [train_step(state, recipe, batch).loss for _ in range(60)]
+    assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:5]) / 5
+
+
+@pytest.mark.parametrize("router", ["diffmoe", "dsmoe"])
+def test_routing_state_moves_once_a_step_and_only_then(tiny, router):
+    recipe = read_recipe("digits", [*tiny, f"--model.router={router}", "--training.accumulation=2"])
+    state, batch = make_state(recipe, CPU), first_batch(recipe)
+    buffer = state.model.routers()[0].threshold if router == "diffmoe" else state.model.routers()[0].correction
+    micro_batch_loss(state.model, recipe, batch, 1, torch.arange(16))
+    assert buffer.abs().max() == 0
+    train_step(state, recipe, batch)
+    if router == "dsmoe":  # one step of the sign rule, whatever the number of micro-batches
+        rate = torch.tensor(recipe.model.balance_rate)
+        assert set(buffer.abs().tolist()) <= {0.0, rate.item()}
+    assert buffer.abs().max() > 0
+
+
+def test_a_sample_keeps_its_noise_time_and_dropout_in_any_micro_batch(tiny):
+    recipe = read_recipe("digits", [*tiny, "--model.router=dense"])
+    state, batch = make_state(recipe, CPU), first_batch(recipe)
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        whole = micro_batch_loss(state.model, recipe, batch, 3, torch.arange(16)).velocity
+        parts = [
+            micro_batch_loss(state.model, recipe, Batch(batch.images[rows], batch.labels[rows]), 3, rows).velocity
+            for rows in torch.arange(16).split(4)
+        ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_touches_nothing_and_is_named(tiny, where):
+    recipe = read_recipe("digits", tiny)
+    state, batch = make_state(recipe, CPU), first_batch(recipe)
+    train_step(state, recipe, batch)
+    if where == "loss":
+        batch = batch._replace(images=torch.full_like(batch.images, torch.nan))
+    else:
+        state.model.x_embedder.weight.register_hook(lambda grad: grad * torch.inf)
+    before, moments = snapshot(state), [value["exp_avg"].clone() for value in state.optimizer.state.values()]
+    with pytest.raises(NonFiniteError, match="step 2"):
+        train_step(state, recipe, batch)
+    assert state.step == 1
+    for name, tensor in snapshot(state).items():
+        assert torch.equal(tensor, before[name]), name
+    for old, value in zip(moments, state.optimizer.state.values(), strict=True):
+        assert torch.equal(old, value["exp_avg"])
+
+
+def test_bf16_is_close_to_float32(tiny):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        recipe = read_recipe("digits", [*tiny, f"--training.precision={precision}", "--optimizer.schedule=constant"])
+        state, batch = make_state(recipe, CPU), first_batch(recipe)
+        losses.append([train_step(state, recipe, batch).loss for _ in range(10)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0] != losses[1]
+
+
+def test_label_dropout_replaces_the_given_share(tiny):
+    """With all labels dropped the model sees the null class only: its embedding alone gets a gradient."""
+    recipe = read_recipe("digits", [*tiny, "--diffusion.class_dropout=1.0"])
+    state = make_state(recipe, CPU)
+    batch = first_batch(recipe)
+    for _ in range(3):  # the zero-initialised layers let nothing through before they have moved
+        train_step(state, recipe, batch)
+    grad = state.model.y_embedder.weight.grad
+    assert grad[-1].abs().max() > 0
+    assert grad[:-1].abs().max() == 0
