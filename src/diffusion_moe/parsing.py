@@ -25,6 +25,7 @@ def make_parser(verb: str, description: str, sections: Mapping[str, type] | None
         description=description,
         allow_abbrev=False,
         exit_on_error=False,
+        print_config=None,
         default_env=False,
     )
     for name, section in (sections or {}).items():
@@ -47,12 +48,12 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 
 
 def _one_line(message: str, parser: ArgumentParser) -> str:
-    typed = re.search(r'Parser key "([^"]+)":\s+(.*?)\s*Got value: (.*)$', message, re.DOTALL)
+    typed = re.search(r'Parser key "([^"]+)":(.*?)(?:Got value|Given value): (.*)$', message, re.DOTALL)
     if typed:
-        name, expected, value = typed.groups()
-        expected = re.sub(r"<class '(\w+)'>", r"\1", expected.replace("typing.", ""))
-        expected = re.sub(r"^Expected a |\.$", "", " ".join(expected.split()).strip())
-        return f"{name} is {value.strip()}; expected {expected}"
+        name, problem, value = typed.groups()
+        expected = re.findall(r"Expected an? (.+?)\.?\s*$", problem, re.MULTILINE)
+        wanted = " or ".join(re.sub(r"typing\.|<class '(\w+)'>", r"\1", kind) for kind in expected)
+        return f"{name} is {value.strip()}; expected {wanted.replace('NoneType', 'null')}"
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
         return unknown_name(unknown[1].split("=")[0], [option for a in parser._actions for option in a.option_strings])
