@@ -62,8 +62,8 @@ def page(results: dict[str, list[dict]]) -> str:
         f"deviation over {len(SEEDS)} seeds. Scores are of {first['num_samples']} images each, {first['solver']} with "
         f"{first['steps']} steps, guidance {first['guidance_scale']}, averaged weights.",
         "",
-        f"Real held-out digits: {first['recognised_real']:.1%} recognised; Fréchet distance of the training split to the "
-        f"held-out one {first['frechet_real']:.2f}; distance to the nearest training image "
+        f"Real held-out digits: {first['recognised_real']:.1%} recognised; Fréchet distance of the training "
+        f"to the held-out split {first['frechet_real']:.2f}; distance to the nearest training image "
         f"{first['nearest_neighbour_real']:.3f}.",
         "",
         "| rule | | parameters | activated | training loss | recognised | Fréchet | nearest neighbour | imbalance |",
@@ -85,7 +85,7 @@ def page(results: dict[str, list[dict]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Training loss: mean of the last ten logged steps. Imbalance: load of the busiest expert over the mean load, at "
+        "Training loss: mean of the last ten logged steps. Imbalance: load of the busiest expert over the mean load at "
         "the end of training (1 is even). Differences within the spread of the seeds say nothing: this page shows that "
         "every rule trains, and is no ranking of the papers.",
         "",

@@ -30,7 +30,7 @@ MISTAKES = {
     "abbreviated option": (["--model.dep=4"], "did you mean --model.depth"),
     "wrong type": (["--model.depth=four"], "model.depth is four; expected int"),
     "fraction for an integer": (["--training.steps=1.5"], "training.steps is 1.5"),
-    "unknown choice": (["--model.router=best"], "model.router is best; expected Literal['dense', 'tc'"),
+    "unknown choice": (["--model.router=best"], "model.router is best; expected one of dense, tc, ec, diffmoe, dsmoe"),
     "number out of range": (["--training.steps=0"], "training.steps is 0"),
     "experts": (["--model.top_k=9"], "model.top_k is 9, more than model.num_experts 8"),
     "groups": (["--model.num_groups=3"], "model.num_experts 8 is not divisible by model.num_groups 3"),
@@ -156,7 +156,7 @@ def test_running_again_resumes_and_another_recipe_is_refused(capsys, trained, ti
     before = (trained / "recipe.yaml").read_text()
     status, _, err = run(capsys, *command, "--training.steps=4", "--optimizer.learning_rate=0.5", "--model.top_k=1")
     assert status == 2
-    assert "optimizer.learning_rate: 0.001 -> 0.5" in err
+    assert "optimizer.learning_rate: 0.002 -> 0.5" in err
     assert "model.top_k: 2 -> 1" in err
     assert (trained / "recipe.yaml").read_text() == before
     status, _, err = run(capsys, *command, "--training.steps=4", "--resume=never")
@@ -239,3 +239,56 @@ def test_an_unfinished_run_cannot_be_sampled(capsys, tmp_path, trained):
     status, _, err = run(capsys, "sample", tmp_path)
     assert status == 2
     assert "no trained model yet" in err
+
+
+def test_a_folder_of_images_trains_by_the_shipped_recipe(capsys, tmp_path, tiny):
+    import numpy as np
+    from PIL import Image
+
+    for name in ("cat", "dog", "hen"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.random.RandomState(i).randint(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.jpg")
+    options = [*tiny, f"--data.path={tmp_path / 'images'}", "--model.num_classes=3", "--training.steps=2"]
+    options += ["--data.num_workers=0", "--model.patch_size=8"]
+    status, out, err = run(capsys, "train", "image-folder", "--output_dir", tmp_path / "run", *options)
+    assert (status, err) == (0, "")
+    assert "trained 2 steps" in out
+    status, out, err = run(capsys, "sample", tmp_path / "run", "--per_class=1", "--steps=2")
+    assert (status, err) == (0, "")
+    picture = Image.open(next((tmp_path / "run" / "samples").glob("*.png")))
+    assert picture.mode == "RGB"
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(capsys, tmp_path, tiny, monkeypatch):
+    from safetensors import SafetensorError
+
+    import diffusion_moe.training.checkpoint as checkpoint
+
+    command = [
+        "train",
+        "digits",
+        "--output_dir",
+        tmp_path,
+        *tiny,
+        "--training.steps=4",
+        "--training.checkpoint_every=2",
+    ]
+    real, calls = checkpoint.save_file, []
+
+    def full_at_the_second_checkpoint(tensors, path):
+        calls.append(path)
+        if len(calls) > 3:
+            raise SafetensorError("No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_at_the_second_checkpoint)
+    status, _, err = run(capsys, *command)
+    assert status == 1
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+    monkeypatch.undo()
+    status, out, _ = run(capsys, *command)
+    assert status == 0
+    assert "step-00000002" in out

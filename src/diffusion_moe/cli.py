@@ -199,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(unknown_name(arguments[0], list(VERBS)).replace("is no", "is no verb"))
         return VERBS[arguments[0]](arguments[1:])
     except ValueError as error:
+        if os.environ.get("DIFFUSION_MOE_TRACEBACK"):
+            raise
         print(f"diffusion-moe: {error}", file=sys.stderr)
         return USER_ERROR
     except SystemExit as stop:
@@ -207,5 +209,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("diffusion-moe: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"diffusion-moe: {error.strerror}: {error.filename}", file=sys.stderr)
+        print(f"diffusion-moe: {error.strerror or error}: {error.filename}", file=sys.stderr)
         return 1

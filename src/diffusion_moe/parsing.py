@@ -52,7 +52,8 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
     if typed:
         name, problem, value = typed.groups()
         expected = re.findall(r"Expected an? (.+?)\.?\s*$", problem, re.MULTILINE)
-        wanted = " or ".join(re.sub(r"typing\.|<class '(\w+)'>", r"\1", kind) for kind in expected)
+        wanted = " or ".join(re.sub(r"<class '(\w+)'>", r"\1", kind) for kind in expected)
+        wanted = re.sub(r"typing\.Literal\[(.*)\]", lambda match: f"one of {match[1].replace(chr(39), '')}", wanted)
         return f"{name} is {value.strip()}; expected {wanted.replace('NoneType', 'null')}"
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:

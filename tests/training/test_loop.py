@@ -6,10 +6,11 @@ import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_moe.parsing import read_recipe
@@ -196,19 +197,38 @@ def test_a_terminal_gets_a_bar(tiny, tmp_path):
     assert b"images/s" in shown
 
 
-def test_unreadable_images_are_counted_in_the_metrics(tiny, tmp_path):
-    import numpy as np
-    from PIL import Image
-
+@pytest.fixture
+def images(tmp_path):
+    """Sixteen grey images of two classes, the first of them broken."""
+    folder = tmp_path / "images"
     for name in ("a", "b"):
-        (tmp_path / "images" / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
         for i in range(8):
-            Image.fromarray(np.full((8, 8), 16 * i, dtype=np.uint8)).save(tmp_path / "images" / name / f"{i}.png")
-    Path(tmp_path / "images" / "a" / "0.png").write_bytes(b"broken")
-    changes = ["--data.kind=folder", f"--data.path={tmp_path / 'images'}", "--model.num_classes=2"]
-    changes += ["--data.test_fraction=0", "--data.on_corrupt=skip"]
+            Image.fromarray(np.full((8, 8), 16 * i, dtype=np.uint8)).save(folder / name / f"{i}.png")
+    (folder / "a" / "0.png").write_bytes(b"broken")
+    return [
+        "--data.kind=folder",
+        f"--data.path={folder}",
+        "--data.test_fraction=0",
+        "--model.num_classes=2",
+    ]
+
+
+def test_unreadable_images_are_counted_in_the_metrics(tiny, tmp_path, images):
     lines = []
-    train(read_recipe("digits", [*options(tiny), *changes]), tmp_path / "run", say=lines.append)
+    recipe = read_recipe("digits", [*options(tiny), *images, "--data.on_corrupt=skip"])
+    train(recipe, tmp_path / "run", say=lines.append)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["skipped_images"] == STEPS  # each step of 16 draws each of the 16 images once
     assert any(f"{STEPS} unreadable images" in line for line in lines)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_ends_the_run_with_one_line(tiny, tmp_path, images, workers):
+    # The first image is read to compare shapes, in this process; the broken one is moved to where only workers look.
+    folder = tmp_path / "images" / "a"
+    (folder / "0.png").rename(folder / "5.png")
+    recipe = read_recipe("digits", [*options(tiny), *images, f"--data.num_workers={workers}"])
+    with pytest.raises(ValueError, match=r"cannot read image .*a/5\.png") as caught:
+        train(recipe, tmp_path / "run", say=quietly)
+    assert "\n" not in str(caught.value)

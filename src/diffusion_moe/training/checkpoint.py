@@ -9,12 +9,14 @@ checkpoints/step-00001000/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,8 +54,7 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
         "optimizer.safetensors": _optimizer_tensors(state),
     }
     for name, content in tensors.items():
-        save_file({key: value.detach().contiguous() for key, value in content.items()}, partial / name)
-        _flush(partial / name)
+        _write(content, partial / name)
     manifest = {
         "format": FORMAT,
         "step": state.step,
@@ -152,6 +153,14 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
             "step": tensors[f"step.{name}"].to(parameter.device),
             **{m: tensors[f"{m}.{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")},
         }
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # a full disk, mostly
+        raise OSError(errno.EIO, f"cannot write the checkpoint ({error})", str(path)) from error
+    _flush(path)
 
 
 def _sha256(path: Path) -> str:

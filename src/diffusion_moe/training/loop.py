@@ -136,7 +136,10 @@ def _batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Iterator[Batch
         collate_fn=_as_fetched,  # type: ignore[arg-type]
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except ValueError as error:  # a worker process sends its traceback along; its last line is the message
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def _as_fetched(batch: Batch) -> Batch:
