@@ -10,6 +10,9 @@ from typing import Literal
 from .config import Recipe, difference, to_yaml
 from .parsing import read_recipe
 
+ORIGIN = "training.json"
+"""In the model's folder: how many steps it was trained, and the decay of its average."""
+
 
 @dataclass(frozen=True)
 class RunFolder:

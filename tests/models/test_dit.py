@@ -270,3 +270,14 @@ def test_a_block_compiles_to_one_graph(router):
         loss = out.hidden_states.square().sum() + sum(out.report.losses.values())
         results.append((out.hidden_states, out.report.counts_E, *torch.autograd.grad(loss, list(block.parameters()))))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ["diffmoe", "dsmoe"])
+def test_loading_in_bfloat16_keeps_routers_in_float32(tmp_path, router):
+    DiT(sample_size=8, hidden_size=32, depth=2, num_heads=2, router=router, expert_dim=8).save_pretrained(tmp_path)
+    model = DiT.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {dtype for name, dtype in dtypes.items() if ".router." in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if ".router." not in name} == {torch.bfloat16}
+    out = model.eval()(torch.randn(1, 4, 8, 8).bfloat16(), torch.rand(1), torch.tensor([1])).sample
+    assert out.dtype == torch.bfloat16

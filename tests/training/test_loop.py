@@ -37,7 +37,9 @@ def quietly(line):
 def start(arguments, folder):
     command = [sys.executable, "-m", "diffusion_moe", "train", "digits", "--output_dir", str(folder), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
 
 
 def wait_for_step(process, folder, step):
@@ -90,10 +92,11 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, uninterrupted):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_says_how_to_go_on_and_resumes(tiny, tmp_path, uninterrupted, number, status):
+    """The signal goes to the whole process group, as a terminal's Ctrl-C does: the loading process gets it too."""
     folder = tmp_path / "interrupted"
-    process = start(options(tiny), folder)
+    process = start([*options(tiny), "--data.num_workers=1"], folder)
     wait_for_step(process, folder, 2)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output = process.communicate()[0]
     assert process.returncode == status, output
     assert "Run the same command again to go on." in output

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import EvaluationConfig
 from ..run_folder import RunFolder, write_atomically
 from .generate import generate, image_grid, provenance, to_uint8
-from .score import load_model
+from .score import load_model, origin
 
 GRID_PIXELS = 800
 """Grids of small images are enlarged to about this side."""
@@ -37,8 +37,7 @@ def draw_samples(
     Raises:
         ValueError: a class is out of range, or the model is unconditional.
     """
-    recipe = run.read_recipe()
-    labels = _labels(classes, per_class, recipe.model.num_classes)
+    labels = _labels(classes, per_class, run.read_recipe().model.num_classes)
     model = load_model(run)
     count = per_class if labels is None else len(labels)
     images = generate(model, labels, count, settings)
@@ -58,8 +57,7 @@ def draw_samples(
             prefix = "" if labels is None else f"class{int(labels[i]):04d}-"
             _to_image(image).save(path / f"{prefix}{i:06d}.png")
     record = {"labels": None if labels is None else labels.tolist(), "num_samples": count, **provenance(settings)}
-    record |= {"training_steps": recipe.training.steps, "ema_decay": recipe.training.ema_decay}
-    write_atomically(path.with_name(f"{path.stem}.json"), json.dumps(record) + "\n")
+    write_atomically(path.with_name(f"{path.stem}.json"), json.dumps(record | origin(run)) + "\n")
     return path
 
 

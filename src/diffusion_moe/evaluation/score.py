@@ -11,7 +11,7 @@ import torch
 from ..config import DataConfig, EvaluationConfig
 from ..data import load_dataset
 from ..models.dit import DiT
-from ..run_folder import RunFolder, write_atomically
+from ..run_folder import ORIGIN, RunFolder, write_atomically
 from .features import train_classifier
 from .generate import class_schedule, generate, provenance
 from .metrics import frechet_distance, nearest_neighbour_distance
@@ -24,10 +24,15 @@ def load_model(run: RunFolder) -> DiT:
     Raises:
         ValueError: the run has no finished model.
     """
-    if not (run.model / "config.json").is_file():
+    if not (run.model / ORIGIN).is_file():
         raise ValueError(f"{run.path} has no trained model yet; finish it with the same `diffusion-moe train` command")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return DiT.from_pretrained(run.model).to(device).eval()
+
+
+def origin(run: RunFolder) -> dict[str, Any]:
+    """How long the run's model was trained, and how it was averaged."""
+    return json.loads((run.model / ORIGIN).read_text())
 
 
 def score(model: DiT, data: DataConfig, settings: EvaluationConfig) -> dict[str, Any]:
@@ -69,9 +74,7 @@ def score(model: DiT, data: DataConfig, settings: EvaluationConfig) -> dict[str,
 
 def evaluate_run(run: RunFolder, settings: EvaluationConfig) -> dict[str, Any]:
     """Score a finished run and keep the result as its `evaluation.json`."""
-    recipe = run.read_recipe()
-    result = score(load_model(run), recipe.data, settings)
-    result |= {"training_steps": recipe.training.steps, "ema_decay": recipe.training.ema_decay}
+    result = score(load_model(run), run.read_recipe().data, settings) | origin(run)
     write_atomically(run.evaluation, json.dumps(result, indent=2) + "\n")
     return result
 

@@ -123,6 +123,7 @@ class DiT(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]  # noqa: RUF012 - the name and type are diffusers'
     _repeated_blocks = ["DiTBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["router"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..config import Recipe
 from ..data import Batch, ImageDataset, batches_from, load_dataset
-from ..run_folder import RunFolder
+from ..run_folder import ORIGIN, RunFolder
 from .checkpoint import load_latest, save_checkpoint
 from .log import MetricsLog, Progress
 from .step import StepResult, TrainState, make_state, train_step
@@ -83,9 +85,20 @@ def train(recipe: Recipe, output_dir: Path, resume: Literal["auto", "never"] = "
             _loop(state, recipe, dataset, run, received, say)
     if received and state.step < recipe.training.steps:
         return Outcome(state.step, received[0])
-    state.ema.save_pretrained(run.model)
+    _publish(run, state, recipe)
     say(f"trained {state.step} steps; the averaged model is in {run.model}")
     return Outcome(state.step)
+
+
+def _publish(run: RunFolder, state: TrainState, recipe: Recipe) -> None:
+    """Write the averaged model, whole or not at all, with a note of its origin."""
+    partial = run.model.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    state.ema.save_pretrained(partial)
+    origin = {"training_steps": state.step, "ema_decay": recipe.training.ema_decay}
+    (partial / ORIGIN).write_text(json.dumps(origin) + "\n")
+    shutil.rmtree(run.model, ignore_errors=True)
+    partial.rename(run.model)
 
 
 def _resume(run: RunFolder, state: TrainState, steps: int, say: Say) -> None:
@@ -105,8 +118,11 @@ def _loop(
     log = MetricsLog(run.metrics, run.tensorboard if recipe.logging.tensorboard else None, state.step)
     spoke, skipped = time.perf_counter(), 0
     try:
-        with Progress(state.step, training.steps, training.batch_size, say) as progress:
-            for batch in _batches(recipe, dataset, state.step):
+        with (
+            Progress(state.step, training.steps, training.batch_size, say) as progress,
+            closing(_batches(recipe, dataset, state.step)) as batches,
+        ):
+            for batch in batches:
                 skipped += batch.skipped
                 result = train_step(state, recipe, batch)
                 last = state.step == training.steps
@@ -126,7 +142,7 @@ def _loop(
         say(f"warning: {skipped} unreadable images were replaced by others (data.on_corrupt is skip)")
 
 
-def _batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Iterator[Batch]:
+def _batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Generator[Batch, None, None]:
     training = recipe.training
     order = batches_from(step, training.steps, len(dataset), training.batch_size, training.seed)
     loader: DataLoader = DataLoader(
@@ -135,11 +151,22 @@ def _batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Iterator[Batch
         num_workers=recipe.data.num_workers,
         collate_fn=_as_fetched,  # type: ignore[arg-type]
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
     )
+    iterator = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except ValueError as error:  # a worker process sends its traceback along; its last line is the message
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    finally:
+        if recipe.data.num_workers:  # they ignore SIGTERM, so that nobody else could end them
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the loop needs its workers until it has saved."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def _as_fetched(batch: Batch) -> Batch:
