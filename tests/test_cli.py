@@ -175,7 +175,7 @@ def test_a_folder_of_other_files_is_refused(capsys, tmp_path):
 
 
 def test_sample_writes_a_grid_with_its_record(capsys, trained):
-    status, out, _ = run(capsys, "sample", trained, "--per_class=2", "--steps=2", "--classes=[3,7]")
+    status, out, _ = run(capsys, "sample", trained, "--per_class=2", "--steps=2", "--classes=3,7")
     assert status == 0
     picture = trained / "samples" / "grid-seed0-euler2-guidance1.5.png"
     assert str(picture) in out
@@ -202,9 +202,10 @@ def test_sample_writes_arrays_and_single_pictures(capsys, trained, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--classes=[10]"], "class 10 is out of range; the model has classes 0 to 9"),
-        (["--classes=[-1]"], "class -1 is out of range"),
+        (["--classes=10"], "class 10 is out of range; the model has classes 0 to 9"),
+        (["--classes=-1"], "class -1 is out of range"),
         (["--classes=cat"], "classes is cat"),
+        (["--classes="], "classes is ;"),
         (["--per_class=0"], "per_class is 0"),
         (["--solver=rk4"], "solver is rk4"),
         (["--guidance_interval=[0.5,0.2]"], "guidance_interval is 0.5, 0.2"),

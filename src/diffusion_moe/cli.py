@@ -39,8 +39,8 @@ class TrainOptions:
 class SampleOptions:
     """Which images to draw and how to save them."""
 
-    classes: list[int] | None = None
-    """Classes, as [3, 7]; all unless given."""
+    classes: str | None = None
+    """Numbers of classes, as 3,7; all unless given."""
     per_class: int = 10
     """Images of each class (of an unconditional model: images)."""
     format: Literal["grid", "png", "npz"] = "grid"
@@ -51,8 +51,14 @@ class SampleOptions:
     def __post_init__(self) -> None:
         if self.per_class < 1:
             raise ValueError(f"per_class is {self.per_class}; it must be positive")
-        if self.classes is not None and not self.classes:
-            raise ValueError("classes is []; name at least one class, or leave the option out for all")
+        self.chosen()
+
+    def chosen(self) -> list[int] | None:
+        """The classes as numbers."""
+        try:
+            return None if self.classes is None else [int(part) for part in self.classes.strip("[] ").split(",")]
+        except ValueError:
+            raise ValueError(f"classes is {self.classes}; give numbers with commas between them, as 3,7") from None
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -84,17 +90,17 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def sample(arguments: Sequence[str]) -> int:
-    """Draw images from a trained run, with its averaged weights."""
+    """Draw images from a trained run with its averaged weights; settings default to the run's recipe."""
     run, options, settings = _run_options("sample", sample.__doc__ or "", arguments, SampleOptions)
     from .evaluation.draw import draw_samples
 
-    path = draw_samples(run, settings, options.classes, options.per_class, options.format, options.output)
+    path = draw_samples(run, settings, options.chosen(), options.per_class, options.format, options.output)
     say(f"wrote {path}")
     return 0
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Score a trained run against the real images and write its evaluation.json."""
+    """Score a trained run against real images into its evaluation.json; settings default to the run's recipe."""
     run, _, settings = _run_options("evaluate", evaluate.__doc__ or "", arguments, None)
     from .evaluation.score import evaluate_run, table
 

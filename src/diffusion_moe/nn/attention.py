@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .norm import EPS
+from .norm import HeadNorm
 from .position import Rotary, apply_rotary
 
 
@@ -23,8 +23,8 @@ class SelfAttention(nn.Module):
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, (num_heads + 2 * self.num_kv_heads) * self.head_dim)
         self.proj = nn.Linear(dim, dim)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=EPS) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
 
     def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
         """Attend; rows of qkv are all queries, then all keys, then all values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPS = 1e-6
@@ -14,6 +15,16 @@ def make_norm(kind: Literal["layernorm", "rmsnorm"], dim: int) -> nn.Module:
     if kind == "layernorm":
         return nn.LayerNorm(dim, elementwise_affine=False, eps=EPS)
     return nn.RMSNorm(dim, elementwise_affine=False, eps=EPS)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm with a learned scale over each head of queries or keys, in their dtype (QK-norm)."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__(head_dim, eps=EPS)
+
+    def forward(self, x_BHNI: Tensor) -> Tensor:
+        return F.rms_norm(x_BHNI, self.normalized_shape, self.weight.to(x_BHNI.dtype), self.eps)
 
 
 def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
