@@ -293,3 +293,27 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(capsys, tmp_path, tiny
     status, out, _ = run(capsys, *command)
     assert status == 0
     assert "step-00000002" in out
+
+
+def test_an_unconditional_run_is_sampled_scored_and_drawn(capsys, tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr("diffusion_moe.evaluation.features.EPOCHS", 1)
+    folder = tmp_path / "run"
+    options = [*tiny, "--model.num_classes=0", "--training.steps=2"]
+    assert run(capsys, "train", "digits", "--output_dir", folder, *options)[0] == 0
+    assert run(capsys, "sample", folder, "--steps=1")[0] == 0
+    assert run(capsys, "evaluate", folder, "--steps=1", "--num_samples=9")[0] == 0
+    assert json.loads((folder / "evaluation.json").read_text())["recognised"] is None
+    assert run(capsys, "analyze", folder)[0] == 0
+    status, _, err = run(capsys, "sample", folder, "--classes=3")
+    assert status == 2
+    assert "unconditional" in err
+
+
+def test_a_diverging_run_stops_names_the_step_and_its_checkpoint(capsys, tmp_path, tiny):
+    options = [*tiny, "--training.steps=9", "--training.checkpoint_every=1", "--optimizer.max_grad_norm=null"]
+    status, out, _ = run(
+        capsys, "train", "digits", "--output_dir", tmp_path / "run", *options, "--optimizer.learning_rate=1e30"
+    )
+    assert status == 1
+    assert "step 2: the loss is" in out
+    assert f"last checkpoint: {tmp_path}/run/checkpoints/step-00000001" in out

@@ -74,6 +74,7 @@ def train(arguments: Sequence[str]) -> int:
     if parsed.print_config:
         print(to_yaml(recipe), end="")
         return 0
+    from .training.checkpoint import checkpoints_in
     from .training.loop import train as run_training
     from .training.step import NonFiniteError
 
@@ -81,7 +82,8 @@ def train(arguments: Sequence[str]) -> int:
     try:
         outcome = run_training(recipe, folder, parsed.resume, say)
     except NonFiniteError as error:
-        say(f"stopped before the weights were touched: {error}; checkpoints up to then are in {folder}/checkpoints")
+        saved = checkpoints_in(RunFolder(folder).checkpoints)
+        say(f"stopped before the weights were touched: {error}; last checkpoint: {saved[0] if saved else 'none'}")
         return 1
     if outcome.interrupted_by is not None:
         say(f"interrupted; saved a checkpoint at step {outcome.step}. Run the same command again to go on.")

@@ -19,5 +19,6 @@ def draw_figures(run: RunFolder, seed: int) -> list[Path]:
     draw_loss(run.metrics, paths[0])
     if model.routers():
         paths.append(run.figures / "experts.png")
-        draw_experts(expert_use(model, seed), load_dataset(recipe.data, "train").class_names, paths[1])
+        names = load_dataset(recipe.data, "train").class_names if recipe.model.num_classes else ["all"]
+        draw_experts(expert_use(model, seed), names, paths[1])
     return paths
