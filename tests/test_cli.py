@@ -302,11 +302,13 @@ def test_an_unconditional_run_is_sampled_scored_and_drawn(capsys, tmp_path, tiny
     assert run(capsys, "train", "digits", "--output_dir", folder, *options)[0] == 0
     assert run(capsys, "sample", folder, "--steps=1")[0] == 0
     assert run(capsys, "evaluate", folder, "--steps=1", "--num_samples=9")[0] == 0
-    assert json.loads((folder / "evaluation.json").read_text())["recognised"] is None
+    scores = json.loads((folder / "evaluation.json").read_text())
+    assert (scores["recognised"], scores["guidance_scale"]) == (None, 1.0)
     assert run(capsys, "analyze", folder)[0] == 0
-    status, _, err = run(capsys, "sample", folder, "--classes=3")
-    assert status == 2
-    assert "unconditional" in err
+    for option in ("--classes=3", "--guidance_scale=2"):
+        status, _, err = run(capsys, "sample", folder, option)
+        assert status == 2
+        assert "unconditional" in err
 
 
 def test_a_diverging_run_stops_names_the_step_and_its_checkpoint(capsys, tmp_path, tiny):

@@ -157,10 +157,14 @@ def _run_options(
         parser.add_class_arguments(options)
     name, rest = _positional(parser, arguments, "run folder", f"diffusion-moe {verb} RUN")
     run = RunFolder(Path(name))
-    defaults = vars(run.read_recipe().evaluation)
+    recipe = run.read_recipe()
+    unconditional = recipe.model.num_classes == 0
+    defaults = vars(recipe.evaluation) | ({"guidance_scale": 1.0} if unconditional else {})
     parser.set_defaults({key: value for key, value in defaults.items() if key in parser.get_defaults()})
     parsed = vars(parse(parser, [name, *rest]))
     settings = EvaluationConfig(**{key: parsed.get(key, value) for key, value in defaults.items()})
+    if unconditional and settings.guidance_scale != 1:
+        raise ValueError(f"guidance_scale is {settings.guidance_scale}, but the model is unconditional; leave it out")
     fields = dataclasses.fields(options) if options is not None else ()
     return run, options and options(**{field.name: parsed[field.name] for field in fields}), settings
 
