@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from diffusion_moe.cli import main
-from diffusion_moe.config import SECTIONS, find_recipe, recipe_names
-from diffusion_moe.parsing import read_recipe
+from diffusion_moe.config import SECTIONS
+from diffusion_moe.parsing import find_recipe, read_recipe, recipe_names
 
 
 def run(capsys, *arguments):

@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .config import SECTIONS, EvaluationConfig, find_recipe, recipe_names, to_yaml
-from .parsing import make_parser, parse, read_recipe, recipe_arguments, recipe_from, unknown_name
+from .config import SECTIONS, EvaluationConfig, to_yaml
+from .parsing import (
+    find_recipe,
+    make_parser,
+    parse,
+    read_recipe,
+    recipe_arguments,
+    recipe_from,
+    recipe_names,
+    unknown_name,
+)
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:

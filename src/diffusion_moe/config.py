@@ -7,10 +7,8 @@ the same dotted name. This file imports nothing heavy, so that `--help` and a mi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -394,28 +392,3 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
         if before[name] != after[name]
         and (name in fixed or (name not in CHANGEABLE and name.split(".")[0] not in CHANGEABLE_SECTIONS))
     ]
-
-
-RECIPE_FOLDER = Path(__file__).parent / "recipes"
-
-
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a shipped recipe, or `name` itself if it is a path to a YAML file.
-
-    Raises:
-        ValueError: no such file or recipe; the message names the nearest recipes.
-    """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.parent != Path():
-        if not path.is_file():
-            raise ValueError(f"there is no recipe file {name}; shipped recipes: {', '.join(recipe_names())}")
-        return path
-    if name in recipe_names():
-        return RECIPE_FOLDER / f"{name}.yaml"
-    near = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.4) or recipe_names()
-    raise ValueError(f"there is no recipe {name!r}; did you mean {', '.join(near)}? See `diffusion-moe recipes`")

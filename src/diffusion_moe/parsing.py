@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from .config import SECTIONS, Recipe, find_recipe
+from .config import SECTIONS, Recipe
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -65,6 +65,31 @@ def unknown_name(name: str, known: Sequence[str]) -> str:
     """One line for a misspelled name, with the nearest known ones."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return f"there is no {name}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help for all names")
+
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a shipped recipe, or `name` itself if it is a path to a YAML file.
+
+    Raises:
+        ValueError: no such file or recipe; the message names the nearest recipes.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.parent != Path():
+        if not path.is_file():
+            raise ValueError(f"there is no recipe file {name}; shipped recipes: {', '.join(recipe_names())}")
+        return path
+    if name in recipe_names():
+        return RECIPE_FOLDER / f"{name}.yaml"
+    near = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.4) or recipe_names()
+    raise ValueError(f"there is no recipe {name!r}; did you mean {', '.join(near)}? See `diffusion-moe recipes`")
 
 
 def recipe_arguments(path: Path) -> list[str]:
