@@ -1,6 +1,7 @@
 """The command as a user meets it."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -177,9 +178,9 @@ def test_a_folder_of_other_files_is_refused(capsys, tmp_path):
 def test_sample_writes_a_grid_with_its_record(capsys, trained):
     status, out, _ = run(capsys, "sample", trained, "--per_class=2", "--steps=2", "--classes=3,7")
     assert status == 0
-    picture = trained / "samples" / "grid-seed0-euler2-guidance1.5.png"
+    picture = trained / "samples" / "grid-step4-seed0-euler2-guidance1.5-class3+7-2each.png"
     assert str(picture) in out
-    record = json.loads(picture.with_suffix(".json").read_text())
+    record = json.loads(picture.with_name(f"{picture.name.removesuffix('.png')}.json").read_text())
     assert record["labels"] == [3, 3, 7, 7]
     assert (record["solver"], record["function_evaluations"], record["guidance_scale"]) == ("euler", 2, 1.5)
 
@@ -210,6 +211,8 @@ def test_sample_writes_arrays_and_single_pictures(capsys, trained, tmp_path):
         (["--solver=rk4"], "solver is rk4"),
         (["--guidance_interval=[0.5,0.2]"], "guidance_interval is 0.5, 0.2"),
         (["--num_samples=3"], "there is no --num_samples"),
+        (["--format=npz", "--output=images"], "output is images; a file of format npz ends in .npz"),
+        (["--output=images.npz"], "a file of format grid ends in .png"),
     ],
 )
 def test_a_wrong_sampling_option_is_one_line_and_writes_nothing(capsys, trained, options, expected):
@@ -219,6 +222,38 @@ def test_a_wrong_sampling_option_is_one_line_and_writes_nothing(capsys, trained,
     assert expected in err
     assert err.count("\n") == 1
     assert sorted(trained.rglob("*")) == before
+
+
+def test_samples_of_other_settings_do_not_overwrite_each_other(capsys, trained):
+    before = set((trained / "samples").glob("*.png")) if (trained / "samples").exists() else set()
+    variants = [
+        [],
+        ["--classes=3"],
+        ["--guidance_interval=[0.1,0.9]"],
+        ["--per_class=2"],
+        ["--solver=heun"],
+        ["--seed=1"],
+    ]
+    for options in variants:
+        assert run(capsys, "sample", trained, "--steps=1", "--per_class=1", *options)[0] == 0
+    assert len(set((trained / "samples").glob("*.png")) - before) == len(variants)
+
+
+@pytest.mark.parametrize("option", ["--steps=3", "--guidance_scale=2", "--num_samples=5"])
+def test_analyze_refuses_options_it_would_ignore(capsys, trained, option):
+    status, _, err = run(capsys, "analyze", trained, option)
+    assert status == 2
+    assert f"there is no {option.split('=')[0]}" in err
+
+
+def test_a_damaged_model_is_one_line(capsys, tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    weights = next((tmp_path / "run" / "model").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    status, _, err = run(capsys, "sample", tmp_path / "run")
+    assert status == 2
+    assert "cannot load" in err
+    assert err.count("\n") == 1
 
 
 def test_evaluate_and_analyze_write_what_they_say(capsys, trained, monkeypatch):

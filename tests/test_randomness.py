@@ -104,3 +104,9 @@ def test_derived_seeds_differ_and_are_stable():
     seeds = {derive_seed(s, stream, i) for s in range(3) for stream in ("a", "b") for i in range(3)}
     assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, "noise") == 9144587515262914129
+
+
+def test_a_step_for_each_sample_is_the_same_as_one_step_at_a_time():
+    steps, samples = torch.tensor([4, 9, 4]), torch.tensor([1, 1, 7])
+    each = torch.cat([normal(3, "x", int(t), i[None], (5,)) for t, i in zip(steps, samples, strict=True)])
+    assert torch.equal(normal(3, "x", steps, samples, (5,)), each)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,7 +102,7 @@ def train(arguments: Sequence[str]) -> int:
 
 def sample(arguments: Sequence[str]) -> int:
     """Draw images from a trained run with its averaged weights; settings default to the run's recipe."""
-    run, options, settings = _run_options("sample", sample.__doc__ or "", arguments, SampleOptions)
+    run, options, settings = _run_options("sample", sample.__doc__ or "", arguments, {"num_samples"}, SampleOptions)
     from .evaluation.draw import draw_samples
 
     path = draw_samples(run, settings, options.chosen(), options.per_class, options.format, options.output)
@@ -112,7 +112,7 @@ def sample(arguments: Sequence[str]) -> int:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Score a trained run against real images into its evaluation.json; settings default to the run's recipe."""
-    run, _, settings = _run_options("evaluate", evaluate.__doc__ or "", arguments, None)
+    run, _, settings = _run_options("evaluate", evaluate.__doc__ or "", arguments)
     from .evaluation.score import evaluate_run, table
 
     table(evaluate_run(run, settings), say)
@@ -122,7 +122,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def analyze(arguments: Sequence[str]) -> int:
     """Draw a trained run's loss, and which experts serve which class and time, into its figures/."""
-    run, _, settings = _run_options("analyze", analyze.__doc__ or "", arguments, None)
+    run, _, settings = _run_options("analyze", analyze.__doc__ or "", arguments, _fields(EvaluationConfig) - {"seed"})
     from .analysis.run import draw_figures
 
     for path in draw_figures(run, settings.seed):
@@ -156,12 +156,12 @@ def _positional(parser: ArgumentParser, arguments: Sequence[str], name: str, usa
 
 
 def _run_options(
-    verb: str, description: str, arguments: Sequence[str], options: type | None
+    verb: str, description: str, arguments: Sequence[str], unheeded: Set[str] = frozenset(), options: type | None = None
 ) -> tuple[RunFolder, Any, EvaluationConfig]:
-    """The run folder, the verb's own options, and sampling settings that default to the run's recipe."""
+    """The run folder, the verb's own options, and sampling settings (options but for the unheeded ones)."""
     parser = make_parser(verb, description)
     parser.add_argument("run", type=str, help="folder of a run that `diffusion-moe train` made")
-    parser.add_class_arguments(EvaluationConfig, skip=set() if verb == "evaluate" else {"num_samples"})
+    parser.add_class_arguments(EvaluationConfig, skip=set(unheeded))
     if options is not None:
         parser.add_class_arguments(options)
     name, rest = _positional(parser, arguments, "run folder", f"diffusion-moe {verb} RUN")
@@ -174,8 +174,11 @@ def _run_options(
     settings = EvaluationConfig(**{key: parsed.get(key, value) for key, value in defaults.items()})
     if unconditional and settings.guidance_scale != 1:
         raise ValueError(f"guidance_scale is {settings.guidance_scale}, but the model is unconditional; leave it out")
-    fields = dataclasses.fields(options) if options is not None else ()
-    return run, options and options(**{field.name: parsed[field.name] for field in fields}), settings
+    return run, options and options(**{name: parsed[name] for name in _fields(options)}), settings
+
+
+def _fields(section: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(section)}
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -314,7 +314,7 @@ class EvaluationConfig:
     num_samples: int = 1000
     """Images generated for the scores, spread evenly over the classes."""
     batch_size: int = 250
-    """Images generated at a time; the images are the same for any number."""
+    """Images generated at a time; the images are the same for any number (but with model.inference_pool batch)."""
     solver: Solver = "euler"
     """Solver of the probability-flow equation."""
     steps: int = 50

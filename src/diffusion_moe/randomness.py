@@ -41,12 +41,13 @@ def derive_seed(seed: int, stream: str, index: int = 0) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _words(seed: int, stream: str, step: int, samples: Tensor, count: int) -> Tensor:
+def _words(seed: int, stream: str, step: int | Tensor, samples: Tensor, count: int) -> Tensor:
     """(S, count) words, count rounded up to a multiple of 4."""
     key = derive_seed(seed, stream)
     blocks = torch.arange(math.ceil(count / 4), device=samples.device)
-    block, sample = torch.broadcast_tensors(blocks[None, :], samples.long()[:, None])
-    counter = (block, sample & _MASK, sample >> 32, torch.full_like(block, step))
+    steps = torch.as_tensor(step, device=samples.device).expand(len(samples))
+    block, sample, time = torch.broadcast_tensors(blocks[None, :], samples.long()[:, None], steps[:, None])
+    counter = (block, sample & _MASK, sample >> 32, time)
     return torch.stack(philox4x32(counter, (key & _MASK, key >> 32)), dim=-1).flatten(1)
 
 
@@ -55,17 +56,17 @@ def _open_unit(words: Tensor) -> Tensor:
     return ((words >> 9).double() + 0.5) * 2.0**-23
 
 
-def uniform(seed: int, stream: str, step: int, samples: Tensor) -> Tensor:
+def uniform(seed: int, stream: str, step: int | Tensor, samples: Tensor) -> Tensor:
     """One uniform number in (0, 1) a sample, float32.
 
     Args:
-        seed: of the run. stream: what the number is for. step: of training, or 0. samples: sample numbers, int64, (S,);
-            the result lies on their device.
+        seed: of the run. stream: what the number is for. step: of training, or 0; one for all samples or one each.
+        samples: sample numbers, int64, (S,); the result lies on their device.
     """
     return _open_unit(_words(seed, stream, step, samples, 1)[:, 0]).float()
 
 
-def normal(seed: int, stream: str, step: int, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
+def normal(seed: int, stream: str, step: int | Tensor, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers, (S, *shape), float32, by Box and Muller's formula. Arguments as for `uniform`."""
     count = math.prod(shape)
     unit = _open_unit(_words(seed, stream, step, samples, count))

@@ -5,6 +5,7 @@ import torch
 
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.evaluation.generate import class_schedule, generate, image_grid, provenance, to_uint8
+from diffusion_moe.moe import routers_of
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.step import make_state
 
@@ -16,7 +17,7 @@ def model(request, tiny):
     model = make_state(recipe, torch.device("cpu")).model.eval()
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    for router in model.routers():
+    for router in routers_of(model):
         if hasattr(router, "threshold"):
             router.threshold.fill_(0.5)
     return model

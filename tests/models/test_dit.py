@@ -12,7 +12,7 @@ from torch import nn
 from diffusion_moe import DiT
 from diffusion_moe.config import ModelConfig
 from diffusion_moe.models.dit import is_moe_block
-from diffusion_moe.moe import MoEFeedForward
+from diffusion_moe.moe import MoEFeedForward, routers_of
 from diffusion_moe.nn.position import Rotary
 
 ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
@@ -32,7 +32,7 @@ def make_model(**settings) -> DiT:
             nn.init.normal_(p, std=0.2)
         elif "router" in name:
             nn.init.normal_(p)
-    for router in model.routers():
+    for router in routers_of(model):
         for buffer in router.buffers():
             nn.init.uniform_(buffer, 0.3, 0.5)
     return model
@@ -155,7 +155,7 @@ def test_layout_of_mixture_blocks(settings, expected):
     assert [i for i in range(6) if is_moe_block(config, i)] == expected
     model = DiT(**{**SMALL, "depth": 6, **settings})
     assert [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoEFeedForward)] == expected
-    assert model.routers() == [model.blocks[i].mlp.router for i in expected]
+    assert routers_of(model) == [model.blocks[i].mlp.router for i in expected]
     assert len(model(*batch(model)).routing) == len(expected)
 
 
@@ -247,7 +247,7 @@ def test_a_bfloat16_model_is_close_to_float32(router):
     """As from_pretrained(torch_dtype=torch.bfloat16) makes it. All experts are chosen, so rounding cannot reroute."""
     every = {"top_k": 4, "capacity": 4.0}
     model = make_model(router=router, **every).eval()
-    for m in model.routers():
+    for m in routers_of(model):
         if router == "diffmoe":
             m.threshold.zero_()
     images, times, labels = batch(model)

@@ -112,6 +112,21 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(reci
     assert all(torch.equal(tensor, at_one[name]) for name, tensor in everything(restored).items())
 
 
+def test_a_damaged_newer_checkpoint_does_not_push_out_a_good_one(recipe, tmp_path):
+    """Resumed from before the damaged one, with room for a single checkpoint."""
+    state = make_state(recipe, CPU)
+    run(recipe, state, 3)
+    _truncate(save_checkpoint(tmp_path, state, keep=1))
+    earlier = make_state(recipe, CPU)
+    for _ in range(2):
+        run(recipe, earlier, 1)
+        good = save_checkpoint(tmp_path, earlier, keep=1)
+    assert load_latest(tmp_path, make_state(recipe, CPU))[0] == good
+    run(recipe, earlier, 1)
+    assert save_checkpoint(tmp_path, earlier, keep=1) == load_latest(tmp_path, make_state(recipe, CPU))[0]
+    assert len(checkpoints_in(tmp_path)) == 1
+
+
 def test_a_failed_save_leaves_the_older_checkpoint_whole(recipe, tmp_path, monkeypatch):
     state = make_state(recipe, CPU)
     run(recipe, state, 1)
@@ -132,5 +147,6 @@ def test_another_models_checkpoint_is_refused(recipe, tmp_path, tiny):
     run(recipe, state, 1)
     path = save_checkpoint(tmp_path, state, keep=1)
     other = make_state(read_recipe("digits", [*tiny, "--model.router=dense"]), CPU)
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="does not fit") as caught:
         load_checkpoint(path, other)
+    assert "\n" not in str(caught.value)

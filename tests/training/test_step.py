@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusion_moe.data import Batch, batches_from, load_dataset
+from diffusion_moe.moe import routers_of
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.step import NonFiniteError, make_state, micro_batch_loss, train_step
 
@@ -57,7 +58,8 @@ def test_every_rule_learns_one_batch(tiny, router):
 def test_routing_state_moves_once_a_step_and_only_then(tiny, router):
     recipe = read_recipe("digits", [*tiny, f"--model.router={router}", "--training.accumulation=2"])
     state, batch = make_state(recipe, CPU), first_batch(recipe)
-    buffer = state.model.routers()[0].threshold if router == "diffmoe" else state.model.routers()[0].correction
+    first = routers_of(state.model)[0]
+    buffer = first.threshold if router == "diffmoe" else first.correction
     micro_batch_loss(state.model, recipe, batch, 1, torch.arange(16))
     assert buffer.abs().max() == 0
     train_step(state, recipe, batch)

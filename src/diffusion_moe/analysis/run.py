@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..data import load_dataset
 from ..evaluation.score import load_model
+from ..moe import routers_of
 from ..run_folder import RunFolder
 from .figures import draw_experts, draw_loss, expert_use
 
@@ -17,7 +18,7 @@ def draw_figures(run: RunFolder, seed: int) -> list[Path]:
     run.figures.mkdir(exist_ok=True)
     paths = [run.figures / "loss.png"]
     draw_loss(run.metrics, paths[0])
-    if model.routers():
+    if routers_of(model):
         paths.append(run.figures / "experts.png")
         names = load_dataset(recipe.data, "train").class_names if recipe.model.num_classes else ["all"]
         draw_experts(expert_use(model, seed), names, paths[1])

@@ -51,9 +51,8 @@ class ImageDataset(ABC):
         batch = self.read([draw.place for draw in draws])
         if not self.flip:
             return batch
-        mirrored = torch.cat([uniform(self.seed, "flip", draw.epoch, torch.tensor([draw.place])) for draw in draws]).lt(
-            0.5
-        )
+        places, epochs = torch.tensor(draws).unbind(1)
+        mirrored = uniform(self.seed, "flip", epochs, places) < 0.5
         images = torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images)
         return batch._replace(images=images)
 

@@ -35,14 +35,18 @@ def draw_samples(
         The file (grid, npz) or folder (png).
 
     Raises:
-        ValueError: a class is out of range, or the model is unconditional.
+        ValueError: a class is out of range, the model is unconditional, or the file's ending is not the form's.
     """
+    ending = {"grid": ".png", "npz": ".npz", "png": ""}[form]
+    if output is not None and ending and output.suffix != ending:
+        raise ValueError(f"output is {output}; a file of format {form} ends in {ending}")
     labels = _labels(classes, per_class, run.read_recipe().model.num_classes)
     model = load_model(run)
     count = per_class if labels is None else len(labels)
     images = generate(model, labels, count, settings)
-    name = f"seed{settings.seed}-{settings.solver}{settings.steps}-guidance{settings.guidance_scale:g}"
-    path = output or run.samples / {"grid": f"grid-{name}.png", "npz": f"{name}.npz", "png": name}[form]
+    path = (
+        output or run.samples / f"{form}-{_name(settings, classes, per_class, origin(run)['training_steps'])}{ending}"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     if form == "grid":
@@ -57,8 +61,19 @@ def draw_samples(
             prefix = "" if labels is None else f"class{int(labels[i]):04d}-"
             _to_image(image).save(path / f"{prefix}{i:06d}.png")
     record = {"labels": None if labels is None else labels.tolist(), "num_samples": count, **provenance(settings)}
-    write_atomically(path.with_name(f"{path.stem}.json"), json.dumps(record | origin(run)) + "\n")
+    write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(record | origin(run)) + "\n")
     return path
+
+
+def _name(settings: EvaluationConfig, classes: Sequence[int] | None, per_class: int, training_steps: int) -> str:
+    """A name that other samples do not share; what stands for itself is left out."""
+    parts = [f"step{training_steps}", f"seed{settings.seed}", f"{settings.solver}{settings.steps}"]
+    parts += [f"guidance{settings.guidance_scale:g}"]
+    if settings.guidance_interval != (0.0, 1.0):
+        parts += ["from{:g}to{:g}".format(*settings.guidance_interval)]
+    if classes is not None:
+        parts += ["class" + "+".join(map(str, classes))]
+    return "-".join([*parts, f"{per_class}each"])
 
 
 def _labels(classes: Sequence[int] | None, per_class: int, num_classes: int) -> Tensor | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..config import DataConfig, EvaluationConfig
 from ..data import load_dataset
@@ -22,12 +23,16 @@ def load_model(run: RunFolder) -> DiT:
     """The averaged model of a run, in eval mode on the best device there is.
 
     Raises:
-        ValueError: the run has no finished model.
+        ValueError: the run has no finished model, or it is damaged.
     """
     if not (run.model / ORIGIN).is_file():
         raise ValueError(f"{run.path} has no trained model yet; finish it with the same `diffusion-moe train` command")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return DiT.from_pretrained(run.model).to(device).eval()
+    try:
+        return DiT.from_pretrained(run.model).to(device).eval()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot load {run.model} ({reason}); the same `train` command writes it anew") from error
 
 
 def origin(run: RunFolder) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def score(model: DiT, data: DataConfig, settings: EvaluationConfig) -> dict[str,
             same names with `_real`: held-out real images (frechet_real: training against held-out) in their place.
 
     Raises:
-        ValueError: the data set has no test split, or the model has another number of classes.
+        ValueError: the data set has no test split.
     """
     if data.test_fraction == 0:
         raise ValueError("data.test_fraction is 0, so there are no held-out images to compare with")

@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..moe import FeedForward, MoEFeedForward, Router, RouterConfig, RoutingReport
+from ..moe import FeedForward, MoEFeedForward, RouterConfig, RoutingReport
 from ..nn.attention import SelfAttention
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm, modulate
@@ -258,10 +258,6 @@ class DiT(ModelMixin, ConfigMixin):
         if not return_dict:
             return sample, tuple(reports)
         return DiTOutput(sample=sample, routing=tuple(reports))
-
-    def routers(self) -> list[Router]:
-        """The routers, in the order of `DiTOutput.routing`."""
-        return [block.mlp.router for block in self.blocks if isinstance(block.mlp, MoEFeedForward)]
 
 
 # What save_pretrained records and from_pretrained looks up: the public name.

@@ -200,6 +200,7 @@ class BatchPool(Router):
         self.register_buffer("threshold", torch.zeros(config.num_experts))
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
+        """In training the pool's best tokens, and what the predictor learns of them; else by threshold."""
         gate_BNE = logits_BNE.softmax(dim=-1)
         predicted_BNE = self.predictor(x_BND.detach())
         if not self.training:

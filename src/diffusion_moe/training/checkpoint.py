@@ -40,7 +40,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
-    """Write the state beside the older checkpoints, then drop all but the newest `keep`.
+    """Write the state beside the older checkpoints, then drop all but the newest `keep` up to this step.
 
     The folder of a checkpoint appears under its name only when all of it is on the disk.
     """
@@ -67,7 +67,9 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
     shutil.rmtree(target, ignore_errors=True)  # there only if it was found corrupt
     partial.rename(target)
     _flush(folder)
-    for old in checkpoints_in(folder)[keep:]:
+    # Later ones are damaged, else we would have resumed there: they stay, and take no good one's place.
+    good = [path for path in checkpoints_in(folder) if path <= target]
+    for old in good[keep:]:
         shutil.rmtree(old)
     for leftover in folder.glob("step-*.partial"):
         shutil.rmtree(leftover)
@@ -78,7 +80,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     """Fill `state` from a checkpoint.
 
     Raises:
-        CheckpointError: says which file is wrong and how; `state` may be partly filled only if the shapes disagree.
+        CheckpointError: says what is wrong; `state` may then be partly filled, if the files are whole but do not fit.
     """
     manifest = verify(path)
     try:
@@ -88,8 +90,9 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         state.model.load_state_dict(model)
         state.ema.load_state_dict(ema)
         _restore_optimizer(state, optimizer)
-    except (RuntimeError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {path} does not fit the recipe's model: {error}") from error
+    except (RuntimeError, KeyError, OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint {path} does not fit the recipe's model: {reason}") from error
     state.step = manifest["step"]
 
 

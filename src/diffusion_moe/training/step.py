@@ -15,7 +15,7 @@ from ..diffusion.loss import velocity_loss
 from ..diffusion.path import rectified_flow
 from ..diffusion.times import draw_times
 from ..models.dit import DiT
-from ..moe import RoutingReport, merge_reports, update_routing_state
+from ..moe import RoutingReport, merge_reports, routers_of, update_routing_state
 from ..randomness import normal, uniform
 from .ema import update_ema
 from .optimizer import learning_rate, make_optimizer
@@ -117,7 +117,7 @@ def train_step(state: TrainState, recipe: Recipe, batch: Batch) -> StepResult:
         raise NonFiniteError(f"step {step}: the loss is {float(loss)} and the gradient's norm {float(grad_norm)}")
     state.optimizer.step()
     reports = [merge_reports(layer) for layer in zip(*(part.reports for part in parts))]
-    update_routing_state(model.routers(), reports)
+    update_routing_state(routers_of(model), reports)
     update_ema(state.ema, model, recipe.training.ema_decay)
     state.step = step
     return StepResult(
