@@ -6,19 +6,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import Recipe
-    from .models.dit import DiT, DiTOutput
+    from .models import DiT, DiTOutput, JiT
     from .moe import MoEFeedForward, RouterConfig
 
 # Loaded when first asked for, so that the MoE layer needs torch alone and `--help` needs neither.
 _HOME = {
-    "DiT": "models.dit",
-    "DiTOutput": "models.dit",
+    "DiT": "models",
+    "DiTOutput": "models",
+    "JiT": "models",
     "MoEFeedForward": "moe",
     "Recipe": "config",
     "RouterConfig": "moe",
 }
 
-__all__ = ["DiT", "DiTOutput", "MoEFeedForward", "Recipe", "RouterConfig", "__version__"]
+__all__ = ["DiT", "DiTOutput", "JiT", "MoEFeedForward", "Recipe", "RouterConfig", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

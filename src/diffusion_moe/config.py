@@ -16,8 +16,12 @@ import yaml
 Router = Literal["dense", "tc", "ec", "diffmoe", "dsmoe"]
 Balance = Literal["none", "aux", "bias"]
 Activation = Literal["gelu", "silu", "swiglu"]
-Position = Literal["sincos", "rope1d", "rope2d"]
-Solver = Literal["euler", "heun"]
+Position = Literal["sincos", "rope1d", "rope2d", "sincos+rope2d"]
+Process = Literal["flow", "ddpm"]
+Prediction = Literal["velocity", "x", "epsilon"]
+FLOW_SOLVERS = ("euler", "heun", "heun_euler", "dopri5", "sde")
+DDPM_SOLVERS = ("ddpm", "ddim")
+Solver = Literal["euler", "heun", "heun_euler", "dopri5", "sde", "ddpm", "ddim"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -27,8 +31,19 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The diffusion transformer. The fields are the arguments of `diffusion_moe.DiT`."""
+    """The diffusion transformer. The fields are the arguments of `diffusion_moe.DiT` and `diffusion_moe.JiT`."""
 
+    backbone: Literal["dit", "jit"] = "dit"
+    """dit: latents or small images; jit: large pixel patches through a bottleneck, and class tokens in the sequence."""
+    process: Process = "flow"
+    """What t means: flow, from 0 (noise) to 1 (data) on a straight path; ddpm, the step 0 (data) to 999 (noise) of the
+    linear schedule."""
+    prediction: Prediction = "velocity"
+    """What the network answers: the velocity x - epsilon, the clean image x, or the noise epsilon."""
+    min_gap: float = 0.05
+    """Lowest 1 - t (and t) by which an answer is divided to become another prediction (process: flow)."""
+    noise_scale: float = 1.0
+    """Standard deviation of the noise at t = 0 (process: flow)."""
     sample_size: int = 32
     """Height and width of the image or latent, in its own pixels."""
     patch_size: int = 2
@@ -36,27 +51,49 @@ class ModelConfig:
     in_channels: int = 4
     """Channels of the image or latent."""
     learn_sigma: bool = False
-    """Predict twice the channels, as the published models do; flow models use the first half."""
+    """Predict twice the channels, as the published models do: the second half is the variance (process: ddpm) or unused."""
     hidden_size: int = 384
     """Width D of a token."""
     depth: int = 12
     """Number of transformer blocks."""
+    bottleneck_dim: int | None = None
+    """Width that a patch is squeezed to before D (backbone: jit)."""
+    class_tokens: int = 0
+    """Tokens made of the class, put before those of the image (backbone: jit)."""
+    class_tokens_from: int = 0
+    """The first block that sees the class tokens (backbone: jit)."""
     num_heads: int = 6
     """Attention heads."""
     num_kv_heads: int | None = None
     """Key and value heads (grouped-query attention); null: as many as num_heads."""
+    head_dim: int | None = None
+    """Width of a head; null: hidden_size / num_heads."""
     qk_norm: bool = False
     """Normalise queries and keys (RMSNorm over each head)."""
+    attention_sinks: bool = False
+    """A learned number a head that joins the softmax, so that a head may attend to nothing."""
+    sliding_window: int = 0
+    """Attend to tokens whose number (row by row) is less than this away; 0: to all."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation before attention and feed-forward, without learned scale."""
+    """Normalisation before attention and feed-forward: LayerNorm without, or RMSNorm with a learned scale."""
     position: Position = "rope2d"
-    """Positions: a fixed sine-cosine table added once, or rotary over one or two axes."""
+    """Positions: a fixed sine-cosine table added once, rotary over one or two axes, or both."""
+    rotary_pairs: Literal["halves", "neighbours"] = "halves"
+    """Which two numbers rotary positions turn together: i and i + half of the axis' share, or 2i and 2i + 1."""
     mlp_ratio: float = 4.0
     """Hidden width of a dense feed-forward layer over D."""
+    mlp_dim: int | None = None
+    """Hidden width of a dense feed-forward layer; null: mlp_ratio times hidden_size."""
     mlp_activation: Activation = "gelu"
     """Activation of the dense feed-forward layers (gelu is the tanh form)."""
+    mlp_bias: bool = True
+    """Whether the dense feed-forward layers have biases."""
+    dropout: float = 0.0
+    """Dropout after attention and inside dense feed-forward layers, in the middle half of the blocks."""
     num_classes: int = 1000
     """Number of classes; 0 for an unconditional model."""
+    null_class: bool = True
+    """Whether there is one class more, for no class, as guidance needs."""
     router: Router = "dsmoe"
     """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (batch pool with a
     capacity predictor), dsmoe (sigmoid grouped top-k)."""
@@ -68,6 +105,8 @@ class ModelConfig:
     """Activation of the experts."""
     expert_bias: bool = False
     """Whether the experts' two projections have biases."""
+    expert_dropout: float = 0.0
+    """Dropout inside routed and shared experts."""
     top_k: int = 2
     """Experts a token is sent to (tc, dsmoe)."""
     capacity: float = 1.0
@@ -114,7 +153,7 @@ class ModelConfig:
             f"model.sample_size {self.sample_size} is not divisible by model.patch_size {self.patch_size}",
         )
         _require(
-            self.hidden_size % self.num_heads == 0,
+            self.head_dim is not None or self.hidden_size % self.num_heads == 0,
             f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}",
         )
         kv_heads = self.num_kv_heads
@@ -122,21 +161,78 @@ class ModelConfig:
             kv_heads is None or (kv_heads > 0 and self.num_heads % kv_heads == 0),
             f"model.num_heads {self.num_heads} is not divisible by model.num_kv_heads {kv_heads}",
         )
-        axes = {"sincos": 1, "rope1d": 1, "rope2d": 2}[self.position]
-        if self.position == "sincos":
-            _require(
-                self.hidden_size % 4 == 0,
-                f"model.hidden_size {self.hidden_size} is not divisible by 4, as model.position sincos needs",
-            )
-        else:
-            _require(
-                (self.hidden_size // self.num_heads) % (2 * axes) == 0,
-                f"model.hidden_size / model.num_heads is {self.hidden_size // self.num_heads}, not divisible by "
-                f"{2 * axes}, as model.position {self.position} needs",
-            )
+        self._check_positions()
+        self._check_backbone()
+        for name in ("dropout", "expert_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; choose from 0 to below 1")
+        for name in ("sliding_window", "skip_first"):
+            _require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; use 0 for none")
+        for name in ("head_dim", "mlp_dim", "shared_dim"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"model.{name} is {value}; it must be positive, or null")
         _require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}; use 0 for an unconditional model")
         if self.router != "dense":
             self._check_experts()
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of a dense feed-forward layer."""
+        return self.mlp_dim or int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def rotary_axes(self) -> int:
+        """Axes of rotary positions; 0 without."""
+        return {"sincos": 0, "rope1d": 1, "rope2d": 2, "sincos+rope2d": 2}[self.position]
+
+    @property
+    def adds_sincos(self) -> bool:
+        """Whether the sine-cosine table is added to the tokens."""
+        return self.position in ("sincos", "sincos+rope2d")
+
+    def _check_positions(self) -> None:
+        _require(
+            not self.adds_sincos or self.hidden_size % 4 == 0,
+            f"model.hidden_size {self.hidden_size} is not divisible by 4, as model.position {self.position} needs",
+        )
+        _require(
+            not self.rotary_axes or self.head_width % (2 * self.rotary_axes) == 0,
+            f"a head is {self.head_width} wide (model.head_dim, or hidden_size / num_heads), not divisible by "
+            f"{2 * self.rotary_axes}, as model.position {self.position} needs",
+        )
+
+    def _check_backbone(self) -> None:
+        if self.process == "ddpm":
+            _require(
+                self.prediction == "epsilon",
+                f"model.prediction is {self.prediction!r}, but model.process ddpm predicts epsilon; set it to epsilon",
+            )
+        for name in ("min_gap", "noise_scale"):
+            _require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        if self.backbone == "dit":
+            for name, none in (("bottleneck_dim", None), ("class_tokens", 0), ("class_tokens_from", 0)):
+                _require(
+                    getattr(self, name) == none,
+                    f"model.{name} is {getattr(self, name)}, but only model.backbone jit has it; leave it out",
+                )
+            return
+        _require(
+            self.bottleneck_dim is not None and self.bottleneck_dim > 0,
+            f"model.bottleneck_dim is {self.bottleneck_dim}; model.backbone jit needs a positive one",
+        )
+        _require(self.class_tokens >= 0, f"model.class_tokens is {self.class_tokens}; use 0 for none")
+        _require(
+            self.class_tokens == 0 or self.num_classes > 0,
+            f"model.class_tokens is {self.class_tokens}, but model.num_classes is 0; use 0 for an unconditional model",
+        )
+        _require(
+            0 <= self.class_tokens_from < self.depth,
+            f"model.class_tokens_from is {self.class_tokens_from}; choose 0 to below model.depth {self.depth}",
+        )
 
     def _check_experts(self) -> None:
         for name in ("num_experts", "expert_dim", "top_k", "capacity"):
@@ -164,10 +260,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The path from noise to data, and how times and labels are drawn in training."""
+    """How times and labels are drawn in training, and what the loss compares."""
 
+    loss: Prediction | None = None
+    """What the mean squared error compares, after converting to it: velocity, x or epsilon; null: what the model
+    predicts. JiT predicts x and compares velocities."""
     time: Literal["uniform", "logit_normal"] = "uniform"
-    """Distribution of the training time t in [0, 1] (0 is noise, 1 is data)."""
+    """Distribution of the training time t in [0, 1] (0 is noise, 1 is data); of ddpm's step, uniform only."""
     time_mean: float = 0.0
     """Mean of the normal under the logistic function (time: logit_normal)."""
     time_std: float = 1.0
@@ -316,22 +415,37 @@ class EvaluationConfig:
     batch_size: int = 250
     """Images generated at a time; the images are the same for any number (but with model.inference_pool batch)."""
     solver: Solver = "euler"
-    """Solver of the probability-flow equation."""
+    """For flow models euler, heun, heun_euler (the last step an Euler step, as JiT), dopri5 (adaptive) or sde; for ddpm
+    models ddpm (ancestral) or ddim."""
     steps: int = 50
-    """Solver steps (Heun evaluates the model twice a step)."""
+    """Solver steps (Heun evaluates the model twice a step); dopri5 chooses its own."""
+    rtol: float = 1e-3
+    """Relative tolerance (solver: dopri5)."""
+    atol: float = 1e-6
+    """Absolute tolerance (solver: dopri5)."""
     guidance_scale: float = 1.5
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times t between which guidance is on (0 is noise, 1 is data)."""
+    guidance_channels: int | None = None
+    """Guide the first channels only; null: all. The published DDPM scores guided three of four."""
+    threshold_scale: float = 1.0
+    """Factor on the thresholds (diffmoe): below 1 more compute for each token, above 1 less."""
     seed: int = 0
     """Image number i is a function of this seed and i."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size", "steps"):
+        _require(
+            self.solver in get_args(Solver),
+            f"evaluation.solver is {self.solver!r}; choose one of {', '.join(get_args(Solver))}",
+        )
+        for name in ("num_samples", "batch_size", "steps", "rtol", "atol", "threshold_scale"):
             _require(getattr(self, name) > 0, f"evaluation.{name} is {getattr(self, name)}; it must be positive")
         low, high = self.guidance_interval
         _require(0 <= low <= high <= 1, f"evaluation.guidance_interval is {low}, {high}; give 0 <= low <= high <= 1")
         _require(self.guidance_scale >= 0, f"evaluation.guidance_scale is {self.guidance_scale}; use 1 for no guidance")
+        channels = self.guidance_channels
+        _require(channels is None or channels > 0, f"evaluation.guidance_channels is {channels}; use null for all")
         _require(0 <= self.seed < 2**63, f"evaluation.seed is {self.seed}; choose from 0 to 2^63 - 1")
 
 
@@ -347,6 +461,21 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.process == "ddpm":
+            _require(
+                self.diffusion.loss in (None, "epsilon"),
+                f"diffusion.loss is {self.diffusion.loss!r}, but model.process ddpm compares epsilon; leave it out",
+            )
+            _require(
+                self.diffusion.time == "uniform",
+                f"diffusion.time is {self.diffusion.time!r}, but model.process ddpm draws uniform steps; leave it out",
+            )
+        _require(
+            self.model.null_class or self.diffusion.class_dropout == 0 or self.model.num_classes == 0,
+            f"diffusion.class_dropout is {self.diffusion.class_dropout}, but model.null_class is false; set it to 0",
+        )
 
 
 SECTIONS: dict[str, type] = {name: value.default_factory for name, value in Recipe.__dataclass_fields__.items()}  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from diffusion_moe.nn.attention import SelfAttention
 from diffusion_moe.nn.position import apply_rotary, rotary_table
@@ -20,7 +21,12 @@ def plain_attention(layer: SelfAttention, x_ND: torch.Tensor, rotary=None) -> to
         if rotary is not None:
             q, k = apply_rotary(q[None, None], rotary)[0, 0], apply_rotary(k[None, None], rotary)[0, 0]
         exp = torch.exp(q @ k.T / size**0.5)
-        outs.append(exp / exp.sum(dim=1, keepdim=True) @ v)
+        if layer.window:
+            places = range(len(x_ND))
+            exp = exp * torch.tensor([[float(abs(i - j) < layer.window) for j in places] for i in places])
+        # The sink takes its share of the sum, and gives nothing.
+        sink = 0 if layer.sinks is None else torch.exp(layer.sinks[head])
+        outs.append(exp / (exp.sum(dim=1, keepdim=True) + sink) @ v)
     return layer.proj(torch.cat(outs, dim=1))
 
 
@@ -36,6 +42,32 @@ def test_equals_the_softmax_formula(num_kv_heads, qk_norm, axes):
     x_BND = torch.randn(2, 9, 32)
     expected = torch.stack([plain_attention(layer, x_ND, rotary) for x_ND in x_BND])
     torch.testing.assert_close(layer(x_BND, rotary), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize(("sinks", "window"), [(True, 0), (False, 1), (False, 3), (True, 2)])
+@pytest.mark.parametrize("head_dim", [None, 12])
+def test_sinks_and_windows_equal_the_softmax_formula(num_kv_heads, sinks, window, head_dim):
+    torch.manual_seed(0)
+    layer = SelfAttention(32, 4, num_kv_heads, head_dim=head_dim, sinks=sinks, window=window)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    rotary = rotary_table(3, 3, head_dim or 8, 2)
+    x_BND = torch.randn(2, 9, 32, requires_grad=True)
+    inputs = [x_BND, *layer.parameters()]
+    expected = torch.stack([plain_attention(layer, x_ND, rotary) for x_ND in x_BND])
+    torch.testing.assert_close(layer(x_BND, rotary), expected, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(layer(x_BND, rotary).square().mean(), inputs)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().mean(), inputs), rtol=1e-3, atol=1e-5)
+
+
+def test_backends_without_masks_are_refused_where_a_mask_is_needed():
+    layer = SelfAttention(32, 4, sinks=True)
+    layer.set_attention_backend("native")
+    layer(torch.randn(1, 4, 32))
+    layer.processor._attention_backend = AttentionBackendName.FLASH
+    with pytest.raises(ValueError, match="takes no mask"):
+        layer(torch.randn(1, 4, 32))
 
 
 def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant():

@@ -57,14 +57,15 @@ def test_time_features_of_low_precision_times_are_computed_in_float32():
     assert seen[0].dtype == torch.float32 and torch.equal(seen[0], seen[1])
 
 
-def test_norms_have_no_parameters_and_are_the_plain_formulas():
+def test_norms_are_the_plain_formulas():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 8) + 2
     layer, rms = make_norm("layernorm", 8), make_norm("rmsnorm", 8)
-    assert not list(layer.parameters()) and not list(rms.parameters())
+    torch.nn.init.normal_(rms.weight)
+    assert not list(layer.parameters())
     centred = x - x.mean(-1, keepdim=True)
     torch.testing.assert_close(layer(x), centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt())
-    torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    torch.testing.assert_close(rms(x), rms.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
 
 
 def test_modulation_scales_and_shifts_each_image():

@@ -19,33 +19,44 @@ def test_sincos_table_is_the_plain_formula():
         torch.testing.assert_close(table[token], torch.tensor(expected))
 
 
-def rotated(x: list[float], positions: list[float]) -> list[float]:
-    """One head in as many parts as positions; in each, features j and j + half turn by position * 10000^(-j / half)."""
+def rotated(x: list[float], positions: list[float], pairs: str = "halves") -> list[float]:
+    """One head in as many parts as positions; in each, pair j turns by position * 10000^(-j / half)."""
     part = len(x) // len(positions)
     half = part // 2
     out = list(x)
     for p, position in enumerate(positions):
         for j in range(half):
-            a, b = p * part + j, p * part + half + j
+            a, b = (j, half + j) if pairs == "halves" else (2 * j, 2 * j + 1)
+            a, b = p * part + a, p * part + b
             angle = position * 10000 ** (-j / half)
             out[a] = x[a] * math.cos(angle) - x[b] * math.sin(angle)
             out[b] = x[b] * math.cos(angle) + x[a] * math.sin(angle)
     return out
 
 
+@pytest.mark.parametrize("pairs", ["halves", "neighbours"])
 @pytest.mark.parametrize("axes", [1, 2])
-def test_rotary_is_the_plain_formula(axes):
+def test_rotary_is_the_plain_formula(axes, pairs):
     """Two axes: the row turns the first half of the head, the column the second."""
     torch.manual_seed(0)
     height, width, head_dim = 3, 4, 8
     x = torch.randn(2, 3, height * width, head_dim)
-    y = apply_rotary(x, rotary_table(height, width, head_dim, axes))
+    y = apply_rotary(x, rotary_table(height, width, head_dim, axes, pairs))
     for token in range(height * width):
         positions = [token] if axes == 1 else list(divmod(token, width))
         for b in range(2):
             for h in range(3):
-                expected = torch.tensor(rotated(x[b, h, token].tolist(), positions))
+                expected = torch.tensor(rotated(x[b, h, token].tolist(), positions, pairs))
                 torch.testing.assert_close(y[b, h, token], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", ["halves", "neighbours"])
+def test_tokens_before_the_image_stay_still(pairs):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4 + 9, 8)
+    y = apply_rotary(x, rotary_table(3, 3, 8, 2, pairs, still_tokens=4))
+    assert torch.equal(y[:, :, :4], x[:, :, :4])
+    assert torch.equal(y[:, :, 4:], apply_rotary(x[:, :, 4:], rotary_table(3, 3, 8, 2, pairs)))
 
 
 @pytest.mark.parametrize("axes", [1, 2])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..diffusion.solvers import euler, even_times
 from ..evaluation.generate import class_schedule
-from ..models.dit import DiT
+from ..models import Backbone
 from ..randomness import normal
 from .records import record_routing
 
@@ -36,7 +36,7 @@ class ExpertUse(NamedTuple):
 
 
 @torch.no_grad()
-def expert_use(model: DiT, seed: int = 0) -> ExpertUse:
+def expert_use(model: Backbone, seed: int = 0) -> ExpertUse:
     """Sample without guidance, record the routers, and average over the images of each class."""
     config = model.settings
     K = max(1, config.num_classes)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import EvaluationConfig
 from ..run_folder import RunFolder, write_atomically
 from .generate import generate, image_grid, provenance, to_uint8
-from .score import load_model, origin
+from .score import load_run, origin
 
 GRID_PIXELS = 800
 """Grids of small images are enlarged to about this side."""
@@ -41,7 +41,7 @@ def draw_samples(
     if output is not None and ending and output.suffix != ending:
         raise ValueError(f"output is {output}; a file of format {form} ends in {ending}")
     labels = _labels(classes, per_class, run.read_recipe().model.num_classes)
-    model = load_model(run)
+    model = load_run(run)
     count = per_class if labels is None else len(labels)
     images = generate(model, labels, count, settings)
     path = (

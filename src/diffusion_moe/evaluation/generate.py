@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import EvaluationConfig
 from ..diffusion.guidance import Velocity, guided
 from ..diffusion.solvers import EVALUATIONS_PER_STEP, SOLVERS, even_times
-from ..models.dit import DiT
+from ..models import Backbone
 from ..randomness import normal
 
 
@@ -23,7 +23,7 @@ def class_schedule(num_samples: int, num_classes: int) -> Tensor | None:
 
 @torch.no_grad()
 def generate_batches(
-    model: DiT, labels: Tensor | None, num_samples: int, settings: EvaluationConfig
+    model: Backbone, labels: Tensor | None, num_samples: int, settings: EvaluationConfig
 ) -> Iterator[Tensor]:
     """Generate images 0 to num_samples - 1, a batch at a time.
 
@@ -53,7 +53,7 @@ def generate_batches(
         yield SOLVERS[settings.solver](velocity, noise, times).float().cpu()
 
 
-def generate(model: DiT, labels: Tensor | None, num_samples: int, settings: EvaluationConfig) -> Tensor:
+def generate(model: Backbone, labels: Tensor | None, num_samples: int, settings: EvaluationConfig) -> Tensor:
     """All images of `generate_batches` as one tensor."""
     return torch.cat(list(generate_batches(model, labels, num_samples, settings)))
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ..config import DataConfig, EvaluationConfig
 from ..data import load_dataset
-from ..models.dit import DiT
+from ..models import Backbone, load_model
 from ..run_folder import ORIGIN, RunFolder, write_atomically
 from .features import train_classifier
 from .generate import class_schedule, generate, provenance
@@ -19,7 +18,7 @@ from .metrics import frechet_distance, nearest_neighbour_distance
 from .statistics import FeatureSums
 
 
-def load_model(run: RunFolder) -> DiT:
+def load_run(run: RunFolder) -> Backbone:
     """The averaged model of a run, in eval mode on the best device there is.
 
     Raises:
@@ -29,10 +28,9 @@ def load_model(run: RunFolder) -> DiT:
         raise ValueError(f"{run.path} has no trained model yet; finish it with the same `diffusion-moe train` command")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return DiT.from_pretrained(run.model).to(device).eval()
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load {run.model} ({reason}); the same `train` command writes it anew") from error
+        return load_model(run.model).to(device)
+    except ValueError as error:
+        raise ValueError(f"{error}; the same `train` command writes it anew") from error
 
 
 def origin(run: RunFolder) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def origin(run: RunFolder) -> dict[str, Any]:
     return json.loads((run.model / ORIGIN).read_text())
 
 
-def score(model: DiT, data: DataConfig, settings: EvaluationConfig) -> dict[str, Any]:
+def score(model: Backbone, data: DataConfig, settings: EvaluationConfig) -> dict[str, Any]:
     """Generate images and compare them with the real ones.
 
     Returns:
@@ -79,7 +77,7 @@ def score(model: DiT, data: DataConfig, settings: EvaluationConfig) -> dict[str,
 
 def evaluate_run(run: RunFolder, settings: EvaluationConfig) -> dict[str, Any]:
     """Score a finished run and keep the result as its `evaluation.json`."""
-    result = score(load_model(run), run.read_recipe().data, settings) | origin(run)
+    result = score(load_run(run), run.read_recipe().data, settings) | origin(run)
     write_atomically(run.evaluation, json.dumps(result, indent=2) + "\n")
     return result
 

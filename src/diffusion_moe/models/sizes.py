@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig
 from ..moe import GroupedExperts
-from .dit import DiT
+from . import make_model
 
 PAPER_MILLION = 2**20
 """The papers' "M" parameters."""
@@ -29,7 +29,7 @@ class Size(NamedTuple):
 def model_size(config: ModelConfig) -> Size:
     """Count without allocating any memory."""
     with torch.device("meta"):
-        model = DiT(**vars(config)).train()
+        model = make_model(config).train()
         experts = sum(
             parameter.numel()
             for module in model.modules()
@@ -37,7 +37,7 @@ def model_size(config: ModelConfig) -> Size:
             for parameter in module.parameters()
         )
         total = sum(parameter.numel() for parameter in model.parameters())
-        total += model.pos_embed.numel() if config.position == "sincos" else 0
+        total += model.pos_embed.numel() if config.adds_sincos else 0
         x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
         labels = torch.zeros(1, dtype=torch.long) if config.num_classes else None
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -32,14 +32,21 @@ class GroupedExperts(nn.Module):
 
     Args:
         dim: token width D. expert_dim: hidden width F. num_experts: E. activation: "swiglu" or "gelu" (tanh form).
-        bias: whether both projections have biases.
+        bias: whether both projections have biases. dropout: of the hidden layer, in training.
     """
 
     def __init__(
-        self, dim: int, expert_dim: int, num_experts: int, activation: ExpertActivation = "swiglu", bias: bool = False
+        self,
+        dim: int,
+        expert_dim: int,
+        num_experts: int,
+        activation: ExpertActivation = "swiglu",
+        bias: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.activation: ExpertActivation = activation
+        self.dropout = nn.Dropout(dropout)
         columns = 2 * expert_dim if activation == "swiglu" else expert_dim
         self.w_in = nn.Parameter(torch.empty(num_experts, dim, columns))
         self.w_out = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
@@ -66,7 +73,7 @@ class GroupedExperts(nn.Module):
         h_AH = gmm(x_AD, self.w_in.to(dtype), offsets_E)
         if self.b_in is not None:
             h_AH = h_AH + self.b_in.to(dtype).index_select(0, routing.expert_A())
-        y_AD = gmm(activate(h_AH, self.activation), self.w_out.to(dtype), offsets_E)
+        y_AD = gmm(self.dropout(activate(h_AH, self.activation)), self.w_out.to(dtype), offsets_E)
         if self.b_out is not None:
             y_AD = y_AD + self.b_out.to(dtype).index_select(0, routing.expert_A())
         # The sum runs in the weights' float32 (or float64), also where the products ran in bfloat16.

@@ -15,19 +15,24 @@ class FeedForward(nn.Module):
 
     Args:
         dim: token width D. hidden_dim: width F of the hidden layer. activation: "gelu" (tanh form), "silu" or "swiglu".
-        bias: whether the linear layers have biases.
+        bias: whether the linear layers have biases. dropout: of the hidden layer, in training.
     """
 
     def __init__(
-        self, dim: int, hidden_dim: int, activation: FeedForwardActivation = "gelu", bias: bool = True
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: FeedForwardActivation = "gelu",
+        bias: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.activation: FeedForwardActivation = activation
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias) if activation == "swiglu" else None
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
-        for linear in self.children():
-            assert isinstance(linear, nn.Linear)
+        self.dropout = nn.Dropout(dropout)
+        for linear in (module for module in self.children() if isinstance(module, nn.Linear)):
             nn.init.xavier_uniform_(linear.weight)
             if bias:
                 nn.init.zeros_(linear.bias)
@@ -35,5 +40,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
         if self.gate_proj is not None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * up)
-        return self.down_proj(F.gelu(up, approximate="tanh") if self.activation == "gelu" else F.silu(up))
+            hidden = F.silu(self.gate_proj(x)) * up
+        else:
+            hidden = F.gelu(up, approximate="tanh") if self.activation == "gelu" else F.silu(up)
+        return self.down_proj(self.dropout(hidden))

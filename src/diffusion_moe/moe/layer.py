@@ -31,7 +31,7 @@ class MoEFeedForward(nn.Module):
         activation: of the experts. bias: whether the experts have biases.
         shared: what every token gets beside its experts: nothing, the input itself (published DSMoE without its shared
             expert), or a shared expert of that activation. shared_dim: its hidden width; None: expert_dim.
-        shared_bias: whether it has biases.
+        shared_bias: whether it has biases. dropout: inside routed and shared experts, in training.
 
     Example:
         >>> layer = MoEFeedForward(64, 32, RouterConfig("dsmoe", num_experts=8, top_k=2, balance="bias"))
@@ -49,6 +49,7 @@ class MoEFeedForward(nn.Module):
         shared: Shared = "none",
         shared_dim: int | None = None,
         shared_bias: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if activation not in ("gelu", "swiglu"):
@@ -56,11 +57,11 @@ class MoEFeedForward(nn.Module):
         if shared not in ("none", "identity", "gelu", "swiglu"):
             raise ValueError(f"shared is {shared!r}; choose none, identity, gelu or swiglu")
         self.router = ROUTERS[router.kind](dim, router)
-        self.experts = GroupedExperts(dim, expert_dim, router.num_experts, activation, bias)
+        self.experts = GroupedExperts(dim, expert_dim, router.num_experts, activation, bias, dropout)
         self.add_input = shared == "identity"
-        self.shared = (
-            FeedForward(dim, shared_dim or expert_dim, shared, shared_bias) if shared in ("gelu", "swiglu") else None
-        )
+        self.shared = None
+        if shared in ("gelu", "swiglu"):
+            self.shared = FeedForward(dim, shared_dim or expert_dim, shared, shared_bias, dropout)
 
     def forward(self, x: Tensor, router_input: Tensor | None = None) -> MoEOutput:
         """Apply the layer.

@@ -140,8 +140,8 @@ class TokenChoice(Router):
 class GroupedSigmoid(TokenChoice):
     """DSMoE: sigmoid scores; a token keeps its best groups of experts and the K best experts inside them.
 
-    A group scores the sum of its two best experts. Weights are the chosen sigmoids, normalised over the K and scaled.
-    The correction bias takes part in the choice only; it is kept with `balance: none` too, as published checkpoints do.
+    A group scores the sum of its two best experts. Weights are the chosen sigmoids, normalised over the K (not for
+    K = 1: then the router would learn nothing) and scaled. The correction bias takes part in the choice only; it is kept with `balance: none` too, as published checkpoints do.
     """
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
@@ -156,7 +156,9 @@ class GroupedSigmoid(TokenChoice):
         scores_BNE = logits_BNE.sigmoid()
         expert_BNK = self.choose(scores_BNE)
         weight_BNK = scores_BNE.gather(-1, expert_BNK)
-        weight_BNK = weight_BNK / (weight_BNK.sum(dim=-1, keepdim=True) + 1e-20) * self.config.routed_scale
+        if self.config.top_k > 1:
+            weight_BNK = weight_BNK / (weight_BNK.sum(dim=-1, keepdim=True) + 1e-20)
+        weight_BNK = weight_BNK * self.config.routed_scale
         # DeepSeek-V3 eq. 19: the auxiliary loss sees the scores' shares.
         return self.routing(expert_BNK, weight_BNK, scores_BNE / scores_BNE.sum(dim=-1, keepdim=True))
 
@@ -169,7 +171,10 @@ class GroupedSigmoid(TokenChoice):
             best_BNG = grouped_BNGI.topk(min(2, grouped_BNGI.shape[-1]), dim=-1).values.sum(dim=-1)
             kept = best_BNG.topk(self.config.top_groups, dim=-1, sorted=False).indices
             dropped_BNG = torch.ones_like(best_BNG, dtype=torch.bool).scatter(-1, kept, False)
-            corrected_BNE = grouped_BNGI.masked_fill(dropped_BNG[..., None], -torch.inf).flatten(-2)
+            # The published models score experts of dropped groups 0, so that one of them wins against an expert whose
+            # bias makes its score negative. Where we move the bias ourselves, the group limit holds.
+            floor = -torch.inf if self.config.balance == "bias" else 0.0
+            corrected_BNE = grouped_BNGI.masked_fill(dropped_BNG[..., None], floor).flatten(-2)
         return corrected_BNE.topk(self.config.top_k, dim=-1, sorted=False).indices
 
 
@@ -193,6 +198,8 @@ class BatchPool(Router):
     """
 
     threshold: Tensor
+    threshold_scale: float = 1.0
+    """Factor on the thresholds at inference: below 1 more compute for each token, above 1 less."""
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
         super().__init__(dim, config)
@@ -206,7 +213,7 @@ class BatchPool(Router):
         if not self.training:
             if self.config.inference_pool == "batch":
                 predicted_BNE, gate_BNE = predicted_BNE.flatten(0, 1)[None], gate_BNE.flatten(0, 1)[None]
-            chosen_PME = chosen_by_threshold(predicted_BNE, gate_BNE, self.threshold)
+            chosen_PME = chosen_by_threshold(predicted_BNE, gate_BNE, self.threshold * self.threshold_scale)
             return route_by_mask(chosen_PME.flatten(0, 1), gate_BNE.flatten(0, 1))
         gate_TE, predicted_TE = gate_BNE.flatten(0, 1), predicted_BNE.flatten(0, 1)
         slots = self.slots(len(gate_TE))
@@ -225,6 +232,21 @@ ROUTERS: dict[str, type[Router]] = {
     "diffmoe": BatchPool,
     "dsmoe": GroupedSigmoid,
 }
+
+
+def scale_thresholds(model: nn.Module, scale: float) -> None:
+    """Trade compute for quality in a model of DiffMoE layers: see `BatchPool.threshold_scale`.
+
+    Raises:
+        ValueError: the scale is not positive, or the model has no thresholds and the scale is not 1.
+    """
+    pools = [router for router in routers_of(model) if isinstance(router, BatchPool)]
+    if scale <= 0:
+        raise ValueError(f"threshold_scale is {scale}; it must be positive")
+    if scale != 1 and not pools:
+        raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; leave it at 1")
+    for pool in pools:
+        pool.threshold_scale = scale
 
 
 def routers_of(model: nn.Module) -> list[Router]:

@@ -2,37 +2,112 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
 from .norm import HeadNorm
 from .position import Rotary, apply_rotary
 
+MASKED_BACKENDS = (None, AttentionBackendName.NATIVE)
+"""Backends of diffusers that sinks and windows run on; others would leave out the mask."""
 
-class SelfAttention(nn.Module):
-    """Multi-head attention through `scaled_dot_product_attention`; queries, keys and values have biases.
+
+class SelfAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention; queries, keys and values have biases. `set_attention_backend` is diffusers'.
 
     Args:
         dim: D. num_heads: H. num_kv_heads: key and value heads; fewer than H is grouped-query attention.
-        qk_norm: RMSNorm with learned scale on each head of queries and keys.
+        head_dim: I; None: D / H. qk_norm: RMSNorm with learned scale on each head of queries and keys.
+        sinks: a learned logit a head joins the softmax and takes its share of attention to nowhere. window: attend
+            where |i - j| < window, for token numbers i and j; 0: everywhere.
+        dropout: after the output projection, in training.
     """
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int | None = None, qk_norm: bool = False) -> None:
+    _supports_qkv_fusion = False  # they already are one matrix
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        head_dim: int | None = None,
+        sinks: bool = False,
+        window: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = head_dim or dim // num_heads
+        self.window = window
         self.qkv = nn.Linear(dim, (num_heads + 2 * self.num_kv_heads) * self.head_dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(num_heads * self.head_dim, dim)
         self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+        self.dropout = nn.Dropout(dropout)
+        self.set_processor(AttentionProcessor())
 
     def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """Attend; rows of qkv are all queries, then all keys, then all values."""
+        """Attend over all tokens of an image."""
+        return self.processor(self, x_BND, rotary)
+
+    def project(self, x_BND: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, N, I), keys and values (B, kv heads, N, I); rows of qkv are all queries, all keys, all values."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv_BHNI = self.qkv(x_BND).unflatten(-1, (heads + 2 * kv_heads, self.head_dim)).transpose(1, 2)
         q, k, v = qkv_BHNI.split((heads, kv_heads, kv_heads), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        y_BHNI = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), enable_gqa=heads != kv_heads)
-        return self.proj(y_BHNI.transpose(1, 2).flatten(2))
+        return q, k.to(q.dtype), v.to(q.dtype)
+
+    def masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention with sinks or a window, (B, H, N, I).
+
+        A sink is one more key whose logit is learned and whose value is zero: softmax over N + 1 gives the formula.
+        """
+        B, H, N, _ = q.shape
+        bias_HNM = q.new_zeros(H, N, N)
+        if self.window:
+            places = torch.arange(N, device=q.device)
+            far = (places[:, None] - places).abs() >= self.window
+            bias_HNM = bias_HNM.masked_fill(far, -torch.inf)
+        if self.sinks is not None:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            bias_HNM = torch.cat((bias_HNM, self.sinks.to(q.dtype)[:, None, None].expand(H, N, 1)), dim=-1)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias_HNM.expand(B, -1, -1, -1), enable_gqa=self.num_heads != self.num_kv_heads
+        )
+
+
+class AttentionProcessor:
+    """How a `SelfAttention` attends: the backend that diffusers' `set_attention_backend` chose."""
+
+    _attention_backend: AttentionBackendName | None = None
+    _parallel_config: Any = None
+
+    def __call__(self, attention: SelfAttention, x_BND: Tensor, rotary: Rotary | None) -> Tensor:
+        q, k, v = attention.project(x_BND, rotary)
+        if attention.sinks is not None or attention.window:
+            if self._attention_backend not in MASKED_BACKENDS:
+                raise ValueError(
+                    f"attention backend {self._attention_backend} takes no mask, as attention_sinks and sliding_window "
+                    "need; use set_attention_backend('native')"
+                )
+            y_BNHI = attention.masked(q, k, v).transpose(1, 2)
+        else:
+            y_BNHI = dispatch_attention_fn(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                enable_gqa=attention.num_heads != attention.num_kv_heads,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        return attention.dropout(attention.proj(y_BNHI.flatten(2)))

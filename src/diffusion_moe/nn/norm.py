@@ -1,4 +1,4 @@
-"""Normalisation without learned scale, and its modulation by the conditioning."""
+"""Normalisation of tokens and heads, and its modulation by the conditioning."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ EPS = 1e-6
 
 
 def make_norm(kind: Literal["layernorm", "rmsnorm"], dim: int) -> nn.Module:
-    """LayerNorm or RMSNorm over the last axis, eps 1e-6, no parameters: adaLN supplies scale and shift."""
-    if kind == "layernorm":
-        return nn.LayerNorm(dim, elementwise_affine=False, eps=EPS)
-    return nn.RMSNorm(dim, elementwise_affine=False, eps=EPS)
+    """Over the last axis, eps 1e-6: LayerNorm without parameters, or RMSNorm with a learned scale.
+
+    adaLN supplies scale and shift; the published models with RMSNorm learn its scale all the same.
+    """
+    return nn.LayerNorm(dim, elementwise_affine=False, eps=EPS) if kind == "layernorm" else nn.RMSNorm(dim, eps=EPS)
 
 
 class HeadNorm(nn.RMSNorm):

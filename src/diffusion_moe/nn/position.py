@@ -5,12 +5,15 @@ Shape suffixes: N tokens of one image (row by row), D width, H heads, I width of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 BASE = 10000.0
+
+Pairs = Literal["halves", "neighbours"]
+"""Which numbers of a head are turned together: i and i + half of an axis' share, or 2i and 2i + 1."""
 
 
 class Rotary(NamedTuple):
@@ -19,6 +22,7 @@ class Rotary(NamedTuple):
     cos_NI: Tensor
     sin_NI: Tensor
     axes: int
+    pairs: Pairs = "halves"
 
 
 def _frequencies(count: int) -> Tensor:
@@ -43,22 +47,32 @@ def sincos_table(height: int, width: int, dim: int) -> Tensor:
     return torch.cat(parts, dim=1).float()
 
 
-def rotary_table(height: int, width: int, head_dim: int, axes: int) -> Rotary:
+def rotary_table(
+    height: int, width: int, head_dim: int, axes: int, pairs: Pairs = "halves", still_tokens: int = 0
+) -> Rotary:
     """Rotation angles of each token.
 
     One axis: the token's number, over the whole head. Two: rows on the first half of the head, columns on the second.
-    Each part is rotated by halves.
+
+    Args:
+        still_tokens: tokens before those of the image that are not turned (JiT's class tokens).
     """
     rows, columns = _grid(height, width)
     numbers = [torch.arange(height * width, dtype=torch.float64)] if axes == 1 else [rows, columns]
     frequencies = _frequencies(head_dim // (2 * axes))
-    angle_NI = torch.cat([torch.outer(number, frequencies).repeat(1, 2) for number in numbers], dim=1)
-    return Rotary(angle_NI.cos().float(), angle_NI.sin().float(), axes)
+    angles = [torch.outer(number, frequencies) for number in numbers]
+    twice = [angle.repeat(1, 2) if pairs == "halves" else angle.repeat_interleave(2, dim=1) for angle in angles]
+    angle_NI = torch.cat([torch.zeros(still_tokens, head_dim, dtype=torch.float64), torch.cat(twice, dim=1)])
+    return Rotary(angle_NI.cos().float(), angle_NI.sin().float(), axes, pairs)
 
 
 def apply_rotary(x_BHNI: Tensor, rotary: Rotary) -> Tensor:
     """Rotate queries or keys, in float32; the result has their dtype."""
     x = x_BHNI.float()
-    first, second = x.unflatten(-1, (rotary.axes, 2, -1)).unbind(-2)
-    turned = torch.stack((-second, first), dim=-2).flatten(-3)
+    if rotary.pairs == "halves":
+        first, second = x.unflatten(-1, (rotary.axes, 2, -1)).unbind(-2)
+        turned = torch.stack((-second, first), dim=-2).flatten(-3)
+    else:
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-second, first), dim=-1).flatten(-2)
     return (x * rotary.cos_NI + turned * rotary.sin_NI).to(x_BHNI.dtype)

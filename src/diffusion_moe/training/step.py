@@ -14,7 +14,7 @@ from ..data import Batch
 from ..diffusion.loss import velocity_loss
 from ..diffusion.path import rectified_flow
 from ..diffusion.times import draw_times
-from ..models.dit import DiT
+from ..models import Backbone, make_model
 from ..moe import RoutingReport, merge_reports, routers_of, update_routing_state
 from ..randomness import normal, uniform
 from .ema import update_ema
@@ -29,8 +29,8 @@ class NonFiniteError(RuntimeError):
 class TrainState:
     """Everything that a step changes, and so everything that a checkpoint holds."""
 
-    model: DiT
-    ema: DiT
+    model: Backbone
+    ema: Backbone
     optimizer: torch.optim.AdamW
     step: int = 0
     """Steps done."""
@@ -53,7 +53,7 @@ def make_state(recipe: Recipe, device: torch.device) -> TrainState:
     """A fresh model, a function of the seed, with its average and optimizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
-        model = DiT(**vars(recipe.model))
+        model = make_model(recipe.model)
     model.to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     return TrainState(model, ema, make_optimizer(model, recipe.optimizer))
@@ -70,7 +70,7 @@ class LossParts(NamedTuple):
         return self.velocity + sum(self.routers.values())
 
 
-def micro_batch_loss(model: DiT, recipe: Recipe, batch: Batch, step: int, samples: Tensor) -> LossParts:
+def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, samples: Tensor) -> LossParts:
     """Loss on some of a step's samples; noise, time and label dropout are functions of (seed, step, sample).
 
     Args:

@@ -1,0 +1,164 @@
+"""What the backbones share: conditioning, blocks, output, and their life as diffusers models.
+
+Shape suffixes: B images, N tokens of one image, D width, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..moe import RoutingReport
+from ..nn.embeddings import TimestepEmbedder, unpatchify
+from ..nn.norm import make_norm
+from ..nn.position import Rotary, rotary_table, sincos_table
+from .block import DiTBlock, FinalLayer
+
+
+@dataclass
+class DiTOutput(BaseOutput):
+    """What a model answers."""
+
+    sample: Tensor
+    """The prediction (and, with learn_sigma, as many channels more), (B, C, H, W)."""
+    routing: tuple[RoutingReport, ...] = ()
+    """What each MoE layer's router learned, in the order of the layers."""
+
+
+def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
+    """Give an `__init__(self, **settings)` the fields of `ModelConfig` as its signature, which diffusers reads."""
+    fields = ModelConfig.__dataclass_fields__.values()
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields
+        if field.name != "backbone"
+    ]
+    init.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return init
+
+
+class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+    """Embed, add positions, apply the blocks, project back. Subclasses say how patches become tokens.
+
+    Attributes:
+        settings: the fields of `ModelConfig` with their values.
+    """
+
+    kind: ClassVar[str]
+    """Value of `ModelConfig.backbone`."""
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock"]  # noqa: RUF012 - the names and types are diffusers'
+    _repeated_blocks = ["DiTBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["router"]  # noqa: RUF012
+
+    def build(self, settings: dict[str, Any]) -> None:
+        """Make the modules and draw their weights.
+
+        Raises:
+            ValueError: the settings contradict each other.
+        """
+        self.settings = config = ModelConfig(backbone=self.kind, **settings)  # type: ignore[arg-type]
+        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        D, P = config.hidden_size, config.patch_size
+        self.x_embedder = self.make_patch_embedder()
+        self.t_embedder = TimestepEmbedder(D)
+        rows = config.num_classes + int(config.null_class)
+        self.y_embedder = nn.Embedding(rows, D) if config.num_classes else None
+        self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.depth))
+        self.final_layer = FinalLayer(D, P * P * self.out_channels, self.make_final_norm())
+        self._register_positions(config.sample_size // P)
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    def make_patch_embedder(self) -> nn.Module:
+        """From the numbers of a patch (B, N, C * P * P) to tokens (B, N, D)."""
+        raise NotImplementedError
+
+    def make_final_norm(self) -> nn.Module:
+        """The norm before the output projection."""
+        return make_norm("layernorm", self.settings.hidden_size)
+
+    def _register_positions(self, side: int) -> None:
+        """Fixed tables, remade with the model and so not saved with it."""
+        config = self.settings
+        if config.rotary_axes:
+            rotary = rotary_table(
+                side, side, config.head_width, config.rotary_axes, config.rotary_pairs, config.class_tokens
+            )
+            self.register_buffer("rotary_cos", rotary.cos_NI, persistent=False)
+            self.register_buffer("rotary_sin", rotary.sin_NI, persistent=False)
+        if config.adds_sincos:
+            self.register_buffer("pos_embed", sincos_table(side, side, config.hidden_size), persistent=False)
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that means no class; None if there is none."""
+        return self.settings.num_classes if self.settings.num_classes and self.settings.null_class else None
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform linears, zero biases; normal 0.02 embeddings; zero modulation and output (adaLN-Zero).
+
+        Experts and routers keep the initialisation of their own classes.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.t_embedder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.weight, std=0.02)
+        for adaln in [module.adaln for module in self.modules() if isinstance(module, DiTBlock | FinalLayer)]:
+            for parameter in adaln.parameters():
+                nn.init.zeros_(parameter)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def embed_class(self, class_labels: Tensor | None) -> Tensor | None:
+        """The class as a vector, (B, D).
+
+        Raises:
+            ValueError: labels given to an unconditional model, or missing for a conditional one.
+        """
+        if (class_labels is None) != (self.y_embedder is None):
+            raise ValueError(
+                f"class_labels are {'missing' if class_labels is None else 'given'}, but the model has num_classes "
+                f"{self.settings.num_classes}; pass them exactly when it is not 0"
+            )
+        return None if self.y_embedder is None else self.y_embedder(class_labels)
+
+    def rotary(self, class_tokens: int = 0) -> Rotary | None:
+        """Rotation angles for a sequence that starts with so many of the class tokens."""
+        config = self.settings
+        if not config.rotary_axes:
+            return None
+        skip = config.class_tokens - class_tokens
+        return Rotary(self.rotary_cos[skip:], self.rotary_sin[skip:], config.rotary_axes, config.rotary_pairs)
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, RoutingReport | None]:
+        """Apply a block, recomputing it in the backward pass if gradient checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+    def to_output(
+        self, x_BND: Tensor, condition_BD: Tensor, reports: list[RoutingReport], size: torch.Size, return_dict: bool
+    ) -> DiTOutput | tuple[Tensor, tuple[RoutingReport, ...]]:
+        """The last tokens as an image of the size of the input."""
+        sample = unpatchify(self.final_layer(x_BND, condition_BD), self.settings.patch_size, size[-2], size[-1])
+        if not return_dict:
+            return sample, tuple(reports)
+        return DiTOutput(sample=sample, routing=tuple(reports))

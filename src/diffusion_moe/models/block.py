@@ -1,0 +1,110 @@
+"""The transformer block that every backbone is made of. Shape suffixes: B images, N tokens of one image, D width."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..moe import FeedForward, MoEFeedForward, RouterConfig, RoutingReport
+from ..nn.attention import SelfAttention
+from ..nn.norm import make_norm, modulate
+from ..nn.position import Rotary
+
+
+class BlockOutput(NamedTuple):
+    """Tokens after a block, and its router's report if it has one."""
+
+    hidden_states: Tensor
+    report: RoutingReport | None
+
+
+class DiTBlock(nn.Module):
+    """Attention and a feed-forward layer, dense or a mixture, both modulated by adaLN-Zero (DiT section 3.2)."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        D = config.hidden_size
+        dropout = config.dropout if in_middle_half(config, index) else 0.0
+        self.norm1, self.norm2 = make_norm(config.norm, D), make_norm(config.norm, D)
+        self.attn = SelfAttention(
+            D,
+            config.num_heads,
+            config.num_kv_heads,
+            config.qk_norm,
+            config.head_dim,
+            config.attention_sinks,
+            config.sliding_window,
+            dropout,
+        )
+        self.mlp: MoEFeedForward | FeedForward
+        if is_moe_block(config, index):
+            self.mlp = make_moe(config)
+        else:
+            self.mlp = FeedForward(D, config.mlp_width, config.mlp_activation, config.mlp_bias, dropout)
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+
+    def forward(self, x_BND: Tensor, condition_BD: Tensor, rotary: Rotary | None) -> BlockOutput:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition_BD).chunk(6, dim=-1)
+        x_BND = x_BND + gate1[:, None] * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rotary)
+        y_BND = self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+        report = None
+        if isinstance(self.mlp, MoEFeedForward):
+            y_BND, report = y_BND
+        return BlockOutput(x_BND + gate2[:, None] * y_BND, report)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a projection back to pixels."""
+
+    def __init__(self, dim: int, out_features: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.linear = nn.Linear(dim, out_features)
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
+        shift, scale = self.adaln(condition_BD).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x_BND), shift, scale))
+
+
+def make_moe(config: ModelConfig) -> MoEFeedForward:
+    """The mixture that a configuration asks for."""
+    assert config.router != "dense"
+    return MoEFeedForward(
+        dim=config.hidden_size,
+        expert_dim=config.expert_dim,
+        router=RouterConfig(
+            kind=config.router,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            capacity=config.capacity,
+            num_groups=config.num_groups,
+            top_groups=config.top_groups,
+            routed_scale=config.routed_scale,
+            balance=config.balance,
+            balance_weight=config.balance_weight,
+            balance_rate=config.balance_rate,
+            capacity_loss_weight=config.capacity_loss_weight,
+            threshold_decay=config.threshold_decay,
+            inference_pool=config.inference_pool,
+        ),
+        activation=config.expert_activation,
+        bias=config.expert_bias,
+        shared=config.shared,
+        shared_dim=config.shared_dim,
+        shared_bias=config.shared_bias,
+        dropout=config.expert_dropout,
+    )
+
+
+def is_moe_block(config: ModelConfig, index: int) -> bool:
+    """Whether block `index` is a mixture: the odd ones (or all), after the first `skip_first`."""
+    return config.router != "dense" and index >= config.skip_first and (index % 2 == 1 or not config.interleave)
+
+
+def in_middle_half(config: ModelConfig, index: int) -> bool:
+    """Whether block `index` has dropout, as JiT spreads it."""
+    quarter = config.depth // 4
+    return quarter <= index < 3 * quarter
