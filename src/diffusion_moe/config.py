@@ -51,7 +51,8 @@ class ModelConfig:
     in_channels: int = 4
     """Channels of the image or latent."""
     learn_sigma: bool = False
-    """Predict twice the channels, as the published models do: the second half is the variance (process: ddpm) or unused."""
+    """Predict twice the channels, as the published models do; the second half is the variance (process: ddpm) or
+    unused."""
     hidden_size: int = 384
     """Width D of a token."""
     depth: int = 12
@@ -90,6 +91,8 @@ class ModelConfig:
     """Whether the dense feed-forward layers have biases."""
     dropout: float = 0.0
     """Dropout after attention and inside dense feed-forward layers, in the middle half of the blocks."""
+    attention_dropout: float = 0.0
+    """Dropout of attention weights, in the middle half of the blocks."""
     num_classes: int = 1000
     """Number of classes; 0 for an unconditional model."""
     null_class: bool = True
@@ -163,7 +166,7 @@ class ModelConfig:
         )
         self._check_positions()
         self._check_backbone()
-        for name in ("dropout", "expert_dropout"):
+        for name in ("dropout", "attention_dropout", "expert_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; choose from 0 to below 1")
         for name in ("sliding_window", "skip_first"):
             _require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; use 0 for none")

@@ -7,25 +7,48 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Model = Callable[[Tensor, Tensor], Tensor]
+"""x (B, C, H, W) and t (a scalar tensor: a time in [0, 1], or a DDPM step) to the output (B, C or 2C, H, W)."""
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """x (B, C, H, W) and t (a scalar tensor) to dx/dt (B, C, H, W)."""
 
 
-def guided(
-    conditional: Velocity, unconditional: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0)
-) -> Velocity:
-    """unconditional + scale * (conditional - unconditional) for t inside the interval, ends included; else conditional.
+def inside(t: Tensor, interval: tuple[float, float]) -> bool:
+    """Whether t lies strictly between the ends of the interval, of which 0 and 1 count as infinitely far.
 
-    With scale 1 the unconditional velocity is never evaluated.
+    Compared in float32, where steps from torch.linspace meet ends such as 0.1 exactly (JiT, arXiv 2511.13720).
+    """
+    (low, high), t = interval, t.float().cpu()
+    after, before = t > torch.tensor(low), t < torch.tensor(high)
+    return (low == 0 or bool(after)) and (high == 1 or bool(before))
+
+
+def guided(
+    conditional: Model,
+    unconditional: Model,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    channels: int | None = None,
+) -> Model:
+    """unconditional + scale * (conditional - unconditional) for t inside the interval; else conditional.
+
+    With scale 1 the unconditional model is never evaluated.
+
+    Args:
+        interval: see `inside`; for DDPM steps, which are no times, leave it at 0 to 1.
+        channels: guide the first so many channels of the output only, the others stay conditional; None: all. The
+            papers' DDPM sampling guides three of the four epsilons. A learned variance should not be guided: with an
+            output of 2C channels, give at most C.
     """
     if scale == 1:
         return conditional
-    low, high = interval
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if not low <= float(t) <= high:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        if not inside(t, interval):
             return conditional(x, t)
-        null = unconditional(x, t)
-        return torch.lerp(null, conditional(x, t), scale)
+        null, output = unconditional(x, t), conditional(x, t)
+        count = output.shape[1] if channels is None else channels
+        return torch.cat((torch.lerp(null[:, :count], output[:, :count], scale), output[:, count:]), dim=1)
 
-    return velocity
+    return model

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
+Noise = Callable[[int], Tensor]
+"""Number of the draw (0, 1, 2, … in the order drawn) to noise like x, so that callers can make it a function of the
+seed, the step and the sample."""
+
 
 class PathSample(NamedTuple):
-    """A point on the path and the velocity there, both (B, C, H, W)."""
+    """A point on the path and everything that may be predicted there; images (B, C, H, W), times (B,)."""
 
     x_t: Tensor
     velocity: Tensor
+    x: Tensor
+    """Data, at t = 1."""
+    epsilon: Tensor
+    """Noise, at t = 0."""
+    t: Tensor
+
+
+def spread(t: Tensor, like: Tensor) -> Tensor:
+    """One number a sample, (B,), as (B, 1, …, 1) to multiply `like`; a scalar stays one."""
+    return t if t.ndim == 0 else t.view(-1, *[1] * (like.ndim - 1))
 
 
 def rectified_flow(x1: Tensor, x0: Tensor, t_B: Tensor) -> PathSample:
     """The straight line from noise x0 at t = 0 to data x1 at t = 1 (rectified flow, arXiv 2209.03003, eq. 1)."""
-    t = t_B.view(-1, *[1] * (x1.ndim - 1))
-    return PathSample(x_t=t * x1 + (1 - t) * x0, velocity=x1 - x0)
+    t = spread(t_B, x1)
+    return PathSample(x_t=t * x1 + (1 - t) * x0, velocity=x1 - x0, x=x1, epsilon=x0, t=t_B)

@@ -91,7 +91,7 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         return make_norm("layernorm", self.settings.hidden_size)
 
     def _register_positions(self, side: int) -> None:
-        """Fixed tables, remade with the model and so not saved with it."""
+        """Fixed tables. The added one is saved as in the published checkpoints, whose averaging left it slightly off."""
         config = self.settings
         if config.rotary_axes:
             rotary = rotary_table(
@@ -100,7 +100,7 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             self.register_buffer("rotary_cos", rotary.cos_NI, persistent=False)
             self.register_buffer("rotary_sin", rotary.sin_NI, persistent=False)
         if config.adds_sincos:
-            self.register_buffer("pos_embed", sincos_table(side, side, config.hidden_size), persistent=False)
+            self.register_buffer("pos_embed", sincos_table(side, side, config.hidden_size))
 
     @property
     def null_class(self) -> int | None:

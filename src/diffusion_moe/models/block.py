@@ -26,7 +26,9 @@ class DiTBlock(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         D = config.hidden_size
-        dropout = config.dropout if in_middle_half(config, index) else 0.0
+        dropout, attention_dropout = config.dropout, config.attention_dropout
+        if not in_middle_half(config, index):
+            dropout = attention_dropout = 0.0
         self.norm1, self.norm2 = make_norm(config.norm, D), make_norm(config.norm, D)
         self.attn = SelfAttention(
             D,
@@ -37,6 +39,7 @@ class DiTBlock(nn.Module):
             config.attention_sinks,
             config.sliding_window,
             dropout,
+            attention_dropout,
         )
         self.mlp: MoEFeedForward | FeedForward
         if is_moe_block(config, index):

@@ -141,7 +141,8 @@ class GroupedSigmoid(TokenChoice):
     """DSMoE: sigmoid scores; a token keeps its best groups of experts and the K best experts inside them.
 
     A group scores the sum of its two best experts. Weights are the chosen sigmoids, normalised over the K (not for
-    K = 1: then the router would learn nothing) and scaled. The correction bias takes part in the choice only; it is kept with `balance: none` too, as published checkpoints do.
+    K = 1: then the router would learn nothing) and scaled. The correction bias takes part in the choice only; it is
+    kept with `balance: none` too, as published checkpoints do.
     """
 
     def __init__(self, dim: int, config: RouterConfig) -> None:

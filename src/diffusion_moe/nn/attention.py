@@ -25,7 +25,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         head_dim: I; None: D / H. qk_norm: RMSNorm with learned scale on each head of queries and keys.
         sinks: a learned logit a head joins the softmax and takes its share of attention to nowhere. window: attend
             where |i - j| < window, for token numbers i and j; 0: everywhere.
-        dropout: after the output projection, in training.
+        dropout: after the output projection, in training. attention_dropout: of the attention weights, in training.
     """
 
     _supports_qkv_fusion = False  # they already are one matrix
@@ -40,17 +40,19 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         sinks: bool = False,
         window: int = 0,
         dropout: float = 0.0,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_dim = head_dim or dim // num_heads
-        self.window = window
+        self.window, self.attention_dropout = window, attention_dropout
         self.qkv = nn.Linear(dim, (num_heads + 2 * self.num_kv_heads) * self.head_dim)
         self.proj = nn.Linear(num_heads * self.head_dim, dim)
         self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         self.dropout = nn.Dropout(dropout)
+        self.processor: AttentionProcessor
         self.set_processor(AttentionProcessor())
 
     def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
@@ -58,7 +60,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, x_BND, rotary)
 
     def project(self, x_BND: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, I), keys and values (B, kv heads, N, I); rows of qkv are all queries, all keys, all values."""
+        """Queries (B, H, N, I), keys and values (B, kv heads, N, I); qkv holds all queries, all keys, all values."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv_BHNI = self.qkv(x_BND).unflatten(-1, (heads + 2 * kv_heads, self.head_dim)).transpose(1, 2)
         q, k, v = qkv_BHNI.split((heads, kv_heads, kv_heads), dim=1)
@@ -82,7 +84,12 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
             bias_HNM = torch.cat((bias_HNM, self.sinks.to(q.dtype)[:, None, None].expand(H, N, 1)), dim=-1)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias_HNM.expand(B, -1, -1, -1), enable_gqa=self.num_heads != self.num_kv_heads
+            q,
+            k,
+            v,
+            attn_mask=bias_HNM.expand(B, -1, -1, -1),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            enable_gqa=self.num_heads != self.num_kv_heads,
         )
 
 
@@ -106,6 +113,7 @@ class AttentionProcessor:
                 q.transpose(1, 2),
                 k.transpose(1, 2),
                 v.transpose(1, 2),
+                dropout_p=attention.attention_dropout if attention.training else 0.0,
                 enable_gqa=attention.num_heads != attention.num_kv_heads,
                 backend=self._attention_backend,
                 parallel_config=self._parallel_config,

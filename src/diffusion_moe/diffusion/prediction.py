@@ -1,0 +1,40 @@
+"""What a network may predict at a point of the straight path, and how one prediction becomes another.
+
+With x_t = t x + (1 - t) epsilon, each of velocity = x - epsilon, x (clean data) and epsilon (noise) gives the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..config import Prediction
+from .path import spread
+
+__all__ = ["Prediction", "convert"]
+
+# JiT, arXiv 2511.13720, table 1, with its clamp of 1 - t; the same clamp of t for a network that predicts noise.
+_FORMULAS: dict[tuple[Prediction, Prediction], Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    ("velocity", "x"): lambda velocity, x_t, t, gap: x_t + (1 - t) * velocity,
+    ("velocity", "epsilon"): lambda velocity, x_t, t, gap: x_t - t * velocity,
+    ("x", "velocity"): lambda x, x_t, t, gap: (x - x_t) / (1 - t).clamp(min=gap),
+    ("x", "epsilon"): lambda x, x_t, t, gap: (x_t - t * x) / (1 - t).clamp(min=gap),
+    ("epsilon", "velocity"): lambda epsilon, x_t, t, gap: (x_t - epsilon) / t.clamp(min=gap),
+    ("epsilon", "x"): lambda epsilon, x_t, t, gap: (x_t - (1 - t) * epsilon) / t.clamp(min=gap),
+}
+
+
+def convert(
+    value: Tensor, x_t: Tensor, t: Tensor, source: Prediction, target: Prediction, min_gap: float = 0.0
+) -> Tensor:
+    """The `target` that a predicted `source` implies at x_t.
+
+    Args:
+        value, x_t: (B, C, H, W). t: in [0, 1], (B,) or a scalar tensor.
+        min_gap: the least that 1 - t (out of x) or t (out of epsilon) may divide by; with 0, x at t = 1 and epsilon at
+            t = 0 give infinities.
+    """
+    if source == target:
+        return value
+    return _FORMULAS[source, target](value, x_t, spread(t, x_t), min_gap)

@@ -1,0 +1,151 @@
+"""Published checkpoint files: finding, reading without trusting, and writing."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .layout import State
+
+Weights = Literal["ema", "ema2", "model"]
+ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
+KEYS: dict[str, tuple[str, ...]] = {"ema": ("ema", "model_ema1"), "ema2": ("model_ema2",), "model": ("model",)}
+"""Where the published files keep each set of weights."""
+WRAPPERS = ("module.", "_orig_mod.", "net.")
+"""What DistributedDataParallel, torch.compile and JiT's denoiser put before every name."""
+
+
+class Checkpoint(NamedTuple):
+    """What a published file holds."""
+
+    state: State
+    weights: str
+    """Key the weights were under; "all" if the file holds nothing else."""
+    arguments: dict[str, Any]
+    """Arguments of the training command, if they were saved."""
+
+
+def find_file(source: str, name: str | None = None) -> Path:
+    """The checkpoint file of a path, a folder that holds one, or a hub id (which is downloaded, with its YAML files).
+
+    Args:
+        name: which file of the folder or repository.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else _download(source, name)
+    files = sorted(file for file in folder.rglob(name or "*") if file.suffix in ENDINGS and file.is_file())
+    if len(files) != 1:
+        found = ", ".join(str(file.relative_to(folder)) for file in files[:8]) or "none"
+        raise ValueError(f"{source} holds {len(files)} checkpoint files ({found}); name one of them with --file")
+    return files[0]
+
+
+def _download(source: str, name: str | None) -> Path:
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ValueError(f"there is no file or folder {source}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.yaml", "*.yml", name] if name else ["*.yaml", "*.yml", *(f"*{ending}" for ending in ENDINGS)]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"there is no folder {source}, and it cannot be had from the hub: {reason}") from error
+
+
+def read_checkpoint(path: Path, weights: Weights = "ema", trust_pickle: bool = False) -> Checkpoint:
+    """Read one set of weights.
+
+    Raises:
+        ValueError: the file is damaged, lacks these weights, or needs pickle and is not trusted.
+    """
+    content = _read(path, trust_pickle)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
+    arguments = content.get("args", {})
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        if weights == "ema2":
+            raise ValueError(f"{path} holds one set of weights; leave out --weights {weights}")
+        return Checkpoint(_unwrapped(content), "all", {})
+    key = next((key for key in KEYS[weights] if key in content), None)
+    if key is None:
+        there = ", ".join(name for name, keys in KEYS.items() if any(key in content for key in keys)) or "none"
+        raise ValueError(f"{path} has no {weights} weights; choose with --weights from what is there: {there}")
+    state = content[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: {key} is no dictionary of tensors")
+    return Checkpoint(_unwrapped(state), key, dict(arguments) if isinstance(arguments, Mapping) else {})
+
+
+def _read(path: Path, trust_pickle: bool) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if trust_pickle:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files keep their arguments in one
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, and reading it could run code; if you trust its author, add --trust-pickle"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> State:
+    names = list(state)
+    for wrapper in WRAPPERS:
+        if all(name.startswith(wrapper) for name in names):
+            return _unwrapped({name.removeprefix(wrapper): value for name, value in state.items()})
+    return dict(state)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ValueError: it does not, or cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a mapping")
+    return content
+
+
+def write_checkpoint(path: Path, kind: str, state: State) -> None:
+    """Write weights as the published code of a format reads them; a `.safetensors` file holds the bare tensors.
+
+    The one set of weights stands for all that the code looks for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    if path.suffix == ".safetensors":
+        save_file(state, partial)
+    elif kind in ("dit", "sit", "dit-moe"):
+        torch.save(state, partial)
+    elif kind == "jit":
+        named = {f"net.{name}": value for name, value in state.items()}
+        torch.save(dict.fromkeys(("model", "model_ema1", "model_ema2"), named), partial)
+    else:
+        torch.save(dict.fromkeys(("model", "ema"), state), partial)
+    partial.replace(path)
