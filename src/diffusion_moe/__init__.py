@@ -2,24 +2,44 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .pipelines.registration import register as _register_with_diffusers
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import Recipe
     from .models import DiT, DiTOutput, JiT
+    from .models.presets import model_preset
     from .moe import MoEFeedForward, RouterConfig
+    from .pipelines.class_to_image import ClassToImagePipeline
+    from .pipelines.schedulers import default_scheduler
 
 # Loaded when first asked for, so that the MoE layer needs torch alone and `--help` needs neither.
 _HOME = {
+    "ClassToImagePipeline": "pipelines.class_to_image",
     "DiT": "models",
     "DiTOutput": "models",
     "JiT": "models",
     "MoEFeedForward": "moe",
+    "ModelMixin": "models.backbone",  # diffusers': it asks a library which of its classes are models
     "Recipe": "config",
     "RouterConfig": "moe",
+    "default_scheduler": "pipelines.schedulers",
+    "model_preset": "models.presets",
 }
 
-__all__ = ["DiT", "DiTOutput", "JiT", "MoEFeedForward", "Recipe", "RouterConfig", "__version__"]
+__all__ = [
+    "ClassToImagePipeline",
+    "DiT",
+    "DiTOutput",
+    "JiT",
+    "MoEFeedForward",
+    "Recipe",
+    "RouterConfig",
+    "__version__",
+    "default_scheduler",
+    "model_preset",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,3 +48,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+_register_with_diffusers()

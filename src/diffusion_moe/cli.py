@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .config import SECTIONS, EvaluationConfig, to_yaml
+from .conversion import ConvertOptions, to_pipeline, to_published_file
 from .parsing import (
     find_recipe,
     make_parser,
@@ -25,6 +26,8 @@ from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+    from .evaluation.source import Source
 
 USER_ERROR = 2
 
@@ -49,25 +52,21 @@ class SampleOptions:
     """Which images to draw and how to save them."""
 
     classes: str | None = None
-    """Numbers of classes, as 3,7; all unless given."""
+    """Numbers or names of classes, as 3,7 or "golden retriever"; all unless given."""
     per_class: int = 10
     """Images of each class (of an unconditional model: images)."""
     format: Literal["grid", "png", "npz"] = "grid"
     """One picture with a row a class, single pictures, or arrays `images` (uint8, NHWC) and `labels`."""
     output: Path | None = None
-    """File (grid, npz) or folder (png); inside the run's samples/ unless given."""
+    """File (grid, npz) or folder (png); inside the folder's samples/ unless given."""
 
     def __post_init__(self) -> None:
         if self.per_class < 1:
             raise ValueError(f"per_class is {self.per_class}; it must be positive")
-        self.chosen()
 
-    def chosen(self) -> list[int] | None:
-        """The classes as numbers."""
-        try:
-            return None if self.classes is None else [int(part) for part in self.classes.strip("[] ").split(",")]
-        except ValueError:
-            raise ValueError(f"classes is {self.classes}; give numbers with commas between them, as 3,7") from None
+    def chosen(self) -> list[str] | None:
+        """The classes one by one."""
+        return None if self.classes is None else [part.strip() for part in self.classes.strip("[] ").split(",")]
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -101,18 +100,34 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def sample(arguments: Sequence[str]) -> int:
-    """Draw images from a trained run with its averaged weights; settings default to the run's recipe."""
-    run, options, settings = _run_options("sample", sample.__doc__ or "", arguments, {"num_samples"}, SampleOptions)
+    """Draw images from a run, a converted folder or a pipeline folder; settings default to the run's recipe."""
+    source, options, settings = _source_options(
+        "sample", sample.__doc__ or "", arguments, {"num_samples"}, SampleOptions
+    )
     from .evaluation.draw import draw_samples
 
-    path = draw_samples(run, settings, options.chosen(), options.per_class, options.format, options.output)
+    path = draw_samples(source, settings, options.chosen(), options.per_class, options.format, options.output)
     say(f"wrote {path}")
+    return 0
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """Make a pipeline folder of a published checkpoint or a run, or the other way with --to published."""
+    parser = make_parser("convert", convert.__doc__ or "")
+    parser.add_argument("source", type=str, help="a published checkpoint, a folder that holds one, a hub id, or a run")
+    parser.add_class_arguments(ConvertOptions)
+    name, rest = _positional(parser, arguments, "source", "diffusion-moe convert SOURCE --output DIR")
+    parsed = parse(parser, [name, *rest])
+    options = ConvertOptions(**{field: parsed[field] for field in _fields(ConvertOptions)})
+    work = to_pipeline if options.to == "diffusers" else to_published_file
+    say(work(name, options))
     return 0
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Score a trained run against real images into its evaluation.json; settings default to the run's recipe."""
-    run, _, settings = _run_options("evaluate", evaluate.__doc__ or "", arguments)
+    source, _, settings = _source_options("evaluate", evaluate.__doc__ or "", arguments)
+    run = _run_of(source, "evaluate")
     from .evaluation.score import evaluate_run, table
 
     table(evaluate_run(run, settings), say)
@@ -122,7 +137,10 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def analyze(arguments: Sequence[str]) -> int:
     """Draw a trained run's loss, and which experts serve which class and time, into its figures/."""
-    run, _, settings = _run_options("analyze", analyze.__doc__ or "", arguments, _fields(EvaluationConfig) - {"seed"})
+    source, _, settings = _source_options(
+        "analyze", analyze.__doc__ or "", arguments, _fields(EvaluationConfig) - {"seed"}
+    )
+    run = _run_of(source, "analyze")
     from .analysis.run import draw_figures
 
     for path in draw_figures(run, settings.seed):
@@ -131,17 +149,23 @@ def analyze(arguments: Sequence[str]) -> int:
 
 
 def recipes(arguments: Sequence[str]) -> int:
-    """List the shipped recipes with their parameters (M of 2^20, as the papers count) and compute."""
-    parse(make_parser("recipes", recipes.__doc__ or ""), arguments)
-    from .models.sizes import PAPER_MILLION, model_size
+    """List the shipped recipes with their parameters (M of 2^20, as the papers count)."""
+    parser = make_parser("recipes", recipes.__doc__ or "")
+    parser.add_argument("--flops", action="store_true", help="count compute too, which takes a few seconds")
+    with_flops = parse(parser, arguments).flops
+    from .models.sizes import PAPER_MILLION, model_flops, model_size
 
     width = max(len(name) for name in recipe_names()) + 2
-    say(f"{'recipe':{width}}{'router':10}{'total M':>10}{'activated M':>14}{'GFLOPs per image and step':>28}")
+    say(
+        f"{'recipe':{width}}{'router':10}{'total M':>10}{'activated M':>14}"
+        + (f"{'GFLOPs per image and step':>28}" if with_flops else "")
+    )
     for name in recipe_names():
         config = read_recipe(name).model
         size = model_size(config)
         total, activated = size.total / PAPER_MILLION, size.activated / PAPER_MILLION
-        say(f"{name:{width}}{config.router:10}{total:10.1f}{activated:14.1f}{size.flops / 1e9:28.3f}")
+        flops = f"{model_flops(config) / 1e9:28.3f}" if with_flops else ""
+        say(f"{name:{width}}{config.router:10}{total:10.1f}{activated:14.1f}{flops}")
     return 0
 
 
@@ -155,26 +179,36 @@ def _positional(parser: ArgumentParser, arguments: Sequence[str], name: str, usa
     return arguments[0], list(arguments[1:])
 
 
-def _run_options(
+def _source_options(
     verb: str, description: str, arguments: Sequence[str], unheeded: Set[str] = frozenset(), options: type | None = None
-) -> tuple[RunFolder, Any, EvaluationConfig]:
-    """The run folder, the verb's own options, and sampling settings (options but for the unheeded ones)."""
+) -> tuple[Source, Any, EvaluationConfig]:
+    """The folder, the verb's own options, and sampling settings (options but for the unheeded ones)."""
     parser = make_parser(verb, description)
-    parser.add_argument("run", type=str, help="folder of a run that `diffusion-moe train` made")
+    parser.add_argument("source", type=str, help="folder of a run, or one that `diffusion-moe convert` made")
     parser.add_class_arguments(EvaluationConfig, skip=set(unheeded))
     if options is not None:
         parser.add_class_arguments(options)
-    name, rest = _positional(parser, arguments, "run folder", f"diffusion-moe {verb} RUN")
-    run = RunFolder(Path(name))
-    recipe = run.read_recipe()
-    unconditional = recipe.model.num_classes == 0
-    defaults = vars(recipe.evaluation) | ({"guidance_scale": 1.0} if unconditional else {})
+    name, rest = _positional(parser, arguments, "folder", f"diffusion-moe {verb} FOLDER")
+    from .evaluation.source import read_source
+
+    source = read_source(Path(name))
+    unconditional = source.config.num_classes == 0
+    defaults = vars(source.settings) | ({"guidance_scale": 1.0} if unconditional else {})
     parser.set_defaults({key: value for key, value in defaults.items() if key in parser.get_defaults()})
     parsed = vars(parse(parser, [name, *rest]))
     settings = EvaluationConfig(**{key: parsed.get(key, value) for key, value in defaults.items()})
     if unconditional and settings.guidance_scale != 1:
         raise ValueError(f"guidance_scale is {settings.guidance_scale}, but the model is unconditional; leave it out")
-    return run, options and options(**{name: parsed[name] for name in _fields(options)}), settings
+    return source, options and options(**{name: parsed[name] for name in _fields(options)}), settings
+
+
+def _run_of(source: Source, verb: str) -> RunFolder:
+    run = RunFolder(source.path)
+    if not run.recipe.is_file():
+        raise ValueError(
+            f"{source.path} is no run, so it has no data of its own to {verb} with; give the folder of a run"
+        )
+    return run
 
 
 def _fields(section: type) -> set[str]:
@@ -184,6 +218,7 @@ def _fields(section: type) -> set[str]:
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "sample": sample,
+    "convert": convert,
     "evaluate": evaluate,
     "analyze": analyze,
     "recipes": recipes,

@@ -7,6 +7,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,27 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return parser.instantiate(parser.parse_args(list(arguments)))
+            return parser.instantiate(parser.parse_args(_usual_spelling(parser, arguments)))
         except (argparse.ArgumentError, TypeError, ValueError) as error:
             raise ValueError(_one_line(str(error), parser)) from error
+
+
+def _usual_spelling(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """Dashes for underscores in option names, and switches without a value, as most commands take them."""
+    switches = {option for action in parser._actions if _is_switch(action) for option in action.option_strings}
+    known = {option for action in parser._actions for option in action.option_strings}
+    spelled = []
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        usual = "--" + name[2:].replace("-", "_") if name.startswith("--") else name
+        name = usual if usual in known else name
+        bare = not equals and (i + 1 == len(arguments) or arguments[i + 1].startswith("--"))
+        spelled.append(f"{name}=true" if name in switches and bare else name + equals + value)
+    return spelled
+
+
+def _is_switch(action: argparse.Action) -> bool:
+    return getattr(action, "_typehint", None) is bool
 
 
 def _one_line(message: str, parser: ArgumentParser) -> str:
@@ -136,4 +155,9 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: one line that says what is wrong.
     """
     file = path if isinstance(path, Path) else find_recipe(path)
-    return recipe_from(parse(make_parser("train", "", SECTIONS), [*recipe_arguments(file), *overrides]))
+    return recipe_from(parse(_recipe_parser(), [*recipe_arguments(file), *overrides]))
+
+
+@cache
+def _recipe_parser() -> ArgumentParser:
+    return make_parser("train", "", SECTIONS)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from diffusion_moe.config import DiffusionConfig
-from diffusion_moe.diffusion.loss import velocity_loss
 from diffusion_moe.diffusion.path import rectified_flow
 from diffusion_moe.diffusion.times import draw_times
 
@@ -39,9 +38,3 @@ def test_a_time_depends_on_its_sample_alone(kind):
     whole = draw_times(config, 3, 7, torch.arange(64))
     torch.testing.assert_close(draw_times(config, 3, 7, torch.tensor([40, 2])), whole[[40, 2]], rtol=0, atol=0)
     assert not torch.equal(draw_times(config, 3, 8, torch.arange(64)), whole)
-
-
-def test_velocity_loss_is_the_mean_square_of_the_first_channels():
-    prediction, velocity = torch.randn(3, 8, 2, 2), torch.randn(3, 4, 2, 2)
-    expected = torch.stack([((prediction[i, :4] - velocity[i]) ** 2).mean() for i in range(3)])
-    torch.testing.assert_close(velocity_loss(prediction, velocity), expected)

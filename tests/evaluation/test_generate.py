@@ -1,22 +1,30 @@
 """Generated images are functions of (seed, number)."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from diffusion_moe.analysis.records import record_routing
 from diffusion_moe.config import EvaluationConfig
-from diffusion_moe.evaluation.generate import class_schedule, generate, image_grid, provenance, to_uint8
+from diffusion_moe.evaluation.generate import Usage, class_schedule, generate, image_grid, provenance, to_uint8
 from diffusion_moe.moe import routers_of
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.step import make_state
 
 
+def randomised(model):
+    """Random weights also where initialisation says zero."""
+    for parameter in model.eval().parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
 @pytest.fixture(params=["dense", "tc", "ec", "diffmoe", "dsmoe"])
 def model(request, tiny):
-    """A small model of each rule with random weights also where initialisation says zero."""
+    """A small model of each rule."""
     recipe = read_recipe("digits", [*tiny, f"--model.router={request.param}"])
-    model = make_state(recipe, torch.device("cpu")).model.eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model = randomised(make_state(recipe, torch.device("cpu")).model)
     for router in routers_of(model):
         if hasattr(router, "threshold"):
             router.threshold.fill_(0.5)
@@ -30,6 +38,73 @@ def test_an_image_is_the_same_whatever_the_batch_size_and_number_of_images(model
     torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fewer, whole[:4], rtol=1e-4, atol=1e-5)
     assert (whole[0] - whole[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("solver", ["heun", "heun_euler", "sde"])
+def test_every_solver_draws_an_image_for_itself(tiny, solver):
+    recipe = read_recipe("digits", [*tiny, "--model.prediction=x", "--model.noise_scale=1.5"])
+    model = randomised(make_state(recipe, torch.device("cpu")).model)
+    whole, split = (
+        generate(model, class_schedule(5, 10), 5, EvaluationConfig(steps=4, batch_size=size, solver=solver))
+        for size in (5, 2)
+    )
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_ddpm_models_draw_an_image_for_itself(tiny, solver, learn_sigma):
+    ddpm = ["--model.process=ddpm", "--model.prediction=epsilon", f"--model.learn_sigma={str(learn_sigma).lower()}"]
+    recipe = read_recipe("digits", [*tiny, *ddpm])
+    model = randomised(make_state(recipe, torch.device("cpu")).model)
+    usage, settings = Usage(), EvaluationConfig(steps=4, batch_size=5, solver=solver, guidance_scale=2.0)
+    whole = generate(model, class_schedule(5, 10), 5, settings, usage=usage)
+    split = generate(model, class_schedule(5, 10), 5, dataclasses.replace(settings, batch_size=2))
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-4)
+    assert usage.summary()["function_evaluations"] == 4
+    with pytest.raises(ValueError, match="solver is euler, but the model's process is ddpm"):
+        generate(model, class_schedule(5, 10), 5, EvaluationConfig())
+
+
+def test_the_adaptive_solver_reports_its_evaluations(tiny):
+    # Dense: choosing experts makes the velocity jump, which no solver follows to the last digit.
+    recipe = read_recipe("digits", [*tiny, "--model.router=dense"])
+    model = randomised(make_state(recipe, torch.device("cpu")).model)
+    fine = generate(model, class_schedule(2, 10), 2, EvaluationConfig(solver="heun", steps=200))
+    counts = []
+    for rtol, error in ((1e-2, 2e-2), (1e-5, 2e-4)):
+        usage, settings = Usage(), EvaluationConfig(solver="dopri5", rtol=rtol, atol=rtol / 100)
+        images = generate(model, class_schedule(2, 10), 2, settings, usage=usage)
+        assert (images - fine).abs().max() < error
+        record = provenance(settings, usage)
+        counts.append(record["function_evaluations"])
+        assert record["steps"] is None and record["rtol"] == rtol and record["batch_size"] == settings.batch_size
+    assert 0 < counts[0] < counts[1]
+
+
+def test_thresholds_trade_compute_for_quality(tiny):
+    model = randomised(make_state(read_recipe("digits", [*tiny, "--model.router=diffmoe"]), torch.device("cpu")).model)
+    for router in routers_of(model):
+        router.threshold.fill_(0.5)
+    used, images = [], []
+    for scale in (0.9, 1.0, 1.1):
+        usage, settings = Usage(), EvaluationConfig(steps=2, threshold_scale=scale)
+        images.append(generate(model, class_schedule(4, 10), 4, settings, usage=usage))
+        record = provenance(settings, usage)
+        assert record["threshold_scale"] == scale
+        used.append(record["average_capacity"])
+    assert used[0] > used[1] > used[2]
+    assert (images[0] - images[2]).abs().max() > 1e-4
+    # The knob is turned back; and what is reported can be counted by hand.
+    assert all(router.threshold_scale == 1 for router in routers_of(model))
+    usage = Usage()
+    with torch.no_grad(), record_routing(model) as record:
+        usage.note(model(torch.randn(3, 1, 8, 8), torch.tensor(0.5), torch.tensor([1, 2, 3])).routing)
+    tokens = 3 * 16 * len(routers_of(model))
+    assert usage.summary()["average_capacity"] == pytest.approx(float(record.counts_LBE().sum()) / tokens)
+    dense = make_state(read_recipe("digits", [*tiny, "--model.router=dense"]), torch.device("cpu")).model.eval()
+    with pytest.raises(ValueError, match="only diffmoe routers have thresholds"):
+        generate(dense, class_schedule(1, 10), 1, EvaluationConfig(steps=1, threshold_scale=0.5))
 
 
 def test_another_seed_gives_other_images(model):
@@ -60,8 +135,14 @@ def test_classes_take_turns():
     assert class_schedule(5, 0) is None
 
 
-def test_provenance_counts_model_evaluations():
-    assert provenance(EvaluationConfig(solver="heun", steps=20))["function_evaluations"] == 40
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 7), ("heun", 14), ("heun_euler", 13), ("sde", 7)])
+def test_provenance_counts_model_evaluations(tiny, solver, evaluations):
+    model = make_state(read_recipe("digits", tiny), torch.device("cpu")).model.eval()
+    usage, settings = Usage(), EvaluationConfig(solver=solver, steps=7, batch_size=2)
+    generate(model, class_schedule(4, 10), 4, settings, usage=usage)
+    record = provenance(settings, usage)
+    assert record["function_evaluations"] == evaluations
+    assert record["average_capacity"] == model.settings.top_k
 
 
 def test_pixels_are_rounded_and_clipped():

@@ -13,7 +13,6 @@ from diffusion_moe import DiT
 from diffusion_moe.config import ModelConfig
 from diffusion_moe.models.block import is_moe_block
 from diffusion_moe.moe import MoEFeedForward, routers_of
-from diffusion_moe.nn.position import Rotary
 
 ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
 POSITIONS = ["sincos", "rope1d", "rope2d"]

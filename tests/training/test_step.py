@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from diffusion_moe.data import Batch, batches_from, load_dataset
+from diffusion_moe.diffusion.ddpm import ddpm_losses, linear_schedule
+from diffusion_moe.diffusion.times import draw_steps, draw_times
 from diffusion_moe.moe import routers_of
 from diffusion_moe.parsing import read_recipe
+from diffusion_moe.randomness import normal
 from diffusion_moe.training.step import NonFiniteError, make_state, micro_batch_loss, train_step
 
 CPU = torch.device("cpu")
@@ -75,9 +78,9 @@ def test_a_sample_keeps_its_noise_time_and_dropout_in_any_micro_batch(tiny):
     with torch.no_grad():
         for parameter in state.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-        whole = micro_batch_loss(state.model, recipe, batch, 3, torch.arange(16)).velocity
+        whole = micro_batch_loss(state.model, recipe, batch, 3, torch.arange(16)).diffusion
         parts = [
-            micro_batch_loss(state.model, recipe, Batch(batch.images[rows], batch.labels[rows]), 3, rows).velocity
+            micro_batch_loss(state.model, recipe, Batch(batch.images[rows], batch.labels[rows]), 3, rows).diffusion
             for rows in torch.arange(16).split(4)
         ]
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=1e-6)
@@ -122,3 +125,81 @@ def test_label_dropout_replaces_the_given_share(tiny):
     grad = state.model.y_embedder.weight.grad
     assert grad[-1].abs().max() > 0
     assert grad[:-1].abs().max() == 0
+
+
+OBJECTIVES = {
+    "ddpm": ["--model.process=ddpm", "--model.prediction=epsilon", "--model.learn_sigma=true"],
+    "ddpm, fixed variance": ["--model.process=ddpm", "--model.prediction=epsilon"],
+    "x as velocity": ["--model.prediction=x", "--diffusion.loss=velocity", "--model.noise_scale=2.0"],
+    "x": ["--model.prediction=x"],
+    "epsilon as velocity": ["--model.prediction=epsilon", "--diffusion.loss=velocity"],
+    "velocity as x": ["--diffusion.loss=x", "--diffusion.time=logit_normal"],
+}
+
+
+@pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_the_loss_of_every_objective_is_its_formula(tiny, options):
+    """From the same draws, written out without the library's conversions."""
+    recipe = read_recipe("digits", [*tiny, *options, "--diffusion.class_dropout=0"])
+    state, batch, rows = make_state(recipe, CPU), first_batch(recipe), torch.arange(16)
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        loss = micro_batch_loss(state.model, recipe, batch, 3, rows).diffusion
+        x, noise = batch.images, normal(recipe.training.seed, "noise", 3, rows, (1, 8, 8))
+        config = recipe.model
+        if config.process == "ddpm":
+            step = draw_steps(recipe.training.seed, 3, rows)
+            kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[step].float()
+            kept = kept.view(-1, 1, 1, 1)
+            out = state.model(kept.sqrt() * x + (1 - kept).sqrt() * noise, step, batch.labels).sample
+            expected = (out[:, :1] - noise).square().mean()
+            assert (loss - expected) > (0 if config.learn_sigma else -1e-6)
+            if config.learn_sigma:
+                losses = ddpm_losses(out, x, noise, step, linear_schedule())
+                expected = losses.mse.mean() + losses.vb.mean()
+        else:
+            noise = config.noise_scale * noise
+            t = draw_times(recipe.diffusion, recipe.training.seed, 3, rows).view(-1, 1, 1, 1)
+            z = t * x + (1 - t) * noise
+            out = state.model(z, t.flatten(), batch.labels).sample
+            gap, gap_t = (1 - t).clamp_min(0.05), t.clamp_min(0.05)
+            pairs = {
+                ("x", "velocity"): ((out - z) / gap, (x - z) / gap),
+                ("x", "x"): (out, x),
+                ("epsilon", "velocity"): ((z - out) / gap_t, (z - noise) / gap_t),
+                ("velocity", "x"): (z + (1 - t) * out, x),
+            }
+            answer, truth = pairs[config.prediction, recipe.diffusion.loss or config.prediction]
+            expected = (answer - truth).square().mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_repeats_itself_step_by_step_and_leaves_torchs_generator_alone(tiny):
+    recipe = read_recipe("digits", [*tiny, "--model.dropout=0.3", "--model.expert_dropout=0.3", "--model.depth=4"])
+    runs = []
+    for wait in (0, 3):  # other draws in between change nothing
+        state, batch = make_state(recipe, CPU), first_batch(recipe)
+        losses = []
+        for _ in range(5):
+            torch.randn(wait)
+            before = torch.random.get_rng_state()
+            losses.append(train_step(state, recipe, batch).loss)
+            assert torch.equal(torch.random.get_rng_state(), before)
+        runs.append(losses)
+    without = read_recipe("digits", [*tiny, "--model.depth=4"])
+    state = make_state(without, CPU)
+    plain = [train_step(state, without, first_batch(without)).loss for _ in range(5)]
+    assert runs[0] == runs[1] and runs[0][1:] != plain[1:]
+
+
+def test_a_jit_trains(tiny):
+    jit = ["--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6", "--model.class_tokens=2"]
+    jit += ["--model.class_tokens_from=1", "--model.norm=rmsnorm", "--model.qk_norm=true", "--model.shared_bias=true"]
+    jit += ["--model.position=sincos+rope2d", "--model.rotary_pairs=neighbours", "--diffusion.loss=velocity"]
+    recipe = read_recipe("digits", [*tiny, *jit, "--optimizer.schedule=constant"])
+    state, batch = make_state(recipe, CPU), first_batch(recipe)
+    losses = [train_step(state, recipe, batch).loss for _ in range(60)]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    moved = [name for name, p in state.model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert [name for name in moved if "y_embedder" not in name] == []

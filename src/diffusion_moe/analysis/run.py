@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..data import load_dataset
-from ..evaluation.score import load_run
+from ..evaluation.source import read_source
 from ..moe import routers_of
 from ..run_folder import RunFolder
 from .figures import draw_experts, draw_loss, expert_use
@@ -14,7 +14,7 @@ from .figures import draw_experts, draw_loss, expert_use
 def draw_figures(run: RunFolder, seed: int) -> list[Path]:
     """Write the run's figures and return their paths."""
     recipe = run.read_recipe()
-    model = load_run(run)
+    model = read_source(run.path).load().model
     run.figures.mkdir(exist_ok=True)
     paths = [run.figures / "loss.png"]
     draw_loss(run.metrics, paths[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,7 @@ class Losses(NamedTuple):
     """Term of the variational bound, bits per dimension; its gradient reaches the variance only."""
 
 
+@cache
 def linear_schedule(steps: int = 1000) -> Schedule:
     """Betas from 1e-4 to 0.02 in equal steps (DDPM, section 4)."""
     return Schedule(torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), torch.arange(steps))

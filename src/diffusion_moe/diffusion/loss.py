@@ -13,11 +13,6 @@ def mean_square(error: Tensor) -> Tensor:
     return error.square().flatten(1).mean(dim=1)
 
 
-def velocity_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
-    """Mean squared error of each sample, (B,), in float32; extra predicted channels (learn_sigma) are left out."""
-    return mean_square(prediction[:, : velocity.shape[1]].float() - velocity.float())
-
-
 def flow_loss(
     output: Tensor,
     point: PathSample,

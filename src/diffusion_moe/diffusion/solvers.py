@@ -56,7 +56,6 @@ SOLVERS: dict[str, Callable[[Velocity, Tensor, Tensor], Tensor]] = {
     "heun": heun,
     "heun_euler": partial(heun, last_euler=True),  # Heun with an Euler step last, as JiT
 }
-EVALUATIONS_PER_STEP = {"euler": 1, "heun": 2}
 
 
 def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:

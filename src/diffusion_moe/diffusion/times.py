@@ -9,6 +9,11 @@ from ..config import DiffusionConfig
 from ..randomness import normal, uniform
 
 
+def draw_steps(seed: int, step: int, samples: Tensor, count: int = 1000) -> Tensor:
+    """One step of the DDPM schedule a sample, uniform, int64, (S,), a function of (seed, training step, sample)."""
+    return (uniform(seed, "time", step, samples) * count).long()
+
+
 def draw_times(config: DiffusionConfig, seed: int, step: int, samples: Tensor) -> Tensor:
     """One time a sample, (S,), a function of (seed, step, sample).
 

@@ -1,7 +1,8 @@
-"""Sampling a run into files, each with a record of how it was made."""
+"""Sampling into files, each with a record of how it was made."""
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,41 +14,60 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import EvaluationConfig
-from ..run_folder import RunFolder, write_atomically
-from .generate import generate, image_grid, provenance, to_uint8
-from .score import load_run, origin
+from ..run_folder import write_atomically
+from .generate import Usage, check_solver, generate, image_grid, provenance, to_uint8
+from .source import Source
 
 GRID_PIXELS = 800
 """Grids of small images are enlarged to about this side."""
 
 
 def draw_samples(
-    run: RunFolder,
+    source: Source,
     settings: EvaluationConfig,
-    classes: Sequence[int] | None,
+    classes: Sequence[str] | None,
     per_class: int,
     form: Literal["grid", "png", "npz"],
     output: Path | None,
 ) -> Path:
     """Draw `per_class` images of each class and write them with a JSON record beside them.
 
+    Args:
+        classes: numbers or names; None: all of them.
+
     Returns:
         The file (grid, npz) or folder (png).
 
     Raises:
-        ValueError: a class is out of range, the model is unconditional, or the file's ending is not the form's.
+        ValueError: a class is unknown, the model is unconditional, solver or output do not fit, or latents lack a VAE.
     """
     ending = {"grid": ".png", "npz": ".npz", "png": ""}[form]
     if output is not None and ending and output.suffix != ending:
         raise ValueError(f"output is {output}; a file of format {form} ends in {ending}")
-    labels = _labels(classes, per_class, run.read_recipe().model.num_classes)
-    model = load_run(run)
-    count = per_class if labels is None else len(labels)
-    images = generate(model, labels, count, settings)
-    path = (
-        output or run.samples / f"{form}-{_name(settings, classes, per_class, origin(run)['training_steps'])}{ending}"
-    )
+    check_solver(source.config, settings)
+    if source.vae_folder is None and source.config.in_channels not in (1, 3):
+        raise ValueError(
+            f"{source.path} generates latents of {source.config.in_channels} channels and has no VAE to decode them; "
+            "convert it again with --vae"
+        )
+    numbers = class_numbers(classes, source)
+    labels = None if numbers is None else torch.tensor(numbers).repeat_interleave(per_class)
+    model, vae = source.load()
+    count, usage, origin = per_class if labels is None else len(labels), Usage(), source.origin()
+    images = generate(model, labels, count, settings, vae, usage)
+    name = _name(settings, numbers if classes else None, per_class, origin.get("training_steps"))
+    path = output or source.samples / f"{form}-{name}{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write(images, labels, per_class, form, path)
+    record = {"labels": None if labels is None else labels.tolist(), "num_samples": count}
+    record |= provenance(settings, usage) | origin
+    write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(record) + "\n")
+    return path
+
+
+def _write(
+    images: Tensor, labels: Tensor | None, per_class: int, form: Literal["grid", "png", "npz"], path: Path
+) -> None:
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     if form == "grid":
         canvas = _to_image(image_grid(images, per_class).numpy())
@@ -60,32 +80,52 @@ def draw_samples(
         for i, image in enumerate(pixels):
             prefix = "" if labels is None else f"class{int(labels[i]):04d}-"
             _to_image(image).save(path / f"{prefix}{i:06d}.png")
-    record = {"labels": None if labels is None else labels.tolist(), "num_samples": count, **provenance(settings)}
-    write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(record | origin(run)) + "\n")
-    return path
 
 
-def _name(settings: EvaluationConfig, classes: Sequence[int] | None, per_class: int, training_steps: int) -> str:
+def _name(settings: EvaluationConfig, classes: Sequence[int] | None, per_class: int, training_steps: int | None) -> str:
     """A name that other samples do not share; what stands for itself is left out."""
-    parts = [f"step{training_steps}", f"seed{settings.seed}", f"{settings.solver}{settings.steps}"]
-    parts += [f"guidance{settings.guidance_scale:g}"]
-    if settings.guidance_interval != (0.0, 1.0):
+    usual = EvaluationConfig()
+    steps = "" if settings.solver == "dopri5" else settings.steps
+    parts = [] if training_steps is None else [f"step{training_steps}"]
+    parts += [f"seed{settings.seed}", f"{settings.solver}{steps}", f"guidance{settings.guidance_scale:g}"]
+    if settings.guidance_interval != usual.guidance_interval:
         parts += ["from{:g}to{:g}".format(*settings.guidance_interval)]
+    if settings.solver == "dopri5":
+        parts += [f"rtol{settings.rtol:g}", f"atol{settings.atol:g}"]
+    if settings.guidance_channels is not None:
+        parts += [f"channels{settings.guidance_channels}"]
+    if settings.threshold_scale != usual.threshold_scale:
+        parts += [f"thresholds{settings.threshold_scale:g}"]
     if classes is not None:
         parts += ["class" + "+".join(map(str, classes))]
     return "-".join([*parts, f"{per_class}each"])
 
 
-def _labels(classes: Sequence[int] | None, per_class: int, num_classes: int) -> Tensor | None:
-    if num_classes == 0:
+def class_numbers(classes: Sequence[str] | None, source: Source) -> list[int] | None:
+    """Classes by number or name as numbers; None for an unconditional model.
+
+    Raises:
+        ValueError: a class is unknown, or the model is unconditional.
+    """
+    count = source.config.num_classes
+    if count == 0:
         if classes is not None:
-            raise ValueError(f"classes is {list(classes)}, but the model is unconditional; leave the option out")
+            raise ValueError(f"classes is {','.join(classes)}, but the model is unconditional; leave the option out")
         return None
-    chosen = list(range(num_classes)) if classes is None else list(classes)
-    for label in chosen:
-        if not 0 <= label < num_classes:
-            raise ValueError(f"class {label} is out of range; the model has classes 0 to {num_classes - 1}")
-    return torch.tensor(chosen).repeat_interleave(per_class)
+    if classes is None:
+        return list(range(count))
+    known = {part.strip(): i for i, name in enumerate(source.class_names) for part in name.split(",")}
+    numbers = []
+    for name in classes:
+        number = int(name) if name.lstrip("-").isdigit() else known.get(name)
+        if number is None:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"give numbers from 0 to {count - 1}"
+            raise ValueError(f"there is no class {name!r}; {hint}")
+        if not 0 <= number < count:
+            raise ValueError(f"class {number} is out of range; the model has classes 0 to {count - 1}")
+        numbers.append(number)
+    return numbers
 
 
 def _to_image(pixels_HWC: np.ndarray) -> Image.Image:

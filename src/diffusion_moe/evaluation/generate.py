@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..config import EvaluationConfig
-from ..diffusion.guidance import Velocity, guided
-from ..diffusion.solvers import EVALUATIONS_PER_STEP, SOLVERS, even_times
+from ..config import DDPM_SOLVERS, FLOW_SOLVERS, EvaluationConfig, ModelConfig
+from ..diffusion.ddpm import ddim, ddpm_ancestral, linear_schedule, respaced
+from ..diffusion.guidance import Model, guided
+from ..diffusion.prediction import convert
+from ..diffusion.solvers import SOLVERS, Counted, dopri5, even_times, sde
 from ..models import Backbone
+from ..moe import RoutingReport, scale_thresholds
 from ..randomness import normal
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+DDPM_STEPS = 1000
 
 
 def class_schedule(num_samples: int, num_classes: int) -> Tensor | None:
@@ -21,52 +30,167 @@ def class_schedule(num_samples: int, num_classes: int) -> Tensor | None:
     return torch.arange(num_samples) % num_classes if num_classes else None
 
 
+@dataclass
+class Usage:
+    """What generation has cost so far."""
+
+    batches: int = 0
+    evaluations: int = 0
+    """Calls of the guided model, summed over batches; guidance runs the network twice in a call."""
+    served: list[Tensor] = field(default_factory=list)
+    """For each network evaluation, pairs of token and expert in all MoE layers."""
+    offered: int = 0
+    """Tokens that routers saw, summed over layers and network evaluations."""
+
+    def note(self, reports: tuple[RoutingReport, ...]) -> None:
+        """Count what one network evaluation routed."""
+        if reports:
+            self.served.append(torch.stack([report.counts_E.sum() for report in reports]).sum())
+            self.offered += sum(report.num_tokens for report in reports)
+
+    def summary(self) -> dict[str, float | None]:
+        """Evaluations an image, and routed experts a token on average (null without experts)."""
+        capacity = float(torch.stack(self.served).sum()) / self.offered if self.offered else None
+        return {"function_evaluations": self.evaluations / max(1, self.batches), "average_capacity": capacity}
+
+
+def check_solver(config: ModelConfig, settings: EvaluationConfig) -> None:
+    """Whether solver and guidance fit the model.
+
+    Raises:
+        ValueError: they do not.
+    """
+    fitting = FLOW_SOLVERS if config.process == "flow" else DDPM_SOLVERS
+    if settings.solver not in fitting:
+        raise ValueError(
+            f"solver is {settings.solver}, but the model's process is {config.process}; choose {' or '.join(fitting)}"
+        )
+    if config.process == "ddpm" and settings.guidance_interval != (0.0, 1.0):
+        raise ValueError(
+            f"guidance_interval is {settings.guidance_interval}, but ddpm models have no times t; leave it out"
+        )
+    if settings.guidance_scale != 1 and config.num_classes and not config.null_class:
+        raise ValueError(
+            f"guidance_scale is {settings.guidance_scale}, but the model has no null class; set it to 1 for no guidance"
+        )
+
+
 @torch.no_grad()
 def generate_batches(
-    model: Backbone, labels: Tensor | None, num_samples: int, settings: EvaluationConfig
+    model: Backbone,
+    labels: Tensor | None,
+    num_samples: int,
+    settings: EvaluationConfig,
+    vae: AutoencoderKL | None = None,
+    usage: Usage | None = None,
 ) -> Iterator[Tensor]:
     """Generate images 0 to num_samples - 1, a batch at a time.
 
     Args:
         model: in eval mode; its device is used. labels: class of each image, int64, (S,).
+        vae: decodes what the model generates. usage: filled with what it cost.
 
     Yields:
         NCHW, float32, [-1, 1] by convention but not clipped, on the CPU.
+
+    Raises:
+        ValueError: see `check_solver`.
     """
-    config, device = model.settings, model.device
-    times = even_times(settings.steps)
-    for samples in torch.arange(num_samples).split(settings.batch_size):
-        classes = None if labels is None else labels[samples].to(device)
-
-        def conditional(x: Tensor, t: Tensor, classes: Tensor | None = classes) -> Tensor:
-            return model(x, t.to(device), classes).sample[:, : config.in_channels]
-
-        def unconditional(x: Tensor, t: Tensor, classes: Tensor | None = classes) -> Tensor:
-            assert classes is not None
-            return conditional(x, t, torch.full_like(classes, config.num_classes))
-
-        velocity: Velocity = conditional
-        if classes is not None:
-            velocity = guided(conditional, unconditional, settings.guidance_scale, settings.guidance_interval)
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        noise = normal(settings.seed, "sample", 0, samples.to(device), shape)
-        yield SOLVERS[settings.solver](velocity, noise, times).float().cpu()
+    config, usage = model.settings, usage or Usage()
+    check_solver(config, settings)
+    scale_thresholds(model, settings.threshold_scale)
+    try:
+        for samples in torch.arange(num_samples).split(settings.batch_size):
+            classes = None if labels is None else labels[samples].to(model.device)
+            x = _solve(model, classes, samples.to(model.device), settings, usage)
+            yield (x if vae is None else decode(vae, x)).float().cpu()
+    finally:
+        scale_thresholds(model, 1.0)
 
 
-def generate(model: Backbone, labels: Tensor | None, num_samples: int, settings: EvaluationConfig) -> Tensor:
+def _solve(
+    model: Backbone, classes: Tensor | None, samples: Tensor, settings: EvaluationConfig, usage: Usage
+) -> Tensor:
+    """One batch, (B, C, H, W) in the model's space."""
+    config = model.settings
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    def noise(step: int) -> Tensor:  # step 0 is the start
+        return config.noise_scale * normal(settings.seed, "sample", step, samples, shape)
+
+    answer = Counted(_guided(model, classes, settings, usage))
+    x, solver = noise(0), settings.solver
+    if config.process == "ddpm":
+        schedule = respaced(linear_schedule(DDPM_STEPS), settings.steps)
+        x = (
+            ddim(answer, x, schedule)
+            if solver == "ddim"
+            else ddpm_ancestral(answer, x, schedule, lambda k: noise(k + 1))
+        )
+    elif solver == "dopri5":
+        x = dopri5(answer, x, settings.rtol, settings.atol)
+    elif solver == "sde":
+        x = sde(answer, x, even_times(settings.steps), lambda k: noise(k + 1))
+    else:
+        x = SOLVERS[solver](answer, x, even_times(settings.steps))
+    usage.batches += 1
+    usage.evaluations += answer.evaluations
+    return x
+
+
+def _guided(model: Backbone, classes: Tensor | None, settings: EvaluationConfig, usage: Usage) -> Model:
+    """The velocity (flow), or epsilon and variance (ddpm), with guidance."""
+    config = model.settings
+
+    def answer(labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        def of(x: Tensor, t: Tensor) -> Tensor:
+            out = model(x, t.to(x.device), labels)
+            usage.note(out.routing)
+            if config.process == "ddpm":
+                return out.sample
+            prediction = out.sample[:, : config.in_channels]
+            return convert(prediction, x, t.to(x.device), config.prediction, "velocity", config.min_gap)
+
+        return of
+
+    if classes is None:
+        return answer(None)
+    null = torch.full_like(classes, config.num_classes)
+    channels = settings.guidance_channels or config.in_channels
+    return guided(answer(classes), answer(null), settings.guidance_scale, settings.guidance_interval, channels)
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents as the model sees them to images, NCHW, [-1, 1]."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return vae.decode(latents / vae.config.scaling_factor + shift).sample
+
+
+def generate(
+    model: Backbone,
+    labels: Tensor | None,
+    num_samples: int,
+    settings: EvaluationConfig,
+    vae: AutoencoderKL | None = None,
+    usage: Usage | None = None,
+) -> Tensor:
     """All images of `generate_batches` as one tensor."""
-    return torch.cat(list(generate_batches(model, labels, num_samples, settings)))
+    return torch.cat(list(generate_batches(model, labels, num_samples, settings, vae, usage)))
 
 
-def provenance(settings: EvaluationConfig) -> dict[str, Any]:
+def provenance(settings: EvaluationConfig, usage: Usage) -> dict[str, Any]:
     """How the images were made, for every file and number that comes of them."""
+    adaptive = settings.solver == "dopri5"
     return {
         "solver": settings.solver,
-        "steps": settings.steps,
-        "function_evaluations": settings.steps * EVALUATIONS_PER_STEP[settings.solver],
+        "steps": None if adaptive else settings.steps,
+        **({"rtol": settings.rtol, "atol": settings.atol, "batch_size": settings.batch_size} if adaptive else {}),
         "guidance_scale": settings.guidance_scale,
         "guidance_interval": list(settings.guidance_interval),
+        "guidance_channels": settings.guidance_channels,
+        "threshold_scale": settings.threshold_scale,
         "seed": settings.seed,
+        **usage.summary(),
     }
 
 

@@ -6,36 +6,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from ..config import DataConfig, EvaluationConfig
 from ..data import load_dataset
-from ..models import Backbone, load_model
-from ..run_folder import ORIGIN, RunFolder, write_atomically
+from ..models import Backbone
+from ..run_folder import RunFolder, write_atomically
 from .features import train_classifier
-from .generate import class_schedule, generate, provenance
+from .generate import Usage, class_schedule, generate, provenance
 from .metrics import frechet_distance, nearest_neighbour_distance
+from .source import read_source
 from .statistics import FeatureSums
-
-
-def load_run(run: RunFolder) -> Backbone:
-    """The averaged model of a run, in eval mode on the best device there is.
-
-    Raises:
-        ValueError: the run has no finished model, or it is damaged.
-    """
-    if not (run.model / ORIGIN).is_file():
-        raise ValueError(f"{run.path} has no trained model yet; finish it with the same `diffusion-moe train` command")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return load_model(run.model).to(device)
-    except ValueError as error:
-        raise ValueError(f"{error}; the same `train` command writes it anew") from error
-
-
-def origin(run: RunFolder) -> dict[str, Any]:
-    """How long the run's model was trained, and how it was averaged."""
-    return json.loads((run.model / ORIGIN).read_text())
 
 
 def score(model: Backbone, data: DataConfig, settings: EvaluationConfig) -> dict[str, Any]:
@@ -55,7 +34,8 @@ def score(model: Backbone, data: DataConfig, settings: EvaluationConfig) -> dict
     training, test = load_dataset(data, "train"), load_dataset(data, "test")
     real, held_out = training.everything(), test.everything()
     labels = class_schedule(settings.num_samples, model.settings.num_classes)
-    images = generate(model, labels, settings.num_samples, settings).clamp(-1, 1)
+    usage = Usage()
+    images = generate(model, labels, settings.num_samples, settings, usage=usage).clamp(-1, 1)
     classifier = train_classifier(training)
     features, verdicts = classifier.judge(images)
     real_features, _ = classifier.judge(real.images)
@@ -71,13 +51,14 @@ def score(model: Backbone, data: DataConfig, settings: EvaluationConfig) -> dict
         "num_samples": settings.num_samples,
         "num_real": {"training": len(training), "held_out": len(test)},
         "classifier": classifier.fingerprint(),
-        **provenance(settings),
+        **provenance(settings, usage),
     }
 
 
 def evaluate_run(run: RunFolder, settings: EvaluationConfig) -> dict[str, Any]:
     """Score a finished run and keep the result as its `evaluation.json`."""
-    result = score(load_run(run), run.read_recipe().data, settings) | origin(run)
+    source = read_source(run.path)
+    result = score(source.load().model, run.read_recipe().data, settings) | source.origin()
     write_atomically(run.evaluation, json.dumps(result, indent=2) + "\n")
     return result
 

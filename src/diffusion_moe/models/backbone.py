@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -19,7 +20,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..moe import RoutingReport
+from ..moe import GroupedExperts, RoutingReport
 from ..nn.embeddings import TimestepEmbedder, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
@@ -62,6 +63,7 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     _no_split_modules = ["DiTBlock"]  # noqa: RUF012 - the names and types are diffusers'
     _repeated_blocks = ["DiTBlock"]  # noqa: RUF012
     _keep_in_fp32_modules = ["router"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder"]  # noqa: RUF012
 
     def build(self, settings: dict[str, Any]) -> None:
         """Make the modules and draw their weights.
@@ -91,7 +93,7 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         return make_norm("layernorm", self.settings.hidden_size)
 
     def _register_positions(self, side: int) -> None:
-        """Fixed tables. The added one is saved as in the published checkpoints, whose averaging left it slightly off."""
+        """Fixed tables. The added one is saved: in the published checkpoints averaging moved it slightly."""
         config = self.settings
         if config.rotary_axes:
             rotary = rotary_table(
@@ -147,6 +149,18 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             return None
         skip = config.class_tokens - class_tokens
         return Rotary(self.rotary_cos[skip:], self.rotary_sin[skip:], config.rotary_axes, config.rotary_pairs)
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        """Keep weights in a narrow dtype and widen them for each use: diffusers', and the stacked experts besides."""
+        compute_dtype = compute_dtype or self.dtype
+        super().enable_layerwise_casting(storage_dtype, compute_dtype, **options)
+        for experts in [module for module in self.modules() if isinstance(module, GroupedExperts)]:
+            apply_layerwise_casting_hook(experts, storage_dtype, compute_dtype, options.get("non_blocking", False))
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, RoutingReport | None]:
         """Apply a block, recomputing it in the backward pass if gradient checkpointing is on."""

@@ -10,20 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _Linear(nn.Linear):
+    """Computes in the dtype of its input, whatever that of the weights: a router is in full precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class CapacityPredictor(nn.Sequential):
     """Linear, SiLU, linear: (T, D) to the logits (T, E) of being chosen (DiffMoE, capacity predictor)."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
-        linears = nn.Linear(dim, dim), nn.Linear(dim, num_experts)
+        linears = _Linear(dim, dim), _Linear(dim, num_experts)
         for linear in linears:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
         super().__init__(linears[0], nn.SiLU(), linears[1])
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Compute in the dtype of x_TD, whatever that of the weights: a router is in full precision."""
-        in_weight, in_bias, out_weight, out_bias = (parameter.to(x_TD.dtype) for parameter in self.parameters())
-        return F.linear(F.silu(F.linear(x_TD, in_weight, in_bias)), out_weight, out_bias)
 
 
 def capacity_loss(logits_TE: Tensor, token_EC: Tensor) -> Tensor:

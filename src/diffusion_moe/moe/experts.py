@@ -35,6 +35,9 @@ class GroupedExperts(nn.Module):
         bias: whether both projections have biases. dropout: of the hidden layer, in training.
     """
 
+    is_transposed = True
+    """For peft: the matrices are (inputs, outputs), so that LoRA's A reads the inputs."""
+
     def __init__(
         self,
         dim: int,

@@ -78,4 +78,4 @@ class MoEFeedForward(nn.Module):
             y_BND = y_BND + self.shared(x_BND)
         elif self.add_input:
             y_BND = y_BND + x_BND
-        return MoEOutput(y_BND.view_as(x), routing.report)
+        return MoEOutput(y_BND.view_as(x), routing.report._replace(num_tokens=seen_BND.shape[0] * seen_BND.shape[1]))

@@ -22,6 +22,8 @@ class RoutingReport(NamedTuple):
     """Scalars to add to the training loss, already weighted; empty at inference."""
     threshold_E: Tensor | None = None
     """DiffMoE in training: the lowest predicted probability among each expert's C most probable tokens."""
+    num_tokens: int = 0
+    """Tokens that asked to be served; `MoEFeedForward` fills it in."""
 
 
 class Routing(NamedTuple):
@@ -97,4 +99,5 @@ def merge_reports(reports: Sequence[RoutingReport]) -> RoutingReport:
         counts_E=torch.stack([report.counts_E for report in reports]).sum(0),
         losses={name: torch.stack([report.losses[name] for report in reports]).mean(0) for name in reports[0].losses},
         threshold_E=torch.stack(thresholds).mean(0) if thresholds else None,
+        num_tokens=sum(report.num_tokens for report in reports),
     )

@@ -29,6 +29,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
     """
 
     _supports_qkv_fusion = False  # they already are one matrix
+    processor: AttentionProcessor
 
     def __init__(
         self,
@@ -52,8 +53,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         self.dropout = nn.Dropout(dropout)
-        self.processor: AttentionProcessor
-        self.set_processor(AttentionProcessor())
+        self.processor = AttentionProcessor()
 
     def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
         """Attend over all tokens of an image."""

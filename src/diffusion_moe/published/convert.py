@@ -123,9 +123,9 @@ def _settings(
     """The format, and the fields of `ModelConfig`."""
     if config is None:
         config = _find_config(source, path)
-    if config is not None and Path(config).is_file() and "model" in (content := read_yaml(Path(config))):
-        if "target" in (content["model"] or {}):
-            return _from_yaml(config, content, kind)
+    content = read_yaml(Path(config)) if config is not None and Path(config).is_file() else {}
+    if config is not None and "target" in (content.get("model") or {}):
+        return _from_yaml(config, content, kind)
     if config is not None:
         settings = vars(read_recipe(find_recipe(config)).model)
         if kind is None and settings["router"] == "dense":

@@ -103,7 +103,7 @@ def _read(path: Path, trust_pickle: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, and reading it could run code; if you trust its author, add --trust-pickle"
+            f"{path} holds more than tensors, and reading it could run code; add --trust-pickle if you trust its author"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error

@@ -53,9 +53,10 @@ def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
     model, image = recipe.model, dataset.read([0]).images[0]
     expected = (model.in_channels, model.sample_size, model.sample_size)
     if tuple(image.shape) != expected:
+        latents = "; latents cannot be read yet" if model.in_channels not in (1, 3) else ""
         raise ValueError(
             f"the data's images are {tuple(image.shape)} (channels, height, width), but model.in_channels and "
-            f"model.sample_size say {expected}"
+            f"model.sample_size say {expected}{latents}"
         )
     if model.num_classes not in (0, len(dataset.class_names)):
         raise ValueError(

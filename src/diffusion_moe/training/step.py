@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,12 +13,13 @@ from torch import Tensor
 
 from ..config import Recipe
 from ..data import Batch
-from ..diffusion.loss import velocity_loss
+from ..diffusion.ddpm import ddpm_losses, linear_schedule, noised
+from ..diffusion.loss import flow_loss
 from ..diffusion.path import rectified_flow
-from ..diffusion.times import draw_times
-from ..models import Backbone, make_model
+from ..diffusion.times import draw_steps, draw_times
+from ..models import Backbone, DiTOutput, make_model
 from ..moe import RoutingReport, merge_reports, routers_of, update_routing_state
-from ..randomness import normal, uniform
+from ..randomness import derive_seed, normal, uniform
 from .ema import update_ema
 from .optimizer import learning_rate, make_optimizer
 
@@ -62,12 +65,12 @@ def make_state(recipe: Recipe, device: torch.device) -> TrainState:
 class LossParts(NamedTuple):
     """The loss of one micro-batch."""
 
-    velocity: Tensor
+    diffusion: Tensor
     routers: dict[str, Tensor]
     reports: tuple[RoutingReport, ...]
 
     def total(self) -> Tensor:
-        return self.velocity + sum(self.routers.values())
+        return self.diffusion + sum(self.routers.values())
 
 
 def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, samples: Tensor) -> LossParts:
@@ -78,18 +81,50 @@ def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, s
     """
     seed, device = recipe.training.seed, samples.device
     images = batch.images.to(device, non_blocking=True)
-    t = draw_times(recipe.diffusion, seed, step, samples)
     noise = normal(seed, "noise", step, samples, tuple(images.shape[1:]))
     labels = None
-    if model.null_class is not None:
+    if recipe.model.num_classes:
+        labels = batch.labels.to(device, non_blocking=True)
+    if labels is not None and model.null_class is not None:
         dropped = uniform(seed, "class_dropout", step, samples) < recipe.diffusion.class_dropout
-        labels = torch.where(dropped, model.null_class, batch.labels.to(device, non_blocking=True))
-    point = rectified_flow(images, noise, t)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
-        out = model(point.x_t, t, labels)
+        labels = torch.where(dropped, model.null_class, labels)
+
+    def answer(x_t: Tensor, t: Tensor) -> DiTOutput:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+            return model(x_t, t, labels)
+
+    if recipe.model.process == "ddpm":
+        schedule, t = linear_schedule(), draw_steps(seed, step, samples)
+        out = answer(noised(schedule, images, noise, t), t)
+        losses = ddpm_losses(out.sample.float(), images, noise, t, schedule)
+        loss = losses.mse + losses.vb
+    else:
+        t = draw_times(recipe.diffusion, seed, step, samples)
+        point = rectified_flow(images, recipe.model.noise_scale * noise, t)
+        out = answer(point.x_t, t)
+        loss = flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.model.min_gap)
     names = sorted({name for report in out.routing for name in report.losses})
     routers = {name: torch.stack([r.losses[name] for r in out.routing if name in r.losses]).sum() for name in names}
-    return LossParts(velocity_loss(out.sample, point.velocity).mean(), routers, out.routing)
+    return LossParts(loss.mean(), routers, out.routing)
+
+
+def _seeded_dropout(recipe: Recipe, step: int, first: int) -> AbstractContextManager[None]:
+    """Torch's generators seeded for one micro-batch, where the model has dropout.
+
+    Its masks are a function of (seed, step, first sample of the micro-batch), so that a resumed run repeats them;
+    unlike every other draw they change with the size of micro-batches.
+    """
+    model = recipe.model
+    if not (model.dropout or model.attention_dropout or model.expert_dropout):
+        return nullcontext()
+    return _seeded(derive_seed(recipe.training.seed, "dropout", step * 2**20 + first))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def train_step(state: TrainState, recipe: Recipe, batch: Batch) -> StepResult:
@@ -106,10 +141,11 @@ def train_step(state: TrainState, recipe: Recipe, batch: Batch) -> StepResult:
     parts = []
     for rows in torch.arange(len(batch.images)).chunk(recipe.training.accumulation):
         micro = Batch(batch.images[rows], batch.labels[rows])
-        part = micro_batch_loss(model, recipe, micro, step, rows.to(model.device))
+        with _seeded_dropout(recipe, step, int(rows[0])):
+            part = micro_batch_loss(model, recipe, micro, step, rows.to(model.device))
         (part.total() * (len(rows) / len(batch.images))).backward()
         parts.append(part)
-    loss = torch.stack([part.velocity.detach() for part in parts]).mean()
+    loss = torch.stack([part.diffusion.detach() for part in parts]).mean()
     limit = recipe.optimizer.max_grad_norm or float("inf")
     # Clipping by a non-finite norm spoils the gradients, but not the weights: the check comes before the update.
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)

@@ -1,0 +1,170 @@
+"""The command `convert`: published checkpoints and runs to pipeline folders, and back to the published layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .evaluation.source import CONVERSION, read_source
+from .run_folder import ORIGIN, RunFolder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from .models import Backbone
+
+IMAGENET_NAMES = Path(__file__).parent / "data" / "names" / "imagenet.txt"
+"""Names of ImageNet-1k's classes, a line each."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to read, and where to write it."""
+
+    output: Path
+    """Folder of the pipeline; with --to published the file, ending in .pt, .pth or .safetensors."""
+    to: Literal["diffusers", "published"] = "diffusers"
+    """diffusers: a pipeline folder for DiffusionPipeline.from_pretrained and `diffusion-moe sample`. published: from a
+    run or such a folder back to the published layout."""
+    config: str | None = None
+    """The YAML file a published checkpoint was trained with, or a recipe; found or told from the file unless given."""
+    format: str | None = None
+    """dense, tc, ec, diffmoe, dsmoe, jit, dit, sit or dit-moe; told from the names unless given."""
+    weights: Literal["ema", "ema2", "model"] = "ema"
+    """Which set of a published file: an average (JiT has two) or the last weights."""
+    file: str | None = None
+    """Which file of a folder or hub repository."""
+    vae: str | None = None
+    """Hub id or folder of the AutoencoderKL that the latents belong to; it is saved along."""
+    class_names: Path | None = None
+    """Text file with the name of each class, a line each; ImageNet's for 1000 classes unless given."""
+    trust_pickle: bool = False
+    """Read a file that holds more than tensors. Such a file can run any code: only for files you trust."""
+
+
+def to_pipeline(source: str, options: ConvertOptions) -> str:
+    """Write a folder that `DiffusionPipeline.from_pretrained` loads.
+
+    Returns:
+        One line for the user.
+
+    Raises:
+        ValueError: the source cannot be read, or the output is not empty.
+    """
+    from .published import read_published
+
+    output = options.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {output} is not empty; choose another folder")
+    if is_ours(Path(source)):
+        _refuse(options, ("config", "format", "file"), "a folder of this library's own")
+        ours = read_source(Path(source))
+        model, record = ours.load().model.cpu(), ours.origin() | {"source": source}
+        names = list(ours.class_names) or _run_names(Path(source))
+    else:
+        model, record = read_published(
+            source, options.config, options.weights, options.format, options.file, options.trust_pickle
+        )
+        names = []
+    if options.class_names is not None:
+        names = _read_names(options.class_names)
+    elif not names and model.settings.num_classes == 1000:
+        names = _read_names(IMAGENET_NAMES)
+    if names and len(names) != model.settings.num_classes:
+        raise ValueError(f"there are {len(names)} class names, but the model has {model.settings.num_classes} classes")
+    vae = None if options.vae is None else load_vae(options.vae)
+    save_pipeline(model, vae, names, record, output)
+    latents = model.settings.in_channels not in (1, 3) and vae is None
+    hint = "; it generates latents: convert with --vae to get images" if latents else ""
+    return f"wrote {output} ({record.get('format', 'diffusion-moe')}, {record.get('weights', 'ema')} weights){hint}"
+
+
+def save_pipeline(
+    model: Backbone, vae: AutoencoderKL | None, class_names: list[str], record: dict[str, Any], folder: Path
+) -> None:
+    """Write a pipeline folder, whole or not at all, with a note of where it came from."""
+    from .pipelines.class_to_image import ClassToImagePipeline
+    from .pipelines.schedulers import default_scheduler
+
+    names = dict(enumerate(class_names)) or None
+    pipeline = ClassToImagePipeline(model, default_scheduler(model.settings), vae, names)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    (partial / CONVERSION).write_text(json.dumps(record, indent=2) + "\n")
+    if folder.is_dir():
+        folder.rmdir()  # empty, or `to_pipeline` would have refused it
+    partial.rename(folder)
+
+
+def to_published_file(source: str, options: ConvertOptions) -> str:
+    """Write a published checkpoint from a run, a converted folder or a model's folder.
+
+    Returns:
+        One line for the user.
+
+    Raises:
+        ValueError: the source is none of these, or the published code has no such model.
+    """
+    from .published import write_published
+
+    _refuse(options, ("config", "file", "vae", "class_names"), "--to published")
+    if options.weights != "ema":
+        raise ValueError(f"--weights is {options.weights}, but a folder holds one set of weights; leave it out")
+    if options.output.exists():
+        raise ValueError(f"output {options.output} exists; choose another file")
+    ours = read_source(Path(source))
+    kind = write_published(ours.load().model.cpu(), options.output, options.format or ours.origin().get("format"))
+    return f"wrote {options.output} in the layout of {kind}"
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """An AutoencoderKL by folder or hub id.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load the VAE {name}: {' '.join(str(error).split())[:300]}") from error
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a run, a pipeline or a model of this library."""
+    if not path.is_dir():
+        return False
+    return RunFolder(path).recipe.is_file() or any(
+        (path / name).is_file() for name in ("model_index.json", "config.json", ORIGIN)
+    )
+
+
+def _refuse(options: ConvertOptions, names: tuple[str, ...], what: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is {getattr(options, name)}, but {what} has no use for it; leave it out")
+
+
+def _run_names(path: Path) -> list[str]:
+    """Class names of a run's data, if the data is still there."""
+    from .data import load_dataset
+
+    if not RunFolder(path).recipe.is_file():
+        return []
+    recipe = RunFolder(path).read_recipe()
+    try:
+        return load_dataset(recipe.data, "train").class_names if recipe.model.num_classes else []
+    except ValueError:
+        return []
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read class names from {path}: {error}") from error

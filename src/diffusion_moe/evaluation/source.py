@@ -1,0 +1,136 @@
+"""What can be sampled from: a run, a pipeline folder (`diffusion-moe convert` writes one), or a model's own folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..config import EvaluationConfig, ModelConfig
+from ..run_folder import ORIGIN, RunFolder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from ..models import Backbone
+
+CONVERSION = "conversion.json"
+"""In a converted folder: where the weights came from."""
+
+
+class Loaded(NamedTuple):
+    """A model ready to sample, in eval mode on the best device there is."""
+
+    model: Backbone
+    vae: AutoencoderKL | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder to sample from; its weights are read by `load`."""
+
+    path: Path
+    model_folder: Path
+    vae_folder: Path | None
+    config: ModelConfig
+    settings: EvaluationConfig
+    """Where the options leave something open."""
+    samples: Path
+    """Where samples go."""
+    class_names: tuple[str, ...] = ()
+    """Name of each class, where they are known."""
+
+    def load(self) -> Loaded:
+        """Read the weights.
+
+        Raises:
+            ValueError: they are missing or damaged.
+        """
+        import torch
+
+        from ..models import load_model
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(self.model_folder).to(device)
+        if self.vae_folder is None:
+            return Loaded(model, None)
+        from diffusers import AutoencoderKL
+
+        try:
+            return Loaded(model, AutoencoderKL.from_pretrained(self.vae_folder).to(device).eval())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot load {self.vae_folder}: {' '.join(str(error).split())}") from error
+
+    def origin(self) -> dict[str, Any]:
+        """How the weights came to be: training steps and average, or the published file they were converted from."""
+        for file in (self.model_folder / ORIGIN, self.path / CONVERSION):
+            if file.is_file():
+                return json.loads(file.read_text())
+        return {}
+
+
+def read_source(path: Path) -> Source:
+    """What a folder holds, without its weights.
+
+    Raises:
+        ValueError: it holds nothing to sample from.
+    """
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}; give a run, or a folder that `diffusion-moe convert` made")
+    run = RunFolder(path)
+    if run.recipe.is_file():
+        recipe = run.read_recipe()
+        if not (run.model / ORIGIN).is_file():
+            raise ValueError(f"{path} has no trained model yet; finish it with the same `diffusion-moe train` command")
+        return Source(path, run.model, None, recipe.model, recipe.evaluation, run.samples)
+    if (path / "model_index.json").is_file():
+        index = _read_json(path / "model_index.json")
+        folder, vae = path / "transformer", path / "vae"
+        names = index.get("id2label") or {}
+        class_names = tuple(str(names[key]) for key in sorted(names, key=int))
+        config = _read_config(folder)
+        return Source(
+            path, folder, vae if vae.is_dir() else None, config, usual_settings(config), path / "samples", class_names
+        )
+    if (path / "config.json").is_file():
+        config = _read_config(path)
+        return Source(path, path, None, config, usual_settings(config), path / "samples")
+    raise ValueError(
+        f"{path} has no recipe.yaml (a run), model_index.json (a pipeline) or config.json (a model); give such a folder"
+    )
+
+
+def usual_settings(config: ModelConfig) -> EvaluationConfig:
+    """How the papers sample such a model, with fewer steps than their 250 where a solver allows it."""
+    settings: dict[str, Any] = {"batch_size": 16}
+    if config.process == "ddpm":
+        settings |= {"solver": "ddpm", "steps": 250}
+    elif config.backbone == "jit":
+        settings |= {"solver": "heun_euler", "guidance_scale": 2.9, "guidance_interval": (0.1, 1.0)}
+    return EvaluationConfig(**settings)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    raise ValueError(f"{path} cannot be read")
+
+
+def _read_config(folder: Path) -> ModelConfig:
+    content = _read_json(folder / "config.json")
+    backbone = {"DiT": "dit", "JiT": "jit"}.get(str(content.get("_class_name")))
+    if backbone is None:
+        raise ValueError(
+            f"{folder} holds a model of class {content.get('_class_name')}; this library reads DiT and JiT"
+        )
+    known = ModelConfig.__dataclass_fields__
+    settings = {name: value for name, value in content.items() if not name.startswith("_")}
+    unknown = sorted(settings.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"{folder / 'config.json'} has unknown {', '.join(unknown)}")
+    return ModelConfig(**settings | {"backbone": backbone})

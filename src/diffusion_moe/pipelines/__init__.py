@@ -1,0 +1,1 @@
+"""Pipelines of diffusers for our models. Importing this room alone loads neither torch nor diffusers."""
