@@ -52,13 +52,15 @@ class SampleOptions:
     """Which images to draw and how to save them."""
 
     classes: str | None = None
-    """Numbers or names of classes, as 3,7 or "golden retriever"; all unless given."""
+    """Numbers or names of classes, as 3,7 or "golden retriever"; all unless given, or eight of more than twenty."""
     per_class: int = 10
     """Images of each class (of an unconditional model: images)."""
     format: Literal["grid", "png", "npz"] = "grid"
     """One picture with a row a class, single pictures, or arrays `images` (uint8, NHWC) and `labels`."""
     output: Path | None = None
     """File (grid, npz) or folder (png); inside the folder's samples/ unless given."""
+    vae: str | None = None
+    """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
 
     def __post_init__(self) -> None:
         if self.per_class < 1:
@@ -106,6 +108,10 @@ def sample(arguments: Sequence[str]) -> int:
     )
     from .evaluation.draw import draw_samples
 
+    if options.vae is not None:
+        if source.vae is not None:
+            raise ValueError(f"--vae is {options.vae}, but {source.path} has a VAE of its own; leave it out")
+        source = dataclasses.replace(source, vae=options.vae)
     path = draw_samples(source, settings, options.chosen(), options.per_class, options.format, options.output)
     say(f"wrote {path}")
     return 0

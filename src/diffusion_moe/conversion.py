@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .evaluation.source import CONVERSION, read_source
+from .evaluation.source import CONVERSION, load_vae, read_source
 from .run_folder import ORIGIN, RunFolder
 
 if TYPE_CHECKING:
@@ -119,20 +119,6 @@ def to_published_file(source: str, options: ConvertOptions) -> str:
     ours = read_source(Path(source))
     kind = write_published(ours.load().model.cpu(), options.output, options.format or ours.origin().get("format"))
     return f"wrote {options.output} in the layout of {kind}"
-
-
-def load_vae(name: str) -> AutoencoderKL:
-    """An AutoencoderKL by folder or hub id.
-
-    Raises:
-        ValueError: there is none.
-    """
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.from_pretrained(name)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot load the VAE {name}: {' '.join(str(error).split())[:300]}") from error
 
 
 def is_ours(path: Path) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -245,8 +246,19 @@ def test_a_vae_and_class_names_are_saved_along(capsys, tmp_path, dsmoe):
     assert record["labels"] == [4, 4, 1, 1] and record["weights"] == "ema" and record["function_evaluations"] == 2
     assert main([*arguments[:2], "--classes", "golden retreiver"]) == 2
     assert "did you mean golden retriever" in capsys.readouterr().err
+    # Without a VAE of its own, the folder wants one.
+    assert convert(capsys, dsmoe, "--output", tmp_path / "bare")[0] == 0
+    latent = ["sample", str(tmp_path / "bare"), "--classes=4,1", *arguments[4:], f"--output={tmp_path / 'b.npz'}"]
+    assert main([*latent, "--format=npz"]) == 2 and "give one with --vae" in capsys.readouterr().err
+    assert main([*latent, "--format=npz", f"--vae={tmp_path / 'vae'}"]) == 0
+    assert (np.load(tmp_path / "b.npz")["images"] == np.load(tmp_path / "s.npz")["images"]).all()
     (tmp_path / "names.txt").write_text("tench\n")
     assert "there are 1 class names" in convert(capsys, dsmoe, "--output", tmp_path / "x", *options)[2]
+
+
+def test_files_of_old_torch_versions_are_read(capsys, tmp_path, dsmoe):
+    torch.save(torch.load(dsmoe, weights_only=False), dsmoe, _use_new_zipfile_serialization=False)
+    assert convert(capsys, dsmoe, "--output", tmp_path / "out")[0] == 0
 
 
 def damage(file: Path, how: str) -> None:

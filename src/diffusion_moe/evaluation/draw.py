@@ -18,6 +18,8 @@ from ..run_folder import write_atomically
 from .generate import Usage, check_solver, generate, image_grid, provenance, to_uint8
 from .source import Source
 
+MANY_CLASSES, A_FEW = 20, 8
+"""Of more classes than the first number, samples show as many as the second unless told otherwise."""
 GRID_PIXELS = 800
 """Grids of small images are enlarged to about this side."""
 
@@ -33,7 +35,7 @@ def draw_samples(
     """Draw `per_class` images of each class and write them with a JSON record beside them.
 
     Args:
-        classes: numbers or names; None: all of them.
+        classes: numbers or names; None: all of them, or a few of many.
 
     Returns:
         The file (grid, npz) or folder (png).
@@ -45,10 +47,10 @@ def draw_samples(
     if output is not None and ending and output.suffix != ending:
         raise ValueError(f"output is {output}; a file of format {form} ends in {ending}")
     check_solver(source.config, settings)
-    if source.vae_folder is None and source.config.in_channels not in (1, 3):
+    if source.vae is None and source.config.in_channels not in (1, 3):
         raise ValueError(
             f"{source.path} generates latents of {source.config.in_channels} channels and has no VAE to decode them; "
-            "convert it again with --vae"
+            "give one with --vae (the papers' is stabilityai/sd-vae-ft-mse)"
         )
     numbers = class_numbers(classes, source)
     labels = None if numbers is None else torch.tensor(numbers).repeat_interleave(per_class)
@@ -113,7 +115,7 @@ def class_numbers(classes: Sequence[str] | None, source: Source) -> list[int] | 
             raise ValueError(f"classes is {','.join(classes)}, but the model is unconditional; leave the option out")
         return None
     if classes is None:
-        return list(range(count))
+        return list(range(count)) if count <= MANY_CLASSES else [i * count // A_FEW for i in range(A_FEW)]
     known = {part.strip(): i for i, name in enumerate(source.class_names) for part in name.split(",")}
     numbers = []
     for name in classes:

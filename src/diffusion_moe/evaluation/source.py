@@ -32,7 +32,8 @@ class Source:
 
     path: Path
     model_folder: Path
-    vae_folder: Path | None
+    vae: str | None
+    """Folder or hub id of the VAE that decodes latents."""
     config: ModelConfig
     settings: EvaluationConfig
     """Where the options leave something open."""
@@ -53,14 +54,15 @@ class Source:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(self.model_folder).to(device)
-        if self.vae_folder is None:
+        if self.vae is None:
             return Loaded(model, None)
-        from diffusers import AutoencoderKL
-
-        try:
-            return Loaded(model, AutoencoderKL.from_pretrained(self.vae_folder).to(device).eval())
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"cannot load {self.vae_folder}: {' '.join(str(error).split())}") from error
+        vae = load_vae(self.vae).to(device)
+        if vae.config.latent_channels != self.config.in_channels:
+            raise ValueError(
+                f"the VAE {self.vae} has {vae.config.latent_channels} latent channels, but the model "
+                f"{self.config.in_channels}; take the one its latents are of"
+            )
+        return Loaded(model, vae)
 
     def origin(self) -> dict[str, Any]:
         """How the weights came to be: training steps and average, or the published file they were converted from."""
@@ -68,6 +70,20 @@ class Source:
             if file.is_file():
                 return json.loads(file.read_text())
         return {}
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """An AutoencoderKL by folder or hub id, in eval mode on the CPU.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(name).eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load the VAE {name}: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_source(path: Path) -> Source:
@@ -91,7 +107,13 @@ def read_source(path: Path) -> Source:
         class_names = tuple(str(names[key]) for key in sorted(names, key=int))
         config = _read_config(folder)
         return Source(
-            path, folder, vae if vae.is_dir() else None, config, usual_settings(config), path / "samples", class_names
+            path,
+            folder,
+            str(vae) if vae.is_dir() else None,
+            config,
+            usual_settings(config),
+            path / "samples",
+            class_names,
         )
     if (path / "config.json").is_file():
         config = _read_config(path)

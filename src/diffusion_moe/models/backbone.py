@@ -80,7 +80,7 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         self.y_embedder = nn.Embedding(rows, D) if config.num_classes else None
         self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(D, P * P * self.out_channels, self.make_final_norm())
-        self._register_positions(config.sample_size // P)
+        self.register_positions()
         self.gradient_checkpointing = False
         self.reset_parameters()
 
@@ -92,9 +92,10 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         """The norm before the output projection."""
         return make_norm("layernorm", self.settings.hidden_size)
 
-    def _register_positions(self, side: int) -> None:
+    def register_positions(self) -> None:
         """Fixed tables. The added one is saved: in the published checkpoints averaging moved it slightly."""
         config = self.settings
+        side = config.sample_size // config.patch_size
         if config.rotary_axes:
             rotary = rotary_table(
                 side, side, config.head_width, config.rotary_axes, config.rotary_pairs, config.class_tokens

@@ -58,14 +58,16 @@ def read_published(
         raise ValueError(f"--format is {kind}, but the names in {path} are those of {detected}")
     kind, settings = _settings(source, path, checkpoint, config, kind or detected)
     architecture = ModelConfig(**settings | _threshold_decay(checkpoint.state))
-    model = make_model(architecture)
+    with torch.device("meta"):  # no memory beside the file's and that of what it becomes
+        model = make_model(architecture)
+    model.register_positions()
     converted = from_published(make_layout(kind, architecture), checkpoint.state)
     expected = {name: value.shape for name, value in model.state_dict().items()}
     for name, value in converted.items():
         if name not in expected or value.shape != expected[name]:
             shape = tuple(expected[name]) if name in expected else "nothing"
             raise ValueError(f"{path} gives {name} of shape {tuple(value.shape)}, but its architecture expects {shape}")
-    model.load_state_dict(converted)
+    model.load_state_dict(converted, assign=True)
     record = {"format": kind, "source": source, "file": path.name, "sha256": _sha256(path)}
     return Converted(model.eval(), record | {"weights": checkpoint.weights})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -97,10 +98,10 @@ def _read(path: Path, trust_pickle: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if trust_pickle:
-            return torch.load(path, map_location="cpu", weights_only=False)
+        # Mapped, not read: the weights asked for may be a quarter of a file with optimizer and averages.
+        mapped = zipfile.is_zipfile(path)  # not so in torch's format before 1.6
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files keep their arguments in one
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and reading it could run code; add --trust-pickle if you trust its author"

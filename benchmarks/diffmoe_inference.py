@@ -1,0 +1,57 @@
+"""DiffMoE at inference: how far the rules per image and per batch (the paper's) differ, and what thresholds trade.
+
+    diffusion-moe train digits --model.router diffmoe --output_dir runs/diffmoe
+    python benchmarks/diffmoe_inference.py runs/diffmoe
+
+Every line draws the same 500 digits (same noise, same classes) and judges them by a classifier of the real ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from diffusion_moe.config import EvaluationConfig
+from diffusion_moe.data import load_dataset
+from diffusion_moe.evaluation.features import train_classifier
+from diffusion_moe.evaluation.generate import Usage, class_schedule, generate
+from diffusion_moe.evaluation.metrics import frechet_distance
+from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.evaluation.statistics import FeatureSums
+from diffusion_moe.moe import routers_of
+from diffusion_moe.run_folder import RunFolder
+
+IMAGES = 500
+
+
+def main(folder: Path) -> None:
+    """Print a line for each way of deciding."""
+    data = RunFolder(folder).read_recipe().data
+    model = read_source(folder).load().model
+    classifier = train_classifier(load_dataset(data, "train"))
+    held_out = FeatureSums.of(classifier.judge(load_dataset(data, "test").everything().images)[0])
+    labels = class_schedule(IMAGES, model.settings.num_classes)
+    columns = f"{'pool':8}{'batch':>7}{'scale':>7}{'experts a token':>17}{'recognised':>12}{'Frechet':>9}"
+    print(f"{columns}{'RMS difference':>16}")
+    reference = None
+    ways = [("image", IMAGES, 1.0)] + [("batch", batch, 1.0) for batch in (1, 10, 100, IMAGES)]
+    ways += [("image", IMAGES, scale) for scale in (0.5, 0.8, 0.9, 1.1, 1.2, 1.5)]
+    for pool, batch, scale in ways:
+        for router in routers_of(model):
+            router.config = dataclasses.replace(router.config, inference_pool=pool)
+        usage, settings = Usage(), EvaluationConfig(batch_size=batch, threshold_scale=scale)
+        images = generate(model, labels, IMAGES, settings, usage=usage).clamp(-1, 1)
+        reference = images if reference is None else reference
+        features, verdicts = classifier.judge(images)
+        difference = float((images - reference).square().mean().sqrt())
+        print(
+            f"{pool:8}{batch:7}{scale:7.2f}{usage.summary()['average_capacity']:17.3f}"
+            f"{float((verdicts == labels).float().mean()):12.1%}"
+            f"{frechet_distance(FeatureSums.of(features), held_out):9.1f}{difference:16.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
