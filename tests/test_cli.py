@@ -63,7 +63,7 @@ RECIPES = {
     "misspelled key": ("model:\n  dept: 4\n", "model.dept; did you mean model.depth"),
     "misspelled section": ("modle:\n  depth: 4\n", "there is no modle; did you mean model"),
     "wrong type": ("training:\n  steps: many\n", "training.steps is many; expected int"),
-    "not YAML": ("model: [", "cannot read recipe"),
+    "not YAML": ("model: [", "cannot read "),
     "a list": ("- 1\n", "not a mapping of sections"),
     "a number for a section": ("model: 4\n", "model is 4; expected a mapping"),
     "a list for a number": ("model:\n  depth: [1, 2]\n", "model.depth is"),

@@ -112,7 +112,7 @@ def sample(arguments: Sequence[str]) -> int:
         if source.vae is not None:
             raise ValueError(f"--vae is {options.vae}, but {source.path} has a VAE of its own; leave it out")
         source = dataclasses.replace(source, vae=options.vae)
-    path = draw_samples(source, settings, options.chosen(), options.per_class, options.format, options.output)
+    path = draw_samples(source, settings, options.chosen(), options.per_class, options.format, options.output, say)
     say(f"wrote {path}")
     return 0
 

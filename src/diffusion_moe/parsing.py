@@ -111,16 +111,25 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"there is no recipe {name!r}; did you mean {', '.join(near)}? See `diffusion-moe recipes`")
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
 def recipe_arguments(path: Path) -> list[str]:
     """The fields of a recipe file as options, `--model.depth=4` and so on.
 
     Raises:
         ValueError: unreadable file, not a mapping of sections, or an unknown key, with its full path.
     """
-    try:
-        sections = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
+    sections = read_yaml(path)
     if not isinstance(sections, dict):
         raise ValueError(f"recipe {path} is not a mapping of sections; it may hold {', '.join(SECTIONS)}")
     arguments = []

@@ -312,6 +312,11 @@ def test_wrong_options_are_refused_in_one_line(capsys, tmp_path, dsmoe):
         "has no model with": [tmp_path / "whole", "--to", "published", "--output", tmp_path / "x.pt", "--format", "ec"],
     }
     (tmp_path / "gan.yaml").write_text(yaml_text("GAN", {}, None))
+    for i, broken in enumerate(("params: 3", "params: {MoE_config: [1]}", "params: {depth: many}", "params: [1, 2]")):
+        file = tmp_path / f"broken{i}.yaml"
+        file.write_text("model: {target: models.models_DSMoE.DiT, " + broken + "}")
+        status, _, error = convert(capsys, dsmoe, *out, "--config", file)
+        assert status == 2 and "traceback" not in error.lower(), error
     assert convert(capsys, dsmoe, "--output", tmp_path / "whole")[0] == 0
     save_file({"a": torch.zeros(1)}, dsmoe.with_name("other.safetensors"))
     for expected, arguments in cases.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..config import EvaluationConfig
 from ..run_folder import write_atomically
-from .generate import Usage, check_solver, generate, image_grid, provenance, to_uint8
+from .generate import Usage, check_solver, generate_batches, image_grid, provenance, to_uint8
 from .source import Source
 
 MANY_CLASSES, A_FEW = 20, 8
@@ -31,11 +32,12 @@ def draw_samples(
     per_class: int,
     form: Literal["grid", "png", "npz"],
     output: Path | None,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Draw `per_class` images of each class and write them with a JSON record beside them.
 
     Args:
-        classes: numbers or names; None: all of them, or a few of many.
+        classes: numbers or names; None: all of them, or a few of many. say: receives a line of progress now and then.
 
     Returns:
         The file (grid, npz) or folder (png).
@@ -56,7 +58,14 @@ def draw_samples(
     labels = None if numbers is None else torch.tensor(numbers).repeat_interleave(per_class)
     model, vae = source.load()
     count, usage, origin = per_class if labels is None else len(labels), Usage(), source.origin()
-    images = generate(model, labels, count, settings, vae, usage)
+    batches, spoke = [], time.monotonic()
+    for batch in generate_batches(model, labels, count, settings, vae, usage):
+        batches.append(batch)
+        done = sum(map(len, batches))
+        if time.monotonic() - spoke > 10 and done < count:
+            say(f"drew {done} of {count} images")
+            spoke = time.monotonic()
+    images = torch.cat(batches)
     name = _name(settings, numbers if classes else None, per_class, origin.get("training_steps"))
     path = output or source.samples / f"{form}-{name}{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)

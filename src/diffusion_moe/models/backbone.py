@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..moe import GroupedExperts, RoutingReport
-from ..nn.embeddings import TimestepEmbedder, unpatchify
+from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
 from .block import DiTBlock, FinalLayer
@@ -35,6 +35,17 @@ class DiTOutput(BaseOutput):
     """The prediction (and, with learn_sigma, as many channels more), (B, C, H, W)."""
     routing: tuple[RoutingReport, ...] = ()
     """What each MoE layer's router learned, in the order of the layers."""
+
+
+class Embedded(NamedTuple):
+    """The input of the blocks."""
+
+    tokens: Tensor
+    """(B, N, D)."""
+    condition: Tensor
+    """Time and class, (B, D)."""
+    label: Tensor | None
+    """The class alone, (B, D); None for an unconditional model."""
 
 
 def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
@@ -130,8 +141,8 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
                 nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def embed_class(self, class_labels: Tensor | None) -> Tensor | None:
-        """The class as a vector, (B, D).
+    def embed(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Embedded:
+        """Tokens with added positions, and what modulates the blocks.
 
         Raises:
             ValueError: labels given to an unconditional model, or missing for a conditional one.
@@ -141,7 +152,14 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
                 f"class_labels are {'missing' if class_labels is None else 'given'}, but the model has num_classes "
                 f"{self.settings.num_classes}; pass them exactly when it is not 0"
             )
-        return None if self.y_embedder is None else self.y_embedder(class_labels)
+        x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
+        if self.settings.adds_sincos:
+            x_BND = x_BND + self.pos_embed.to(x_BND.dtype)
+        time_BD = self.t_embedder(timestep.expand(len(x_BND)))
+        if self.y_embedder is None:
+            return Embedded(x_BND, time_BD, None)
+        class_BD = self.y_embedder(class_labels)
+        return Embedded(x_BND, time_BD + class_BD, class_BD)
 
     def rotary(self, class_tokens: int = 0) -> Rotary | None:
         """Rotation angles for a sequence that starts with so many of the class tokens."""

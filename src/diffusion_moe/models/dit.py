@@ -11,7 +11,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..moe import RoutingReport
-from ..nn.embeddings import patchify
 from .backbone import Backbone, DiTOutput, takes_settings
 
 
@@ -57,12 +56,7 @@ class DiT(Backbone):
         Raises:
             ValueError: labels given to an unconditional model, or missing for a conditional one.
         """
-        x = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
-        if self.settings.adds_sincos:
-            x = x + self.pos_embed.to(x.dtype)
-        condition, label = self.t_embedder(timestep.expand(len(x))), self.embed_class(class_labels)
-        if label is not None:
-            condition = condition + label
+        x, condition, _ = self.embed(hidden_states, timestep, class_labels)
         reports, rotary = [], self.rotary()
         for block in self.blocks:
             x, report = self.run_block(block, x, condition, rotary)

@@ -12,7 +12,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..moe import RoutingReport
-from ..nn.embeddings import patchify
 from ..nn.norm import make_norm
 from .backbone import Backbone, DiTOutput, takes_settings
 
@@ -81,12 +80,7 @@ class JiT(Backbone):
             ValueError: labels given to an unconditional model, or missing for a conditional one.
         """
         config = self.settings
-        x = self.x_embedder(patchify(hidden_states, config.patch_size))
-        if config.adds_sincos:
-            x = x + self.pos_embed.to(x.dtype)
-        condition, label = self.t_embedder(timestep.expand(len(x))), self.embed_class(class_labels)
-        if label is not None:
-            condition = condition + label
+        x, condition, label = self.embed(hidden_states, timestep, class_labels)
         reports, rotary = [], self.rotary()
         for index, block in enumerate(self.blocks):
             if config.class_tokens and index == config.class_tokens_from:

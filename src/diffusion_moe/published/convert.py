@@ -13,10 +13,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..config import ModelConfig, Process
+from ..model_config import ModelConfig, Process
 from ..models import Backbone, make_model
-from ..parsing import find_recipe, read_recipe, recipe_names
-from .files import Checkpoint, Weights, find_file, read_checkpoint, read_yaml, write_checkpoint
+from ..parsing import find_recipe, read_recipe, read_yaml, recipe_names
+from .files import Checkpoint, Weights, find_file, read_checkpoint, write_checkpoint
 from .formats import FORMATS, detect_format, make_layout
 from .layout import from_published, to_published
 from .settings import Settings, read_settings, write_settings
@@ -56,8 +56,11 @@ def read_published(
         raise ValueError(f"the format is {kind!r}; choose one of {', '.join(FORMATS)}")
     if kind and detected not in (kind, None):
         raise ValueError(f"--format is {kind}, but the names in {path} are those of {detected}")
-    kind, settings = _settings(source, path, checkpoint, config, kind or detected)
-    architecture = ModelConfig(**settings | _threshold_decay(checkpoint.state))
+    try:
+        kind, settings = _settings(source, path, checkpoint, config, kind or detected)
+        architecture = ModelConfig(**settings | _threshold_decay(checkpoint.state))
+    except (TypeError, AttributeError, KeyError, IndexError) as error:  # a number for a mapping, and the like
+        raise ValueError(f"the architecture of {path} makes no sense: {error}; give it with --config") from error
     with torch.device("meta"):  # no memory beside the file's and that of what it becomes
         model = make_model(architecture)
     model.register_positions()
@@ -125,8 +128,8 @@ def _settings(
     """The format, and the fields of `ModelConfig`."""
     if config is None:
         config = _find_config(source, path)
-    content = read_yaml(Path(config)) if config is not None and Path(config).is_file() else {}
-    if config is not None and "target" in (content.get("model") or {}):
+    content: Any = read_yaml(Path(config)) if config is not None and Path(config).is_file() else None
+    if config is not None and is_published(content):
         return _from_yaml(config, content, kind)
     if config is not None:
         settings = vars(read_recipe(find_recipe(config)).model)
@@ -153,13 +156,19 @@ def _find_config(source: str, path: Path) -> str | None:
         return str(beside)
     for folder in (path.parent, path.parent.parent):
         files = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
-        if len(files) == 1 and "model" in read_yaml(files[0]):
+        if len(files) == 1 and is_published(read_yaml(files[0])):
             return str(files[0])
     known = HUB_NAME.search(source.rstrip("/"))
     if known:
         name = re.sub(r"^jitmoe-([blh])16", r"jitmoe-\1-16", known[1].lower())
         return name if name in recipe_names() else None
     return None
+
+
+def is_published(content: Any) -> bool:
+    """Whether a YAML file's content is a configuration of the published code."""
+    model = content.get("model") if isinstance(content, dict) else None
+    return isinstance(model, dict) and "target" in model
 
 
 def _from_yaml(config: str, content: Mapping[str, Any], kind: str | None) -> tuple[str, Settings]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -116,21 +115,6 @@ def _unwrapped(state: Mapping[str, Tensor]) -> State:
         if all(name.startswith(wrapper) for name in names):
             return _unwrapped({name.removeprefix(wrapper): value for name, value in state.items()})
     return dict(state)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        ValueError: it does not, or cannot be read.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a mapping")
-    return content
 
 
 def write_checkpoint(path: Path, kind: str, state: State) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import ModelConfig, Process
+from ..model_config import ModelConfig, Process
 
 Settings = dict[str, Any]
 
