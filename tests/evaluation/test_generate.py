@@ -7,9 +7,12 @@ import torch
 
 from diffusion_moe.analysis.records import record_routing
 from diffusion_moe.config import EvaluationConfig
+from diffusion_moe.diffusion.ddpm import ddpm_ancestral, linear_schedule, respaced
+from diffusion_moe.diffusion.solvers import even_times, sde
 from diffusion_moe.evaluation.generate import Usage, class_schedule, generate, image_grid, provenance, to_uint8
 from diffusion_moe.moe import routers_of
 from diffusion_moe.parsing import read_recipe
+from diffusion_moe.randomness import normal
 from diffusion_moe.training.step import make_state
 
 
@@ -64,6 +67,36 @@ def test_ddpm_models_draw_an_image_for_itself(tiny, solver, learn_sigma):
     assert usage.summary()["function_evaluations"] == 4
     with pytest.raises(ValueError, match="solver is euler, but the model's process is ddpm"):
         generate(model, class_schedule(5, 10), 5, EvaluationConfig())
+
+
+def test_noise_has_the_models_scale_and_every_step_its_own(tiny):
+    """A fresh model predicts zero velocity: Euler leaves the noise, and the SDE adds more of it."""
+    recipe = read_recipe("digits", [*tiny, "--model.noise_scale=3.0"])
+    model = make_state(recipe, torch.device("cpu")).model.eval()
+    noise = [3 * normal(0, "sample", k, torch.arange(3), (1, 8, 8)) for k in range(4)]
+    plain = generate(model, class_schedule(3, 10), 3, EvaluationConfig(steps=4))
+    torch.testing.assert_close(plain, noise[0])
+    drawn = generate(model, class_schedule(3, 10), 3, EvaluationConfig(steps=4, solver="sde"))
+    expected = sde(lambda x, t: torch.zeros_like(x), noise[0], even_times(4), lambda k: noise[k + 1])
+    torch.testing.assert_close(drawn, expected)
+
+
+@pytest.mark.parametrize("channels", [None, 2])
+def test_ddpm_guides_epsilon_and_not_its_variance(tiny, channels):
+    ddpm = ["--model.process=ddpm", "--model.prediction=epsilon", "--model.learn_sigma=true", "--model.in_channels=3"]
+    model = randomised(make_state(read_recipe("digits", [*tiny, *ddpm]), torch.device("cpu")).model)
+    labels, null = torch.tensor([4, 7]), torch.full((2,), 10)
+    noise = [normal(0, "sample", k, torch.arange(2), (3, 8, 8)) for k in range(4)]
+
+    def guide(x, step):
+        out, without = model(x, step, labels).sample, model(x, step, null).sample
+        count = channels or 3
+        return torch.cat((without[:, :count] + 2 * (out - without)[:, :count], out[:, count:]), dim=1)
+
+    with torch.no_grad():
+        expected = ddpm_ancestral(guide, noise[0], respaced(linear_schedule(), 3), lambda k: noise[k + 1])
+    settings = EvaluationConfig(solver="ddpm", steps=3, guidance_scale=2.0, guidance_channels=channels)
+    torch.testing.assert_close(generate(model, labels, 2, settings), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_adaptive_solver_reports_its_evaluations(tiny):

@@ -195,6 +195,17 @@ def test_image_time_class_and_place_all_matter(position):
         assert (sample - before).abs().amax() > 1e-4, what
 
 
+def test_dropout_is_in_the_middle_half_of_the_blocks_and_in_all_experts():
+    """As JiT spreads it."""
+    rates = {"dropout": 0.1, "attention_dropout": 0.2, "expert_dropout": 0.3}
+    model = DiT(**{**SMALL, "depth": 9, **rates})
+    seen = [(block.attn.dropout.p, block.attn.attention_dropout) for block in model.blocks]
+    assert seen == [(0.0, 0.0)] * 2 + [(0.1, 0.2)] * 4 + [(0.0, 0.0)] * 3
+    dense = [block.mlp.dropout.p for block in model.blocks[0::2]]
+    assert dense == [0.0, 0.1, 0.1, 0.0, 0.0]
+    assert {block.mlp.experts.dropout.p for block in model.blocks[1::2]} == {0.3}
+
+
 def test_null_class_is_the_last_row_and_learn_sigma_doubles_the_channels():
     model = make_model(learn_sigma=True)
     assert model.null_class == 5 and model.y_embedder.num_embeddings == 6

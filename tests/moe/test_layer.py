@@ -167,3 +167,21 @@ def test_a_layer_of_another_dtype_is_close_to_float32(kind, dtype):
     assert torch.equal(actual.report.counts_E, expected.report.counts_E)
     error = (actual.hidden_states.float() - expected.hidden_states).norm() / expected.hidden_states.norm()
     assert error < (2.0**-6 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("place", ["experts", "shared"])
+def test_dropout_acts_on_the_hidden_layer_of_every_expert(place):
+    """Without biases the last projection is linear: what dropout passes on tripled comes out tripled."""
+    config = RouterConfig("dsmoe", 4, top_k=2)
+    layer = MoEFeedForward(6, 8, config, shared="swiglu", dropout=0.25).train()
+    x = torch.randn(2, 5, 6)
+    dropouts = {"experts": layer.experts.dropout, "shared": layer.shared.dropout}
+    assert {dropout.p for dropout in dropouts.values()} == {0.25}
+    parts = {"experts": lambda: layer.experts(x.flatten(0, 1), layer.router(x)), "shared": lambda: layer.shared(x)}
+    layer.eval()
+    plain = parts[place]()
+    dropouts[place].register_forward_hook(lambda module, args, out: 3 * out)
+    torch.testing.assert_close(parts[place](), 3 * plain)
+    assert torch.equal(layer(x).hidden_states, layer(x).hidden_states)
+    layer.train()
+    assert not torch.equal(parts[place](), parts[place]())

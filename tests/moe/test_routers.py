@@ -94,6 +94,34 @@ def test_dsmoe_groups_change_the_choice(gates):
     torch.testing.assert_close(gate_E, torch.tensor([0, 0, a / (a + b), b / (a + b)]))
 
 
+def test_one_dsmoe_expert_a_token_keeps_its_score_as_weight():
+    """Normalised it would always weigh 1, and the router would learn nothing."""
+    router, x_BND = make_router("dsmoe", top_k=1, routed_scale=2.5), torch.randn(2, 5, 6)
+    routing = router(x_BND)
+    best_TE = torch.sigmoid(x_BND.flatten(0, 1) @ router.weight.T)
+    weight_T = torch.empty(10).index_copy(0, routing.token_A, routing.weight_A)
+    torch.testing.assert_close(weight_T, 2.5 * best_TE.max(1).values)
+    routing.weight_A.sum().backward()
+    assert router.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("balance", ["none", "bias"])
+def test_experts_of_dropped_groups_score_zero_as_published_or_are_out(gates, balance):
+    """With negative corrected scores in the kept group, 0 wins where the bias is the checkpoint's."""
+    settings = {"top_k": 4, "num_groups": 2, "top_groups": 1, "balance": balance}
+    router, x_BND = make_router("dsmoe", **settings), torch.randn(5, 20, 6)
+    router.correction.fill_(-0.5)
+    corrected_TE = torch.sigmoid(x_BND.flatten(0, 1) @ router.weight.T) - 0.5
+    rating_TG = corrected_TE.unflatten(1, (2, 4)).topk(2, dim=-1).values.sum(-1)
+    kept_TE = (torch.arange(8) // 4) == rating_TG.argmax(1)[:, None]
+    chosen_TE = gates(router(x_BND), 100) > 0
+    if balance == "bias":
+        assert torch.equal(chosen_TE, kept_TE)
+    else:
+        assert torch.equal(chosen_TE & kept_TE, kept_TE & (corrected_TE > 0))
+        assert (chosen_TE & ~kept_TE).any() and (chosen_TE.sum(1) == 4).all()
+
+
 # Expert choice
 
 

@@ -96,3 +96,25 @@ def test_autocast_is_close_to_float32(qk_norm):
         actual = layer(x_BND, rotary)
     assert actual.dtype == torch.bfloat16
     assert (actual - expected).norm() / expected.norm() < 2.0**-6
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_dropout_of_attention_weights_keeps_the_mean_and_is_for_training_only(sinks):
+    torch.manual_seed(0)
+    layer = SelfAttention(16, 2, sinks=sinks, attention_dropout=0.5)
+    x_BND = torch.randn(1, 6, 16)
+    with torch.no_grad():
+        exact = layer.eval()(x_BND)
+        assert torch.equal(layer(x_BND), exact)
+        draws = torch.cat([layer.train()(x_BND) for _ in range(2000)])
+    assert (draws[0] - draws[1]).abs().max() > 0.01
+    torch.testing.assert_close(draws.mean(0), exact[0], rtol=0, atol=0.02)
+
+
+def test_dropout_of_the_output_zeroes_its_share():
+    torch.manual_seed(0)
+    layer = SelfAttention(16, 2, dropout=0.3).train()
+    torch.nn.init.ones_(layer.proj.bias)
+    zeros = (layer(torch.randn(20, 30, 16)) == 0).float().mean()
+    assert zeros == pytest.approx(0.3, abs=0.02)
+    assert (layer.eval()(torch.randn(20, 30, 16)) != 0).all()

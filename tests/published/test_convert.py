@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusion_moe.cli import main
 from diffusion_moe.config import ModelConfig, Recipe, to_yaml
 from diffusion_moe.models import make_model
 from diffusion_moe.published import make_layout, read_settings, to_published
+from diffusion_moe.randomness import normal
 
 DSMOE = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "rope_type": "2d"}
 GROUPED = {
@@ -105,8 +106,6 @@ def test_there_and_back_is_exact(capsys, tmp_path, dsmoe, ending):
         state = content["ema"]
         assert list(state) == list(content["model"])
     else:
-        from safetensors.torch import load_file
-
         state = load_file(back)
     assert state.keys() == original.keys() and all(torch.equal(state[key], original[key]) for key in state)
     # The YAML beside it is one the published code takes; and we read both again.
@@ -193,6 +192,23 @@ def test_the_yaml_names_family_and_process(capsys, tmp_path, target, kind, moe, 
     assert settings.prediction == ("velocity" if rf else "epsilon")
 
 
+def test_the_decay_of_thresholds_is_read_from_the_file(capsys, tmp_path):
+    params = {key: value for key, value in DSMOE.items() if key != "rope_type"}
+    moe = {"num_experts": 4, "capacity": 1}
+    state = published_state("diffmoe", ModelConfig(**read_settings("diffmoe", params, moe)), 4)
+    assert state["blocks.1.mlp.ema_decay"].tolist() == [pytest.approx(0.95)]
+    for decay, expected in ((0.9, 0.9), (0.95000017, float(torch.tensor(0.95000017)))):
+        state["blocks.1.mlp.ema_decay"] = torch.tensor([decay])
+        save_file(state, tmp_path / "a.safetensors")
+        (tmp_path / "a.yaml").write_text(yaml_text("DiffMoE", params, moe))
+        out = tmp_path / f"{decay}"
+        assert convert(capsys, tmp_path / "a.safetensors", "--output", out)[0] == 0
+        assert DiffusionPipeline.from_pretrained(out).transformer.settings.threshold_decay == expected
+        back = tmp_path / f"{decay}.safetensors"
+        assert convert(capsys, out, "--to", "published", "--output", back)[0] == 0
+        assert torch.equal(load_file(back)["blocks.1.mlp.ema_decay"], state["blocks.1.mlp.ema_decay"])
+
+
 class Stranger:
     """Something no published file should hold."""
 
@@ -242,6 +258,11 @@ def test_a_vae_and_class_names_are_saved_along(capsys, tmp_path, dsmoe):
     # `sample` takes the folder too, and draws what the pipeline's model draws.
     arguments = ["sample", str(tmp_path / "out"), "--classes", "golden retriever,1", "--steps=2", "--per_class=2"]
     assert main([*arguments, "--format=npz", f"--output={tmp_path / 's.npz'}"]) == 0
+    # Both decode alike: from the same noise, the pipeline's equal steps are Euler's.
+    noise = normal(0, "sample", 0, torch.arange(4), (4, 8, 8))
+    images = pipe([4, 4, 1, 1], latents=noise, guidance_scale=1.5, **draw).images
+    drawn = np.load(tmp_path / "s.npz")["images"].astype(int)
+    assert np.abs(drawn - (images * 255).round()).max() <= 1 and drawn.std() > 5
     record = json.loads((tmp_path / "s.json").read_text())
     assert record["labels"] == [4, 4, 1, 1] and record["weights"] == "ema" and record["function_evaluations"] == 2
     assert main([*arguments[:2], "--classes", "golden retreiver"]) == 2
@@ -323,6 +344,15 @@ def test_wrong_options_are_refused_in_one_line(capsys, tmp_path, dsmoe):
         status, _, error = convert(capsys, *arguments)
         assert status == 2 and expected in error, (expected, error)
     assert convert(capsys, dsmoe.parent, *out, "--file", dsmoe.name)[0] == 0
+
+
+def test_imagenets_classes_have_names(capsys, tmp_path):
+    config = ModelConfig(**read_settings("dsmoe", DSMOE | {"num_classes": 1000}, GROUPED))
+    torch.save(published_state("dsmoe", config, 1), tmp_path / "a.pt")
+    (tmp_path / "a.yaml").write_text(yaml_text("DSMoE", DSMOE | {"num_classes": 1000}, GROUPED))
+    assert convert(capsys, tmp_path / "a.pt", "--output", tmp_path / "out")[0] == 0
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.get_label_ids(["tench", "golden retriever", "toilet tissue"]) == [0, 207, 999]
 
 
 def test_a_run_becomes_a_pipeline(capsys, tmp_path, tiny_options):

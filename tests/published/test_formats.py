@@ -105,6 +105,25 @@ def test_names_of_switches_no_published_recipe_uses():
     skipped = names_of("dsmoe", {}, GROUPED | {"skip_first2": 2, "interleave": False})
     assert {"blocks.1.mlp.fc1.weight", "blocks.2.mlp.gate.weight"} <= skipped
     assert "blocks.1.mlp.gate.weight" not in skipped
+    assert names_of("dsmoe", {}, GROUPED | {"skip_first2": True, "interleave": False}) == skipped
+
+
+def test_shapes_that_other_settings_decide():
+    def shape_of(kind, params, moe, name):
+        config = ModelConfig(**read_settings(kind, SMALL | params, moe))
+        return tuple(to_published(make_layout(kind, config), make_model(config).state_dict())[name].shape)
+
+    table = "y_embedder.embedding_table.weight"
+    assert shape_of("dense", {"class_dropout_prob": 0.0}, None, table) == (5, 32)
+    assert shape_of("dense", {}, None, table) == (6, 32)
+    shared = "blocks.1.mlp.shared_experts"
+    # DiffMoE's is of eight widths whatever the count; the others' of count widths.
+    assert shape_of("diffmoe", {}, POOLED | {"n_shared_experts": 3}, f"{shared}.fc1.weight") == (256, 32)
+    assert shape_of("ec", {}, POOLED | {"n_shared_experts": 3}, f"{shared}.up_proj.weight") == (96, 32)
+    assert shape_of("dense", {"head_dim": 12}, None, "blocks.0.attn.proj.weight") == (32, 48)
+    assert shape_of(
+        "jit", {"patch_size": 4, "bottleneck_dim": 8, "in_context_start": 1}, None, "blocks.0.mlp.w3.weight"
+    ) == (32, 85)
 
 
 def test_parts_of_joined_matrices_stand_where_the_published_code_looks_for_them():

@@ -187,6 +187,16 @@ def test_dropout_repeats_itself_step_by_step_and_leaves_torchs_generator_alone(t
             losses.append(train_step(state, recipe, batch).loss)
             assert torch.equal(torch.random.get_rng_state(), before)
         runs.append(losses)
+    # Each step and each micro-batch has masks of its own.
+    state, batch = make_state(recipe, CPU), first_batch(recipe)
+    masks = []
+    state.model.blocks[1].mlp.experts.dropout.register_forward_hook(
+        lambda module, args, out: masks.append((out == 0)[:20])
+    )
+    halves = read_recipe("digits", [*tiny, "--model.expert_dropout=0.3", "--training.accumulation=2"])
+    for _ in range(2):
+        train_step(state, halves, batch)
+    assert len(masks) == 4 and len({mask.numpy().tobytes() for mask in masks}) == 4
     without = read_recipe("digits", [*tiny, "--model.depth=4"])
     state = make_state(without, CPU)
     plain = [train_step(state, without, first_batch(without)).loss for _ in range(5)]
