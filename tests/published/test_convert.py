@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_moe.cli import main
 from diffusion_moe.config import ModelConfig, Recipe, to_yaml
+from diffusion_moe.evaluation.draw import class_numbers
+from diffusion_moe.evaluation.source import read_source
 from diffusion_moe.models import make_model
 from diffusion_moe.published import make_layout, read_settings, to_published
 from diffusion_moe.randomness import normal
@@ -353,6 +355,8 @@ def test_imagenets_classes_have_names(capsys, tmp_path):
     assert convert(capsys, tmp_path / "a.pt", "--output", tmp_path / "out")[0] == 0
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipe.get_label_ids(["tench", "golden retriever", "toilet tissue"]) == [0, 207, 999]
+    # Nobody wants ten thousand samples unasked.
+    assert class_numbers(None, read_source(tmp_path / "out")) == [0, 125, 250, 375, 500, 625, 750, 875]
 
 
 def test_a_run_becomes_a_pipeline(capsys, tmp_path, tiny_options):
