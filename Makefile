@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow test-gpu check format compare clean
+.PHONY: demo test test-slow test-gpu check format compare bench bench-gpu clean
 
 # Train a small DSMoE on real handwritten digits, then sample, score and draw it.
 demo: $(STAMP)
@@ -37,6 +37,13 @@ format: $(STAMP)
 # Five routing rules on digits, three seeds each, into docs/digits.md (about an hour on two cores).
 compare: $(STAMP)
 	$(BIN)/python benchmarks/compare_digits.py
+
+# Speed and memory against a naive loop, into benchmarks/results and docs/performance.md (minutes on two cores).
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py cpu
+
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/run.py gpu
 
 clean:
 	rm -rf $(VENV) runs

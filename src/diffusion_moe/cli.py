@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence, Set
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .benchmarks.options import BenchOptions
 from .config import SECTIONS, EvaluationConfig, to_yaml
 from .conversion import ConvertOptions, to_pipeline, to_published_file
+from .memory import keep_freed_memory
 from .parsing import (
     find_recipe,
     make_parser,
@@ -154,6 +157,20 @@ def analyze(arguments: Sequence[str]) -> int:
     return 0
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """Time the MoE layer, a training step or sampling: one JSON line a measurement."""
+    parser = make_parser("bench", bench.__doc__ or "")
+    parser.add_argument("what", type=Literal["layer", "step", "sample"], help="what to time")
+    parser.add_class_arguments(BenchOptions)
+    what, rest = _positional(parser, arguments, "thing to time", "diffusion-moe bench layer|step|sample")
+    parsed = parse(parser, [what, *rest])
+    from .benchmarks.cases import measure
+
+    for record in measure(parsed.what, BenchOptions(**{name: parsed[name] for name in _fields(BenchOptions)})):
+        say(json.dumps(record))
+    return 0
+
+
 def recipes(arguments: Sequence[str]) -> int:
     """List the shipped recipes with their parameters (M of 2^20, as the papers count)."""
     parser = make_parser("recipes", recipes.__doc__ or "")
@@ -227,6 +244,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "evaluate": evaluate,
     "analyze": analyze,
+    "bench": bench,
     "recipes": recipes,
 }
 
@@ -259,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"diffusion-moe {__version__}")
         return 0
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    keep_freed_memory()
     try:
         if arguments[0] not in VERBS:
             raise ValueError(unknown_name(arguments[0], list(VERBS)).replace("is no", "is no verb"))

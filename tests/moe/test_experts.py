@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_moe.moe import GroupedExperts, experts_loop, route_by_mask, route_by_token
-from diffusion_moe.moe.experts import activate
+from diffusion_moe.benchmarks.measure import saved_bytes
+from diffusion_moe.moe import GroupedExperts, experts_loop, route_by_expert, route_by_mask, route_by_token
+from diffusion_moe.moe.activation import activate
 
 KINDS = list(itertools.product(["swiglu", "gelu"], [True, False]))
 
@@ -109,15 +110,19 @@ def test_autocast_stays_within_bfloat16_of_float32(activation, bias):
 
 
 def test_the_sum_over_experts_runs_in_float32_under_autocast():
-    """1 + 2^-9 + 2^-9 is lost when partial sums are rounded to bfloat16."""
-    experts = make_experts(8, 8, 3, "gelu")
-    with torch.no_grad():
-        for p in experts.parameters():
-            p.zero_()
-        experts.b_out.copy_(torch.tensor([1.0, 2.0**-9, 2.0**-9])[:, None])
+    """1 + 2^-8 + 2^-8 is lost when partial sums are rounded to bfloat16, in the output and in the input's gradient."""
+    experts = make_experts(8, 8, 3, "gelu", bias=False)
+    parts = torch.tensor([1.0, 2.0**-8, 2.0**-8])[:, None, None]
+    with torch.no_grad():  # the hidden layer is gelu(8) = 8 in its first place, whose slope is 1
+        experts.w_in.copy_(torch.zeros(8, 8).index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(8.0)))
+        experts.w_out.copy_(parts * torch.ones(8, 8) / 8)
+    x = torch.zeros(1, 8).index_fill(1, torch.tensor(0), 1.0).requires_grad_()
     routing = route_by_token(torch.tensor([[0, 1, 2]]), torch.ones(1, 3), 3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.all(experts(torch.zeros(1, 8), routing) == 1 + 2.0**-8)
+        y = experts(x, routing)
+    assert torch.all(y == 1 + 2.0**-7)
+    (grad,) = torch.autograd.grad(y[0, 0], x)
+    assert grad[0, 0] == 1 + 2.0**-7
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -141,3 +146,59 @@ def test_experts_are_initialised_one_by_one():
         assert float(w.var()) == pytest.approx(bound**2 / 3, rel=0.1)
     assert torch.all(experts.b_in == 0) and torch.all(experts.b_out == 0)
     assert not torch.equal(experts.w_in[0], experts.w_in[1])
+
+
+def test_gradcheck_in_float64():
+    """Every input's gradient against finite differences, with both kinds of grouping."""
+    for activation, bias in KINDS:
+        experts = make_experts(4, 6, 3, activation, bias).double()
+        x_TD = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+        weight_TK = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
+        weight_EC = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
+        expert_TK, token_EC = torch.rand(7, 3).argsort(1)[:, :2], torch.rand(3, 7).argsort(1)[:, :4]
+        names = [name for name, _ in experts.named_parameters()]
+
+        def of(x, weight, *parameters, route=None, experts=experts, names=names):
+            return torch.func.functional_call(experts, dict(zip(names, parameters)), (x, route(weight)))
+
+        for weight, route in (
+            (weight_TK, lambda w, chosen=expert_TK: route_by_token(chosen, w, 3)),
+            (weight_EC, lambda w, chosen=token_EC: route_by_expert(chosen, w)),
+        ):
+            inputs = (x_TD, weight, *experts.parameters())
+            assert torch.autograd.gradcheck(lambda *args, route=route: of(*args, route=route), inputs)
+
+
+@pytest.mark.parametrize(("activation", "bias"), KINDS)
+@pytest.mark.parametrize("keep", [0, 10**9])
+def test_bfloat16_is_close_to_float32_whether_casts_are_kept_or_made_again(activation, bias, keep, monkeypatch):
+    monkeypatch.setattr("diffusion_moe.moe.expert_autograd.KEEP_CAST_BELOW", keep)
+    experts = make_experts(32, 48, 4, activation, bias)
+    routing, weight = route(torch.rand(64, 4).argsort(1)[:, :2], 4)
+    x_TD = torch.randn(64, 32, requires_grad=True)
+    exact = outputs_and_gradients(experts, experts, x_TD, routing, weight)
+
+    def rounded(x, r):
+        with torch.autocast("cpu", torch.bfloat16):
+            return experts(x, r)
+
+    for actual, expected in zip(outputs_and_gradients(rounded, experts, x_TD, routing, weight), exact):
+        assert actual.dtype == expected.dtype
+        assert (actual - expected).norm() / expected.norm() < 1e-2
+
+
+def kept_bytes(experts, x_TD, routing):
+    """What autograd keeps besides the parameters, each storage once."""
+    return saved_bytes(lambda: experts(x_TD, routing), tuple(experts.parameters()))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_only_input_first_projection_and_routing_are_kept(activation):
+    T, D, F, E, K = 64, 8, 16, 4, 2
+    experts = make_experts(D, F, E, activation, bias=False)
+    routing, _ = route(torch.rand(T, E).argsort(1)[:, :K], E)
+    A, H = T * K, F * (2 if activation == "swiglu" else 1)
+    x_TD = torch.randn(T, D, requires_grad=True)
+    numbers = 4 * (T * D + A * H)
+    indices = 8 * A + 4 * E + 8 * A + 8 * T  # token_A, offsets_E, row_A, start_T
+    assert kept_bytes(experts, x_TD, routing) - routing.weight_A.nbytes - numbers - indices <= 8 * A

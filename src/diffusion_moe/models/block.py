@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..moe import FeedForward, MoEFeedForward, RouterConfig, RoutingReport
+from ..moe import FeedForward, MoEFeedForward, MoEOutput, RouterConfig, RoutingReport
 from ..nn.attention import SelfAttention
 from ..nn.norm import make_norm, modulate
 from ..nn.position import Rotary
@@ -41,7 +41,7 @@ class DiTBlock(nn.Module):
             dropout,
             attention_dropout,
         )
-        self.mlp: MoEFeedForward | FeedForward
+        self.mlp: nn.Module
         if is_moe_block(config, index):
             self.mlp = make_moe(config)
         else:
@@ -51,10 +51,8 @@ class DiTBlock(nn.Module):
     def forward(self, x_BND: Tensor, condition_BD: Tensor, rotary: Rotary | None) -> BlockOutput:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition_BD).chunk(6, dim=-1)
         x_BND = x_BND + gate1[:, None] * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rotary)
-        y_BND = self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
-        report = None
-        if isinstance(self.mlp, MoEFeedForward):
-            y_BND, report = y_BND
+        out = self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+        y_BND, report = (out.hidden_states, out.report) if isinstance(out, MoEOutput) else (out, None)
         return BlockOutput(x_BND + gate2[:, None] * y_BND, report)
 
 

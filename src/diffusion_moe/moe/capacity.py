@@ -9,23 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class _Linear(nn.Linear):
-    """Computes in the dtype of its input, whatever that of the weights: a router is in full precision."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+from .activated_linear import WideLinear, activated_linear
 
 
 class CapacityPredictor(nn.Sequential):
     """Linear, SiLU, linear: (T, D) to the logits (T, E) of being chosen (DiffMoE, capacity predictor)."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
-        linears = _Linear(dim, dim), _Linear(dim, num_experts)
+        linears = WideLinear(dim, dim), WideLinear(dim, num_experts)
         for linear in linears:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
         super().__init__(linears[0], nn.SiLU(), linears[1])
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        first, _, last = self
+        assert isinstance(last, nn.Linear)
+        return activated_linear(last, "silu", first(x_TD))
 
 
 def capacity_loss(logits_TE: Tensor, token_EC: Tensor) -> Tensor:

@@ -6,25 +6,14 @@ projection (F for GELU, 2F for SwiGLU: gates first, then values).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation import ExpertActivation, activate
+from .expert_autograd import ExpertFunction, by_token
 from .ops import gmm
 from .precision import compute_dtype
 from .routing import Routing
-
-ExpertActivation = Literal["gelu", "swiglu"]
-
-
-def activate(h_AH: Tensor, activation: ExpertActivation) -> Tensor:
-    """(A, H) to (A, F): tanh-GELU, or silu(gate) * value."""
-    if activation == "gelu":
-        return F.gelu(h_AH, approximate="tanh")
-    gate_AF, value_AF = h_AH.chunk(2, dim=-1)
-    return F.silu(gate_AF) * value_AF
 
 
 class GroupedExperts(nn.Module):
@@ -70,19 +59,26 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of each token's experts, (T, D) in the dtype of x_TD; zero for a token with none."""
-        dtype = compute_dtype(x_TD)
-        token_A, offsets_E = routing.token_A, routing.offsets_E
-        x_AD = x_TD.to(dtype).index_select(0, token_A)
-        h_AH = gmm(x_AD, self.w_in.to(dtype), offsets_E)
+        x = x_TD.to(compute_dtype(x_TD))
+        if self.dropout.p and self.training:
+            return self._with_dropout(x, routing).to(x_TD.dtype)
+        rows = by_token(routing, len(x_TD))
+        weights = (self.w_in, self.w_out, self.b_in, self.b_out)
+        return ExpertFunction.apply(
+            x, routing.weight_A, *weights, routing.token_A, routing.offsets_E, *rows, self.activation, routing.equal
+        ).to(x_TD.dtype)
+
+    def _with_dropout(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """The same step by step, so that autograd keeps the mask."""
+        dtype, offsets_E = x_TD.dtype, routing.offsets_E
+        h_AH = gmm(x_TD.index_select(0, routing.token_A), self.w_in.to(dtype), offsets_E)
         if self.b_in is not None:
             h_AH = h_AH + self.b_in.to(dtype).index_select(0, routing.expert_A())
         y_AD = gmm(self.dropout(activate(h_AH, self.activation)), self.w_out.to(dtype), offsets_E)
         if self.b_out is not None:
             y_AD = y_AD + self.b_out.to(dtype).index_select(0, routing.expert_A())
-        # The sum runs in the weights' float32 (or float64), also where the products ran in bfloat16.
         weighted_AD = routing.weight_A[:, None] * y_AD
-        sum_TD = weighted_AD.new_zeros(x_TD.shape).index_add(0, token_A, weighted_AD)
-        return sum_TD.to(x_TD.dtype)
+        return weighted_AD.new_zeros(x_TD.shape).index_add(0, routing.token_A, weighted_AD)
 
 
 def experts_loop(experts: GroupedExperts, x_TD: Tensor, routing: Routing) -> Tensor:

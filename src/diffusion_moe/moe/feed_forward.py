@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .activated_linear import activated, activated_linear
+from .precision import compute_dtype
 
 FeedForwardActivation = Literal["gelu", "silu", "swiglu"]
 
@@ -38,9 +40,8 @@ class FeedForward(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        if self.gate_proj is not None:
-            hidden = F.silu(self.gate_proj(x)) * up
-        else:
-            hidden = F.gelu(up, approximate="tanh") if self.activation == "gelu" else F.silu(up)
-        return self.down_proj(self.dropout(hidden))
+        x = x.to(compute_dtype(x))  # once for both projections
+        inputs = (self.up_proj(x),) if self.gate_proj is None else (self.gate_proj(x), self.up_proj(x))
+        if self.dropout.p and self.training:
+            return self.down_proj(self.dropout(activated(self.activation, *inputs)))
+        return activated_linear(self.down_proj, self.activation, *inputs)

@@ -1,8 +1,9 @@
-"""Grouped matrix products: rows of x, grouped by expert, each group times its expert's matrix.
+"""Grouped matrix products (rows of x, grouped by expert, times their expert's matrix), and sums of rows by token.
 
 `torch.nn.functional.grouped_mm` does the work where it can. It takes no float64, fails on unaligned rows and on
 gradients of stride zero, counts no FLOPs, and its fake kernel refuses float32: so it stands here behind two operators
-of ours, with a loop for the cases it does not take. Shape suffixes: A rows, E experts, D and F widths.
+of ours, with a loop for the cases it does not take. `sum_rows` has no gradient of its own: `expert_autograd` calls it.
+Shape suffixes: A rows, T tokens, E experts, D and F widths.
 """
 
 from __future__ import annotations
@@ -63,6 +64,18 @@ def gmm_wgrad(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor) -> Tensor:
     return gmm_wgrad_loop(x_AD, y_AF, offsets_E)
 
 
+@torch.library.custom_op("diffusion_moe::sum_rows", mutates_args=())
+def sum_rows(y_AD: Tensor, row_A: Tensor, start_T: Tensor) -> Tensor:
+    """The sum of each token's rows, (T, D), accumulated in float32 in a fixed order; zero for a token with none.
+
+    Args:
+        row_A: rows of token 0, then of token 1 and so on, int64. start_T: where each token's begin in row_A, int64.
+    """
+    if len(y_AD) == 0:
+        return y_AD.new_zeros(len(start_T), y_AD.shape[1])
+    return F.embedding_bag(row_A, y_AD, start_T, mode="sum")
+
+
 def gmm_loop(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
     """`gmm` as a plain loop over experts: the oracle, and the way for float64."""
     ends = offsets_E.tolist()
@@ -85,6 +98,11 @@ def _(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
 @gmm_wgrad.register_fake
 def _(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor) -> Tensor:
     return x_AD.new_empty(offsets_E.shape[0], x_AD.shape[1], y_AF.shape[1])
+
+
+@sum_rows.register_fake
+def _(y_AD: Tensor, row_A: Tensor, start_T: Tensor) -> Tensor:
+    return y_AD.new_empty(start_T.shape[0], y_AD.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -36,6 +36,10 @@ class Routing(NamedTuple):
     offsets_E: Tensor
     """End of each expert's rows, int32, on the tokens' device."""
     report: RoutingReport
+    row_TK: Tensor | None = None
+    """The rows of each token, int64, where every token has K of them."""
+    equal: bool = False
+    """Whether every expert has as many rows."""
 
     def expert_A(self) -> Tensor:
         """Expert of each assignment in [0, E), int64."""
@@ -58,11 +62,13 @@ def route_by_token(
     bounds_E = torch.arange(num_experts, device=key_A.device, dtype=sorted_A.dtype)
     offsets_E = torch.searchsorted(sorted_A, bounds_E, right=True, out_int32=True)
     counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).long()
+    row_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
     return Routing(
         token_A=order_A // expert_TK.shape[1],
         weight_A=weight_TK.flatten().index_select(0, order_A),
         offsets_E=offsets_E,
         report=RoutingReport(counts_E, losses or {}),
+        row_TK=row_A.view_as(expert_TK),
     )
 
 
@@ -77,6 +83,7 @@ def route_by_expert(
         weight_A=weight_EC.flatten(),
         offsets_E=counts_E.cumsum(0).to(torch.int32),
         report=RoutingReport(counts_E, losses or {}, threshold_E),
+        equal=True,
     )
 
 

@@ -1,0 +1,31 @@
+"""Options of the command `bench`. This file imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Against = Literal["loop", "dense"]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure, and how long."""
+
+    recipe: str = "dsmoe-s-e48"
+    """A shipped recipe (see `diffusion-moe recipes`) or a YAML file; it must have experts."""
+    tokens: int = 4096
+    """Tokens of a batch: images times tokens of an image."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of products (bfloat16: autocast over float32 weights)."""
+    against: Against = "loop"
+    """loop: the same as a plain loop over experts. dense: a dense layer with as many activated parameters."""
+    seconds: float = 10.0
+    """About how long to time each measurement."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")

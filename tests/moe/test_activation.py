@@ -1,0 +1,43 @@
+"""The one-pass activation against autograd on the plain formula."""
+
+import pytest
+import torch
+
+from diffusion_moe.moe import activation as module
+from diffusion_moe.moe.activation import activate, weighted_activation, weighted_activation_backward
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize("block", [1, 40, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_backward_are_those_of_the_formula(kind, block, dtype, monkeypatch):
+    """In blocks of one row, of a few with a rest, and of all; bfloat16 rounds the results and nothing before."""
+    monkeypatch.setattr(module, "BLOCK", block)
+    F = 6
+    h_AH = torch.randn(23, 2 * F if kind == "swiglu" else F).to(dtype)
+    weight_A, grad_AF = torch.rand(23).to(torch.promote_types(dtype, torch.float32)), torch.randn(23, F).to(dtype)
+    exact_h, exact_w = h_AH.double().requires_grad_(), weight_A.double().requires_grad_()
+    expected = activate(exact_h, kind) * exact_w[:, None]
+    gradients = torch.autograd.grad(expected, (exact_h, exact_w), grad_AF.double())
+    bound = {"rtol": 4e-3 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-6}
+    forward = weighted_activation(h_AH, weight_A, kind)
+    again, dh_AH, dweight_A = weighted_activation_backward(h_AH, weight_A, grad_AF, kind)
+    assert forward.dtype == dh_AH.dtype == dtype and torch.equal(again, forward)
+    torch.testing.assert_close(forward.double(), expected, **bound)
+    torch.testing.assert_close(dh_AH.double(), gradients[0], **bound)
+    torch.testing.assert_close(dweight_A.double(), gradients[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+def test_no_rows_are_no_rows(kind):
+    h_AH = torch.empty(0, 8)
+    assert weighted_activation(h_AH, torch.empty(0), kind).shape == (0, 4 if kind == "swiglu" else 8)
+    grad = torch.empty(0, 4 if kind == "swiglu" else 8)
+    assert [x.shape[0] for x in weighted_activation_backward(h_AH, torch.empty(0), grad, kind)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+def test_operators_keep_their_promises(kind):
+    h_AH, weight_A, grad = torch.randn(5, 8), torch.rand(5), torch.randn(5, 4 if kind == "swiglu" else 8)
+    torch.library.opcheck(weighted_activation, (h_AH, weight_A, kind))
+    torch.library.opcheck(weighted_activation_backward, (h_AH, weight_A, grad, kind))
