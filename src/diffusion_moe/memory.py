@@ -12,8 +12,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> bool:
     """Ask the C library to keep freed memory for the next tensor instead of giving it back to the system.
 
-    A training step frees and takes the same large blocks again and again, and the system hands each out as fresh pages:
-    on two CPU cores a third of a layer's time. The process stays as large as it once was. GPU memory is not touched.
+    A training step frees and takes the same large blocks again and again, and the system hands each out as fresh pages,
+    which can cost a quarter of a layer's time (docs/log.md). The process stays as large as it once was. GPU memory is not touched.
 
     Returns:
         Whether the C library took it; False where it is not glibc.
