@@ -19,6 +19,7 @@ from diffusion_moe.evaluation.draw import class_numbers
 from diffusion_moe.evaluation.source import read_source
 from diffusion_moe.models import make_model
 from diffusion_moe.published import make_layout, read_settings, to_published
+from diffusion_moe.published.convert import _find_config, _from_jit_arguments
 from diffusion_moe.randomness import normal
 
 DSMOE = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5, "rope_type": "2d"}
@@ -139,8 +140,6 @@ def test_jit_has_two_averages_under_prefixed_names(capsys, tmp_path):
 
 def test_jit_files_say_their_architecture(tmp_path):
     """The arguments of the training command name a published model; here one with two classes, at another size."""
-    from diffusion_moe.published.convert import _from_jit_arguments
-
     arguments = {"model": "JiT-B/16-E16", "img_size": 64, "class_num": 2, "proj_dropout": 0.1, "attn_dropout": 0.2}
     settings = _from_jit_arguments(tmp_path, arguments | {"t_eps": 0.01, "noise_scale": 2.0})
     expected = {"router": "dsmoe", "depth": 10, "sample_size": 64, "num_classes": 2, "dropout": 0.1}
@@ -369,3 +368,19 @@ def test_a_run_becomes_a_pipeline(capsys, tmp_path, tiny_options):
     assert image.shape == (2, 1, 8, 8) and image.min() >= 0 and image.max() <= 1
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert record["training_steps"] > 0 and "ema_decay" in record
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("YHLLEO/DSMoE-S-E16", "dsmoe-s-e16"),
+        ("YHLLEO/DSMoE-3B-E16", "dsmoe-3b-e16"),
+        ("YHLLEO/JiTMoE-B16-E16", "jitmoe-b-16-e16"),
+        ("downloads/JiTMoE-L16-E16/", "jitmoe-l-16-e16"),
+        ("someone/DSMoE-S-E17", None),
+        ("someone/else", None),
+    ],
+)
+def test_published_ids_name_their_recipe(tmp_path, source, expected):
+    """Where no YAML file lies beside the weights."""
+    assert _find_config(source, tmp_path / "a" / "b" / "weights.pt") == expected
