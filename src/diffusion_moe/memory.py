@@ -13,7 +13,8 @@ def keep_freed_memory() -> bool:
     """Ask the C library to keep freed memory for the next tensor instead of giving it back to the system.
 
     A training step frees and takes the same large blocks again and again, and the system hands each out as fresh pages,
-    which can cost a quarter of a layer's time (docs/log.md). The process stays as large as it once was. GPU memory is not touched.
+    which can cost a quarter of a layer's time (docs/log.md). The process stays as large as it once was. GPU memory is
+    not touched.
 
     Returns:
         Whether the C library took it; False where it is not glibc.
