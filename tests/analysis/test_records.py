@@ -40,6 +40,18 @@ def test_expert_use_sums_to_the_experts_a_token_takes(tiny):
     np.testing.assert_allclose(use.times_S, np.arange(20) / 20, atol=1e-6)
 
 
+def test_expert_use_of_ddpm_models_and_of_class_tokens(tiny):
+    """Time runs from noise to data for both; class tokens are tokens like others."""
+    jit = ["--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6", "--model.class_tokens=3"]
+    ddpm = ["--model.process=ddpm", "--model.prediction=epsilon"]
+    for options, first, last in ((jit, 0.0, 0.95), (ddpm, 0.001, 1.0)):
+        model = make_state(read_recipe("digits", [*tiny, *options]), torch.device("cpu")).model.eval()
+        use = expert_use(model)
+        np.testing.assert_allclose(use.share_LSKE.sum(-1), model.settings.top_k, rtol=1e-6)
+        assert use.times_S[0] == pytest.approx(first) and use.times_S[-1] == pytest.approx(last)
+        assert (np.diff(use.times_S) > 0).all() and len(use.times_S) == 20
+
+
 def test_figures_are_pictures_that_are_not_blank(tmp_path, tiny):
     model = make_state(read_recipe("digits", tiny), torch.device("cpu")).model.eval()
     draw_experts(expert_use(model), [str(i) for i in range(10)], tmp_path / "experts.png")

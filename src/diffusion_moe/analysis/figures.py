@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.solvers import euler, even_times
-from ..evaluation.generate import class_schedule
-from ..models import Backbone
-from ..randomness import normal
+from ..config import EvaluationConfig, Solver
+from ..evaluation.generate import DDPM_STEPS, class_schedule, generate
+from ..models import Backbone, DiTOutput
 from .records import record_routing
 
 matplotlib.use("Agg")
@@ -35,31 +34,32 @@ class ExpertUse(NamedTuple):
     """Time t at each step (0 is noise, 1 is data)."""
 
 
-@torch.no_grad()
 def expert_use(model: Backbone, seed: int = 0) -> ExpertUse:
     """Sample without guidance, record the routers, and average over the images of each class."""
     config = model.settings
     K = max(1, config.num_classes)
-    labels = class_schedule(IMAGES_PER_CLASS * K, config.num_classes)
-    samples = torch.arange(IMAGES_PER_CLASS * K)
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    noise = normal(seed, "sample", 0, samples.to(model.device), shape)
-    classes = None if labels is None else labels.to(model.device)
-    times = even_times(STEPS)
-    shares = []
+    count = IMAGES_PER_CLASS * K
+    solver: Solver = "euler" if config.process == "flow" else "ddim"
+    settings = EvaluationConfig(batch_size=count, solver=solver, steps=STEPS, guidance_scale=1.0, seed=seed)
+    shares: list[Tensor] = []
+    times: list[float] = []
+
+    def note(model: Backbone, inputs: tuple[Tensor, Tensor, Tensor | None], out: DiTOutput) -> None:
+        counts_LBE = record.counts_LBE().float().cpu()
+        record.clear()
+        tokens_L = torch.tensor([report.num_tokens / count for report in out.routing])
+        # Class k has the images k, k + K, ...
+        shares.append(counts_LBE.unflatten(1, (IMAGES_PER_CLASS, K)).mean(1) / tokens_L[:, None, None])
+        t = float(inputs[1])
+        times.append(t if config.process == "flow" else 1 - t / DDPM_STEPS)
+
     with record_routing(model) as record:
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            out = model(x, t.to(x.device), classes).sample[:, : config.in_channels]
-            counts_LBE = record.counts_LBE().float().cpu()
-            record.clear()
-            # Class k has the images k, k + K, ...
-            shares.append(counts_LBE.unflatten(1, (IMAGES_PER_CLASS, K)).mean(1))
-            return out
-
-        euler(velocity, noise, times)
-    tokens = (config.sample_size // config.patch_size) ** 2
-    return ExpertUse((torch.stack(shares, dim=1) / tokens).numpy(), times[:-1].numpy())
+        hook = model.register_forward_hook(note)
+        try:
+            generate(model, class_schedule(count, config.num_classes), count, settings)
+        finally:
+            hook.remove()
+    return ExpertUse(torch.stack(shares, dim=1).numpy(), np.array(times))
 
 
 def draw_experts(use: ExpertUse, class_names: list[str], path: Path) -> None:

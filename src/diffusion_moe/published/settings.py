@@ -284,7 +284,7 @@ def _check_writable(kind: str, config: ModelConfig, p: Settings, m: Settings | N
     names = [name for name in vars(config) if name not in FREE | UNREAD[config.router]]
     differ = [name for name in names if _effective(config, name) != _effective(again, name)]
     if differ:
-        values = ", ".join(f"{name} {getattr(config, name)!r}" for name in differ)
+        values = ", ".join(f"{name} {_effective(config, name)!r}" for name in differ)
         raise ValueError(f"the published {kind} code has no model with {values}")
 
 
