@@ -249,6 +249,10 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+COMPUTING = {"train", "sample", "evaluate", "analyze", "bench"}
+"""Verbs that run a model."""
+
+
 def usage() -> str:
     """What `diffusion-moe --help` prints."""
     lines = [f"  {name:10}{(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
@@ -277,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"diffusion-moe {__version__}")
         return 0
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    keep_freed_memory()
+    if arguments[0] in COMPUTING:
+        keep_freed_memory()
     try:
         if arguments[0] not in VERBS:
             raise ValueError(unknown_name(arguments[0], list(VERBS)).replace("is no", "is no verb"))

@@ -81,6 +81,25 @@ def test_noise_has_the_models_scale_and_every_step_its_own(tiny):
     torch.testing.assert_close(drawn, expected)
 
 
+@pytest.mark.parametrize("options", [[], ["--model.router=diffmoe"]], ids=["dsmoe", "diffmoe"])
+@pytest.mark.parametrize("pool", ["image", "batch"])
+def test_guidance_runs_both_in_one_batch_unless_routing_would_mix_them(tiny, options, pool):
+    recipe = read_recipe("digits", [*tiny, *options, f"--model.inference_pool={pool}"])
+    model = randomised(make_state(recipe, torch.device("cpu")).model)
+    for router in routers_of(model):
+        if hasattr(router, "threshold"):
+            router.threshold.fill_(0.5)
+    seen = []
+    model.register_forward_hook(lambda module, inputs, out: seen.append((len(inputs[0]), inputs[2].tolist())))
+    images = generate(model, torch.tensor([4, 7]), 2, EvaluationConfig(steps=1, guidance_scale=2.0))
+    mixed = pool == "batch" and bool(options)
+    assert seen == ([(2, [4, 7]), (2, [10, 10])] if mixed else [(4, [4, 7, 10, 10])])
+    noise = normal(0, "sample", 0, torch.arange(2), (1, 8, 8))
+    with torch.no_grad():
+        out, null = (model(noise, torch.tensor(0.0), torch.tensor(labels)).sample for labels in ([4, 7], [10, 10]))
+    torch.testing.assert_close(images, noise + null + 2 * (out - null), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("channels", [None, 2])
 def test_ddpm_guides_epsilon_and_not_its_variance(tiny, channels):
     ddpm = ["--model.process=ddpm", "--model.prediction=epsilon", "--model.learn_sigma=true", "--model.in_channels=3"]

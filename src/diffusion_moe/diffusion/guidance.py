@@ -30,6 +30,7 @@ def guided(
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
+    both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Model:
     """unconditional + scale * (conditional - unconditional) for t inside the interval; else conditional.
 
@@ -40,6 +41,7 @@ def guided(
         channels: guide the first so many channels of the output only, the others stay conditional; None: all. The
             papers' DDPM sampling guides three of the four epsilons. A learned variance should not be guided: with an
             output of 2C channels, give at most C.
+        both: the conditional and the unconditional output at once; None: one after the other.
     """
     if scale == 1:
         return conditional
@@ -47,7 +49,7 @@ def guided(
     def model(x: Tensor, t: Tensor) -> Tensor:
         if not inside(t, interval):
             return conditional(x, t)
-        null, output = unconditional(x, t), conditional(x, t)
+        output, null = (conditional(x, t), unconditional(x, t)) if both is None else both(x, t)
         count = output.shape[1] if channels is None else channels
         return torch.cat((torch.lerp(null[:, :count], output[:, :count], scale), output[:, count:]), dim=1)
 

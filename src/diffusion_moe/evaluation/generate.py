@@ -156,8 +156,17 @@ def _guided(model: Backbone, classes: Tensor | None, settings: EvaluationConfig,
     if classes is None:
         return answer(None)
     null = torch.full_like(classes, config.num_classes)
+    joint = answer(torch.cat((classes, null)))
+
+    def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        output, without = joint(torch.cat((x, x)), t).chunk(2)
+        return output, without
+
+    # One batch of both, but where routing pools the batch and would mix them.
+    pools = config.router == "diffmoe" and config.inference_pool == "batch"
     channels = settings.guidance_channels or config.in_channels
-    return guided(answer(classes), answer(null), settings.guidance_scale, settings.guidance_interval, channels)
+    scale, interval = settings.guidance_scale, settings.guidance_interval
+    return guided(answer(classes), answer(null), scale, interval, channels, None if pools else both)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
