@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .evaluation.source import CONVERSION, load_vae, read_source
-from .run_folder import ORIGIN, RunFolder
+from .evaluation.source import CONVERSION, MODEL_CLASSES, load_vae, read_source
+from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -61,21 +61,23 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         raise ValueError(f"output {output} is not empty; choose another folder")
     if is_ours(Path(source)):
         _refuse(options, ("config", "format", "file"), "a folder of this library's own")
+        _refuse_weights(options)
         ours = read_source(Path(source))
+        vae_name = options.vae or ours.vae
         model, record = ours.load().model.cpu(), ours.origin() | {"source": source}
         names = list(ours.class_names) or _run_names(Path(source))
     else:
         model, record = read_published(
             source, options.config, options.weights, options.format, options.file, options.trust_pickle
         )
-        names = []
+        names, vae_name = [], options.vae
     if options.class_names is not None:
         names = _read_names(options.class_names)
     elif not names and model.settings.num_classes == 1000:
         names = _read_names(IMAGENET_NAMES)
     if names and len(names) != model.settings.num_classes:
         raise ValueError(f"there are {len(names)} class names, but the model has {model.settings.num_classes} classes")
-    vae = None if options.vae is None else load_vae(options.vae)
+    vae = None if vae_name is None else load_vae(vae_name)
     save_pipeline(model, vae, names, record, output)
     latents = model.settings.in_channels not in (1, 3) and vae is None
     hint = "; it generates latents: convert with --vae to get images" if latents else ""
@@ -112,8 +114,7 @@ def to_published_file(source: str, options: ConvertOptions) -> str:
     from .published import write_published
 
     _refuse(options, ("config", "file", "vae", "class_names"), "--to published")
-    if options.weights != "ema":
-        raise ValueError(f"--weights is {options.weights}, but a folder holds one set of weights; leave it out")
+    _refuse_weights(options)
     if options.output.exists():
         raise ValueError(f"output {options.output} exists; choose another file")
     ours = read_source(Path(source))
@@ -123,17 +124,26 @@ def to_published_file(source: str, options: ConvertOptions) -> str:
 
 def is_ours(path: Path) -> bool:
     """Whether a folder is a run, a pipeline or a model of this library."""
-    if not path.is_dir():
+    if RunFolder(path).recipe.is_file() or (path / "model_index.json").is_file():
+        return True
+    try:
+        return json.loads((path / "config.json").read_text()).get("_class_name") in MODEL_CLASSES
+    except (OSError, ValueError, AttributeError):
         return False
-    return RunFolder(path).recipe.is_file() or any(
-        (path / name).is_file() for name in ("model_index.json", "config.json", ORIGIN)
-    )
 
 
 def _refuse(options: ConvertOptions, names: tuple[str, ...], what: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is {getattr(options, name)}, but {what} has no use for it; leave it out")
+
+
+def _refuse_weights(options: ConvertOptions) -> None:
+    if options.weights != "ema" or options.trust_pickle:
+        given = f"--weights is {options.weights}" if options.weights != "ema" else "--trust-pickle is given"
+        raise ValueError(
+            f"{given}, but a folder of this library's own holds one set of weights, unpickled; leave it out"
+        )
 
 
 def _run_names(path: Path) -> list[str]:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from diffusion_moe.benchmarks.measure import saved_bytes
-from diffusion_moe.moe.activated_linear import _ActivatedLinear, activated, activated_linear
+from diffusion_moe.moe.activated_linear import _ActivatedLinear, activated_linear
+from diffusion_moe.moe.activation import activated
 
 KINDS = ["gelu", "silu", "swiglu"]
 

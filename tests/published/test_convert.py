@@ -268,6 +268,11 @@ def test_a_vae_and_class_names_are_saved_along(capsys, tmp_path, dsmoe):
     assert record["labels"] == [4, 4, 1, 1] and record["weights"] == "ema" and record["function_evaluations"] == 2
     assert main([*arguments[:2], "--classes", "golden retreiver"]) == 2
     assert "did you mean golden retriever" in capsys.readouterr().err
+    # Converting the folder again keeps its VAE and its names.
+    assert convert(capsys, tmp_path / "out", "--output", tmp_path / "copy")[0] == 0
+    copy = DiffusionPipeline.from_pretrained(tmp_path / "copy")
+    assert all(torch.equal(p, q) for p, q in zip(copy.vae.parameters(), pipe.vae.parameters(), strict=True))
+    assert copy.get_label_ids("golden retriever") == [4]
     # Without a VAE of its own, the folder wants one.
     assert convert(capsys, dsmoe, "--output", tmp_path / "bare")[0] == 0
     latent = ["sample", str(tmp_path / "bare"), "--classes=4,1", *arguments[4:], f"--output={tmp_path / 'b.npz'}"]
@@ -286,6 +291,8 @@ def test_files_of_old_torch_versions_are_read(capsys, tmp_path, dsmoe):
 def damage(file: Path, how: str) -> None:
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:2000])
+    elif how == "text":
+        file.write_text("<html>not found</html>")
     elif how == "empty":
         file.write_bytes(b"")
     else:
@@ -311,6 +318,7 @@ def damage(file: Path, how: str) -> None:
         ("shape", "of shape (7,), but its architecture expects (32,)"),
         ("no ema", "has no ema weights; choose with --weights from what is there: model"),
         ("list", "holds a list"),
+        ("text", "cannot read"),
     ],
 )
 def test_damaged_files_are_refused_in_one_line(capsys, tmp_path, dsmoe, how, expected):
@@ -331,6 +339,18 @@ def test_wrong_options_are_refused_in_one_line(capsys, tmp_path, dsmoe):
         "holds 2 checkpoint files": [dsmoe.parent, *out],
         "ends in .pt": [tmp_path / "whole", "--to", "published", "--output", tmp_path / "x.zip"],
         "has no use for it": [tmp_path / "whole", "--output", tmp_path / "y", "--file", "z"],
+        "the format is 'gan'": [
+            tmp_path / "whole",
+            "--to",
+            "published",
+            "--output",
+            tmp_path / "x.pt",
+            "--format",
+            "gan",
+        ],
+        "it lacks": [tmp_path / "whole", "--to", "published", "--output", tmp_path / "x.pt", "--format", "dit"],
+        "--weights is model": [tmp_path / "whole", "--output", tmp_path / "y", "--weights", "model"],
+        "--file is ../a": [dsmoe.parent, *out, "--file", "../a"],
         "has no model with": [tmp_path / "whole", "--to", "published", "--output", tmp_path / "x.pt", "--format", "ec"],
     }
     (tmp_path / "gan.yaml").write_text(yaml_text("GAN", {}, None))

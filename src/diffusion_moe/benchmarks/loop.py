@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import FeedForward, MoEFeedForward, MoEOutput, Routing
-from ..moe.activated_linear import activated
+from ..moe.activation import activated
 
 
 class PlainFeedForward(nn.Module):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 CONVERSION = "conversion.json"
 """In a converted folder: where the weights came from."""
+MODEL_CLASSES = {"DiT": "dit", "JiT": "jit"}
+"""Classes that a model's config.json may name, and their `ModelConfig.backbone`."""
 
 
 class Loaded(NamedTuple):
@@ -145,7 +147,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> ModelConfig:
     content = _read_json(folder / "config.json")
-    backbone = {"DiT": "dit", "JiT": "jit"}.get(str(content.get("_class_name")))
+    backbone = MODEL_CLASSES.get(str(content.get("_class_name")))
     if backbone is None:
         raise ValueError(
             f"{folder} holds a model of class {content.get('_class_name')}; this library reads DiT and JiT"

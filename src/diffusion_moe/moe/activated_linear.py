@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .activation import activated
 from .precision import compute_dtype, full_precision
 
 
@@ -30,15 +31,6 @@ def activated_linear(linear: nn.Linear, activation: str, *inputs: Tensor) -> Ten
     if torch.compiler.is_compiling() or not _is_plain(linear):  # the compiler decides for itself what to make again
         return linear(activated(activation, *inputs))
     return _ActivatedLinear.apply(linear.weight, linear.bias, activation, compute_dtype(inputs[0]), *inputs)
-
-
-def activated(activation: str, *inputs: Tensor) -> Tensor:
-    """The activation itself."""
-    if activation == "swiglu":
-        gate, value = inputs
-        return F.silu(gate) * value
-    (x,) = inputs
-    return F.gelu(x, approximate="tanh") if activation == "gelu" else F.silu(x)
 
 
 def _is_plain(linear: nn.Linear) -> bool:

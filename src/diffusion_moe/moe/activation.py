@@ -21,10 +21,16 @@ BLOCK = 2**18
 
 def activate(h_AH: Tensor, activation: str) -> Tensor:
     """(A, H) to (A, F): tanh-GELU, or silu(gate) * value."""
-    if activation == "gelu":
-        return F.gelu(h_AH, approximate="tanh")
-    gate_AF, value_AF = h_AH.chunk(2, dim=-1)
-    return F.silu(gate_AF) * value_AF
+    return activated(activation, *(h_AH.chunk(2, dim=-1) if activation == "swiglu" else (h_AH,)))
+
+
+def activated(activation: str, *inputs: Tensor) -> Tensor:
+    """tanh-GELU ("gelu") or SiLU ("silu") of one input, or silu(gate) * value ("swiglu") of two."""
+    if activation == "swiglu":
+        gate, value = inputs
+        return F.silu(gate) * value
+    (x,) = inputs
+    return F.gelu(x, approximate="tanh") if activation == "gelu" else F.silu(x)
 
 
 @torch.library.custom_op("diffusion_moe::weighted_activation", mutates_args=())

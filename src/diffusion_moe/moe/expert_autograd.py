@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .activation import ExpertActivation, weighted_activation, weighted_activation_backward
 from .ops import gmm, gmm_wgrad, sum_rows
 from .precision import full_precision
-from .routing import Routing
+from .routing import Routing, expert_of_rows
 
 KEEP_CAST_BELOW = 512
 """Rows an expert below which the weights' casts are kept for the backward pass."""
@@ -65,6 +65,7 @@ class ExpertFunction(torch.autograd.Function):
         activation: ExpertActivation,
         equal: bool,
     ) -> Tensor:
+        """(T, D), in the dtype of x_TD. row_A and start_T: see `ByToken`. equal: see `Routing`."""
         dtype = x_TD.dtype
         with full_precision(x_TD):
             x_AD = x_TD.index_select(0, token_A)
@@ -84,6 +85,7 @@ class ExpertFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x_TD, weight_A, w_in, w_out, b_in and b_out."""
         x_TD, weight_A, h_AH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T = ctx.saved_tensors
         dtype, equal = x_TD.dtype, ctx.equal
         dx_TD = db_in = db_out = None
@@ -133,12 +135,6 @@ def sum_by_expert(y_AF: Tensor, offsets_E: Tensor, equal: bool) -> Tensor:
     if equal:
         return y_AF.view(len(offsets_E), -1, y_AF.shape[1]).sum(1)
     return gmm_wgrad(y_AF.new_ones(len(y_AF), ONES), y_AF, offsets_E)[:, 0]
-
-
-def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
-    """The expert of each row, int64, (A,)."""
-    places_A = torch.arange(len(rows), device=rows.device, dtype=offsets_E.dtype)
-    return torch.searchsorted(offsets_E, places_A, right=True)
 
 
 def _by_token_and_expert(weight_A: Tensor, token_A: Tensor, offsets_E: Tensor, num_tokens: int) -> Tensor:

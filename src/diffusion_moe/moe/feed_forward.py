@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from .activated_linear import activated, activated_linear
+from .activated_linear import activated_linear
+from .activation import activated
 from .precision import compute_dtype
 
 FeedForwardActivation = Literal["gelu", "silu", "swiglu"]

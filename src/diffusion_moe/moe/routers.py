@@ -121,6 +121,7 @@ class TokenChoice(Router):
         return self.routing(expert_BNK, scores_BNE.gather(-1, expert_BNK), scores_BNE)
 
     def choose(self, scores_BNE: Tensor) -> Tensor:
+        """The K experts of each token, int64, (B, N, K)."""
         corrected_BNE = scores_BNE if self.correction is None else scores_BNE + self.correction
         return corrected_BNE.topk(self.config.top_k, dim=-1, sorted=False).indices
 
@@ -164,6 +165,7 @@ class GroupedSigmoid(TokenChoice):
         return self.routing(expert_BNK, weight_BNK, scores_BNE / scores_BNE.sum(dim=-1, keepdim=True))
 
     def choose(self, scores_BNE: Tensor) -> Tensor:
+        """The K experts of each token inside its best groups, int64, (B, N, K)."""
         G = self.config.num_groups
         assert self.correction is not None
         corrected_BNE = scores_BNE + self.correction

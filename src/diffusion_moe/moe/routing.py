@@ -43,8 +43,13 @@ class Routing(NamedTuple):
 
     def expert_A(self) -> Tensor:
         """Expert of each assignment in [0, E), int64."""
-        rows_A = torch.arange(len(self.token_A), device=self.token_A.device, dtype=self.offsets_E.dtype)
-        return torch.searchsorted(self.offsets_E, rows_A, right=True)
+        return expert_of_rows(self.token_A, self.offsets_E)
+
+
+def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
+    """The expert of each of so many rows, in [0, E), int64, (A,)."""
+    places_A = torch.arange(len(rows), device=rows.device, dtype=offsets_E.dtype)
+    return torch.searchsorted(offsets_E, places_A, right=True)
 
 
 def route_by_token(

@@ -32,6 +32,7 @@ class _Herald(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Python's own spec for `LOADER`, with a loader that introduces us afterwards; nothing for other names."""
         spec = PathFinder.find_spec(fullname, path, target) if fullname == LOADER else None
         if spec is None or spec.loader is None:
             return None

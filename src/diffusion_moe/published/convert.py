@@ -19,7 +19,7 @@ from ..parsing import find_recipe, read_recipe, read_yaml, recipe_names
 from .files import Checkpoint, Weights, find_file, read_checkpoint, write_checkpoint
 from .formats import FORMATS, detect_format, make_layout
 from .layout import from_published, to_published
-from .settings import Settings, read_settings, write_settings
+from .settings import Settings, check_writable, read_settings, write_settings
 
 
 class Converted(NamedTuple):
@@ -97,11 +97,13 @@ def write_published(model: Backbone, path: Path, kind: str | None = None) -> str
     kind = kind or ("jit" if config.backbone == "jit" else "dense" if config.router == "dense" else config.router)
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise ValueError(f"output is {path}; a published checkpoint ends in .pt, .pth or .safetensors")
-    if kind in TARGETS or kind == "jit":
-        params, moe = write_settings(kind, config)
-    else:
-        params, moe = {}, None
+    if kind not in FORMATS:
+        raise ValueError(f"the format is {kind!r}; choose one of {', '.join(FORMATS)}")
+    params, moe = write_settings(kind, config) if kind in TARGETS or kind == "jit" else ({}, None)
     state = to_published(make_layout(kind, config), model.state_dict())
+    if kind in UNSAID:
+        unsaid = {name: getattr(config, name) for name in UNSAID[kind]}
+        check_writable(kind, config, ModelConfig(**infer_settings(kind, state) | unsaid))
     write_checkpoint(path, kind, state)
     if kind in TARGETS:
         section = {"ckpt": None, "target": TARGETS[kind], "params": params | ({"MoE_config": moe} if moe else {})}
@@ -110,6 +112,8 @@ def write_published(model: Backbone, path: Path, kind: str | None = None) -> str
     return kind
 
 
+UNSAID: dict[str, tuple[str, ...]] = {"dit": (), "sit": (), "dit-moe": ("process", "prediction", "top_k")}
+"""Formats told from their shapes, and what no shape of theirs tells."""
 TARGETS = {
     "dense": "models.models_DiT.DiT",
     "tc": "models.models_TCDiT.DiT",
@@ -140,7 +144,7 @@ def _settings(
         return kind, settings
     if kind == "jit":
         return kind, _from_jit_arguments(path, checkpoint.arguments)
-    if kind in ("dit", "sit", "dit-moe"):
+    if kind in UNSAID:
         return kind, infer_settings(kind, checkpoint.state)
     if kind is None:
         raise ValueError(

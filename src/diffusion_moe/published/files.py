@@ -20,6 +20,11 @@ Weights = Literal["ema", "ema2", "model"]
 ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 KEYS: dict[str, tuple[str, ...]] = {"ema": ("ema", "model_ema1"), "ema2": ("model_ema2",), "model": ("model",)}
 """Where the published files keep each set of weights."""
+DAMAGED = (
+    *(pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError),
+    *(ImportError, AttributeError),  # a pickle's classes that are not here
+)
+"""What torch.load raises over a file it cannot read."""
 WRAPPERS = ("module.", "_orig_mod.", "net.")
 """What DistributedDataParallel, torch.compile and JiT's denoiser put before every name."""
 
@@ -46,6 +51,8 @@ def find_file(source: str, name: str | None = None) -> Path:
     path = Path(source)
     if path.is_file():
         return path
+    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
+        raise ValueError(f"--file is {name}; give a name inside {source}")
     folder = path if path.is_dir() else _download(source, name)
     files = sorted(file for file in folder.rglob(name or "*") if file.suffix in ENDINGS and file.is_file())
     if len(files) != 1:
@@ -101,11 +108,12 @@ def _read(path: Path, trust_pickle: bool) -> Any:
         mapped = zipfile.is_zipfile(path)  # not so in torch's format before 1.6
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files keep their arguments in one
             return torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and reading it could run code; add --trust-pickle if you trust its author"
-        ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, SafetensorError) as error:
+    except (*DAMAGED, SafetensorError) as error:
+        if not trust_pickle and "Unsupported global" in str(error):
+            raise ValueError(
+                f"{path} holds more than tensors, and reading it could run code; add --trust-pickle if you trust its "
+                "author"
+            ) from error
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 

@@ -253,7 +253,7 @@ def write_settings(kind: str, config: ModelConfig) -> tuple[Settings, Settings |
         m = {"num_experts": c.num_experts, "capacity": c.top_k if kind == "tc" else c.capacity}
         m |= {"n_shared_experts": shared or (None if kind == "tc" else 0), "interleave": c.interleave}
         m |= {"init_MoeMLP": False}
-    _check_writable(kind, config, p, m)
+    check_writable(kind, config, ModelConfig(**read_settings(kind, p, m, config.process)))
     return p, m
 
 
@@ -279,8 +279,15 @@ UNREAD = {
 """Settings that a routing rule does not read."""
 
 
-def _check_writable(kind: str, config: ModelConfig, p: Settings, m: Settings | None) -> None:
-    again = ModelConfig(**read_settings(kind, p, m, config.process))
+def check_writable(kind: str, config: ModelConfig, again: ModelConfig) -> None:
+    """Refuse a model that would be read again as another.
+
+    Args:
+        again: what reading gives.
+
+    Raises:
+        ValueError: names the settings that differ.
+    """
     names = [name for name in vars(config) if name not in FREE | UNREAD[config.router]]
     differ = [name for name in names if _effective(config, name) != _effective(again, name)]
     if differ:
