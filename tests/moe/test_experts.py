@@ -202,3 +202,42 @@ def test_only_input_first_projection_and_routing_are_kept(activation):
     numbers = 4 * (T * D + A * H)
     indices = 8 * A + 4 * E + 8 * A + 8 * T  # token_A, offsets_E, row_A, start_T
     assert kept_bytes(experts, x_TD, routing) - routing.weight_A.nbytes - numbers - indices <= 8 * A
+
+
+@pytest.mark.parametrize(("activation", "bias"), KINDS)
+@pytest.mark.parametrize("pool", [True, False])
+def test_making_the_first_projection_again_changes_nothing_and_keeps_less(activation, bias, pool):
+    T, D, F_, E, K = 64, 8, 16, 4, 2
+    experts = make_experts(D, F_, E, activation, bias)
+    weight = torch.rand((E, 5) if pool else (T, K), requires_grad=True)
+    if pool:
+        routing = route_by_expert(torch.rand(E, T).argsort(1)[:, :5], weight)
+    else:
+        routing = route_by_token(torch.rand(T, E).argsort(1)[:, :K], weight, E)
+    x_TD = torch.randn(T, D, requires_grad=True)
+    before, kept = outputs_and_gradients(experts, experts, x_TD, routing, weight), kept_bytes(experts, x_TD, routing)
+    experts.recompute = True
+    assert all(map(torch.equal, outputs_and_gradients(experts, experts, x_TD, routing, weight), before))
+    first_projection = 4 * len(routing.token_A) * experts.w_in.shape[2]
+    assert kept_bytes(experts, x_TD, routing) == kept - first_projection
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch):
+    experts = make_experts(16, 24, 5, "swiglu", bias=False)
+    weight = torch.rand((5, 6) if pool else (30, 2), requires_grad=True)
+    if pool:
+        routing = route_by_expert(torch.rand(5, 30).argsort(1)[:, :6], weight)
+    else:
+        routing = route_by_token(torch.tensor([[0, 3]]).expand(30, 2), weight, 5)  # experts 1, 2 and 4 are idle
+
+    def gradients(block):
+        monkeypatch.setattr("diffusion_moe.moe.ops.CAST_BLOCK", block)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = experts(torch.linspace(-1, 1, 30 * 16).view(30, 16), routing)
+        return torch.autograd.grad(out.float().square().sum(), (experts.w_in, experts.w_out), retain_graph=True)
+
+    whole = gradients(10**9)
+    assert whole[0].dtype == torch.float32 and whole[0].abs().sum() > 0
+    for block in (1, 2 * 16 * 48):
+        assert all(map(torch.equal, gradients(block), whole))

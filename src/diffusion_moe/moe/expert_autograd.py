@@ -1,8 +1,9 @@
 """The experts as one differentiable step that keeps little for the backward pass.
 
-Kept are the input, the first projection's result and the routing: no gathered rows, no activations, no expanded
-outputs. A routing weight multiplies the activation instead of the output, which is the same product; so its gradient
-comes of numbers that the backward pass has anyway. Shape suffixes as in `experts.py`, T tokens, K experts a token.
+Kept are the input, the first projection's result (unless that too is to be made again) and the routing: no gathered
+rows, no activations, no expanded outputs. A routing weight multiplies the activation instead of the output, which is the
+same product; so its gradient comes of numbers that the backward pass has anyway. Shape suffixes as in `experts.py`,
+T tokens, K experts a token.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activation import ExpertActivation, weighted_activation, weighted_activation_backward
-from .ops import gmm, gmm_wgrad, sum_rows
+from .ops import expert_blocks, gmm, gmm_wgrad, sum_rows
 from .precision import full_precision
 from .routing import Routing, expert_of_rows
 
@@ -45,8 +46,9 @@ def by_token(routing: Routing, num_tokens: int) -> ByToken:
 class ExpertFunction(torch.autograd.Function):
     """The weighted sum of each token's experts: see `experts.GroupedExperts`.
 
-    The products run in the dtype of x_TD; weights of experts are cast to it, and again in the backward pass rather than
-    kept twice, unless the rows are few: then the casts are a large part of the time, and activations small.
+    The products run in `dtype`. x_TD is kept as it came, for the router keeps that too, and weights of experts are cast
+    again in the backward pass rather than kept twice, unless the rows are few: then the casts are a large part of the
+    time, and activations small.
     """
 
     @staticmethod
@@ -64,11 +66,12 @@ class ExpertFunction(torch.autograd.Function):
         start_T: Tensor,
         activation: ExpertActivation,
         equal: bool,
+        dtype: torch.dtype,
+        recompute: bool,
     ) -> Tensor:
-        """(T, D), in the dtype of x_TD. row_A and start_T: see `ByToken`. equal: see `Routing`."""
-        dtype = x_TD.dtype
+        """(T, D), in `dtype`. row_A and start_T: see `ByToken`. equal: see `Routing`. recompute: keep no projection."""
         with full_precision(x_TD):
-            x_AD = x_TD.index_select(0, token_A)
+            x_AD = x_TD.to(dtype).index_select(0, token_A)
             cast_in, cast_out = w_in.to(dtype), w_out.to(dtype)
             h_AH = product(x_AD, cast_in, offsets_E, equal, None if b_in is None else b_in.to(dtype))
             a_AF = weighted_activation(h_AH, weight_A, activation)
@@ -76,9 +79,10 @@ class ExpertFunction(torch.autograd.Function):
             if b_out is not None:
                 weight_TE = _by_token_and_expert(weight_A, token_A, offsets_E, len(x_TD))
                 out_TD += (weight_TE @ b_out.to(weight_TE.dtype)).to(dtype)
-        ctx.activation, ctx.equal, ctx.weight_dtype = activation, equal, w_in.dtype
+        ctx.activation, ctx.equal, ctx.dtype, ctx.weight_dtype = activation, equal, dtype, w_in.dtype
         if len(token_A) < KEEP_CAST_BELOW * len(w_in):
             w_in, w_out = cast_in, cast_out
+        h_AH = None if recompute else h_AH
         ctx.save_for_backward(x_TD, weight_A, h_AH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T)
         return out_TD
 
@@ -87,13 +91,16 @@ class ExpertFunction(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x_TD, weight_A, w_in, w_out, b_in and b_out."""
         x_TD, weight_A, h_AH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T = ctx.saved_tensors
-        dtype, equal = x_TD.dtype, ctx.equal
+        dtype, equal = ctx.dtype, ctx.equal
         dx_TD = db_in = db_out = None
         with full_precision(x_TD):
+            if h_AH is None:
+                bias = None if b_in is None else b_in.to(dtype)
+                h_AH = product(x_TD.to(dtype).index_select(0, token_A), w_in.to(dtype), offsets_E, equal, bias)
             dy_AD = dout_TD.to(dtype).index_select(0, token_A)  # of the rows, not yet weighted
             da_AF = product(dy_AD, w_out.to(dtype).transpose(1, 2), offsets_E, equal)
             a_AF, dh_AH, dweight_A = weighted_activation_backward(h_AH, weight_A, da_AF, ctx.activation)
-            dw_out = product_wgrad(a_AF, dy_AD, offsets_E, equal).to(ctx.weight_dtype)
+            dw_out = product_wgrad(a_AF, dy_AD, offsets_E, equal, ctx.weight_dtype)
             del da_AF, a_AF, dy_AD
             if b_out is not None:
                 weight_TE = _by_token_and_expert(weight_A, token_A, offsets_E, len(x_TD))
@@ -101,13 +108,15 @@ class ExpertFunction(torch.autograd.Function):
                 db_out = (weight_TE.T @ dout).to(b_out.dtype)
                 along_TE = dout @ b_out.to(dout.dtype).T
                 dweight_A = dweight_A + along_TE[token_A, expert_of_rows(token_A, offsets_E)]
-            dw_in = product_wgrad(x_TD.index_select(0, token_A), dh_AH, offsets_E, equal).to(ctx.weight_dtype)
+            x_AD = x_TD.to(dtype).index_select(0, token_A)
+            dw_in = product_wgrad(x_AD, dh_AH, offsets_E, equal, ctx.weight_dtype)
+            del x_AD
             if b_in is not None:
                 db_in = sum_by_expert(dh_AH, offsets_E, equal).to(b_in.dtype)
             if ctx.needs_input_grad[0]:
                 dx_AD = product(dh_AH, w_in.to(dtype).transpose(1, 2), offsets_E, equal)
-                dx_TD = sum_rows(dx_AD, row_A, start_T)
-        return dx_TD, dweight_A, dw_in, dw_out, db_in, db_out, None, None, None, None, None, None
+                dx_TD = sum_rows(dx_AD, row_A, start_T).to(x_TD.dtype)
+        return dx_TD, dweight_A, dw_in, dw_out, db_in, db_out, *[None] * 8
 
 
 def product(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor, equal: bool, bias_EF: Tensor | None = None) -> Tensor:
@@ -122,12 +131,18 @@ def product(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor, equal: bool, bias_EF
     return y_AF
 
 
-def product_wgrad(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor, equal: bool) -> Tensor:
-    """The gradient of `product` in the matrices, (E, D, F)."""
+def product_wgrad(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor, equal: bool, dtype: torch.dtype) -> Tensor:
+    """The gradient of `product` in the matrices, (E, D, F), in that dtype."""
     if not equal:
-        return gmm_wgrad(x_AD, y_AF, offsets_E)
-    E = len(offsets_E)
-    return x_AD.view(E, -1, x_AD.shape[1]).transpose(1, 2).bmm(y_AF.view(E, -1, y_AF.shape[1]))
+        return gmm_wgrad(x_AD, y_AF, offsets_E, dtype)
+    E, D, F = len(offsets_E), x_AD.shape[1], y_AF.shape[1]
+    x_EDC, y_ECF = x_AD.view(E, -1, D).transpose(1, 2), y_AF.view(E, -1, F)
+    if dtype == x_AD.dtype:
+        return x_EDC.bmm(y_ECF)
+    wide_EDF = x_AD.new_empty(E, D, F, dtype=dtype)
+    for experts in expert_blocks(wide_EDF):
+        wide_EDF[experts] = x_EDC[experts].bmm(y_ECF[experts])
+    return wide_EDF
 
 
 def sum_by_expert(y_AF: Tensor, offsets_E: Tensor, equal: bool) -> Tensor:

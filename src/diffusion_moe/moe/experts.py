@@ -24,6 +24,8 @@ class GroupedExperts(nn.Module):
         bias: whether both projections have biases. dropout: of the hidden layer, in training.
     """
 
+    recompute = False
+    """Whether the backward pass makes the first projection again: a third less kept, a fifth more products."""
     is_transposed = True
     """For peft: the matrices are (inputs, outputs), so that LoRA's A reads the inputs."""
 
@@ -59,13 +61,13 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of each token's experts, (T, D) in the dtype of x_TD; zero for a token with none."""
-        x = x_TD.to(compute_dtype(x_TD))
+        dtype = compute_dtype(x_TD)
         if self.dropout.p and self.training:
-            return self._with_dropout(x, routing).to(x_TD.dtype)
-        rows = by_token(routing, len(x_TD))
+            return self._with_dropout(x_TD.to(dtype), routing).to(x_TD.dtype)
         weights = (self.w_in, self.w_out, self.b_in, self.b_out)
+        groups = (routing.token_A, routing.offsets_E, *by_token(routing, len(x_TD)))
         return ExpertFunction.apply(
-            x, routing.weight_A, *weights, routing.token_A, routing.offsets_E, *rows, self.activation, routing.equal
+            x_TD, routing.weight_A, *weights, *groups, self.activation, routing.equal, dtype, self.recompute
         ).to(x_TD.dtype)
 
     def _with_dropout(self, x_TD: Tensor, routing: Routing) -> Tensor:

@@ -74,12 +74,13 @@ class MoEFeedForward(nn.Module):
         x_BND = x if x.ndim == 3 else x[None]
         seen_BND = x_BND if router_input is None else router_input.reshape(*x_BND.shape[:2], -1)
         routing = self.router(seen_BND)
-        cast_BND = x_BND.to(compute_dtype(x_BND))  # once for routed and shared experts
-        y_BND = self.experts(cast_BND.flatten(0, 1), routing).view_as(x_BND)
         if self.shared is not None:
-            y_BND = y_BND + self.shared(cast_BND)
-        elif self.add_input:
-            y_BND = y_BND + x_BND
+            cast_BND = x_BND.to(compute_dtype(x_BND))  # once for routed and shared experts
+            y_BND = self.experts(cast_BND.flatten(0, 1), routing).view_as(x_BND) + self.shared(cast_BND)
+        else:
+            y_BND = self.experts(x_BND.flatten(0, 1), routing).view_as(x_BND)
+            if self.add_input:
+                y_BND = y_BND + x_BND
         return MoEOutput(
             y_BND.to(x.dtype).view_as(x), routing.report._replace(num_tokens=seen_BND.shape[0] * seen_BND.shape[1])
         )
