@@ -193,6 +193,14 @@ class EvaluationConfig:
     """Guide the first channels only; null: all. The published DDPM scores guided three of four."""
     threshold_scale: float = 1.0
     """Factor on the thresholds (diffmoe): below 1 more compute for each token, above 1 less."""
+    capacity_limit: float | None = None
+    """Experts a token on average that a batch has room for (diffmoe); null: as many as the thresholds choose. With a
+    limit the shapes are fixed and nothing waits for the device; choices of least weight beyond it are dropped and
+    counted."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; routers always compute in float32."""
+    acceleration: Literal["none", "compile", "graph"] = "none"
+    """compile: every block by torch.compile, slow at the first call; graph: replay a CUDA graph."""
     seed: int = 0
     """Image number i is a function of this seed and i."""
 
@@ -206,6 +214,8 @@ class EvaluationConfig:
         low, high = self.guidance_interval
         require(0 <= low <= high <= 1, f"evaluation.guidance_interval is {low}, {high}; give 0 <= low <= high <= 1")
         require(self.guidance_scale >= 0, f"evaluation.guidance_scale is {self.guidance_scale}; use 1 for no guidance")
+        limit = self.capacity_limit
+        require(limit is None or limit > 0, f"evaluation.capacity_limit is {limit}; use null for none")
         channels = self.guidance_channels
         require(channels is None or channels > 0, f"evaluation.guidance_channels is {channels}; use null for all")
         require(0 <= self.seed < 2**63, f"evaluation.seed is {self.seed}; choose from 0 to 2^63 - 1")

@@ -12,7 +12,7 @@ from torch import nn
 from diffusion_moe import DiT
 from diffusion_moe.config import ModelConfig
 from diffusion_moe.models.block import is_moe_block
-from diffusion_moe.moe import MoEFeedForward, routers_of
+from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
 
 ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
 POSITIONS = ["sincos", "rope1d", "rope2d"]
@@ -39,7 +39,7 @@ def make_model(**settings) -> DiT:
 
 def batch(model: DiT, size: int = 3) -> tuple:
     torch.manual_seed(1)
-    labels = torch.tensor([1, 4, 5, 0, 2])[:size] if model.null_class else None
+    labels = torch.tensor([1, 4, 5, 0, 2, 3, 1, 0])[:size] if model.null_class else None
     return torch.randn(size, 3, 8, 8), torch.rand(size), labels
 
 
@@ -293,3 +293,24 @@ def test_loading_in_bfloat16_keeps_routers_in_float32(tmp_path, router):
     assert {dtype for name, dtype in dtypes.items() if ".router." not in name} == {torch.bfloat16}
     out = model.eval()(torch.randn(1, 4, 8, 8).bfloat16(), torch.rand(1), torch.tensor([1])).sample
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("router", ["dense", "diffmoe", "dsmoe"])
+def test_compiled_blocks_serve_every_batch_size_and_routing_state(router):
+    """Two batch sizes are compiled for; further ones and moved routing state find their code."""
+    torch._dynamo.reset()
+    model = make_model(router=router, balance="bias" if router in ("tc", "dsmoe") else "none")
+    same = copy.deepcopy(model)
+    model.compile_blocks(backend="aot_eager")
+    graphs = []
+    for size in (2, 3, 5, 8):
+        images, times, labels = batch(model, size)
+        outputs = [m(images, times, labels) for m in (model, same)]
+        torch.testing.assert_close(outputs[0].sample, outputs[1].sample, rtol=1e-4, atol=1e-5)
+        for m, out in zip((model, same), outputs):
+            (out.sample.square().mean() + sum(sum(report.losses.values()) for report in out.routing)).backward()
+            update_routing_state(routers_of(m), out.routing)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1] == graphs[2] == graphs[3]
+    for compiled, plain in zip(model.parameters(), same.parameters()):
+        torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-3, atol=1e-5)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffusion_moe.moe import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
 
@@ -66,6 +68,32 @@ def test_merge_reports_adds_counts_and_averages_losses_and_thresholds():
     second = RoutingReport(torch.tensor([3, 5]), {"a": torch.tensor(4.0)}, torch.tensor([0.4, 0.8]))
     merged = merge_reports([first, second])
     assert merged.counts_E.tolist() == [4, 7]
-    assert list(merged.losses) == ["a"] and merged.losses["a"] == 2.5
+    assert list(merged.losses) == ["a"] and merged.losses["a"] == 2.5 and merged.dropped is None
+    limited = [report._replace(dropped=torch.tensor(number)) for report, number in ((first, 2), (second, 5))]
+    assert merge_reports(limited).dropped == 7
     torch.testing.assert_close(merged.threshold_E, torch.tensor([0.3, 0.6]))
     assert merge_reports([first._replace(threshold_E=None)] * 2).threshold_E is None
+
+
+@st.composite
+def choices(draw):
+    T, E = draw(st.integers(1, 12)), draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    chosen = torch.rand(T, E, generator=generator) < draw(st.floats(0, 1))
+    return chosen, torch.rand(T, E, generator=generator) + 0.01, draw(st.integers(1, T * E + 3))
+
+
+@given(choices())
+def test_room_for_rows_keeps_the_choices_of_most_weight_and_counts_the_rest(case):
+    chosen_TE, weight_TE, room = case
+    routing, rows = route_by_mask(chosen_TE, weight_TE, room), min(room, chosen_TE.numel())
+    every = sorted(triples(route_by_mask(chosen_TE, weight_TE)), key=lambda triple: -triple[2])
+    served = [triple for triple in triples(routing) if triple[2]]
+    assert served == sorted(every[:rows]) and routing.report.dropped == max(0, len(every) - rows)
+    assert torch.bincount(
+        torch.tensor([e for e, _, _ in served], dtype=torch.int64), minlength=chosen_TE.shape[1]
+    ).equal(routing.report.counts_E)
+    # Every row lies inside its expert's bounds, so that no product leaves a row unwritten.
+    assert len(routing.token_A) == rows == routing.offsets_E[-1] and routing.offsets_E.dtype == torch.int32
+    pairs = {(e, t) for e, t, _ in triples(routing)}
+    assert len(pairs) == rows

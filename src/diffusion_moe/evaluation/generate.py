@@ -16,13 +16,16 @@ from ..diffusion.guidance import Model, guided
 from ..diffusion.prediction import convert
 from ..diffusion.solvers import SOLVERS, Counted, dopri5, even_times, sde
 from ..models import Backbone
-from ..moe import RoutingReport, scale_thresholds
+from ..moe import RoutingReport, limit_capacity, scale_thresholds
 from ..randomness import normal
+from .acceleration import Network, accelerated
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 DDPM_STEPS = 1000
+DECODED_AT_A_TIME = 32
+"""Images: a VAE's decoder needs far more memory for each than the model."""
 
 
 def class_schedule(num_samples: int, num_classes: int) -> Tensor | None:
@@ -41,17 +44,27 @@ class Usage:
     """For each network evaluation, pairs of token and expert in all MoE layers."""
     offered: int = 0
     """Tokens that routers saw, summed over layers and network evaluations."""
+    dropped: list[Tensor] = field(default_factory=list)
+    """For each network evaluation with a capacity limit, the choices that found no room."""
 
     def note(self, reports: tuple[RoutingReport, ...]) -> None:
         """Count what one network evaluation routed."""
         if reports:
             self.served.append(torch.stack([report.counts_E.sum() for report in reports]).sum())
             self.offered += sum(report.num_tokens for report in reports)
+            self.dropped += [report.dropped.clone() for report in reports if report.dropped is not None]
 
     def summary(self) -> dict[str, float | None]:
-        """Evaluations an image, and routed experts a token on average (null without experts)."""
-        capacity = float(torch.stack(self.served).sum()) / self.offered if self.offered else None
-        return {"function_evaluations": self.evaluations / max(1, self.batches), "average_capacity": capacity}
+        """Evaluations an image, routed experts a token on average (null without experts), and the share dropped."""
+        served = float(torch.stack(self.served).sum()) if self.served else 0.0
+        numbers: dict[str, float | None] = {
+            "function_evaluations": self.evaluations / max(1, self.batches),
+            "average_capacity": served / self.offered if self.offered else None,
+        }
+        if self.dropped:
+            dropped = float(torch.stack(self.dropped).sum())
+            numbers["dropped_share"] = dropped / max(1.0, served + dropped)
+        return numbers
 
 
 def check_solver(config: ModelConfig, settings: EvaluationConfig) -> None:
@@ -94,22 +107,30 @@ def generate_batches(
         NCHW, float32, [-1, 1] by convention but not clipped, on the CPU.
 
     Raises:
-        ValueError: see `check_solver`.
+        ValueError: see `check_solver` and `acceleration.check_acceleration`.
     """
     config, usage = model.settings, usage or Usage()
     check_solver(config, settings)
+    network = accelerated(model, settings)
     scale_thresholds(model, settings.threshold_scale)
+    limit_capacity(model, settings.capacity_limit)
     try:
         for samples in torch.arange(num_samples).split(settings.batch_size):
             classes = None if labels is None else labels[samples].to(model.device)
-            x = _solve(model, classes, samples.to(model.device), settings, usage)
+            x = _solve(model, network, classes, samples.to(model.device), settings, usage)
             yield (x if vae is None else decode(vae, x)).float().cpu()
     finally:
         scale_thresholds(model, 1.0)
+        limit_capacity(model, None)
 
 
 def _solve(
-    model: Backbone, classes: Tensor | None, samples: Tensor, settings: EvaluationConfig, usage: Usage
+    model: Backbone,
+    network: Network,
+    classes: Tensor | None,
+    samples: Tensor,
+    settings: EvaluationConfig,
+    usage: Usage,
 ) -> Tensor:
     """One batch, (B, C, H, W) in the model's space."""
     config = model.settings
@@ -118,7 +139,7 @@ def _solve(
     def noise(step: int) -> Tensor:  # step 0 is the start
         return config.noise_scale * normal(settings.seed, "sample", step, samples, shape)
 
-    answer = Counted(_guided(model, classes, settings, usage))
+    answer = Counted(_guided(config, network, classes, settings, usage))
     x, solver = noise(0), settings.solver
     if config.process == "ddpm":
         schedule = respaced(linear_schedule(DDPM_STEPS), settings.steps)
@@ -138,17 +159,18 @@ def _solve(
     return x
 
 
-def _guided(model: Backbone, classes: Tensor | None, settings: EvaluationConfig, usage: Usage) -> Model:
+def _guided(
+    config: ModelConfig, network: Network, classes: Tensor | None, settings: EvaluationConfig, usage: Usage
+) -> Model:
     """The velocity (flow), or epsilon and variance (ddpm), with guidance."""
-    config = model.settings
 
     def answer(labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         def of(x: Tensor, t: Tensor) -> Tensor:
-            out = model(x, t.to(x.device), labels)
+            out = network(x, t.to(x.device), labels)
             usage.note(out.routing)
             if config.process == "ddpm":
-                return out.sample
-            prediction = out.sample[:, : config.in_channels]
+                return out.sample.float()
+            prediction = out.sample[:, : config.in_channels].float()
             return convert(prediction, x, t.to(x.device), config.prediction, "velocity", config.min_gap)
 
         return of
@@ -172,7 +194,8 @@ def _guided(model: Backbone, classes: Tensor | None, settings: EvaluationConfig,
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Latents as the model sees them to images, NCHW, [-1, 1]."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return vae.decode(latents / vae.config.scaling_factor + shift).sample
+    latents = latents / vae.config.scaling_factor + shift
+    return torch.cat([vae.decode(some).sample for some in latents.split(DECODED_AT_A_TIME)])
 
 
 def generate(
@@ -198,6 +221,7 @@ def provenance(settings: EvaluationConfig, usage: Usage) -> dict[str, Any]:
         "guidance_interval": list(settings.guidance_interval),
         "guidance_channels": settings.guidance_channels,
         "threshold_scale": settings.threshold_scale,
+        "precision": settings.precision,
         "seed": settings.seed,
         **usage.summary(),
     }

@@ -4,7 +4,7 @@ from .balance import update_routing_state
 from .experts import GroupedExperts, experts_loop
 from .feed_forward import FeedForward
 from .layer import MoEFeedForward, MoEOutput
-from .routers import ROUTERS, Router, RouterConfig, routers_of, scale_thresholds
+from .routers import ROUTERS, Router, RouterConfig, limit_capacity, routers_of, scale_thresholds
 from .routing import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Routing",
     "RoutingReport",
     "experts_loop",
+    "limit_capacity",
     "merge_reports",
     "route_by_expert",
     "route_by_mask",

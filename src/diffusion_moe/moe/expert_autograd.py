@@ -1,9 +1,9 @@
 """The experts as one differentiable step that keeps little for the backward pass.
 
 Kept are the input, the first projection's result (unless that too is to be made again) and the routing: no gathered
-rows, no activations, no expanded outputs. A routing weight multiplies the activation instead of the output, which is the
-same product; so its gradient comes of numbers that the backward pass has anyway. Shape suffixes as in `experts.py`,
-T tokens, K experts a token.
+rows, no activations, no expanded outputs. A routing weight multiplies the activation instead of the output, which is
+the same product; so its gradient comes of numbers that the backward pass has anyway. Shape suffixes as in
+`experts.py`, T tokens, K experts a token.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class ExpertFunction(torch.autograd.Function):
         ctx.activation, ctx.equal, ctx.dtype, ctx.weight_dtype = activation, equal, dtype, w_in.dtype
         if len(token_A) < KEEP_CAST_BELOW * len(w_in):
             w_in, w_out = cast_in, cast_out
-        h_AH = None if recompute else h_AH
-        ctx.save_for_backward(x_TD, weight_A, h_AH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T)
+        kept_AH = None if recompute else h_AH
+        ctx.save_for_backward(x_TD, weight_A, kept_AH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T)
         return out_TD
 
     @staticmethod

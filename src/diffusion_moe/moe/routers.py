@@ -7,6 +7,7 @@ C tokens an expert takes, G groups of experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -203,6 +204,8 @@ class BatchPool(Router):
     threshold: Tensor
     threshold_scale: float = 1.0
     """Factor on the thresholds at inference: below 1 more compute for each token, above 1 less."""
+    capacity_limit: float | None = None
+    """Experts a token on average that inference makes room for; None: as many as the thresholds choose."""
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
         super().__init__(dim, config)
@@ -217,7 +220,9 @@ class BatchPool(Router):
             if self.config.inference_pool == "batch":
                 predicted_BNE, gate_BNE = predicted_BNE.flatten(0, 1)[None], gate_BNE.flatten(0, 1)[None]
             chosen_PME = chosen_by_threshold(predicted_BNE, gate_BNE, self.threshold * self.threshold_scale)
-            return route_by_mask(chosen_PME.flatten(0, 1), gate_BNE.flatten(0, 1))
+            gate_TE = gate_BNE.flatten(0, 1)
+            room = None if self.capacity_limit is None else math.ceil(self.capacity_limit * len(gate_TE))
+            return route_by_mask(chosen_PME.flatten(0, 1), gate_TE, room)
         gate_TE, predicted_TE = gate_BNE.flatten(0, 1), predicted_BNE.flatten(0, 1)
         slots = self.slots(len(gate_TE))
         weight_EC, token_EC = gate_TE.T.topk(slots, dim=-1, sorted=False)
@@ -250,6 +255,21 @@ def scale_thresholds(model: nn.Module, scale: float) -> None:
         raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; leave it at 1")
     for pool in pools:
         pool.threshold_scale = scale
+
+
+def limit_capacity(model: nn.Module, limit: float | None) -> None:
+    """Make room for so many experts a token in a model's DiffMoE layers: see `BatchPool.capacity_limit`.
+
+    Raises:
+        ValueError: the limit is not positive, or the model has no thresholds and the limit is not None.
+    """
+    pools = [router for router in routers_of(model) if isinstance(router, BatchPool)]
+    if limit is not None and limit <= 0:
+        raise ValueError(f"capacity_limit is {limit}; it must be positive")
+    if limit is not None and not pools:
+        raise ValueError(f"capacity_limit is {limit}, but only diffmoe routers need one; leave it out")
+    for pool in pools:
+        pool.capacity_limit = limit
 
 
 def routers_of(model: nn.Module) -> list[Router]:

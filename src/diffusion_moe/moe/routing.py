@@ -24,6 +24,8 @@ class RoutingReport(NamedTuple):
     """DiffMoE in training: the lowest predicted probability among each expert's C most probable tokens."""
     num_tokens: int = 0
     """Tokens that asked to be served; `MoEFeedForward` fills it in."""
+    dropped: Tensor | None = None
+    """Choices for which there was no room, int64 scalar (DiffMoE at inference with a capacity limit)."""
 
 
 class Routing(NamedTuple):
@@ -92,24 +94,42 @@ def route_by_expert(
     )
 
 
-def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor) -> Routing:
-    """Routing with any number of tokens an expert; their total comes to the host (one synchronisation)."""
-    expert_A, token_A = chosen_TE.T.nonzero(as_tuple=True)
+def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor, room: int | None = None) -> Routing:
+    """Routing with any number of tokens an expert.
+
+    Args:
+        weight_TE: positive. room: rows to make room for; None: as many as are chosen, a number that comes to the host
+            (one synchronisation). With room the shapes do not depend on the choices: those of least weight that find
+            none are dropped and counted, and room to spare is filled with rows of weight 0.
+    """
     counts_E = chosen_TE.sum(0)
+    if room is None:
+        expert_A, token_A = chosen_TE.T.nonzero(as_tuple=True)
+        weight_A = weight_TE[token_A, expert_A]
+        return Routing(token_A, weight_A, counts_E.cumsum(0).to(torch.int32), RoutingReport(counts_E, {}))
+    T, E = chosen_TE.shape
+    wanted_A = torch.where(chosen_TE, weight_TE, -1.0).T.flatten()
+    wanted_A, place_A = wanted_A.topk(min(room, T * E), sorted=False)
+    place_A, order_A = place_A.sort()  # by expert, then by token
+    served_A = wanted_A.index_select(0, order_A) > 0
+    expert_A, token_A = place_A // T, place_A % T
+    served_E = torch.zeros_like(counts_E).scatter_add(0, expert_A, served_A.long())
     return Routing(
         token_A=token_A,
-        weight_A=weight_TE[token_A, expert_A],
-        offsets_E=counts_E.cumsum(0).to(torch.int32),
-        report=RoutingReport(counts_E, {}),
+        weight_A=weight_TE[token_A, expert_A] * served_A,
+        offsets_E=torch.searchsorted(expert_A, torch.arange(E, device=expert_A.device), right=True, out_int32=True),
+        report=RoutingReport(served_E, {}, dropped=counts_E.sum() - served_E.sum()),
     )
 
 
 def merge_reports(reports: Sequence[RoutingReport]) -> RoutingReport:
     """One report for a step made of several micro-batches: counts add up, thresholds and losses are averaged."""
     thresholds = [report.threshold_E for report in reports if report.threshold_E is not None]
+    dropped = [report.dropped for report in reports if report.dropped is not None]
     return RoutingReport(
         counts_E=torch.stack([report.counts_E for report in reports]).sum(0),
         losses={name: torch.stack([report.losses[name] for report in reports]).mean(0) for name in reports[0].losses},
         threshold_E=torch.stack(thresholds).mean(0) if thresholds else None,
         num_tokens=sum(report.num_tokens for report in reports),
+        dropped=torch.stack(dropped).sum() if dropped else None,
     )

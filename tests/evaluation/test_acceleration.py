@@ -1,0 +1,86 @@
+"""Sampling with fixed shapes, compiled, in bfloat16: the same images, and every drop accounted for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from diffusion_moe.config import EvaluationConfig
+from diffusion_moe.evaluation.generate import Usage, class_schedule, generate, provenance
+from diffusion_moe.models import DiT
+from diffusion_moe.moe import limit_capacity, routers_of
+
+SETTINGS = EvaluationConfig(steps=2, solver="heun", guidance_interval=(0.0, 0.6))
+
+
+def make_model(router, **options):
+    model = DiT(
+        sample_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10, router=router,
+        num_experts=4, expert_dim=16, **options,
+    ).eval()  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    for router in routers_of(model):
+        if hasattr(router, "threshold"):
+            router.threshold.fill_(0.5)
+    return model
+
+
+def images_and_record(model, settings):
+    usage = Usage()
+    return generate(model, class_schedule(6, 10), 6, settings, usage=usage), provenance(settings, usage)
+
+
+@pytest.mark.parametrize("pool", ["image", "batch"])
+def test_with_ample_room_nothing_changes(pool):
+    model = make_model("diffmoe", inference_pool=pool)
+    expected, record = images_and_record(model, SETTINGS)
+    assert "dropped_share" not in record
+    images, limited = images_and_record(model, dataclasses.replace(SETTINGS, capacity_limit=4.0))
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
+    assert limited["dropped_share"] == 0 and limited["average_capacity"] == record["average_capacity"]
+    assert all(router.capacity_limit is None for router in routers_of(model))  # as it was
+
+
+def test_without_room_choices_are_dropped_and_counted():
+    model = make_model("diffmoe")
+    expected, record = images_and_record(model, SETTINGS)
+    images, limited = images_and_record(model, dataclasses.replace(SETTINGS, capacity_limit=0.5))
+    assert limited["average_capacity"] == 0.5 < record["average_capacity"]
+    assert 0 < limited["dropped_share"] < 1
+    assert (images - expected).abs().max() > 1e-3
+
+
+def test_a_limit_is_for_thresholds():
+    with pytest.raises(ValueError, match=r"capacity_limit is 2\.0, but only diffmoe routers need one"):
+        images_and_record(make_model("dsmoe"), dataclasses.replace(SETTINGS, capacity_limit=2.0))
+    with pytest.raises(ValueError, match="capacity_limit is -1; it must be positive"):
+        limit_capacity(make_model("diffmoe"), -1)
+
+
+@pytest.mark.parametrize("router", ["dense", "diffmoe", "dsmoe"])
+def test_compiled_blocks_draw_the_same_images(router, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(DiT.compile_blocks, "__defaults__", ("aot_eager",))
+    limit = 3.0 if router == "diffmoe" else None
+    model, settings = make_model(router), dataclasses.replace(SETTINGS, capacity_limit=limit)
+    expected, _ = images_and_record(model, settings)
+    images, _ = images_and_record(model, dataclasses.replace(settings, acceleration="compile"))
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_bfloat16_is_close_and_routes_in_float32():
+    model = make_model("dsmoe")
+    expected, _ = images_and_record(model, SETTINGS)
+    images, record = images_and_record(model, dataclasses.replace(SETTINGS, precision="bf16"))
+    assert record["precision"] == "bf16" and images.dtype == torch.float32
+    assert 1e-5 < (images - expected).norm() / expected.norm() < 0.05
+
+
+def test_what_cannot_be_accelerated_says_why():
+    model = make_model("diffmoe")
+    with pytest.raises(ValueError, match="acceleration is graph, but the model is on cpu"):
+        images_and_record(model, dataclasses.replace(SETTINGS, acceleration="graph", capacity_limit=2.0))
+    with pytest.raises(ValueError, match="give it a capacity_limit"):
+        images_and_record(model, dataclasses.replace(SETTINGS, acceleration="compile"))
