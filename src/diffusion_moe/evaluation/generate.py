@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import DDPM_SOLVERS, FLOW_SOLVERS, EvaluationConfig, ModelConfig
+from ..data.latent_space import LatentScaling
 from ..diffusion.ddpm import ddim, ddpm_ancestral, linear_schedule, respaced
 from ..diffusion.guidance import Model, guided
 from ..diffusion.prediction import convert
@@ -171,8 +172,7 @@ def _guided(model: Backbone, classes: Tensor | None, settings: EvaluationConfig,
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Latents as the model sees them to images, NCHW, [-1, 1]."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return vae.decode(latents / vae.config.scaling_factor + shift).sample
+    return vae.decode(LatentScaling.of_vae(vae.config).unscaled(latents)).sample
 
 
 def generate(
