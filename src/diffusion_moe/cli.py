@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .benchmarks.options import BenchOptions
-from .config import SECTIONS, EvaluationConfig, to_yaml
+from .config import SECTIONS, DataConfig, EvaluationConfig, to_yaml
 from .conversion import ConvertOptions, to_pipeline, to_published_file
+from .encoding.options import EncodeOptions
 from .memory import keep_freed_memory
 from .parsing import (
     find_recipe,
@@ -112,7 +113,7 @@ def sample(arguments: Sequence[str]) -> int:
     from .evaluation.draw import draw_samples
 
     if options.vae is not None:
-        if source.vae is not None:
+        if source.vae is not None and source.latent_space is None:
             raise ValueError(f"--vae is {options.vae}, but {source.path} has a VAE of its own; leave it out")
         source = dataclasses.replace(source, vae=options.vae)
     path = draw_samples(source, settings, options.chosen(), options.per_class, options.format, options.output, say)
@@ -130,6 +131,23 @@ def convert(arguments: Sequence[str]) -> int:
     options = ConvertOptions(**{field: parsed[field] for field in _fields(ConvertOptions)})
     work = to_pipeline if options.to == "diffusers" else to_published_file
     say(work(name, options))
+    return 0
+
+
+def encode(arguments: Sequence[str]) -> int:
+    """Encode a data set's images by a VAE into a latent cache to train on; under torchrun, by several processes."""
+    parser = make_parser("encode", encode.__doc__ or "")
+    parser.add_argument("source", type=str, help="a folder with a sub-folder a class, or what --kind huggingface takes")
+    parser.add_class_arguments(EncodeOptions)
+    parser.add_class_arguments(DataConfig, skip={"path", "channels", "flip", "normalize", "test_fraction"})
+    parser.set_defaults({"kind": "folder", "image_size": 256})
+    name, rest = _positional(parser, arguments, "source", "diffusion-moe encode IMAGES --vae VAE --output CACHE")
+    parsed = parse(parser, [name, *rest])
+    own = {field: parsed[field] for field in _fields(EncodeOptions)}
+    images = {field: parsed[field] for field in _fields(DataConfig) & (vars(parsed).keys() - own.keys())}
+    from .encoding.encode import encode as run_encoding
+
+    say(run_encoding(DataConfig(path=name, **images), EncodeOptions(**own), say))
     return 0
 
 
@@ -242,6 +260,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "sample": sample,
     "convert": convert,
+    "encode": encode,
     "evaluate": evaluate,
     "analyze": analyze,
     "bench": bench,
@@ -249,7 +268,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-COMPUTING = {"train", "sample", "evaluate", "analyze", "bench"}
+COMPUTING = {"train", "sample", "encode", "evaluate", "analyze", "bench"}
 """Verbs that run a model."""
 
 

@@ -41,29 +41,59 @@ class DiffusionConfig:
         require(0 <= self.class_dropout <= 1, f"diffusion.class_dropout is {self.class_dropout}; choose from 0 to 1")
 
 
+_OF_ONE_KIND = {
+    **dict.fromkeys(("split", "subset", "revision", "image_column", "label_column"), "huggingface"),
+    "normalize": "latents",
+}
+"""Fields of `DataConfig` that one kind alone reads."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The images."""
 
-    kind: Literal["digits", "folder"] = "digits"
-    """digits: scikit-learn's 1,797 handwritten digits; folder: a folder of images, one sub-folder a class."""
+    kind: Literal["digits", "folder", "huggingface", "latents"] = "digits"
+    """digits: scikit-learn's 1,797 handwritten digits; folder: a folder of images, one sub-folder a class; huggingface:
+    a data set of the hub or one saved on the disk; latents: a cache that `diffusion-moe encode` wrote."""
     path: str | None = None
-    """The folder (kind: folder)."""
+    """The folder (kind: folder, latents). For huggingface a hub id, a folder that save_to_disk made, a folder of images
+    or parquet files, or one parquet file."""
+    split: str = "train"
+    """Split to train on, as the data set names it; also a part, as train[:10%] (kind: huggingface)."""
+    subset: str | None = None
+    """Configuration of a data set that has several (kind: huggingface)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id (kind: huggingface)."""
+    image_column: str = "image"
+    """Column of the images (kind: huggingface)."""
+    label_column: str | None = "label"
+    """Column of the classes: names, or numbers with or without names; null: no classes (kind: huggingface)."""
     image_size: int = 8
-    """Height and width that images are resized and center-cropped to, in pixels (kind: folder)."""
+    """Height and width that images are resized and center-cropped to, in pixels (kind: folder, huggingface)."""
     channels: Literal[1, 3] = 1
-    """1 for grey, 3 for colour (kind: folder)."""
+    """1 for grey, 3 for colour (kind: folder, huggingface)."""
+    normalize: Literal["scaling", "channel"] = "scaling"
+    """scaling: as the VAE's config says; channel: each channel to mean 0 and standard deviation 1 by the cache's
+    statistics (kind: latents)."""
     flip: bool = False
     """Mirror half of the training images left to right."""
     on_corrupt: Literal["error", "skip"] = "error"
-    """An unreadable image ends the run with its name, or is counted and replaced by the next one in the folder."""
+    """An unreadable image ends the run with its name, or is counted, listed and replaced by the next one
+    (in a latent cache: left out)."""
     test_fraction: float = 0.2
     """Share of each class held out from training; the split is the same for every seed."""
     num_workers: int = 0
     """Processes that load images; the batches are the same for any number."""
 
     def __post_init__(self) -> None:
-        require(self.kind != "folder" or self.path is not None, "data.path is missing; data.kind folder needs it")
+        needs_path = self.kind in ("folder", "huggingface")  # latents too, but its recipes cannot know the path
+        require(not needs_path or self.path is not None, f"data.path is missing; data.kind {self.kind} needs it")
+        for name, kind in _OF_ONE_KIND.items():
+            value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
+            require(
+                self.kind == kind or value == usual,
+                f"data.{name} is {value}, but data.kind {self.kind} has no use for it; leave it out",
+            )
         require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be positive")
         require(0 <= self.test_fraction < 1, f"data.test_fraction is {self.test_fraction}; choose from 0 to below 1")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; use 0 for none")

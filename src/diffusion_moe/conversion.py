@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -63,22 +64,21 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         _refuse(options, ("config", "format", "file"), "a folder of this library's own")
         _refuse_weights(options)
         ours = read_source(Path(source))
-        vae_name = options.vae or ours.vae
-        model, record = ours.load().model.cpu(), ours.origin() | {"source": source}
+        loaded = dataclasses.replace(ours, vae=options.vae or ours.vae).load()
+        model, vae, record = loaded.model, loaded.vae, ours.origin() | {"source": source}
         names = list(ours.class_names) or _run_names(Path(source))
     else:
         model, record = read_published(
             source, options.config, options.weights, options.format, options.file, options.trust_pickle
         )
-        names, vae_name = [], options.vae
+        names, vae = [], None if options.vae is None else load_vae(options.vae)
     if options.class_names is not None:
         names = _read_names(options.class_names)
     elif not names and model.settings.num_classes == 1000:
         names = _read_names(IMAGENET_NAMES)
     if names and len(names) != model.settings.num_classes:
         raise ValueError(f"there are {len(names)} class names, but the model has {model.settings.num_classes} classes")
-    vae = None if vae_name is None else load_vae(vae_name)
-    save_pipeline(model, vae, names, record, output)
+    save_pipeline(model.cpu(), None if vae is None else vae.cpu(), names, record, output)
     latents = model.settings.in_channels not in (1, 3) and vae is None
     hint = "; it generates latents: convert with --vae to get images" if latents else ""
     return f"wrote {output} ({record.get('format', 'diffusion-moe')}, {record.get('weights', 'ema')} weights){hint}"
@@ -118,7 +118,8 @@ def to_published_file(source: str, options: ConvertOptions) -> str:
     if options.output.exists():
         raise ValueError(f"output {options.output} exists; choose another file")
     ours = read_source(Path(source))
-    kind = write_published(ours.load().model.cpu(), options.output, options.format or ours.origin().get("format"))
+    model = dataclasses.replace(ours, vae=None).load().model.cpu()
+    kind = write_published(model, options.output, options.format or ours.origin().get("format"))
     return f"wrote {options.output} in the layout of {kind}"
 
 

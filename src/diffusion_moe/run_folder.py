@@ -12,6 +12,8 @@ from .parsing import read_recipe
 
 ORIGIN = "training.json"
 """In the model's folder: how many steps it was trained, and the decay of its average."""
+DATA = "data.json"
+"""In the model's folder: names of the classes, and which latents it draws."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        return self.path / "skipped.txt"
 
     @property
     def tensorboard(self) -> Path:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import batches_from, load_dataset
-from diffusion_moe.data.folder import resize_and_crop
+from diffusion_moe.data.table import resize_and_crop
 from diffusion_moe.data.order import Draw
 
 
@@ -127,7 +127,7 @@ def test_about_half_of_the_images_are_flipped_and_anew_each_epoch():
     plain = load_dataset(DataConfig(), "train").everything().images
     epochs = []
     for epoch in range(2):
-        drawn = data.__getitems__([Draw(place, epoch) for place in range(len(data))]).images
+        drawn = data.__getitems__([Draw(image, epoch) for image in range(len(data))]).images
         same, mirrored = (drawn == plain).flatten(1).all(1), (drawn == plain.flip(-1)).flatten(1).all(1)
         assert bool((same | mirrored).all())
         assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.05)

@@ -16,14 +16,14 @@ def test_a_resumed_order_continues_the_first_and_no_image_is_dropped(size, batch
     assert len(stream) == steps * batch_size
     for epoch in range(len(stream) // size):
         part = stream[epoch * size : (epoch + 1) * size]
-        assert sorted(draw.place for draw in part) == list(range(size))
+        assert sorted(draw.image for draw in part) == list(range(size))
         assert {draw.epoch for draw in part} == {epoch}
 
 
 def test_batches_of_other_sizes_cut_the_same_stream():
     small = [draw for batch in batches_from(0, 12, 17, 4, seed=1) for draw in batch]
     large = [draw for batch in batches_from(0, 4, 17, 12, seed=1) for draw in batch]
-    assert small == large
+    assert [draw[:2] for draw in small] == [draw[:2] for draw in large]
 
 
 def test_seeds_and_epochs_give_other_orders():

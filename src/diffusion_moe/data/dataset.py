@@ -1,10 +1,10 @@
-"""Data sets of labelled images with a fixed split into training and test."""
+"""Data sets of labelled images or latents with a fixed split into training and test."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,18 @@ class Batch(NamedTuple):
     """Images and what is known of them."""
 
     images: Tensor
-    """NCHW, float32, [-1, 1]."""
+    """NCHW, float32: images in [-1, 1], or latents as the model sees them."""
     labels: Tensor
     """Classes, int64, (B,)."""
-    skipped: int = 0
-    """Unreadable images that another one stands in for."""
+    skipped_names: Sequence[str] = ()
+    """Unreadable images that another one stands in for, by name."""
+    places: Tensor | None = None
+    """Place of each image in the step's global batch, int64, (B,); None outside of training."""
+
+    @property
+    def skipped(self) -> int:
+        """Number of unreadable images that another one stands in for."""
+        return len(self.skipped_names)
 
 
 class ImageDataset(ABC):
@@ -35,6 +42,8 @@ class ImageDataset(ABC):
     """Class of each image, int64."""
     class_names: list[str]
     """Name of each class."""
+    shape_remedy = "change the model's, or take other data"
+    """What to do where the images' shape is not the model's."""
 
     def __init__(self, flip: bool, seed: int) -> None:
         self.flip, self.seed = flip, seed
@@ -46,25 +55,36 @@ class ImageDataset(ABC):
     def read(self, indices: Sequence[int]) -> Batch:
         """The images as they are, without augmentation."""
 
+    def draw(self, indices: Tensor, epochs: Tensor) -> Batch:
+        """Images with the augmentation of their epochs; both int64, (B,)."""
+        batch = self.read(indices.tolist())
+        mirrored = self.mirrored(indices, epochs)
+        return batch._replace(images=torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images))
+
+    def mirrored(self, indices: Tensor, epochs: Tensor) -> Tensor:
+        """Which images their epochs mirror left to right, bool, (B,)."""
+        if not self.flip:
+            return torch.zeros_like(indices, dtype=torch.bool)
+        return uniform(self.seed, "flip", epochs, indices) < 0.5
+
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
         """A training batch; the name is what torch's DataLoader looks for to fetch a batch at once."""
-        batch = self.read([draw.place for draw in draws])
-        if not self.flip:
-            return batch
-        places, epochs = torch.tensor(draws).unbind(1)
-        mirrored = uniform(self.seed, "flip", epochs, places) < 0.5
-        images = torch.where(mirrored[:, None, None, None], batch.images.flip(-1), batch.images)
-        return batch._replace(images=images)
+        indices, epochs, places = torch.tensor(draws).unbind(1)
+        return self.draw(indices, epochs)._replace(places=places)
 
     def everything(self) -> Batch:
         """All images in order."""
         return self.read(range(len(self)))
 
+    def record(self) -> dict[str, Any]:
+        """What a model trained on this should remember, as plain values."""
+        return {"class_names": self.class_names}
+
 
 def split_indices(labels: np.ndarray, test_fraction: float, split: Split) -> np.ndarray:
     """Indices of one split, the same for every seed: of each class, the share `test_fraction` is for testing."""
     chosen = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
+    for label in np.unique(labels) if test_fraction else ():
         members = np.flatnonzero(labels == label)
         shuffled = np.random.RandomState(int(label)).permutation(members)
         chosen[shuffled[: round(test_fraction * len(members))]] = True
@@ -75,12 +95,16 @@ def load_dataset(config: DataConfig, split: Split, seed: int = 0) -> ImageDatase
     """The data set a recipe names. `seed` is that of the augmentation.
 
     Raises:
-        ValueError: the folder is missing, empty or has no class folders.
+        ValueError: it is missing, empty, damaged, or not as the recipe says.
     """
     if config.kind == "digits":
         from .digits import Digits
 
         return Digits(config, split, seed)
-    from .folder import ImageFolder
+    if config.kind == "latents":
+        from .latents import LatentCache
 
-    return ImageFolder(config, split, seed)
+        return LatentCache(config, split, seed)
+    from .table import TableImages
+
+    return TableImages(config, split, seed)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..randomness import derive_seed
 
 
 class Draw(NamedTuple):
-    """One image of the stream: its place in the data set, and the epoch (augmentation depends on both)."""
+    """One image of the stream; augmentation is a function of (seed, epoch, image)."""
 
-    place: int
+    image: int
+    """Its index in the data set."""
     epoch: int
+    place: int = 0
+    """In the step's global batch, the same for any number of processes."""
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
@@ -23,18 +27,44 @@ def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(size, generator=generator).tolist()
 
 
-def batches_from(step: int, last_step: int, size: int, batch_size: int, seed: int) -> Iterator[list[Draw]]:
-    """Batches of steps `step` + 1 to `last_step`.
+def places_of(batch_size: int, accumulation: int = 1, rank: int = 0, world: int = 1) -> list[Tensor]:
+    """Places in the step's global batch that one process computes: int64, ascending, a tensor a micro-batch.
+
+    Micro-batch m is the m-th part of the global batch and a rank's share a part of that, so that the ranks' shares, one
+    after another, are the micro-batch of a single process.
+
+    Raises:
+        ValueError: the batch cannot be divided evenly.
+    """
+    parts = accumulation * world
+    if batch_size % parts:
+        raise ValueError(
+            f"training.batch_size {batch_size} is not divisible by training.accumulation {accumulation} x "
+            f"{world} processes = {parts}"
+        )
+    return list(torch.arange(batch_size).view(accumulation, world, -1)[:, rank])
+
+
+def batches_from(
+    step: int, last_step: int, size: int, batch_size: int, seed: int, places: Sequence[int] | Tensor | None = None
+) -> Iterator[list[Draw]]:
+    """Batches of steps `step` + 1 to `last_step`, or one process' part of each.
 
     The stream is one epoch's permutation after another; batch s holds its positions s * batch_size onwards, also across
     the seam of two epochs. So no image is dropped and a resumed run needs to know the step alone.
+
+    Args:
+        size: images in the data set. batch_size: images of a global batch.
+        places: those of the global batch to give, ascending (see `places_of`); all of them unless given.
     """
     epoch, order = -1, []
-    for position in range(step * batch_size, last_step * batch_size, batch_size):
+    wanted = list(range(batch_size)) if places is None else [int(place) for place in places]
+    for start in range(step * batch_size, last_step * batch_size, batch_size):
         batch = []
-        for place in range(position, position + batch_size):
-            if place // size != epoch:
-                epoch = place // size
+        for place in wanted:
+            position = start + place
+            if position // size != epoch:
+                epoch = position // size
                 order = epoch_order(size, seed, epoch)
-            batch.append(Draw(order[place % size], epoch))
+            batch.append(Draw(order[position % size], epoch, place))
         yield batch

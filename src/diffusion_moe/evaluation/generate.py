@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import DDPM_SOLVERS, FLOW_SOLVERS, EvaluationConfig, ModelConfig
+from ..data.latent_space import LatentScaling
 from ..diffusion.ddpm import ddim, ddpm_ancestral, linear_schedule, respaced
 from ..diffusion.guidance import Model, guided
 from ..diffusion.prediction import convert
@@ -193,8 +194,7 @@ def _guided(
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Latents as the model sees them to images, NCHW, [-1, 1]."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    latents = latents / vae.config.scaling_factor + shift
+    latents = LatentScaling.of_vae(vae.config).unscaled(latents)
     return torch.cat([vae.decode(some).sample for some in latents.split(DECODED_AT_A_TIME)])
 
 

@@ -27,8 +27,10 @@ def score(model: Backbone, data: DataConfig, settings: EvaluationConfig) -> dict
             same names with `_real`: held-out real images (frechet_real: training against held-out) in their place.
 
     Raises:
-        ValueError: the data set has no test split.
+        ValueError: the data set has no test split, or is a latent cache.
     """
+    if data.kind == "latents":
+        raise ValueError("data.kind is latents, which hold no real images to compare with; sample the run instead")
     if data.test_fraction == 0:
         raise ValueError("data.test_fraction is 0, so there are no held-out images to compare with")
     training, test = load_dataset(data, "train"), load_dataset(data, "test")

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import EvaluationConfig, ModelConfig
-from ..run_folder import ORIGIN, RunFolder
+from ..run_folder import DATA, ORIGIN, RunFolder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from ..data.latent_space import LatentSpace
     from ..models import Backbone
 
 CONVERSION = "conversion.json"
@@ -43,6 +44,8 @@ class Source:
     """Where samples go."""
     class_names: tuple[str, ...] = ()
     """Name of each class, where they are known."""
+    latent_space: LatentSpace | None = None
+    """Of a run on a latent cache: whatever VAE decodes has to have its encoder, and scales latents as it says."""
 
     def load(self) -> Loaded:
         """Read the weights.
@@ -58,13 +61,25 @@ class Source:
         model = load_model(self.model_folder).to(device)
         if self.vae is None:
             return Loaded(model, None)
-        vae = load_vae(self.vae).to(device)
+        vae = self._load_vae(self.vae).to(device)
         if vae.config.latent_channels != self.config.in_channels:
             raise ValueError(
                 f"the VAE {self.vae} has {vae.config.latent_channels} latent channels, but the model "
                 f"{self.config.in_channels}; take the one its latents are of"
             )
         return Loaded(model, vae)
+
+    def _load_vae(self, name: str) -> AutoencoderKL:
+        space = self.latent_space
+        try:
+            vae = load_vae(name)
+        except ValueError as error:
+            if space is None or name != space.vae:
+                raise
+            raise ValueError(f"{error}; if it is elsewhere, give the place with --vae") from error
+        if space is not None:
+            space.claim(vae, name)
+        return vae
 
     def origin(self) -> dict[str, Any]:
         """How the weights came to be: training steps and average, or the published file they were converted from."""
@@ -101,7 +116,9 @@ def read_source(path: Path) -> Source:
         recipe = run.read_recipe()
         if not (run.model / ORIGIN).is_file():
             raise ValueError(f"{path} has no trained model yet; finish it with the same `diffusion-moe train` command")
-        return Source(path, run.model, None, recipe.model, recipe.evaluation, run.samples)
+        known, space = _read_data_record(run.model)
+        recorded = None if space is None else space.vae
+        return Source(path, run.model, recorded, recipe.model, recipe.evaluation, run.samples, known, space)
     if (path / "model_index.json").is_file():
         index = _read_json(path / "model_index.json")
         folder, vae = path / "transformer", path / "vae"
@@ -123,6 +140,21 @@ def read_source(path: Path) -> Source:
     raise ValueError(
         f"{path} has no recipe.yaml (a run), model_index.json (a pipeline) or config.json (a model); give such a folder"
     )
+
+
+def _read_data_record(model_folder: Path) -> tuple[tuple[str, ...], LatentSpace | None]:
+    """Class names and latent space that a run has kept; nothing of runs that are older than the record."""
+    from ..data.latent_space import LatentSpace
+
+    if not (model_folder / DATA).is_file():
+        return (), None
+    record = _read_json(model_folder / DATA)
+    try:
+        space = record.get("latent_space")
+        names = tuple(map(str, record.get("class_names", ())))
+        return names, None if space is None else LatentSpace.from_dict(space)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{model_folder / DATA} is damaged ({error!r}); train the last steps again") from error
 
 
 def usual_settings(config: ModelConfig) -> EvaluationConfig:

@@ -23,6 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..data.latent_space import LatentScaling
 from ..diffusion.guidance import inside
 from ..diffusion.prediction import convert
 from ..models import Backbone
@@ -187,7 +188,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         """The images of latents, (B, channels, H, W), in [-1, 1] by convention; pixels are already that."""
         if self.vae is None:
             return latents
-        latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
+        latents = LatentScaling.of_vae(self.vae.config).unscaled(latents)
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
     def _class_numbers(

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..config import Recipe
-from ..data import Batch, ImageDataset, batches_from, load_dataset
-from ..run_folder import ORIGIN, RunFolder
+from ..data import Batch, ImageDataset, SkippedLog, batches_from, load_dataset
+from ..run_folder import DATA, ORIGIN, RunFolder
 from .checkpoint import load_latest, save_checkpoint
 from .log import MetricsLog, Progress
 from .step import StepResult, TrainState, make_state, train_step
@@ -53,10 +53,9 @@ def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
     model, image = recipe.model, dataset.read([0]).images[0]
     expected = (model.in_channels, model.sample_size, model.sample_size)
     if tuple(image.shape) != expected:
-        latents = "; latents cannot be read yet" if model.in_channels not in (1, 3) else ""
         raise ValueError(
             f"the data's images are {tuple(image.shape)} (channels, height, width), but model.in_channels and "
-            f"model.sample_size say {expected}{latents}"
+            f"model.sample_size say {expected}; {dataset.shape_remedy}"
         )
     if model.num_classes not in (0, len(dataset.class_names)):
         raise ValueError(
@@ -86,18 +85,19 @@ def train(recipe: Recipe, output_dir: Path, resume: Literal["auto", "never"] = "
             _loop(state, recipe, dataset, run, received, say)
     if received and state.step < recipe.training.steps:
         return Outcome(state.step, received[0])
-    _publish(run, state, recipe)
+    _publish(run, state, recipe, dataset)
     say(f"trained {state.step} steps; the averaged model is in {run.model}")
     return Outcome(state.step)
 
 
-def _publish(run: RunFolder, state: TrainState, recipe: Recipe) -> None:
-    """Write the averaged model, whole or not at all, with a note of its origin."""
+def _publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDataset) -> None:
+    """Write the averaged model, whole or not at all, with notes of its origin and of its data."""
     partial = run.model.with_name("model.partial")
     shutil.rmtree(partial, ignore_errors=True)
     state.ema.save_pretrained(partial)
     origin = {"training_steps": state.step, "ema_decay": recipe.training.ema_decay}
     (partial / ORIGIN).write_text(json.dumps(origin) + "\n")
+    (partial / DATA).write_text(json.dumps(dataset.record()) + "\n")
     shutil.rmtree(run.model, ignore_errors=True)
     partial.rename(run.model)
 
@@ -117,7 +117,7 @@ def _loop(
 ) -> None:
     training, every = recipe.training, recipe.logging.every
     log = MetricsLog(run.metrics, run.tensorboard if recipe.logging.tensorboard else None, state.step)
-    spoke, skipped = time.perf_counter(), 0
+    spoke, skipped, skipped_log = time.perf_counter(), 0, SkippedLog(run.skipped)
     try:
         with (
             Progress(state.step, training.steps, training.batch_size, say) as progress,
@@ -125,6 +125,7 @@ def _loop(
         ):
             for batch in batches:
                 skipped += batch.skipped
+                skipped_log.note(batch.skipped_names)
                 result = train_step(state, recipe, batch)
                 last = state.step == training.steps
                 if state.step % every == 0 or last:
@@ -140,7 +141,10 @@ def _loop(
     finally:
         log.close()
     if skipped:
-        say(f"warning: {skipped} unreadable images were replaced by others (data.on_corrupt is skip)")
+        say(
+            f"warning: {skipped} unreadable images were replaced by others (data.on_corrupt is skip); "
+            f"{run.skipped} names them"
+        )
 
 
 def _batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Generator[Batch, None, None]:

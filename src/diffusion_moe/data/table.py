@@ -1,0 +1,130 @@
+"""Images that Hugging Face `datasets` reads, from folders, files or the hub, made square."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import DataConfig
+from .dataset import Batch, ImageDataset, Split, split_indices
+
+
+class Table(NamedTuple):
+    """Undecoded images with their classes."""
+
+    rows: Any
+    """A `datasets.Dataset` with the one column `image`: records of `path` and `bytes`."""
+    labels: np.ndarray
+    """Class of each row, int64."""
+    class_names: list[str]
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side to `size` pixels, then the central square.
+
+    As ADM (arXiv 2105.05233) prepares the images that published scores compare with: halve by averages while at least
+    twice too large, then bicubic.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(
+        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BICUBIC
+    )
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class TableImages(ImageDataset):
+    """The images of a `Table`, resized and center-cropped to a square.
+
+    An unreadable image ends the run with its name, or (on_corrupt: skip) the next readable image of the split stands in
+    for it and `Batch.skipped_names` names it.
+    """
+
+    shape_remedy = "set data.channels and data.image_size, or the model's"
+
+    def __init__(self, config: DataConfig, split: Split, seed: int) -> None:
+        super().__init__(config.flip, seed)
+        self.config = config
+        self.table = _read(config)
+        self.class_names = self.table.class_names
+        self.rows = split_indices(self.table.labels, config.test_fraction, split)
+        self.labels = self.table.labels[self.rows]
+        if len(self.rows) == 0:
+            raise ValueError(f"data.path {config.path} gives no image for the {split} split; see data.test_fraction")
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        images, labels, skipped = [], [], []
+        for index in indices:
+            found, misses = index, 0
+            while (image := self.decode(found)) is None:
+                found, misses = (found + 1) % len(self), misses + 1
+                if misses == len(self):
+                    raise ValueError(f"no image under data.path {self.config.path} can be read")
+            images.append(image)
+            labels.append(int(self.labels[found]))
+            if misses:
+                skipped.append(self.name(index))
+        return Batch(torch.stack(images), torch.tensor(labels), skipped)
+
+    def decode(self, index: int) -> Tensor | None:
+        """One image, CHW, float32, [-1, 1]; None for an unreadable one that may be skipped."""
+        try:
+            record = self._record(index)
+            if record is None:
+                raise ValueError("there is none")
+            with Image.open(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])) as image:
+                square = resize_and_crop(
+                    image.convert("RGB" if self.config.channels == 3 else "L"), self.config.image_size
+                )
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's readers raise almost anything on damaged files
+            if self.config.on_corrupt == "skip":
+                return None
+            raise ValueError(
+                f"cannot read image {self.name(index)} ({error}); remove it, or set data.on_corrupt to skip"
+            ) from error
+        pixels = np.array(square, dtype=np.float32).reshape(square.height, square.width, -1) / 127.5 - 1
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def name(self, index: int) -> str:
+        """Its file, or its row in the data set."""
+        record = self._record(index) or {"path": None, "bytes": b""}
+        if record["bytes"] is None:
+            return str(record["path"])
+        inner = f" ({record['path']})" if record["path"] else ""
+        return f"row {int(self.rows[index])} of {self.config.path}{inner}"
+
+    def identity(self) -> str:
+        """A hash of the images' names and classes, in order; it does not see what is in a file."""
+        folder = f"{Path(str(self.config.path)).resolve()}/"
+        digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
+        for chunk in self.table.rows.data["image"].chunks:
+            for name in chunk.field("path").to_pylist():
+                within = str(Path(name).resolve()).removeprefix(folder) if name else ""
+                digest.update(f"{within}\n".encode())
+        return digest.hexdigest()
+
+    def _record(self, index: int) -> dict[str, Any] | None:
+        return self.table.rows[int(self.rows[index])]["image"]
+
+
+def _read(config: DataConfig) -> Table:
+    if config.kind == "folder":
+        from .folder import read_folder
+
+        assert config.path is not None
+        return read_folder(Path(config.path))
+    from .huggingface import read_huggingface
+
+    return read_huggingface(config)

@@ -1,0 +1,1 @@
+"""The command `encode`: a data set's images through a VAE into a latent cache."""

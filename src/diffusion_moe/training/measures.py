@@ -1,0 +1,83 @@
+"""What is measured in a step, as scalars on the device, and their way to the host.
+
+Shape suffixes: B images, L mixture layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..distributed import all_reduce_sum
+from ..moe import RoutingReport
+
+TIME_BINS = 10
+"""Equal parts of the times from 0 to 1 (of ddpm, of the steps) that losses are told apart by."""
+
+
+class HostCopy:
+    """Scalars on their way to the host, in one small copy that nothing waits for until they are read."""
+
+    def __init__(self, numbers: Mapping[str, Tensor]) -> None:
+        self.names = tuple(numbers)
+        values = torch.stack([number.detach().float() for number in numbers.values()])
+        self.arrived: torch.cuda.Event | None = None
+        if values.device.type == "cuda":
+            self.values = torch.empty(values.shape, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        else:
+            self.values = values
+
+    def read(self) -> dict[str, float]:
+        """The numbers by name, once they are here."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist()))
+
+
+def loss_by_time(parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The mean loss of the global batch in each bin of times; not a number where a bin is empty.
+
+    Args:
+        parts: times in [0, 1] and losses, both (B,), of each micro-batch.
+    """
+    time_B = torch.cat([time for time, _ in parts])
+    loss_B = torch.cat([loss for _, loss in parts]).float()
+    bin_B = (time_B * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+    sums = loss_B.new_zeros(2, TIME_BINS)
+    sums[0].scatter_add_(0, bin_B, loss_B)
+    sums[1].scatter_add_(0, bin_B, torch.ones_like(loss_B))
+    total, count = all_reduce_sum(sums)
+    return {f"loss_t{i / TIME_BINS:.1f}": mean for i, mean in enumerate(total / count)}
+
+
+def routing_measures(reports: Sequence[RoutingReport]) -> dict[str, Tensor]:
+    """How evenly each mixture layer uses its experts, and what it spends.
+
+    `imbalance`: load of the busiest expert over the mean load, averaged over layers (1 is even). For layer i (of the
+    mixtures) `moe_i/load_max`: the same; `moe_i/load_entropy`: entropy of the load over that of an even one;
+    `moe_i/dead_experts`: experts without a token; `moe_i/capacity`: experts a token; `moe_i/threshold`: DiffMoE's, mean
+    over experts.
+    """
+    numbers: dict[str, Tensor] = {}
+    for i, report in enumerate(reports):
+        counts_E = report.counts_E.float()
+        share_E = counts_E / counts_E.sum()
+        entropy = torch.special.entr(share_E).sum() / math.log(max(2, len(share_E)))
+        numbers |= {
+            f"moe_{i}/load_max": counts_E.max() / counts_E.mean(),
+            f"moe_{i}/load_entropy": entropy,
+            f"moe_{i}/dead_experts": (counts_E == 0).sum(),
+            f"moe_{i}/capacity": counts_E.sum() / max(1, report.num_tokens),
+        }
+        if report.threshold_E is not None:
+            numbers[f"moe_{i}/threshold"] = report.threshold_E.mean()
+    if reports:
+        busiest = [numbers[f"moe_{i}/load_max"] for i in range(len(reports))]
+        numbers["imbalance"] = torch.stack(busiest).mean()
+    return numbers

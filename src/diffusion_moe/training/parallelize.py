@@ -1,0 +1,129 @@
+"""A model spread over processes: replicas, shards of weights, and experts of their own for each process.
+
+Three axes, whose product is the number of processes; every process has images of its own. Weights of the ordinary
+layers are sharded over shard x experts by FSDP2 and replicated over the rest; expert weights are split by expert over
+`experts` and by columns over `shard`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..config import ParallelConfig, Recipe
+from ..models import Backbone
+from ..moe import GroupedExperts, MoEFeedForward, Router
+from ..moe.routers import BatchPool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every process stands."""
+
+    dense: DeviceMesh
+    """(replicate, shard x experts): of the ordinary layers."""
+    all: DeviceMesh
+    """(replicate, shard, experts)."""
+
+    def __deepcopy__(self, memo: object) -> Layout:
+        return self
+
+
+def make_layout(config: ParallelConfig, device: torch.device) -> Layout | None:
+    """The axes of the running processes; None for a single one.
+
+    Raises:
+        ValueError: their product is not the number of processes.
+    """
+    replicate, shard, experts = config.replicate, config.shard, config.experts
+    product, world = replicate * shard * experts, dist.get_world_size() if dist.is_initialized() else 1
+    if product != world:
+        raise ValueError(
+            f"parallel.replicate x shard x experts is {replicate} x {shard} x {experts} = {product}, but there "
+            f"{'is 1 process' if world == 1 else f'are {world} processes'}; make them equal (torchrun "
+            f"--nproc-per-node starts processes)"
+        )
+    if world == 1:
+        return None
+    return Layout(
+        dense=init_device_mesh(device.type, (replicate, shard * experts), mesh_dim_names=("replicate", "dense")),
+        all=init_device_mesh(
+            device.type, (replicate, shard, experts), mesh_dim_names=("replicate", "shard", "experts")
+        ),
+    )
+
+
+def check_parallel(recipe: Recipe) -> None:
+    """Whether the model can be spread in this way.
+
+    Raises:
+        ValueError: the experts cannot be divided, or have dropout.
+    """
+    model, experts, shard = recipe.model, recipe.parallel.experts, recipe.parallel.shard
+    for name in ("hidden_size", "expert_dim"):
+        if model.router != "dense" and getattr(model, name) % shard:
+            raise ValueError(f"model.{name} {getattr(model, name)} is not divisible by parallel.shard {shard}")
+    if experts > 1 and model.router == "dense":
+        raise ValueError(f"parallel.experts is {experts}, but the model is dense; use parallel.shard")
+    if experts > 1 and model.num_experts % experts:
+        raise ValueError(f"model.num_experts {model.num_experts} is not divisible by parallel.experts {experts}")
+    if experts > 1 and model.expert_dropout:
+        raise ValueError(f"model.expert_dropout is {model.expert_dropout}; with parallel.experts it must be 0")
+
+
+def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
+    """Spread a model in place. Its forward pass is called as before, by all processes at the same time."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    bf16 = recipe.training.precision == "bf16"
+    # Gathered in the dtype that autocast would cast to anyway; gradients are summed in float32.
+    narrow = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+    shard = partial(fully_shard, mesh=layout.dense)
+    for block in model.blocks:
+        if isinstance(block.mlp, MoEFeedForward):
+            _spread_experts(block.mlp.experts, layout, narrow)
+        kept = [module for module in block.modules() if _stays_wide(module)]
+        if kept:
+            shard(kept, mp_policy=wide)
+        shard(block, mp_policy=narrow)
+    shard(model, mp_policy=wide)
+    if layout.all.device_type == "cpu":
+        for module in model.modules():
+            if hasattr(module, "set_force_sum_reduction_for_comms"):
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    if recipe.parallel.pool == "global":
+        for pool in [module for module in model.modules() if isinstance(module, BatchPool)]:
+            pool.group = dist.group.WORLD
+
+
+def _stays_wide(module: nn.Module) -> bool:
+    """Routers and norms with parameters compute in float32."""
+    return isinstance(module, Router) or (isinstance(module, nn.LayerNorm | nn.RMSNorm) and any(module.parameters()))
+
+
+def _spread_experts(experts: GroupedExperts, layout: Layout, policy: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = layout.all
+    if mesh["experts"].size() > 1:
+        for name, weight in list(experts.named_parameters()):
+            # Every process has drawn the same weights: each takes its part, nothing is sent.
+            spread = distribute_tensor(weight.data, mesh["experts"], [Shard(0)], src_data_rank=None)
+            experts.register_parameter(name, nn.Parameter(spread))
+        experts.group = mesh.get_group("experts")
+    fully_shard(
+        experts,
+        mesh=mesh["replicate", "shard"],
+        shard_placement_fn=lambda weight: Shard(1),
+        mp_policy=policy,
+    )
+    # The loss is a mean over all processes, also where an expert's gradient is summed over fewer.
+    experts.set_gradient_divide_factor(float(mesh.size()))  # type: ignore[operator]
