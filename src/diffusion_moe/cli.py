@@ -88,16 +88,16 @@ def train(arguments: Sequence[str]) -> int:
     if parsed.print_config:
         print(to_yaml(recipe), end="")
         return 0
-    from .training.checkpoint import checkpoints_in
+    from .evaluation.preview import previews_of
+    from .training.loop import NonFiniteError
     from .training.loop import train as run_training
-    from .training.step import NonFiniteError
 
     folder = parsed.output_dir or Path("runs") / file.stem
+    preview = previews_of(recipe) if recipe.logging.sample_every else None
     try:
-        outcome = run_training(recipe, folder, parsed.resume, say)
+        outcome = run_training(recipe, folder, parsed.resume, say, preview)
     except NonFiniteError as error:
-        saved = checkpoints_in(RunFolder(folder).checkpoints)
-        say(f"stopped before the weights were touched: {error}; last checkpoint: {saved[0] if saved else 'none'}")
+        say(f"stopped: {error}")
         return 1
     if outcome.interrupted_by is not None:
         say(f"interrupted; saved a checkpoint at step {outcome.step}. Run the same command again to go on.")

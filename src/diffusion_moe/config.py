@@ -142,15 +142,27 @@ class TrainingConfig:
     accumulation: int = 1
     """Micro-batches a step is split into; batch_size must be divisible by it."""
     ema_decay: float = 0.9999
-    """Decay of the moving average of weights and routing state."""
+    """Decay of the moving average of weights and routing state: the model that the run gives."""
+    more_ema_decays: tuple[float, ...] = ()
+    """Further averages to keep beside it."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast, weights in float32; routers always compute in float32."""
+    recompute: Literal["none", "experts", "blocks"] = "none"
+    """What the backward pass makes again instead of keeping: nothing, the experts' first projection (a fifth more of
+    their products), or whole blocks (a third more of everything)."""
+    compile: bool = False
+    """Compile each block by torch.compile."""
+    max_bad_steps: int = 3
+    """Steps in a row whose loss or gradient may be not finite; each is left out. One more goes back to the last
+    checkpoint and leaves their batches out; if that does not help, the run stops and names the images."""
     seed: int = 0
     """Seed of the initial weights, the order, the noise and every other draw."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; there is always one after the last step."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Steps whose multiples keep their checkpoints for good; 0: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
@@ -162,27 +174,34 @@ class TrainingConfig:
             f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}",
         )
         require(0 <= self.ema_decay < 1, f"training.ema_decay is {self.ema_decay}; choose from 0 to below 1")
+        decays = self.more_ema_decays
+        require(all(0 <= d < 1 for d in decays), f"training.more_ema_decays are {decays}; choose from 0 to below 1")
+        require(
+            len({self.ema_decay, *decays}) == 1 + len(decays),
+            f"training.more_ema_decays are {decays}; they must differ from each other and from ema_decay",
+        )
+        require(self.keep_every >= 0, f"training.keep_every is {self.keep_every}; use 0 for none")
+        require(self.max_bad_steps >= 0, f"training.max_bad_steps is {self.max_bad_steps}; use 0 for none")
         require(0 <= self.seed < 2**63, f"training.seed is {self.seed}; choose from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the run is spread over processes. This version trains on one."""
+    """How the run is spread over processes: replicate x shard x experts must be as many as torchrun started."""
 
     replicate: int = 1
     """Copies of the model, each on its share of the batch."""
     shard: int = 1
-    """Processes that share one copy's weights."""
+    """Processes that share one copy's weights (FSDP2)."""
     experts: int = 1
-    """Processes that share the experts."""
+    """Processes that share the experts, each holding some of them whole; tokens travel."""
+    pool: Literal["rank", "global"] = "rank"
+    """Tokens that DiffMoE's experts choose from: those of a process, or of all of them. Global costs a gathering of all
+    scores in each mixture layer."""
 
     def __post_init__(self) -> None:
-        product = self.replicate * self.shard * self.experts
-        require(
-            self.replicate == self.shard == self.experts == 1,
-            f"parallel.replicate x shard x experts is {self.replicate} x {self.shard} x {self.experts} = {product}; "
-            "this version trains on one process, so each must be 1",
-        )
+        for name in ("replicate", "shard", "experts"):
+            require(getattr(self, name) > 0, f"parallel.{name} is {getattr(self, name)}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -193,9 +212,20 @@ class LoggingConfig:
     """Steps between lines of metrics.jsonl, TensorBoard points and progress lines."""
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+    wandb: str | None = None
+    """Project of Weights & Biases to send the same numbers to (needs the package wandb); null: none."""
+    validate_every: int = 0
+    """Steps between losses on held-out images with fixed noise, for the weights and each average; 0: never."""
+    validate_images: int = 512
+    """Held-out images for it, the first of their split."""
+    sample_every: int = 0
+    """Steps between pictures of generated images, in previews/; 0: never."""
 
     def __post_init__(self) -> None:
-        require(self.every > 0, f"logging.every is {self.every}; it must be positive")
+        for name in ("every", "validate_images"):
+            require(getattr(self, name) > 0, f"logging.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("validate_every", "sample_every"):
+            require(getattr(self, name) >= 0, f"logging.{name} is {getattr(self, name)}; use 0 for never")
 
 
 @dataclass(frozen=True)
@@ -287,9 +317,13 @@ CHANGEABLE = {
     "training.steps",  # under a constant schedule only; see `difference`
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.keep_every",
+    "training.max_bad_steps",
+    "training.recompute",
+    "training.compile",
     "data.num_workers",
 }
-CHANGEABLE_SECTIONS = {"logging", "evaluation"}
+CHANGEABLE_SECTIONS = {"logging", "evaluation", "parallel"}
 
 
 def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -315,7 +349,7 @@ def flatten(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, An
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
     """Lines `name: old -> new` for every field that may not change while a run continues."""
-    fixed = set() if new.optimizer.schedule == "constant" else {"training.steps"}
+    fixed = {"parallel.pool"} | (set() if new.optimizer.schedule == "constant" else {"training.steps"})
     before, after = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
     return [
         f"{name}: {before[name]} -> {after[name]}"

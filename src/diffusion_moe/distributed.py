@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -28,3 +34,28 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def torchrun_processes(backend: str = "gloo", timeout: timedelta = timedelta(days=7)) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did, each with a GPU of its own where there are any.
+
+    Args:
+        backend: of the group. timeout: after which a process that waits for another gives up.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

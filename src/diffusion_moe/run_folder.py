@@ -54,6 +54,14 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    def average(self, decay: float) -> Path:
+        """Where a further average's model lies."""
+        return self.path / f"model-ema-{decay}"
+
+    @property
+    def previews(self) -> Path:
+        return self.path / "previews"
+
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"

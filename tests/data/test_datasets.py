@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import batches_from, load_dataset
-from diffusion_moe.data.table import resize_and_crop
 from diffusion_moe.data.order import Draw
+from diffusion_moe.data.table import resize_and_crop
 
 
 @pytest.fixture

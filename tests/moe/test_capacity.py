@@ -4,7 +4,13 @@ import math
 
 import torch
 
-from diffusion_moe.moe.capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, observed_threshold
+from diffusion_moe.moe.capacity import (
+    CapacityPredictor,
+    capacity_loss,
+    chosen_by_threshold,
+    chosen_from_pool,
+    observed_threshold,
+)
 
 
 def sigmoid(x: float) -> float:
@@ -26,7 +32,8 @@ def test_capacity_loss_is_binary_cross_entropy_against_who_was_chosen():
         for e in range(3):
             p = sigmoid(float(logits_TE[t, e]))
             total -= math.log(p if t in token_EC[e].tolist() else 1 - p)
-    torch.testing.assert_close(capacity_loss(logits_TE, token_EC), torch.tensor(total / 15))
+    chosen_TE = chosen_from_pool(token_EC, 5)
+    torch.testing.assert_close(capacity_loss(logits_TE, chosen_TE), torch.tensor(total / 15))
 
 
 def test_observed_threshold_is_the_kth_highest_probability():

@@ -7,14 +7,9 @@ import torch
 
 from diffusion_moe.data import batches_from, load_dataset
 from diffusion_moe.parsing import read_recipe
-from diffusion_moe.training.checkpoint import (
-    CheckpointError,
-    checkpoints_in,
-    load_checkpoint,
-    load_latest,
-    save_checkpoint,
-)
+from diffusion_moe.training.checkpoint import Checkpoints, load_checkpoint, state_tensors
 from diffusion_moe.training.step import make_state, train_step
+from diffusion_moe.training.storage import CheckpointError, checkpoint_path, checkpoints_in
 
 CPU = torch.device("cpu")
 
@@ -30,12 +25,16 @@ def run(recipe, state, steps):
         train_step(state, recipe, data.__getitems__(draws))
 
 
-def everything(state):
-    tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in state.ema.state_dict().items()}
-    for name, parameter in state.model.named_parameters():
-        tensors |= {f"{k}.{name}": v for k, v in state.optimizer.state[parameter].items()}
-    return tensors
+def save_checkpoint(folder, state, keep):
+    recipe = read_recipe("digits", [f"--training.keep_checkpoints={keep}"])
+    checkpoints = Checkpoints(folder, recipe.training)
+    checkpoints.save(state)
+    checkpoints.close()
+    return checkpoint_path(folder, state.step)
+
+
+def load_latest(folder, state):
+    return Checkpoints(folder, read_recipe("digits").training).load_latest(state)
 
 
 def test_a_restored_state_goes_on_bit_for_bit(recipe, tmp_path):
@@ -47,7 +46,10 @@ def test_a_restored_state_goes_on_bit_for_bit(recipe, tmp_path):
     load_checkpoint(path, restored)
     assert restored.step == 3
     run(recipe, restored, 3)
-    expected, found = everything(state), everything(restored)
+    expected, found = state_tensors(state), state_tensors(restored)
+    names = dict(state.model.named_parameters())
+    assert {f"optimizer.{moment}.{name}" for name in names for moment in ("step", "exp_avg")} < expected.keys()
+    assert {f"ema.{name}" for name in names} < expected.keys()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -62,31 +64,35 @@ def test_the_newest_are_kept_and_leftovers_go(recipe, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def _tensors(path):
+    return path / "tensors-00000-000.safetensors"
+
+
 def _truncate(path):
-    data = (path / "ema.safetensors").read_bytes()
-    (path / "ema.safetensors").write_bytes(data[: len(data) // 2])
+    data = _tensors(path).read_bytes()
+    _tensors(path).write_bytes(data[: len(data) // 2])
 
 
 def _flip_a_bit(path):
-    data = bytearray((path / "model.safetensors").read_bytes())
+    data = bytearray(_tensors(path).read_bytes())
     data[-5] ^= 1
-    (path / "model.safetensors").write_bytes(data)
+    _tensors(path).write_bytes(data)
 
 
 def _lose_a_file(path):
-    (path / "optimizer.safetensors").unlink()
+    _tensors(path).unlink()
 
 
 def _lose_the_manifest(path):
-    (path / "state.json").unlink()
+    (path / "manifest.json").unlink()
 
 
 def _cut_the_manifest(path):
-    (path / "state.json").write_text((path / "state.json").read_text()[:20])
+    (path / "manifest.json").write_text((path / "manifest.json").read_text()[:20])
 
 
 def _replace_the_manifest(path):
-    (path / "state.json").write_text(json.dumps([1, 2]))
+    (path / "manifest.json").write_text(json.dumps([1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(reci
     state = make_state(recipe, CPU)
     run(recipe, state, 1)
     good = save_checkpoint(tmp_path, state, keep=3)
-    at_one = {name: tensor.clone() for name, tensor in everything(state).items()}
+    at_one = {name: tensor.clone() for name, tensor in state_tensors(state).items()}
     run(recipe, state, 1)
     bad = save_checkpoint(tmp_path, state, keep=3)
     damage(bad)
@@ -109,7 +115,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(reci
     assert len(problems) == 1
     assert "step-00000002" in problems[0]
     assert restored.step == 1
-    assert all(torch.equal(tensor, at_one[name]) for name, tensor in everything(restored).items())
+    assert all(torch.equal(tensor, at_one[name]) for name, tensor in state_tensors(restored).items())
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_a_good_one(recipe, tmp_path):
@@ -136,10 +142,26 @@ def test_a_failed_save_leaves_the_older_checkpoint_whole(recipe, tmp_path, monke
     def full_disk(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffusion_moe.training.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("diffusion_moe.training.storage.writing.write_safetensors", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path, state, keep=1)
     assert load_latest(tmp_path, make_state(recipe, CPU)) == (good, [])
+
+
+def test_training_goes_on_while_the_state_of_the_call_is_written(recipe, tmp_path):
+    state = make_state(recipe, CPU)
+    run(recipe, state, 2)
+    state.excluded = {7}
+    at_two = {name: tensor.clone() for name, tensor in state_tensors(state).items()}
+    checkpoints = Checkpoints(tmp_path, recipe.training)
+    checkpoints.save(state)
+    run(recipe, state, 1)
+    checkpoints.close()
+    restored = make_state(recipe, CPU)
+    load_checkpoint(checkpoint_path(tmp_path, 2), restored)
+    assert (restored.step, restored.excluded) == (2, {7})
+    assert all(torch.equal(tensor, at_two[name]) for name, tensor in state_tensors(restored).items())
+    assert checkpoints.newest() == 2
 
 
 def test_another_models_checkpoint_is_refused(recipe, tmp_path, tiny):
@@ -147,6 +169,6 @@ def test_another_models_checkpoint_is_refused(recipe, tmp_path, tiny):
     run(recipe, state, 1)
     path = save_checkpoint(tmp_path, state, keep=1)
     other = make_state(read_recipe("digits", [*tiny, "--model.router=dense"]), CPU)
-    with pytest.raises(CheckpointError, match="does not fit") as caught:
+    with pytest.raises(CheckpointError, match="is of other tensors") as caught:
         load_checkpoint(path, other)
     assert "\n" not in str(caught.value)

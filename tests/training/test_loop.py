@@ -51,8 +51,7 @@ def wait_for_step(process, folder, step):
 
 def final_state(folder):
     path = folder / "checkpoints" / f"step-{STEPS:08d}"
-    files = ("model", "ema", "optimizer")
-    return {f"{file}.{k}": v for file in files for k, v in load_file(path / f"{file}.safetensors").items()}
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def losses(folder):
@@ -126,11 +125,11 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(tiny, tmp_path):
     recipe = read_recipe("digits", options(tiny))
     train(recipe, tmp_path / "whole", say=quietly)
     train(recipe, tmp_path / "damaged", say=quietly)
-    newest = tmp_path / "damaged" / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors"
+    newest = tmp_path / "damaged" / "checkpoints" / f"step-{STEPS:08d}" / "tensors-00000-000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     lines = []
     train(recipe, tmp_path / "damaged", say=lines.append)
-    assert any("warning" in line and "model.safetensors has" in line for line in lines)
+    assert any("warning" in line and "tensors-00000-000.safetensors has" in line for line in lines)
     assert any("resuming from" in line and "step-00000008" in line for line in lines)
     assert_same_run(tmp_path / "whole", tmp_path / "damaged")
 
@@ -138,7 +137,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(tiny, tmp_path):
 def test_if_no_checkpoint_is_good_training_does_not_silently_start_anew(tiny, tmp_path):
     recipe = read_recipe("digits", options(tiny))
     train(recipe, tmp_path, say=quietly)
-    for path in tmp_path.glob("checkpoints/*/state.json"):
+    for path in tmp_path.glob("checkpoints/*/manifest.json"):
         path.unlink()
     with pytest.raises(ValueError, match="no checkpoint in"):
         train(recipe, tmp_path, say=quietly)
@@ -162,6 +161,11 @@ def test_the_run_folder_is_as_documented(tiny, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000012", "step-00000008"}
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"step", "loss", "grad_norm", "learning_rate", "images_per_second", "loss_capacity"} <= row.keys()
+    assert {"model_tflops", "memory_gb", "imbalance", "seconds_data", "seconds_forward"} <= row.keys()
+    assert {"moe_0/load_max", "moe_0/load_entropy", "moe_0/dead_experts", "moe_0/threshold"} <= row.keys()
+    assert row["moe_0/capacity"] == recipe.model.capacity  # a pool is always full
+    bins = [value for name, value in row.items() if name.startswith("loss_t")]
+    assert min(bins) <= row["loss"] <= max(bins)
 
 
 def test_the_saved_model_is_the_average(tiny, tmp_path):
@@ -169,7 +173,7 @@ def test_the_saved_model_is_the_average(tiny, tmp_path):
 
     train(read_recipe("digits", options(tiny)), tmp_path, say=quietly)
     saved = DiT.from_pretrained(tmp_path / "model").state_dict()
-    average = load_file(tmp_path / "checkpoints" / f"step-{STEPS:08d}" / "ema.safetensors")
+    average = {name[4:]: tensor for name, tensor in final_state(tmp_path).items() if name.startswith("ema.")}
     assert saved.keys() == average.keys()
     assert all(torch.equal(saved[name], average[name]) for name in saved)
 

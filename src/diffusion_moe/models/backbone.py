@@ -181,14 +181,14 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         for experts in [module for module in self.modules() if isinstance(module, GroupedExperts)]:
             apply_layerwise_casting_hook(experts, storage_dtype, compute_dtype, options.get("non_blocking", False))
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str = "inductor", fullgraph: bool = True) -> None:
         """Compile every block by `torch.compile`, once. Blocks of a kind share their code.
 
         The second batch size a block meets makes its code good for any; routing state changes nothing.
         """
         for block in self.blocks:
             if block._compiled_call_impl is None:
-                block.compile(fullgraph=True, backend=backend)
+                block.compile(fullgraph=fullgraph, backend=backend)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, RoutingReport | None]:
         """Apply a block, recomputing it in the backward pass if gradient checkpointing is on."""

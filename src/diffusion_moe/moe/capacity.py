@@ -28,10 +28,15 @@ class CapacityPredictor(nn.Sequential):
         return activated_linear(last, "silu", first(x_TD))
 
 
-def capacity_loss(logits_TE: Tensor, token_EC: Tensor) -> Tensor:
+def capacity_loss(logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
     """Binary cross-entropy of the predictor against who was chosen, mean over tokens and experts (DiffMoE)."""
-    chosen_ET = torch.zeros_like(logits_TE.T).scatter(1, token_EC, 1.0)
-    return F.binary_cross_entropy_with_logits(logits_TE, chosen_ET.T)
+    return F.binary_cross_entropy_with_logits(logits_TE, chosen_TE.to(logits_TE.dtype))
+
+
+def chosen_from_pool(token_EC: Tensor, num_tokens: int) -> Tensor:
+    """Who was chosen, boolean, (T, E)."""
+    chosen_ET = torch.zeros(len(token_EC), num_tokens, dtype=torch.bool, device=token_EC.device)
+    return chosen_ET.scatter(1, token_EC, True).T
 
 
 def observed_threshold(logits_TE: Tensor, capacity: int) -> Tensor:

@@ -6,14 +6,20 @@ projection (F for GELU, 2F for SwiGLU: gates first, then values).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from .activation import ExpertActivation, activate
 from .expert_autograd import ExpertFunction, by_token
 from .ops import gmm
+from .parallel import parallel_experts
 from .precision import compute_dtype
 from .routing import Routing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GroupedExperts(nn.Module):
@@ -26,6 +32,8 @@ class GroupedExperts(nn.Module):
 
     recompute = False
     """Whether the backward pass makes the first projection again: a third less kept, a fifth more products."""
+    group: ProcessGroup | None = None
+    """Processes that the experts are spread over (see `moe.parallel`); None: all are here."""
     is_transposed = True
     """For peft: the matrices are (inputs, outputs), so that LoRA's A reads the inputs."""
 
@@ -61,6 +69,8 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of each token's experts, (T, D) in the dtype of x_TD; zero for a token with none."""
+        if self.group is not None:
+            return parallel_experts(self, x_TD, routing, self.group)
         dtype = compute_dtype(x_TD)
         if self.dropout.p and self.training:
             return self._with_dropout(x_TD.to(dtype), routing).to(x_TD.dtype)

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .balance import balance_loss, moved_correction
-from .capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, observed_threshold
+from .capacity import (
+    CapacityPredictor,
+    capacity_loss,
+    chosen_by_threshold,
+    chosen_from_pool,
+    observed_threshold,
+)
+from .parallel import gathered
 from .precision import full_precision
 from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,8 @@ class BatchPool(Router):
     threshold: Tensor
     threshold_scale: float = 1.0
     """Factor on the thresholds at inference: below 1 more compute for each token, above 1 less."""
+    group: ProcessGroup | None = None
+    """Processes whose batches make one pool while training; None: the pool is this process' batch."""
     capacity_limit: float | None = None
     """Experts a token on average that inference makes room for; None: as many as the thresholds choose."""
 
@@ -224,10 +236,32 @@ class BatchPool(Router):
             room = None if self.capacity_limit is None else math.ceil(self.capacity_limit * len(gate_TE))
             return route_by_mask(chosen_PME.flatten(0, 1), gate_TE, room)
         gate_TE, predicted_TE = gate_BNE.flatten(0, 1), predicted_BNE.flatten(0, 1)
+        if self.group is not None:
+            return self.route_over_processes(gate_TE, predicted_TE, self.group)
         slots = self.slots(len(gate_TE))
         weight_EC, token_EC = gate_TE.T.topk(slots, dim=-1, sorted=False)
-        losses = {"capacity": self.config.capacity_loss_weight * capacity_loss(predicted_TE, token_EC)}
+        losses = self.losses(predicted_TE, chosen_from_pool(token_EC, len(gate_TE)))
         return route_by_expert(token_EC, weight_EC, losses, observed_threshold(predicted_TE, slots))
+
+    def route_over_processes(self, gate_TE: Tensor, predicted_TE: Tensor, group: ProcessGroup) -> Routing:
+        """The same over the tokens of a group of processes, of which each serves its own.
+
+        Costs one gathering of all scores and probabilities, and one synchronisation for how many were chosen here.
+        """
+        every_T2E = gathered(torch.stack((gate_TE, predicted_TE), dim=1), group)
+        every_gate_TE, every_predicted_TE = every_T2E.unbind(1)
+        slots = self.slots(len(every_gate_TE))
+        token_EC = every_gate_TE.T.topk(slots, dim=-1, sorted=False).indices
+        chosen_TE = chosen_from_pool(token_EC, len(every_gate_TE)).chunk(group.size())[group.rank()]
+        routing = route_by_mask(chosen_TE, gate_TE)
+        report = routing.report._replace(
+            losses=self.losses(predicted_TE, chosen_TE), threshold_E=observed_threshold(every_predicted_TE, slots)
+        )
+        return routing._replace(report=report)
+
+    def losses(self, predicted_TE: Tensor, chosen_TE: Tensor) -> dict[str, Tensor]:
+        """What the predictor learns from."""
+        return {"capacity": self.config.capacity_loss_weight * capacity_loss(predicted_TE, chosen_TE)}
 
     def update_state(self, report: RoutingReport) -> None:
         assert report.threshold_E is not None

@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..moe.parallel import local_part
+
 
 def averaged_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and persistent buffers (thresholds, correction biases), in the order of the state dict."""
-    return [tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
+    """Parameters and persistent buffers (thresholds, correction biases), in the order of the state dict.
+
+    Of a model spread over processes, what is held here.
+    """
+    tensors = model.state_dict(keep_vars=True).values()
+    return [part for tensor in tensors if (part := local_part(tensor)) is not None and part.is_floating_point()]
 
 
 @torch.no_grad()

@@ -6,29 +6,42 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..run_folder import write_atomically
+from ..config import Recipe, TrainingConfig, to_dict
+from ..run_folder import RunFolder, write_atomically
+from .step import StepResult
 
 
 class MetricsLog:
-    """One JSON line a logged step, and the same numbers for TensorBoard.
+    """One JSON line a logged step, and the same numbers for TensorBoard and, if asked for, Weights & Biases.
 
     On resuming from an earlier step the lines after it go: their steps are taken again, with the same numbers.
     """
 
-    def __init__(self, path: Path, tensorboard: Path | None, resumed_step: int) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, resumed_step: int) -> None:
+        """Raises ValueError if Weights & Biases is asked for and not installed."""
+        self.run, self.recipe = run, recipe
+        self.wandb = _wandb_run(run, recipe) if recipe.logging.wandb is not None else None
+        self._open(resumed_step)
+
+    def _open(self, step: int) -> None:
+        path = self.run.metrics
         if path.exists():
-            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             write_atomically(path, "".join(f"{row}\n" for row in rows))
         self.file = path.open("a")
         self.board = None
-        if tensorboard is not None:
+        if self.recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1)
+            self.board = SummaryWriter(str(self.run.tensorboard), purge_step=step + 1)
+
+    def go_back(self, step: int) -> None:
+        """Forget what came after a step, for it is taken again."""
+        self._close_files()
+        self._open(step)
 
     def write(self, step: int, numbers: dict[str, Any]) -> None:
         self.file.write(json.dumps({"step": step, **numbers}) + "\n")
@@ -36,11 +49,31 @@ class MetricsLog:
         if self.board is not None:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
 
     def close(self) -> None:
+        self._close_files()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _close_files(self) -> None:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def _wandb_run(run: RunFolder, recipe: Recipe) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"logging.wandb is {recipe.logging.wandb}, but the package wandb is not installed; pip install wandb"
+        ) from error
+    name = run.path.resolve().name
+    return wandb.init(
+        project=recipe.logging.wandb, name=name, id=name, dir=str(run.path), resume="allow", config=to_dict(recipe)
+    )
 
 
 def _step_of(line: str) -> float:
@@ -53,9 +86,10 @@ def _step_of(line: str) -> float:
 class Progress:
     """A bar on a terminal, plain lines elsewhere; both with step, loss, images per second and time left."""
 
-    def __init__(self, step: int, steps: int, batch_size: int, say: Callable[[str], None]) -> None:
-        self.first, self.steps, self.batch_size, self.say = step, steps, batch_size, say
-        self.began = time.perf_counter()
+    def __init__(self, step: int, recipe: TrainingConfig, every: int, say: Callable[[str], None]) -> None:
+        self.first, self.steps, self.batch_size = step, recipe.steps, recipe.batch_size
+        self.every, self.say = every, say
+        self.began = self.spoke = time.perf_counter()
         self.bar: Any = None
 
     def __enter__(self) -> Self:
@@ -80,18 +114,18 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def images_per_second(self, step: int) -> float:
-        """Since this process began training."""
-        return (step - self.first) * self.batch_size / max(time.perf_counter() - self.began, 1e-9)
-
-    def show(self, step: int, loss: float, line: bool) -> None:
-        """Move the bar, or print a line if it is time for one."""
-        speed = self.images_per_second(step)
+    def show(self, result: StepResult) -> None:
+        """Move the bar, or print a line if it is time for one: at the first and last logged step, else every 10 s."""
+        step, now = result.step, time.perf_counter()
+        speed = (step - self.first) * self.batch_size / max(now - self.began, 1e-9)
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=f"loss {loss:.4f}  {speed:.0f} images/s")
-        elif line:
+            self.bar.update(self.task, completed=step, description=f"loss {result.loss:.4f}  {speed:.0f} images/s")
+            return
+        logged = step % self.every == 0
+        if step == self.steps or step == self.every or (logged and now - self.spoke > 10):
+            self.spoke = now
             left = (self.steps - step) * self.batch_size / speed
-            self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {speed:.0f} images/s  {_clock(left)} left")
+            self.say(f"step {step}/{self.steps}  loss {result.loss:.4f}  {speed:.0f} images/s  {_clock(left)} left")
 
 
 def _clock(seconds: float) -> str:

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
 
 from ..config import Recipe
-from ..data import Batch, ImageDataset, SkippedLog, batches_from, load_dataset
-from ..run_folder import DATA, ORIGIN, RunFolder
-from .checkpoint import load_latest, save_checkpoint
+from ..data import Batch, ImageDataset, SkippedLog, load_dataset
+from ..distributed import barrier, is_main, torchrun_processes
+from ..models import Backbone
+from ..run_folder import DATA, ORIGIN, RunFolder, write_atomically
+from .checkpoint import Checkpoints
+from .feed import batches, images_of_step
 from .log import MetricsLog, Progress
+from .parallelize import check_parallel, make_layout, whole_model
+from .signals import requests_to_stop
+from .speed import Speedometer
 from .step import StepResult, TrainState, make_state, train_step
+from .validation import Validation
 
 Say = Callable[[str], None]
+Preview = Callable[[Backbone, Path], None]
+"""Draws some images of a model into a file; called by all processes, writes on the main one."""
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for another before it gives up."""
 
 
 class Outcome(NamedTuple):
@@ -33,15 +43,21 @@ class Outcome(NamedTuple):
     """The signal that ended it before the last step."""
 
 
+class NonFiniteError(RuntimeError):
+    """The loss stays not finite; the message names the file that lists the images."""
+
+
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device a recipe asks for.
+    """The device a recipe asks for; of several processes, each its own.
 
     Raises:
         ValueError: CUDA is asked for and not there.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("training.device is cuda, but no CUDA device is available; set it to auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
@@ -63,154 +79,224 @@ def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
         )
 
 
-def train(recipe: Recipe, output_dir: Path, resume: Literal["auto", "never"] = "auto", say: Say = print) -> Outcome:
+def train(
+    recipe: Recipe,
+    output_dir: Path,
+    resume: Literal["auto", "never"] = "auto",
+    say: Say = print,
+    preview: Preview | None = None,
+) -> Outcome:
     """Train until the recipe's last step, or until Ctrl-C or SIGTERM, which save a checkpoint first.
+
+    Under torchrun every process calls this.
 
     Args:
         output_dir: the run folder; if it holds this recipe's run, training goes on from its last good checkpoint.
-        say: receives lines of progress.
+        say: receives lines of progress. preview: draws pictures every `logging.sample_every` steps.
 
     Raises:
-        ValueError: the data, the folder or the checkpoints do not fit. NonFiniteError: see `train_step`.
+        ValueError: the data, the folder, the processes or the checkpoints do not fit. NonFiniteError: the loss stays
+            not finite.
     """
-    device = choose_device(recipe.training.device)
-    dataset = load_dataset(recipe.data, "train", recipe.training.seed)
-    check_fit(recipe, dataset)
-    state = make_state(recipe, device)
-    run = RunFolder(output_dir)
-    run.claim(recipe, resume)
-    _resume(run, state, recipe.training.steps, say)
-    with _signals() as received:
-        if state.step < recipe.training.steps:
-            _loop(state, recipe, dataset, run, received, say)
-    if received and state.step < recipe.training.steps:
-        return Outcome(state.step, received[0])
-    _publish(run, state, recipe, dataset)
-    say(f"trained {state.step} steps; the averaged model is in {run.model}")
-    return Outcome(state.step)
+    backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
+    with torchrun_processes(backend, PATIENCE):
+        return Trainer(recipe, RunFolder(output_dir), resume, say if is_main() else _silent, preview).run()
 
 
-def _publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDataset) -> None:
-    """Write the averaged model, whole or not at all, with notes of its origin and of its data."""
-    partial = run.model.with_name("model.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    state.ema.save_pretrained(partial)
-    origin = {"training_steps": state.step, "ema_decay": recipe.training.ema_decay}
-    (partial / ORIGIN).write_text(json.dumps(origin) + "\n")
-    (partial / DATA).write_text(json.dumps(dataset.record()) + "\n")
-    shutil.rmtree(run.model, ignore_errors=True)
-    partial.rename(run.model)
+def _silent(line: str) -> None:
+    """What processes other than the main one say."""
 
 
-def _resume(run: RunFolder, state: TrainState, steps: int, say: Say) -> None:
-    path, problems = load_latest(run.checkpoints, state)
-    for problem in problems:
-        say(f"warning: {problem}")
-    if path is None and problems:
-        raise ValueError(f"no checkpoint in {run.checkpoints} can be used; move them away to start anew")
-    if path is not None:
-        say(f"resuming from {path}" if state.step < steps else f"{path} is already at the last step")
+class _GoBack(Exception):
+    """Too many steps in a row were not finite."""
 
 
-def _loop(
-    state: TrainState, recipe: Recipe, dataset: ImageDataset, run: RunFolder, received: list[int], say: Say
-) -> None:
-    training, every = recipe.training, recipe.logging.every
-    log = MetricsLog(run.metrics, run.tensorboard if recipe.logging.tensorboard else None, state.step)
-    spoke, skipped, skipped_log = time.perf_counter(), 0, SkippedLog(run.skipped)
-    try:
-        with (
-            Progress(state.step, training.steps, training.batch_size, say) as progress,
-            closing(_batches(recipe, dataset, state.step)) as batches,
-        ):
-            for batch in batches:
-                skipped += batch.skipped
-                skipped_log.note(batch.skipped_names)
-                result = train_step(state, recipe, batch)
-                last = state.step == training.steps
-                if state.step % every == 0 or last:
-                    log.write(state.step, _numbers(result, skipped, progress.images_per_second(state.step)))
-                # A line at the first logged step, then one every ten seconds.
-                line = last or state.step == every or (state.step % every == 0 and time.perf_counter() - spoke > 10)
-                progress.show(state.step, result.loss, line)
-                spoke = time.perf_counter() if line else spoke
-                if last or received or state.step % training.checkpoint_every == 0:
-                    save_checkpoint(run.checkpoints, state, training.keep_checkpoints)
-                if received:
-                    break
-    finally:
-        log.close()
-    if skipped:
-        say(
-            f"warning: {skipped} unreadable images were replaced by others (data.on_corrupt is skip); "
-            f"{run.skipped} names them"
+class Trainer:
+    """One run on one process, or one process' part in it."""
+
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, resume: Literal["auto", "never"], say: Say, preview: Preview | None
+    ) -> None:
+        self.recipe, self.run_folder, self.say, self.preview = recipe, run, say, preview
+        check_parallel(recipe)
+        self.device = choose_device(recipe.training.device)
+        self.layout = make_layout(recipe.parallel, self.device)
+        self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
+        check_fit(recipe, self.dataset)
+        self.state = make_state(recipe, self.device, self.layout)
+        if is_main():
+            run.claim(recipe, resume)
+        barrier()
+        self.checkpoints = Checkpoints(run.checkpoints, recipe.training)
+        self.pending: deque[StepResult] = deque()
+        self.bad: list[int] = []
+        """Steps that were not finite since the last one that was."""
+        self.went_back_to: int | None = None
+        self.stopping = False
+
+    def run(self) -> Outcome:
+        """Train, and write the averaged model."""
+        state, steps = self.state, self.recipe.training.steps
+        self._resume()
+        with requests_to_stop() as received, closing(self.checkpoints):
+            if state.step < steps:
+                self._take_steps(received)
+            if self.stopping and state.step < steps:
+                return Outcome(state.step, received[0] if received else 15)
+        publish(self.run_folder, state, self.recipe, self.dataset)
+        self.say(f"trained {state.step} steps; the averaged model is in {self.run_folder.model}")
+        return Outcome(state.step)
+
+    def _resume(self) -> None:
+        path, problems = self.checkpoints.load_latest(self.state)
+        for problem in problems:
+            self.say(f"warning: {problem}")
+        if path is None and problems:
+            raise ValueError(
+                f"no checkpoint in {self.run_folder.checkpoints} can be used; move them away to start anew"
+            )
+        if path is not None:
+            done = self.state.step >= self.recipe.training.steps
+            self.say(f"{path} is already at the last step" if done else f"resuming from {path}")
+
+    def _take_steps(self, received: list[int]) -> None:
+        recipe, state, run = self.recipe, self.state, self.run_folder
+        self.speed = Speedometer(recipe, self.device)
+        self.validation = Validation(recipe, self.device) if recipe.logging.validate_every else None
+        self.skipped, self.skipped_log = 0, SkippedLog(run.skipped)
+        self.log = MetricsLog(run, recipe, state.step) if is_main() else None
+        try:
+            with Progress(state.step, recipe.training, recipe.logging.every, self.say) as self.progress:
+                while state.step < recipe.training.steps and not self.stopping:
+                    try:
+                        self._pass(received)
+                    except _GoBack:
+                        self._go_back()
+        finally:
+            if self.log is not None:
+                self.log.close()
+        if self.skipped:
+            self.say(
+                f"warning: {self.skipped} unreadable images were replaced by others (data.on_corrupt is skip); "
+                f"{run.skipped} names them"
+            )
+
+    def _pass(self, received: list[int]) -> None:
+        """Steps one after the other, until the last or until asked to stop."""
+        state, recipe = self.state, self.recipe
+        with closing(batches(recipe, self.dataset, state.step)) as feed:
+            for batch in feed:
+                self.speed.lap("data")
+                self._note_skipped(batch)
+                if state.step + 1 in state.excluded:
+                    state.step += 1
+                else:
+                    detailed = self._due(recipe.logging.every, state.step + 1)
+                    self.pending.append(train_step(state, recipe, batch, bool(received), detailed, self.speed.lap))
+                    # A step's numbers are read while the next one runs.
+                    self._settle(keep=0 if self._pauses() else 1)
+                if self.stopping:
+                    self._settle(keep=0)
+                self._at_intervals()
+                if self.stopping:
+                    return
+
+    def _due(self, every: int, step: int) -> bool:
+        return bool(every) and (step % every == 0 or step == self.recipe.training.steps)
+
+    def _pauses(self) -> bool:
+        """Whether something happens after this step that wants all numbers read."""
+        training, logging, step = self.recipe.training, self.recipe.logging, self.state.step
+        intervals = (training.checkpoint_every, logging.validate_every, logging.sample_every)
+        return any(self._due(every, step) for every in intervals)
+
+    def _settle(self, keep: int) -> None:
+        """Read the numbers of all steps but the last few; log them, and see whether they are finite."""
+        while len(self.pending) > keep:
+            result = self.pending.popleft()
+            self.stopping |= result.stop
+            if result.finite:
+                self.bad.clear()
+            else:
+                self.bad.append(result.step)
+                self.say(
+                    f"warning: step {result.step} was left out: its loss is {result.loss} and its gradient's norm "
+                    f"{result.grad_norm}"
+                )
+                if len(self.bad) > self.recipe.training.max_bad_steps:
+                    self.pending.clear()
+                    raise _GoBack
+            if self._due(self.recipe.logging.every, result.step):
+                numbers = self.speed.numbers(result) | ({"skipped_images": self.skipped} if self.skipped else {})
+                if self.log is not None:
+                    self.log.write(result.step, numbers)
+            self.progress.show(result)
+
+    def _at_intervals(self) -> None:
+        """Checkpoint, held-out loss and pictures, where they are due."""
+        training, logging, step = self.recipe.training, self.recipe.logging, self.state.step
+        if self.validation is not None and self._due(logging.validate_every, step):
+            losses = self.validation.losses(self.state)
+            if self.log is not None:
+                self.log.write(step, losses)
+            self.say(f"step {step}  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        if self.preview is not None and self._due(logging.sample_every, step):
+            self.preview(self.state.ema, self.run_folder.previews / f"step-{step:08d}.png")
+        if self.stopping or self._due(training.checkpoint_every, step):
+            self.checkpoints.save(self.state)
+        self.speed.forget()
+
+    def _go_back(self) -> None:
+        """Leave the bad steps' batches out, from the last good checkpoint on.
+
+        Raises:
+            NonFiniteError: we have been there before.
+        """
+        bad, state = list(self.bad), self.state
+        self.bad.clear()
+        self.checkpoints.wait()
+        before = self.checkpoints.newest()
+        if (before or 0) == self.went_back_to:
+            raise NonFiniteError(self._name_images(bad))
+        excluded = state.excluded | set(bad)
+        if before is None:
+            state.replace_by(make_state(self.recipe, self.device, self.layout))
+        else:
+            self.checkpoints.load_latest(state)
+        self.went_back_to, state.excluded = before or 0, excluded
+        if self.log is not None:
+            self.log.go_back(state.step)
+        self.say(f"warning: went back to step {state.step}; the batches of steps {bad[0]} to {bad[-1]} are left out")
+
+    def _name_images(self, bad: list[int]) -> str:
+        path = self.run_folder.path / "bad-batches.json"
+        if is_main():
+            images = {str(step): images_of_step(self.recipe, self.dataset, step) for step in bad}
+            write_atomically(path, json.dumps({"steps": bad, "training_images": images}) + "\n")
+        return (
+            f"the loss or gradient of steps {bad[0]} to {bad[-1]} is not finite, also after going back once; "
+            f"{path} lists their images"
         )
 
-
-def _batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Generator[Batch, None, None]:
-    training = recipe.training
-    order = batches_from(step, training.steps, len(dataset), training.batch_size, training.seed)
-    loader: DataLoader = DataLoader(
-        dataset,  # type: ignore[arg-type]  # it fetches whole batches, see ImageDataset.__getitems__
-        batch_sampler=order,  # type: ignore[arg-type]
-        num_workers=recipe.data.num_workers,
-        collate_fn=_as_fetched,  # type: ignore[arg-type]
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
-    iterator = iter(loader)
-    try:
-        yield from iterator
-    except ValueError as error:  # a worker process sends its traceback along; its last line is the message
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-    finally:
-        if recipe.data.num_workers:  # they ignore SIGTERM, so that nobody else could end them
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+    def _note_skipped(self, batch: Batch) -> None:
+        self.skipped += batch.skipped
+        self.skipped_log.note(batch.skipped_names)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the loop needs its workers until it has saved."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
-
-
-def _as_fetched(batch: Batch) -> Batch:
-    return batch
-
-
-def _numbers(result: StepResult, skipped: int, speed: float) -> dict[str, float]:
-    numbers = {
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "learning_rate": result.learning_rate,
-        "images_per_second": round(speed, 1),
-    }
-    numbers |= {f"loss_{name}": value for name, value in result.router_losses.items()}
-    if result.imbalance:
-        numbers["imbalance"] = result.imbalance
-    if skipped:
-        numbers["skipped_images"] = skipped
-    return numbers
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The list fills with SIGINT or SIGTERM as they come; a second one acts at once."""
-    received: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        for name, handler in previous.items():
-            signal.signal(name, handler)
-
-    try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            previous[name] = signal.signal(name, note)
-    except ValueError:  # not in the main thread: the caller handles its signals
-        previous.clear()
-    try:
-        yield received
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+def publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDataset) -> None:
+    """Write the averaged models, each whole or not at all, with notes of their origin and of their data."""
+    averages = {recipe.training.ema_decay: state.ema, **state.more_emas}
+    for decay, ema in averages.items():
+        target = run.model if ema is state.ema else run.average(decay)
+        whole = whole_model(ema, recipe)
+        if whole is None:
+            continue
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        whole.save_pretrained(partial)
+        origin = {"training_steps": state.step, "ema_decay": decay}
+        (partial / ORIGIN).write_text(json.dumps(origin) + "\n")
+        (partial / DATA).write_text(json.dumps(dataset.record()) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    barrier()

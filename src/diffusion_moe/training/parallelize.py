@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..config import ParallelConfig, Recipe
-from ..models import Backbone
+from ..distributed import is_main, world_size
+from ..models import Backbone, make_model
 from ..moe import GroupedExperts, MoEFeedForward, Router
 from ..moe.routers import BatchPool
 
@@ -42,7 +43,7 @@ def make_layout(config: ParallelConfig, device: torch.device) -> Layout | None:
         ValueError: their product is not the number of processes.
     """
     replicate, shard, experts = config.replicate, config.shard, config.experts
-    product, world = replicate * shard * experts, dist.get_world_size() if dist.is_initialized() else 1
+    product, world = replicate * shard * experts, world_size()
     if product != world:
         raise ValueError(
             f"parallel.replicate x shard x experts is {replicate} x {shard} x {experts} = {product}, but there "
@@ -105,7 +106,9 @@ def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
 
 def _stays_wide(module: nn.Module) -> bool:
     """Routers and norms with parameters compute in float32."""
-    return isinstance(module, Router) or (isinstance(module, nn.LayerNorm | nn.RMSNorm) and any(module.parameters()))
+    return isinstance(module, Router) or (
+        isinstance(module, nn.LayerNorm | nn.RMSNorm) and bool(list(module.parameters()))
+    )
 
 
 def _spread_experts(experts: GroupedExperts, layout: Layout, policy: Any) -> None:
@@ -127,3 +130,24 @@ def _spread_experts(experts: GroupedExperts, layout: Layout, policy: Any) -> Non
     )
     # The loss is a mean over all processes, also where an expert's gradient is summed over fewer.
     experts.set_gradient_divide_factor(float(mesh.size()))  # type: ignore[operator]
+
+
+def whole_model(model: Backbone, recipe: Recipe) -> Backbone | None:
+    """A model in one piece: itself if it is not spread, else a copy on the CPU of the main process; None elsewhere.
+
+    All processes call this together.
+    """
+    if world_size() == 1:
+        return model
+    tensors = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+    if not is_main():
+        return None
+    with torch.device("meta"):
+        whole = make_model(recipe.model)
+    whole.load_state_dict(tensors, assign=True)
+    return whole
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.cpu() if is_main() else full.new_empty(0)

@@ -1,11 +1,15 @@
-"""One optimizer step: loss, gradient, update, routing state, moving average."""
+"""One optimizer step: loss, gradient, update, routing state, moving average.
+
+The host never waits for the device in a step: whether the gradient is finite decides on the device, and numbers come
+over in the background.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,15 +21,16 @@ from ..diffusion.ddpm import ddpm_losses, linear_schedule, noised
 from ..diffusion.loss import flow_loss
 from ..diffusion.path import rectified_flow
 from ..diffusion.times import draw_steps, draw_times
+from ..distributed import all_reduce_sum, world_size
 from ..models import Backbone, DiTOutput, make_model
-from ..moe import RoutingReport, merge_reports, routers_of, update_routing_state
+from ..moe import GroupedExperts, RoutingReport, merge_reports, routers_of, update_routing_state
 from ..randomness import derive_seed, normal, uniform
 from .ema import update_ema
-from .optimizer import learning_rate, make_optimizer
+from .measures import HostCopy, loss_by_time, routing_measures
+from .optimizer import LocalAdamW, clip_, global_norm, learning_rate, make_optimizer
+from .parallelize import Layout, parallelize
 
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not finite; weights, moments and routing state are as before the step."""
+DDPM_STEPS = 1000
 
 
 @dataclass
@@ -34,42 +39,96 @@ class TrainState:
 
     model: Backbone
     ema: Backbone
-    optimizer: torch.optim.AdamW
+    optimizer: LocalAdamW
     step: int = 0
     """Steps done."""
+    layout: Layout | None = None
+    """Where the processes stand; None for a single one."""
+    more_emas: dict[float, Backbone] = field(default_factory=dict)
+    """Further averages by decay."""
+    excluded: set[int] = field(default_factory=set)
+    """Steps whose batches are left out, for they spoiled the loss."""
+
+    def replace_by(self, other: TrainState) -> None:
+        """Become another state."""
+        vars(self).update(vars(other))
 
 
 class StepResult(NamedTuple):
-    """What is worth logging of one step."""
+    """What is worth logging of one step; reading a number waits until it has come to the host."""
 
-    loss: float
-    grad_norm: float
-    """Before clipping."""
+    step: int
     learning_rate: float
-    router_losses: dict[str, float]
-    """Already weighted, summed over layers."""
-    imbalance: float
-    """Load of the busiest expert over the mean load, averaged over layers; 1 is even, 0 without experts."""
+    numbers: HostCopy
+    """loss, grad_norm (before clipping), finite, stop, `loss_NAME` of each router loss (already weighted, summed over
+    layers), and with `detailed` what `measures` adds."""
+
+    @property
+    def loss(self) -> float:
+        """Of the diffusion, mean over the global batch."""
+        return self.numbers.read()["loss"]
+
+    @property
+    def grad_norm(self) -> float:
+        """Before clipping."""
+        return self.numbers.read()["grad_norm"]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step was taken; if not, weights, moments and routing state are as before."""
+        return self.numbers.read()["finite"] > 0
+
+    @property
+    def stop(self) -> bool:
+        """Whether a process asked to stop."""
+        return self.numbers.read()["stop"] > 0
 
 
-def make_state(recipe: Recipe, device: torch.device) -> TrainState:
-    """A fresh model, a function of the seed, with its average and optimizer."""
+def make_state(recipe: Recipe, device: torch.device, layout: Layout | None = None) -> TrainState:
+    """A fresh model, a function of the seed, with its averages and optimizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
         model = make_model(recipe.model)
+    return state_of(model, recipe, device, layout)
+
+
+def state_of(model: Backbone, recipe: Recipe, device: torch.device, layout: Layout | None = None) -> TrainState:
+    """The state of training at its beginning, for a model of any origin."""
+    training = recipe.training
     model.to(device).train()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    return TrainState(model, ema, make_optimizer(model, recipe.optimizer))
+    averages = [
+        copy.deepcopy(model).eval().requires_grad_(False) for _ in (training.ema_decay, *training.more_ema_decays)
+    ]
+    if training.recompute == "blocks":
+        model.enable_gradient_checkpointing()
+    for experts in [module for module in model.modules() if isinstance(module, GroupedExperts)]:
+        experts.recompute = training.recompute == "experts"
+    if training.compile:
+        model.compile_blocks(fullgraph=layout is None)
+    if layout is not None:
+        for each in (model, *averages):
+            parallelize(each, recipe, layout)
+    more = dict(zip(training.more_ema_decays, averages[1:]))
+    return TrainState(model, averages[0], make_optimizer(model, recipe.optimizer), layout=layout, more_emas=more)
 
 
 class LossParts(NamedTuple):
     """The loss of one micro-batch."""
 
-    diffusion: Tensor
+    diffusion_B: Tensor
+    """Of each image."""
+    time_B: Tensor
+    """Its time in [0, 1]: t of a flow, the step over 1000 of ddpm."""
     routers: dict[str, Tensor]
     reports: tuple[RoutingReport, ...]
 
+    @property
+    def diffusion(self) -> Tensor:
+        """The mean over the images."""
+        return self.diffusion_B.mean()
+
     def total(self) -> Tensor:
+        """What the gradient is taken of."""
         return self.diffusion + sum(self.routers.values())
 
 
@@ -88,24 +147,34 @@ def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, s
     if labels is not None and model.null_class is not None:
         dropped = uniform(seed, "class_dropout", step, samples) < recipe.diffusion.class_dropout
         labels = torch.where(dropped, model.null_class, labels)
+    if recipe.model.process == "ddpm":
+        t = draw_steps(seed, step, samples)
+    else:
+        t = draw_times(recipe.diffusion, seed, step, samples)
+    return loss_at(model, recipe, images, labels, noise, t)
 
-    def answer(x_t: Tensor, t: Tensor) -> DiTOutput:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+
+def loss_at(
+    model: Backbone, recipe: Recipe, images: Tensor, labels: Tensor | None, noise: Tensor, t: Tensor
+) -> LossParts:
+    """Loss for given noise and times (of ddpm, steps)."""
+
+    def answer(x_t: Tensor) -> DiTOutput:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
             return model(x_t, t, labels)
 
     if recipe.model.process == "ddpm":
-        schedule, t = linear_schedule(), draw_steps(seed, step, samples)
-        out = answer(noised(schedule, images, noise, t), t)
+        schedule = linear_schedule()
+        out = answer(noised(schedule, images, noise, t))
         losses = ddpm_losses(out.sample.float(), images, noise, t, schedule)
-        loss = losses.mse + losses.vb
+        loss, time = losses.mse + losses.vb, t / DDPM_STEPS
     else:
-        t = draw_times(recipe.diffusion, seed, step, samples)
         point = rectified_flow(images, recipe.model.noise_scale * noise, t)
-        out = answer(point.x_t, t)
+        out, time = answer(point.x_t), t
         loss = flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.model.min_gap)
     names = sorted({name for report in out.routing for name in report.losses})
     routers = {name: torch.stack([r.losses[name] for r in out.routing if name in r.losses]).sum() for name in names}
-    return LossParts(loss.mean(), routers, out.routing)
+    return LossParts(loss, time, routers, out.routing)
 
 
 def _seeded_dropout(recipe: Recipe, step: int, first: int) -> AbstractContextManager[None]:
@@ -127,49 +196,96 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def train_step(state: TrainState, recipe: Recipe, batch: Batch) -> StepResult:
+def train_step(
+    state: TrainState,
+    recipe: Recipe,
+    batch: Batch,
+    stop: bool = False,
+    detailed: bool = False,
+    lap: Callable[[str], None] = lambda name: None,
+) -> StepResult:
     """Take one step and advance `state.step`.
 
-    Raises:
-        NonFiniteError: names the step; nothing in `state` has changed but the gradients.
+    A step whose loss or gradient is not finite changes nothing but the step number and the averages, which move on
+    towards the weights as they are.
+
+    Args:
+        batch: this process' share of the global batch. stop: this process wants to stop; all learn of it.
+        detailed: measure more, see `measures`. lap: told after each forward, backward and optimizer part.
     """
     step, model = state.step + 1, state.model
     lr = learning_rate(recipe.optimizer, step, recipe.training.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.optimizer.zero_grad(set_to_none=True)
-    parts = []
-    for rows in torch.arange(len(batch.images)).chunk(recipe.training.accumulation):
-        micro = Batch(batch.images[rows], batch.labels[rows])
-        with _seeded_dropout(recipe, step, int(rows[0])):
-            part = micro_batch_loss(model, recipe, micro, step, rows.to(model.device))
-        (part.total() * (len(rows) / len(batch.images))).backward()
-        parts.append(part)
+    parts = _accumulate_gradients(state, recipe, batch, step, lap)
     loss = torch.stack([part.diffusion.detach() for part in parts]).mean()
-    limit = recipe.optimizer.max_grad_norm or float("inf")
-    # Clipping by a non-finite norm spoils the gradients, but not the weights: the check comes before the update.
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
-        raise NonFiniteError(f"step {step}: the loss is {float(loss)} and the gradient's norm {float(grad_norm)}")
-    state.optimizer.step()
-    reports = [merge_reports(layer) for layer in zip(*(part.reports for part in parts))]
-    update_routing_state(routers_of(model), reports)
+    routers = {
+        f"loss_{name}": torch.stack([part.routers[name].detach() for part in parts]).mean() for name in parts[0].routers
+    }
+    gradients = state.optimizer.take_gradients()
+    means = _mean_over_processes({"loss": loss, **routers, "stop": loss.new_tensor(float(stop))})
+    grad_norm = global_norm(gradients, replicas=1 if state.layout is None else state.layout.dense.size(0))
+    finite = torch.isfinite(means["loss"]) & torch.isfinite(grad_norm)
+    clip_(gradients, grad_norm, recipe.optimizer.max_grad_norm)
+    state.optimizer.step_if(finite)
+    reports = reports_over_processes([merge_reports(layer) for layer in zip(*(part.reports for part in parts))])
+    _update_routing(model, reports, finite)
     update_ema(state.ema, model, recipe.training.ema_decay)
+    for decay, ema in state.more_emas.items():
+        update_ema(ema, model, decay)
+    lap("optimizer")
     state.step = step
-    return StepResult(
-        loss=float(loss),
-        grad_norm=float(grad_norm),
-        learning_rate=lr,
-        router_losses={
-            name: float(torch.stack([part.routers[name].detach() for part in parts]).mean())
-            for name in parts[0].routers
-        },
-        imbalance=_imbalance(reports),
-    )
+    numbers = {**means, "grad_norm": grad_norm, "finite": finite}
+    if detailed:
+        numbers |= loss_by_time([(part.time_B, part.diffusion_B.detach()) for part in parts])
+        numbers |= routing_measures(reports)
+    return StepResult(step, lr, HostCopy(numbers))
 
 
-def _imbalance(reports: list[RoutingReport]) -> float:
-    if not reports:
-        return 0.0
-    counts_LE = torch.stack([report.counts_E for report in reports]).float()
-    return float((counts_LE.max(dim=1).values / counts_LE.mean(dim=1)).mean())
+def _accumulate_gradients(
+    state: TrainState, recipe: Recipe, batch: Batch, step: int, lap: Callable[[str], None]
+) -> list[LossParts]:
+    model, count = state.model, len(batch.images)
+    places = torch.arange(count) if batch.places is None else batch.places
+    model.zero_grad(set_to_none=True)
+    parts = []
+    micro_batches = torch.arange(count).chunk(recipe.training.accumulation)
+    for number, rows in enumerate(micro_batches, start=1):
+        if state.layout is not None:  # gradients travel once a step
+            model.set_requires_gradient_sync(number == len(micro_batches))
+        micro = Batch(batch.images[rows], batch.labels[rows])
+        with _seeded_dropout(recipe, step, int(places[rows[0]])):
+            part = micro_batch_loss(model, recipe, micro, step, places[rows].to(model.device))
+        lap("forward")
+        (part.total() * (len(rows) / count)).backward()
+        lap("backward")
+        parts.append(part)
+    return parts
+
+
+@torch.no_grad()
+def _update_routing(model: Backbone, reports: Sequence[RoutingReport], finite: Tensor) -> None:
+    routers = routers_of(model)
+    before = [(buffer, buffer.clone()) for router in routers for buffer in router.buffers()]
+    update_routing_state(routers, reports)
+    for buffer, old in before:
+        buffer.copy_(torch.where(finite, buffer, old))
+
+
+def _mean_over_processes(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    means = all_reduce_sum(torch.stack([number.float() for number in numbers.values()])) / world_size()
+    return dict(zip(numbers, means))
+
+
+def reports_over_processes(reports: Sequence[RoutingReport]) -> list[RoutingReport]:
+    """Reports of the global batch: counts added up, thresholds averaged."""
+    world = world_size()
+    if world == 1 or not reports:
+        return list(reports)
+    counts_LE = all_reduce_sum(torch.stack([report.counts_E for report in reports]))
+    thresholds = [report.threshold_E for report in reports if report.threshold_E is not None]
+    thresholds_LE = all_reduce_sum(torch.stack(thresholds)) / world if thresholds else [None] * len(reports)
+    return [
+        report._replace(counts_E=counts_E, threshold_E=threshold_E, num_tokens=world * report.num_tokens)
+        for report, counts_E, threshold_E in zip(reports, counts_LE, thresholds_LE)
+    ]

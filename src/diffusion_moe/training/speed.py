@@ -1,0 +1,106 @@
+"""Where the time of training goes, how fast it is, and how much memory it takes."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from functools import cached_property
+
+import torch
+
+from ..config import Recipe
+from ..models.sizes import model_flops
+from .step import StepResult
+
+PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+"""Dense bfloat16 products a second by a part of the device's name, from the makers' data sheets."""
+UNLOGGED = ("finite", "stop")
+Mark = float | torch.cuda.Event
+
+
+class Speedometer:
+    """Attributes the time between two marks to what was done; on a GPU by the device's own clock, without waiting."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.laps: list[tuple[str, Mark, Mark]] = []
+        self.told: dict[str, float] = {}
+        self.last = self._mark()
+
+    def lap(self, name: str) -> None:
+        """The time since the last mark was spent on this: data, forward, backward or optimizer."""
+        mark = self._mark()
+        self.laps.append((name, self.last, mark))
+        self.last = mark
+
+    def forget(self) -> None:
+        """The time since the last mark was spent on something else."""
+        self.last = self._mark()
+
+    def numbers(self, result: StepResult) -> dict[str, float]:
+        """What to log of a step: its own numbers, and the speed since this was last called."""
+        numbers = {
+            name: value
+            for name, value in result.numbers.read().items()
+            if name not in UNLOGGED and not math.isnan(value)
+        }
+        numbers["learning_rate"] = result.learning_rate
+        return numbers | self._speed() | {"memory_gb": self._memory_gb()}
+
+    def _speed(self) -> dict[str, float]:
+        spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+        steps, open_laps = 0, []
+        for lap in self.laps:
+            name, begin, end = lap
+            if isinstance(begin, torch.cuda.Event) and not end.query():  # type: ignore[union-attr]
+                open_laps.append(lap)
+                continue
+            spent[name] += _seconds(begin, end)
+            steps += name == "optimizer"
+        self.laps = open_laps
+        total = sum(spent.values())
+        if not steps or not total:  # all that is known was told with an earlier step
+            return self.told
+        images = steps * self.recipe.training.batch_size / total
+        flops = 3 * self.flops_an_image * images  # the backward pass makes two products of each one
+        numbers = {"images_per_second": images, "model_tflops": flops / 1e12}
+        if (peak := self.peak_flops) is not None:
+            world = self.recipe.parallel.replicate * self.recipe.parallel.shard * self.recipe.parallel.experts
+            numbers["model_flops_utilisation"] = flops / (peak * world)
+        self.told = numbers | {f"seconds_{name}": seconds / steps for name, seconds in spent.items()}
+        return self.told
+
+    @cached_property
+    def flops_an_image(self) -> int:
+        """Of the forward pass."""
+        return model_flops(self.recipe.model)
+
+    @cached_property
+    def peak_flops(self) -> float | None:
+        """The device's, where it is known for the precision."""
+        if self.device.type != "cuda" or self.recipe.training.precision != "bf16":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+    def _memory_gb(self) -> float:
+        """At its highest so far: of the device, or of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+    def _mark(self) -> Mark:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(begin: Mark, end: Mark) -> float:
+    if isinstance(begin, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1e3  # type: ignore[arg-type]
+    return end - begin  # type: ignore[operator]
