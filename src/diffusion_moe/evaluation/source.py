@@ -117,6 +117,7 @@ def read_source(path: Path) -> Source:
         if not (run.model / ORIGIN).is_file():
             raise ValueError(f"{path} has no trained model yet; finish it with the same `diffusion-moe train` command")
         known, space = _read_data_record(run.model)
+        known = known if recipe.model.num_classes else ()
         recorded = None if space is None else space.vae
         return Source(path, run.model, recorded, recipe.model, recipe.evaluation, run.samples, known, space)
     if (path / "model_index.json").is_file():
