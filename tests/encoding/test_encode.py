@@ -225,6 +225,20 @@ def test_what_float16_cannot_hold_is_named(tmp_path, pictures, vae_folder, facto
         read_header(tmp_path / "cache")
 
 
+def test_a_full_disk_is_one_line_and_the_command_goes_on_later(tmp_path, cache, pictures, vae_folder):
+    """A limit on the size of files stands for the disk: the fourth shard is shorter than it, the others are not."""
+    limit = shard_path(cache, 3).stat().st_size + 100
+    command = f"ulimit -f {limit // 1024 + 1}; exec {sys.executable} -m diffusion_moe encode {pictures}"
+    options = f"--vae={vae_folder} --output={tmp_path / 'cache'} --image_size={SIZE} --shard_images={SHARD}"
+    result = subprocess.run(
+        ["bash", "-c", f"{command} {options} --batch_size=3 --device=cpu"], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert result.stderr == f"diffusion-moe: File too large: {shard_path(tmp_path / 'cache', 0)}\n"
+    write(tmp_path / "cache", pictures, vae_folder)
+    assert contents(tmp_path / "cache") == contents(cache)
+
+
 def test_another_cache_is_refused_with_the_difference(tmp_path, cache, pictures, broken_pictures, vae_folder):
     before = contents(cache)
     with pytest.raises(ValueError, match=r"is another cache \(store: moments -> samples\)"):

@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion_moe.cli import main
 from diffusion_moe.data.latents import read_header
 from diffusion_moe.evaluation.generate import generate
-from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.evaluation.source import load_vae, read_source
 
 STEPS = 3
 
@@ -161,3 +161,17 @@ def test_scores_of_latents_are_refused(capsys, trained):
     status, _, err = run(capsys, "evaluate", trained)
     assert status == 2
     assert "data.kind is latents" in err
+
+
+def test_a_vae_may_lie_in_a_folder_of_a_hub_repository(monkeypatch, vae_folder):
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options))
+        return load(vae_folder)
+
+    load = AutoencoderKL.from_pretrained
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", from_pretrained)
+    for name in ("owner/vae", "owner/model/vae", str(vae_folder)):
+        load_vae(name)
+    assert asked == [("owner/vae", {}), ("owner/model", {"subfolder": "vae"}), (str(vae_folder), {})]

@@ -223,6 +223,8 @@ def latents_of(vae: AutoencoderKL, decoded: Decoded, dataset: TableImages, plan:
     latents = torch.stack(views, dim=1).cpu()
     with np.errstate(over="ignore", invalid="ignore"):
         stored = latents.numpy().astype(DTYPE)
+    if stored.shape[1:] != plan.row_shape:
+        raise ValueError(f"the VAE gives latents of {stored.shape[3:]}, not of {plan.latent_shape}; take another VAE")
     spoilt = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
     if spoilt.any():
         place = int(spoilt.argmax())

@@ -90,15 +90,18 @@ class Source:
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """An AutoencoderKL by folder or hub id, in eval mode on the CPU.
+    """An AutoencoderKL by folder, hub id, or hub id and folder in it (OWNER/NAME/vae), in eval mode on the CPU.
 
     Raises:
         ValueError: there is none.
     """
     from diffusers import AutoencoderKL
 
+    owner, _, rest = name.partition("/")
+    repository, _, folder = rest.partition("/")
+    inside = {"subfolder": folder} if folder and owner and not Path(name).exists() else {}
     try:
-        return AutoencoderKL.from_pretrained(name).eval()
+        return AutoencoderKL.from_pretrained(f"{owner}/{repository}" if inside else name, **inside).eval()
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot load the VAE {name}: {' '.join(str(error).split())[:300]}") from error
 
