@@ -85,6 +85,8 @@ def test_a_run_on_a_cache_draws_images_by_the_cache_s_vae(capsys, tmp_path, trai
     expected = expected_image(trained, vae_folder, [0.1], [0.5])
     np.testing.assert_allclose(found, expected, atol=1)
     assert found.std() > 1
+    of_its_model = drawn_image(capsys, trained / "model", tmp_path / "model")
+    np.testing.assert_array_equal(of_its_model, found)
 
 
 def test_normalised_channels_are_undone_by_the_same_record_also_in_a_pipeline(
@@ -155,6 +157,16 @@ def test_what_cache_and_recipe_disagree_on_is_one_line(capsys, tmp_path, cache, 
     assert expected in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("space", [{}, {"vae": "x"}, 3])
+def test_a_damaged_record_is_one_line(capsys, tmp_path, trained, space):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "model" / "data.json").write_text(json.dumps({"latent_space": space}))
+    status, _, err = run(capsys, "sample", tmp_path / "run")
+    assert status == 2
+    assert "data.json is damaged" in err
+    assert err.count("\n") == 1
 
 
 def test_scores_of_latents_are_refused(capsys, trained):

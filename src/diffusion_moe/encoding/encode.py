@@ -89,7 +89,7 @@ def encode(data: DataConfig, options: EncodeOptions, say: Say = print) -> str:
     mine = range(process.rank, plan.shards, process.world)
     todo = [shard for shard in mine if not is_done(folder, plan, shard, options.verify)]
     if todo:
-        size = f"{plan.images * plan.row_bytes / 1e9:.2f} GB"
+        size = f"{plan.images * plan.row_bytes / 1e9:.3g} GB"
         say(f"encoding {plan.images} images into {plan.shards} files, {size}; {len(todo)} files to do here")
         _encode_shards(_on_device(vae, options, process), dataset, plan, options, todo, say)
     if missing := missing_shards(folder, plan):
