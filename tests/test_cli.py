@@ -291,7 +291,7 @@ def test_a_folder_of_images_trains_by_the_shipped_recipe(capsys, tmp_path, tiny)
     status, out, err = run(capsys, "train", "image-folder", "--output_dir", tmp_path / "run", *options)
     assert (status, err) == (0, "")
     assert "trained 2 steps" in out
-    status, out, err = run(capsys, "sample", tmp_path / "run", "--per_class=1", "--steps=2")
+    status, out, err = run(capsys, "sample", tmp_path / "run", "--per_class=1", "--steps=2", "--classes=hen,0")
     assert (status, err) == (0, "")
     picture = Image.open(next((tmp_path / "run" / "samples").glob("*.png")))
     assert picture.mode == "RGB"
@@ -340,6 +340,7 @@ def test_an_unconditional_run_is_sampled_scored_and_drawn(capsys, tmp_path, tiny
     scores = json.loads((folder / "evaluation.json").read_text())
     assert (scores["recognised"], scores["guidance_scale"]) == (None, 1.0)
     assert run(capsys, "analyze", folder)[0] == 0
+    assert run(capsys, "convert", folder, "--output", tmp_path / "pipeline")[0] == 0
     for option in ("--classes=3", "--guidance_scale=2"):
         status, _, err = run(capsys, "sample", folder, option)
         assert status == 2

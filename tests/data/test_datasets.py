@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffusion_moe.config import DataConfig
-from diffusion_moe.data import batches_from, load_dataset
+from diffusion_moe.data import batches_from, load_dataset, places_of
 from diffusion_moe.data.order import Draw
 from diffusion_moe.data.table import resize_and_crop
 
@@ -72,6 +72,19 @@ def test_center_crop_takes_the_middle():
     assert resize_and_crop(Image.new("L", (7, 101)), 5).size == (5, 5)
 
 
+def test_images_twice_too_large_are_halved_by_averages_first():
+    """As ADM does: at twice the size and four times it, every pixel is the mean of a square."""
+    pixels = np.random.RandomState(0).randint(0, 255, (16, 24), dtype=np.uint8)
+    halved = np.array(resize_and_crop(Image.fromarray(pixels), 8))
+    means = pixels.reshape(8, 2, 12, 2).mean((1, 3))[:, 2:10]
+    np.testing.assert_allclose(halved, means, atol=1.01)  # Pillow rounds rows, then columns
+    quartered = np.array(resize_and_crop(Image.fromarray(pixels), 4))
+    np.testing.assert_allclose(quartered, pixels.reshape(4, 4, 6, 4).mean((1, 3))[:, 1:5], atol=2.01)
+    # One pixel less than twice: bicubic alone.
+    smaller = Image.fromarray(pixels[:15, :15])
+    np.testing.assert_array_equal(resize_and_crop(smaller, 8), smaller.resize((8, 8), Image.Resampling.BICUBIC))
+
+
 def test_an_unreadable_image_is_named(folder):
     (folder / "cat" / "3.png").write_bytes(b"not an image")
     data = load_dataset(config(folder, test_fraction=0), "train")
@@ -84,6 +97,7 @@ def test_an_unreadable_image_is_skipped_and_counted(folder):
     file.write_bytes(file.read_bytes()[:60])
     batch = load_dataset(config(folder, test_fraction=0, on_corrupt="skip"), "train").everything()
     assert batch.skipped == 1
+    assert list(batch.skipped_names) == [str(file)]
     torch.testing.assert_close(batch.images[3], batch.images[4])
 
 
@@ -120,6 +134,18 @@ def test_batches_and_flips_are_equal_for_any_worker_count_and_after_resuming(fol
         assert torch.equal(one.labels, other.labels)
     for one, other in zip(alone[3:], resumed, strict=True):
         assert torch.equal(one.images, other.images)
+
+
+def test_ranks_load_their_part_of_each_batch(folder):
+    data = load_dataset(config(folder, flip=True, test_fraction=0), "train", seed=4)
+    whole = list(batches_from(0, 5, len(data), 6, seed=2))
+    for rank in range(3):
+        places = torch.cat(places_of(6, 1, rank, 3))
+        for all_draws, draws in zip(whole, batches_from(0, 5, len(data), 6, seed=2, places=places), strict=True):
+            expected, part = data.__getitems__(all_draws), data.__getitems__(draws)
+            assert torch.equal(part.places, places)
+            assert torch.equal(part.images, expected.images[places])
+            assert torch.equal(part.labels, expected.labels[places])
 
 
 def test_about_half_of_the_images_are_flipped_and_anew_each_epoch():

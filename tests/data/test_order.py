@@ -1,8 +1,11 @@
 """The order of training is a function of (seed, position)."""
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion_moe.data import places_of
 from diffusion_moe.data.order import batches_from, epoch_order
 
 
@@ -12,6 +15,7 @@ def test_a_resumed_order_continues_the_first_and_no_image_is_dropped(size, batch
     whole = list(batches_from(0, steps, size, batch_size, seed=3))
     cut = min(cut, steps)
     assert list(batches_from(cut, steps, size, batch_size, seed=3)) == whole[cut:]
+    assert all([draw.place for draw in batch] == list(range(batch_size)) for batch in whole)
     stream = [draw for batch in whole for draw in batch]
     assert len(stream) == steps * batch_size
     for epoch in range(len(stream) // size):
@@ -21,11 +25,42 @@ def test_a_resumed_order_continues_the_first_and_no_image_is_dropped(size, batch
 
 
 def test_batches_of_other_sizes_cut_the_same_stream():
-    small = [draw for batch in batches_from(0, 12, 17, 4, seed=1) for draw in batch]
-    large = [draw for batch in batches_from(0, 4, 17, 12, seed=1) for draw in batch]
-    assert [draw[:2] for draw in small] == [draw[:2] for draw in large]
+    small = [draw[:2] for batch in batches_from(0, 12, 17, 4, seed=1) for draw in batch]
+    large = [draw[:2] for batch in batches_from(0, 4, 17, 12, seed=1) for draw in batch]
+    assert small == large
 
 
 def test_seeds_and_epochs_give_other_orders():
     orders = {tuple(epoch_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
+
+
+@settings(max_examples=50, deadline=None)
+@given(micro=st.integers(1, 4), accumulation=st.integers(1, 4), world=st.integers(1, 5))
+def test_the_ranks_shares_of_a_micro_batch_make_that_of_one_process(micro, accumulation, world):
+    batch_size = micro * accumulation * world
+    alone = places_of(batch_size, accumulation)
+    assert torch.cat(alone).tolist() == list(range(batch_size))
+    shares = [places_of(batch_size, accumulation, rank, world) for rank in range(world)]
+    assert all(len(share) == accumulation for share in shares)
+    for m, whole in enumerate(alone):
+        assert torch.equal(torch.cat([share[m] for share in shares]), whole)
+        assert {len(share[m]) for share in shares} == {micro}
+
+
+def test_places_are_these():
+    assert [part.tolist() for part in places_of(12, accumulation=2, rank=1, world=3)] == [[2, 3], [8, 9]]
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_with_the_arithmetic():
+    with pytest.raises(ValueError, match=r"batch_size 12 is not divisible by .*accumulation 2 x 4 processes = 8"):
+        places_of(12, accumulation=2, rank=0, world=4)
+
+
+@pytest.mark.parametrize("size", [5, 17, 100])
+def test_a_rank_draws_its_part_of_every_batch_across_epochs(size):
+    whole = list(batches_from(2, 9, size, 12, seed=4))
+    for rank in range(3):
+        places = torch.cat(places_of(12, 2, rank, 3))
+        part = list(batches_from(2, 9, size, 12, seed=4, places=places))
+        assert part == [[batch[place] for place in places.tolist()] for batch in whole]

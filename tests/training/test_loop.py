@@ -228,6 +228,7 @@ def test_unreadable_images_are_counted_in_the_metrics(tiny, tmp_path, images):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["skipped_images"] == STEPS  # each step of 16 draws each of the 16 images once
     assert any(f"{STEPS} unreadable images" in line for line in lines)
+    assert (tmp_path / "run" / "skipped.txt").read_text() == f"{tmp_path / 'images' / 'a' / '0.png'}\n"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

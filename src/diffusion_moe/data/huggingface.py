@@ -27,7 +27,9 @@ def read_huggingface(config: DataConfig) -> Table:
             raise ValueError(
                 f"data.{option} is {column}, but {config.path} has the columns {', '.join(table.column_names)}"
             )
-    rows = table.select_columns([config.image_column]).rename_column(config.image_column, "image")
+    rows = table.select_columns([config.image_column])
+    if config.image_column != "image":
+        rows = rows.rename_column(config.image_column, "image")
     if not _may_be_images(rows.features["image"]):
         raise ValueError(f"data.image_column {config.image_column} of {config.path} holds {rows.features['image']}")
     rows = rows.cast_column("image", datasets.Image(decode=False))

@@ -107,12 +107,11 @@ class TableImages(ImageDataset):
 
     def identity(self) -> str:
         """A hash of the images' names and classes, in order; it does not see what is in a file."""
-        folder = f"{Path(str(self.config.path)).resolve()}/"
+        folder = f"{Path(str(self.config.path)).absolute()}/"
         digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
         for chunk in self.table.rows.data["image"].chunks:
             for name in chunk.field("path").to_pylist():
-                within = str(Path(name).resolve()).removeprefix(folder) if name else ""
-                digest.update(f"{within}\n".encode())
+                digest.update(f"{(name or '').removeprefix(folder)}\n".encode())
         return digest.hexdigest()
 
     def _record(self, index: int) -> dict[str, Any] | None:

@@ -89,7 +89,7 @@ def encode(data: DataConfig, options: EncodeOptions, say: Say = print) -> str:
     mine = range(process.rank, plan.shards, process.world)
     todo = [shard for shard in mine if not is_done(folder, plan, shard, options.verify)]
     if todo:
-        size = f"{plan.images * plan.row_bytes / 1e9:.2f} GB"
+        size = f"{plan.images * plan.row_bytes / 1e9:.3g} GB"
         say(f"encoding {plan.images} images into {plan.shards} files, {size}; {len(todo)} files to do here")
         _encode_shards(_on_device(vae, options, process), dataset, plan, options, todo, say)
     if missing := missing_shards(folder, plan):
@@ -223,6 +223,8 @@ def latents_of(vae: AutoencoderKL, decoded: Decoded, dataset: TableImages, plan:
     latents = torch.stack(views, dim=1).cpu()
     with np.errstate(over="ignore", invalid="ignore"):
         stored = latents.numpy().astype(DTYPE)
+    if stored.shape[1:] != plan.row_shape:
+        raise ValueError(f"the VAE gives latents of {stored.shape[3:]}, not of {plan.latent_shape}; take another VAE")
     spoilt = ~np.isfinite(stored).reshape(len(stored), -1).all(axis=1)
     if spoilt.any():
         place = int(spoilt.argmax())

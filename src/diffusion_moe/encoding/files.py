@@ -8,6 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,7 @@ class ShardWriter:
         """Sums of x and of x^2 over images, views and places, a channel each, where x is drawn from the posterior."""
 
     def __enter__(self) -> ShardWriter:
+        self.record_path.unlink(missing_ok=True)
         self.file = self.partial.open("wb")
         return self
 
@@ -75,7 +79,8 @@ class ShardWriter:
     def add(self, latents: np.ndarray, labels: list[int]) -> None:
         """Append images, (B, views, parts, C, H, W), float16."""
         content = latents.tobytes()
-        self.file.write(content)
+        with _named(self.path):
+            self.file.write(content)
         self.digest.update(content)
         self.labels += labels
         parts = latents.astype(np.float64)
@@ -84,11 +89,13 @@ class ShardWriter:
         self.moments += np.stack([parts[:, :, 0].sum(axes), (parts**2).sum(axis=2).sum(axes)])
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self.file:
+        if kind is not None:
+            with suppress(OSError):
+                self.file.close()
+            return
+        with _named(self.path), self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
-        if kind is not None:
-            return
         self.partial.replace(self.path)
         record = {
             "images": len(self.labels),
@@ -106,24 +113,22 @@ def record_path(folder: Path, shard: int) -> Path:
 
 
 def is_done(folder: Path, plan: CachePlan, shard: int, verify: bool) -> bool:
-    """Whether a shard is there; a damaged one loses its record, so that no header is made of it."""
-    path, record_file = shard_path(folder, shard), record_path(folder, shard)
+    """Whether a shard is there in its full length, and with `verify` has its hash."""
+    path = shard_path(folder, shard)
     try:
-        record = json.loads(record_file.read_text())
+        record = json.loads(record_path(folder, shard).read_text())
         good = path.stat().st_size == record["images"] * plan.row_bytes
         if good and verify:
             with path.open("rb") as file:
                 good = hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        good = False
-    if not good:
-        record_file.unlink(missing_ok=True)
+        return False
     return good
 
 
 def missing_shards(folder: Path, plan: CachePlan) -> int:
     """How many shards are still to come."""
-    return sum(not record_path(folder, shard).is_file() for shard in range(plan.shards))
+    return sum(not is_done(folder, plan, shard, verify=False) for shard in range(plan.shards))
 
 
 def finish(folder: Path, plan: CachePlan) -> CacheHeader:
@@ -154,14 +159,23 @@ def finish(folder: Path, plan: CachePlan) -> CacheHeader:
     return header
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A failed write, as to a full disk, tells its file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     _write(path, json.dumps(content) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
     """As `run_folder.write_atomically`, but several processes may write the same file at a time."""
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
-    with partial.open("w") as file:
+    partial = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
+    with _named(path), partial.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

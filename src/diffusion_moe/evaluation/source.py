@@ -90,15 +90,18 @@ class Source:
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """An AutoencoderKL by folder or hub id, in eval mode on the CPU.
+    """An AutoencoderKL by folder, hub id, or hub id and folder in it (OWNER/NAME/vae), in eval mode on the CPU.
 
     Raises:
         ValueError: there is none.
     """
     from diffusers import AutoencoderKL
 
+    owner, _, rest = name.partition("/")
+    repository, _, folder = rest.partition("/")
+    inside = {"subfolder": folder} if folder and owner and not Path(name).exists() else {}
     try:
-        return AutoencoderKL.from_pretrained(name).eval()
+        return AutoencoderKL.from_pretrained(f"{owner}/{repository}" if inside else name, **inside).eval()
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot load the VAE {name}: {' '.join(str(error).split())[:300]}") from error
 
@@ -116,9 +119,7 @@ def read_source(path: Path) -> Source:
         recipe = run.read_recipe()
         if not (run.model / ORIGIN).is_file():
             raise ValueError(f"{path} has no trained model yet; finish it with the same `diffusion-moe train` command")
-        known, space = _read_data_record(run.model)
-        recorded = None if space is None else space.vae
-        return Source(path, run.model, recorded, recipe.model, recipe.evaluation, run.samples, known, space)
+        return _trained(path, run.model, recipe.model, recipe.evaluation, run.samples)
     if (path / "model_index.json").is_file():
         index = _read_json(path / "model_index.json")
         folder, vae = path / "transformer", path / "vae"
@@ -135,26 +136,27 @@ def read_source(path: Path) -> Source:
             class_names,
         )
     if (path / "config.json").is_file():
-        config = _read_config(path)
-        return Source(path, path, None, config, usual_settings(config), path / "samples")
+        return _trained(path, path, _read_config(path), None, path / "samples")
     raise ValueError(
         f"{path} has no recipe.yaml (a run), model_index.json (a pipeline) or config.json (a model); give such a folder"
     )
 
 
-def _read_data_record(model_folder: Path) -> tuple[tuple[str, ...], LatentSpace | None]:
-    """Class names and latent space that a run has kept; nothing of runs that are older than the record."""
+def _trained(
+    path: Path, model_folder: Path, config: ModelConfig, settings: EvaluationConfig | None, samples: Path
+) -> Source:
+    """A run's model, with what it has kept of its data: class names, and the space of its latents."""
     from ..data.latent_space import LatentSpace
 
-    if not (model_folder / DATA).is_file():
-        return (), None
-    record = _read_json(model_folder / DATA)
+    file = model_folder / DATA
+    record = _read_json(file) if file.is_file() else {}  # runs of older versions have none
     try:
-        space = record.get("latent_space")
-        names = tuple(map(str, record.get("class_names", ())))
-        return names, None if space is None else LatentSpace.from_dict(space)
+        names = tuple(map(str, record.get("class_names", ()))) if config.num_classes else ()
+        space = LatentSpace.from_dict(record["latent_space"]) if "latent_space" in record else None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{model_folder / DATA} is damaged ({error!r}); train the last steps again") from error
+        raise ValueError(f"{file} is damaged ({error!r}); remove it to go on without names and VAE") from error
+    vae = None if space is None else space.vae
+    return Source(path, model_folder, vae, config, settings or usual_settings(config), samples, names, space)
 
 
 def usual_settings(config: ModelConfig) -> EvaluationConfig:
