@@ -1,8 +1,8 @@
 """The experts' activation with the routing weight on it, forward and backward in one pass each.
 
 In float32 whatever the dtype of the tensors. On a CPU a pass runs over blocks of rows that stay in the cache: faster
-than operator by operator in bfloat16, and exact. On a GPU it is one kernel (`kernels.activation`). Shape suffixes: A rows, F expert width, H columns of the first
-projection (F for GELU, 2F for SwiGLU: gates first, then values).
+than operator by operator in bfloat16, and exact. On a GPU it is one kernel (`kernels.activation`). Shape suffixes: A
+rows, F expert width, H columns of the first projection (F for GELU, 2F for SwiGLU: gates first, then values).
 """
 
 from __future__ import annotations

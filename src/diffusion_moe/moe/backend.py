@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def chosen() -> Kernels:
     name = _chosen[-1] if _chosen else os.environ.get(VARIABLE) or "auto"
     if name not in get_args(Kernels):
         raise ValueError(f"{VARIABLE} is {name!r}; choose {', '.join(get_args(Kernels))}")
-    return name
+    return cast(Kernels, name)
 
 
 @contextmanager
@@ -41,6 +41,7 @@ def use(name: Kernels) -> Iterator[None]:
     """Choose for the operators that run inside, whatever the environment variable says."""
     _chosen.append(name)
     try:
+        chosen()  # refuses what there is not
         yield
     finally:
         _chosen.pop()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .activation import ExpertActivation, activate
+from .backend import chosen
 from .expert_autograd import ExpertFunction, by_token
 from .ops import gmm
 from .precision import compute_dtype
 from .routing import Routing
+from .sonic import sonic_experts
 
 
 class GroupedExperts(nn.Module):
@@ -60,6 +62,8 @@ class GroupedExperts(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of each token's experts, (T, D) in the dtype of x_TD; zero for a token with none."""
         x = x_TD.to(compute_dtype(x_TD))
+        if chosen() == "sonic":
+            return sonic_experts(self, x, routing).to(x_TD.dtype)
         if self.dropout.p and self.training:
             return self._with_dropout(x, routing).to(x_TD.dtype)
         rows = by_token(routing, len(x_TD))

@@ -1,6 +1,6 @@
 """DSMoE's choice of experts and their weights as one operator, with its gradient in closed form.
 
-Shape suffixes: T tokens, E experts, K experts a token, G groups of I experts.
+Shape suffixes: T tokens, E experts, K experts a token, G groups of M experts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def grouped_topk(
             one of them wins against an expert whose correction makes its score negative.
 
     Returns:
-        The experts, int64; their weights, which are the sigmoids normalised over the K (not for K = 1) and scaled; the
+        The weights, which are the sigmoids normalised over the K (not for K = 1) and scaled; the experts, int64; the
         sigmoids themselves, for the backward pass: no gradient flows through them. All (T, K).
     """
     if takes_triton(logits_TE, experts=logits_TE.shape[1]):
@@ -45,17 +45,17 @@ def grouped_topk(
     expert_TK = _choose(score_TE + correction_E, top_k, num_groups, top_groups, strict)
     score_TK = score_TE.gather(1, expert_TK)
     weight_TK = score_TK if top_k == 1 else score_TK / (score_TK.sum(dim=1, keepdim=True) + 1e-20)
-    return expert_TK, weight_TK * scale, score_TK
+    return weight_TK * scale, expert_TK, score_TK
 
 
 def _choose(score_TE: Tensor, top_k: int, num_groups: int, top_groups: int, strict: bool) -> Tensor:
     """The K experts of highest score in each token's best groups."""
     if top_groups < num_groups:
-        score_TGI = score_TE.unflatten(1, (num_groups, -1))
-        best_TG = score_TGI.topk(min(2, score_TGI.shape[2]), dim=2).values.sum(dim=2)
+        score_TGM = score_TE.unflatten(1, (num_groups, -1))
+        best_TG = score_TGM.topk(min(2, score_TGM.shape[2]), dim=2).values.sum(dim=2)
         kept = best_TG.topk(top_groups, dim=1, sorted=False).indices
         dropped_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(1, kept, False)
-        score_TE = score_TGI.masked_fill(dropped_TG[:, :, None], -torch.inf if strict else 0.0).flatten(1)
+        score_TE = score_TGM.masked_fill(dropped_TG[:, :, None], -torch.inf if strict else 0.0).flatten(1)
     return score_TE.topk(top_k, dim=1, sorted=False).indices
 
 
@@ -87,7 +87,7 @@ def _(
     strict: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight_TK = logits_TE.new_empty(len(logits_TE), top_k)
-    return torch.empty_like(weight_TK, dtype=torch.int64), weight_TK, torch.empty_like(weight_TK)
+    return weight_TK, torch.empty_like(weight_TK, dtype=torch.int64), torch.empty_like(weight_TK)
 
 
 @grouped_topk_backward.register_fake
@@ -97,10 +97,10 @@ def _(expert_TK: Tensor, score_TK: Tensor, dweight_TK: Tensor, num_experts: int,
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.num_experts, ctx.scale = inputs[0].shape[1], inputs[5]
-    ctx.save_for_backward(output[0], output[2])
+    ctx.save_for_backward(output[1], output[2])
 
 
-def _backward(ctx: Any, _: Tensor, dweight_TK: Tensor, dscore_TK: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dweight_TK: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dlogits_TE = grouped_topk_backward(*ctx.saved_tensors, dweight_TK, ctx.num_experts, ctx.scale)
     return dlogits_TE, None, None, None, None, None, None
 

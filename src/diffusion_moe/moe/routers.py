@@ -160,9 +160,9 @@ class GroupedSigmoid(TokenChoice):
         config, logits_TE, share_TE = self.config, logits_BNE.flatten(0, 1), None
         assert self.correction is not None
         groups = (config.num_groups, config.top_groups)
-        # The published models score experts of dropped groups 0. Where we move the bias ourselves, the group limit holds.
+        # The published models score experts of dropped groups 0; where we move the bias ourselves, they are out.
         strict = config.balance == "bias"
-        expert_TK, weight_TK, _ = grouped_topk(
+        weight_TK, expert_TK, _ = grouped_topk(
             logits_TE, self.correction, config.top_k, *groups, config.routed_scale, strict
         )
         if self.has_loss():  # DeepSeek-V3 eq. 19: it sees the scores' shares

@@ -1,13 +1,12 @@
 """`weighted_activation` and its backward as one pass each over tiles of rows and columns.
 
 In float32 inside. One program owns its rows, so that the row products for the router's gradient are sums in a fixed
-order. Shape suffixes: A rows, F expert width, H columns of the first projection, R and C the rows and columns of a tile.
+order. Shape suffixes: A rows, F expert width, H columns of the first projection; R rows and C columns of a tile.
 """
 
 # mypy: ignore-errors
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

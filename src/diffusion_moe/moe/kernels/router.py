@@ -2,7 +2,7 @@
 
 The best are taken one after another; among equals the one of the lowest number. NaN counts as the highest score, as
 in torch, so that expert numbers stay in range whatever the logits. Shape suffixes: T tokens, E experts, K experts a
-token; X tokens of a program, and G groups of I experts, both padded to powers of two, with S = G * I places.
+token; X tokens of a program, and G groups of M experts, both padded to powers of two, with S = G * M places.
 """
 
 # mypy: ignore-errors
@@ -22,13 +22,13 @@ NEVER = tl.constexpr(-float("inf"))
 
 
 @triton.jit
-def _best_of_groups(score_XGI, WIDTH: tl.constexpr, I: tl.constexpr):
+def _best_of_groups(score_XGM, WIDTH: tl.constexpr, M: tl.constexpr):
     """The sum of each group's two best scores, (X, G)."""
-    best_XG = tl.max(score_XGI, axis=2)
+    best_XG = tl.max(score_XGM, axis=2)
     if WIDTH > 1:
-        at_XG = tl.argmax(score_XGI, axis=2)
-        rest_XGI = tl.where(tl.arange(0, I)[None, None, :] == at_XG[:, :, None], NEVER, score_XGI)
-        best_XG += tl.max(rest_XGI, axis=2)
+        at_XG = tl.argmax(score_XGM, axis=2)
+        rest_XGM = tl.where(tl.arange(0, M)[None, None, :] == at_XG[:, :, None], NEVER, score_XGM)
+        best_XG += tl.max(rest_XGM, axis=2)
     return best_XG
 
 
@@ -36,12 +36,12 @@ def _best_of_groups(score_XGI, WIDTH: tl.constexpr, I: tl.constexpr):
 def _choose(
     logits, correction, expert, score, weight, T, scale,
     E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, LIMIT: tl.constexpr,
-    X: tl.constexpr, G: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    X: tl.constexpr, G: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = E // GROUPS
     token_X = tl.program_id(0).to(tl.int64) * X + tl.arange(0, X)
-    place_S = tl.arange(0, G * I)
-    group_S, inside_S = place_S // I, place_S % I
+    place_S = tl.arange(0, G * M)
+    group_S, inside_S = place_S // M, place_S % M
     expert_S = group_S * width + inside_S
     real_S = (group_S < GROUPS) & (inside_S < width)
     logits_XS = tl.load(
@@ -52,13 +52,13 @@ def _choose(
     corrected_XS = tl.where(corrected_XS == corrected_XS, tl.maximum(corrected_XS, LOWEST), -NEVER)
     corrected_XS = tl.where(real_S[None, :], corrected_XS, NEVER)
     if TOP_GROUPS < GROUPS:
-        best_XG = _best_of_groups(tl.reshape(corrected_XS, (X, G, I)), width, I)
+        best_XG = _best_of_groups(tl.reshape(corrected_XS, (X, G, M)), width, M)
         group_G = tl.arange(0, G)
         left_XG = tl.where((group_G < GROUPS)[None, :], tl.maximum(best_XG, LOWEST), NEVER)
         for _ in tl.static_range(TOP_GROUPS):
             left_XG = tl.where(group_G[None, :] == tl.argmax(left_XG, axis=1)[:, None], NEVER, left_XG)
         dropped_XG = (left_XG > NEVER).to(tl.int32)
-        dropped_XS = tl.reshape(tl.broadcast_to(dropped_XG[:, :, None], (X, G, I)), (X, G * I))
+        dropped_XS = tl.reshape(tl.broadcast_to(dropped_XG[:, :, None], (X, G, M)), (X, G * M))
         floor: tl.constexpr = LOWEST if LIMIT else 0.0
         corrected_XS = tl.where((dropped_XS > 0) & real_S[None, :], floor, corrected_XS)
     slot_K = tl.arange(0, K)
@@ -67,7 +67,7 @@ def _choose(
         at_X = tl.argmax(corrected_XS, axis=1)
         here_XS = place_S[None, :] == at_X[:, None]
         corrected_XS = tl.where(here_XS, NEVER, corrected_XS)
-        expert_XK = tl.where(slot_K[None, :] == k, ((at_X // I) * width + at_X % I)[:, None], expert_XK)
+        expert_XK = tl.where(slot_K[None, :] == k, ((at_X // M) * width + at_X % M)[:, None], expert_XK)
         best_X = tl.sum(tl.where(here_XS, score_XS, 0.0), axis=1)
         score_XK = tl.where(slot_K[None, :] == k, best_X[:, None], score_XK)
     weight_XK = score_XK
@@ -108,7 +108,7 @@ def _backward(
 def grouped_topk(
     logits_TE: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int, scale: float, limit: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the operator: expert_TK, weight_TK and score_TK."""
+    """See the operator: weight_TK, expert_TK and score_TK."""
     T, E = logits_TE.shape
     expert_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
     score_TK, weight_TK = (torch.empty(T, top_k, device=logits_TE.device) for _ in range(2))
@@ -119,9 +119,9 @@ def grouped_topk(
             _choose[(triton.cdiv(T, tokens),)](
                 *(logits_TE.contiguous(), correction_E.float(), expert_TK, score_TK, weight_TK, T, scale),
                 **{"E": E, "GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP_K": top_k, "LIMIT": limit},
-                **{"X": tokens, "G": groups, "I": inside, "K": triton.next_power_of_2(top_k)},
+                **{"X": tokens, "G": groups, "M": inside, "K": triton.next_power_of_2(top_k)},
             )
-    return expert_TK, weight_TK, score_TK
+    return weight_TK, expert_TK, score_TK
 
 
 def grouped_topk_backward(

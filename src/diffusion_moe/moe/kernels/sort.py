@@ -1,7 +1,7 @@
 """`sort_by_expert` as a stable counting sort in three passes: count by block, add up the counts, place.
 
-Deterministic, for no pass uses atomics. Shape suffixes: A assignments, E experts, B blocks of I assignments each,
-N experts padded to a power of two.
+Deterministic, for no pass uses atomics. Shape suffixes: A assignments, E experts, B blocks of L assignments each,
+C blocks of a tile, N experts padded to a power of two.
 """
 
 # mypy: ignore-errors
@@ -17,15 +17,17 @@ from ..backend import on_device
 TILE = 8192
 """Numbers in a block's table of assignments and experts."""
 MAX_BLOCK = 512
+COLUMNS = 1024
+"""Blocks added up at a time."""
 
 
 @triton.jit(do_not_specialize=["A", "B"])
-def _count(expert, count_EB, A, B, E: tl.constexpr, I: tl.constexpr, N: tl.constexpr):
+def _count(expert, count_EB, A, B, E: tl.constexpr, L: tl.constexpr, N: tl.constexpr):
     """How many assignments of each block go to each expert."""
     block = tl.program_id(0)
-    place_I, expert_N = block * I + tl.arange(0, I), tl.arange(0, N)
-    expert_I = tl.load(expert + place_I, mask=place_I < A, other=N)
-    count_N = tl.sum((expert_I[:, None] == expert_N[None, :]).to(tl.int32), axis=0)
+    place_L, expert_N = block * L + tl.arange(0, L), tl.arange(0, N)
+    expert_L = tl.load(expert + place_L, mask=place_L < A, other=N)
+    count_N = tl.sum((expert_L[:, None] == expert_N[None, :]).to(tl.int32), axis=0)
     tl.store(count_EB + expert_N * B + block, count_N, mask=expert_N < E)
 
 
@@ -44,21 +46,21 @@ def _accumulate(count_EB, total_E, B, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["A", "B"])
 def _place(
-    expert, earlier_EB, total_E, order_A, row_A, offsets_E, A, B, E: tl.constexpr, I: tl.constexpr, N: tl.constexpr
+    expert, earlier_EB, total_E, order_A, row_A, offsets_E, A, B, E: tl.constexpr, L: tl.constexpr, N: tl.constexpr
 ):
     """Write where each assignment goes: after all of earlier experts, earlier blocks and earlier places."""
     block = tl.program_id(0)
-    place_I, expert_N = block * I + tl.arange(0, I), tl.arange(0, N)
+    place_L, expert_N = block * L + tl.arange(0, L), tl.arange(0, N)
     total_N = tl.load(total_E + expert_N, mask=expert_N < E, other=0).to(tl.int32)
     end_N = tl.cumsum(total_N, axis=0)
     if block == 0:
         tl.store(offsets_E + expert_N, end_N, mask=expert_N < E)
     first_N = end_N - total_N + tl.load(earlier_EB + expert_N * B + block, mask=expert_N < E, other=0)
-    expert_I = tl.load(expert + place_I, mask=place_I < A, other=N)
-    here_IN = (expert_I[:, None] == expert_N[None, :]).to(tl.int32)
-    row_I = tl.sum(here_IN * (first_N[None, :] + tl.cumsum(here_IN, axis=0) - 1), axis=1)
-    tl.store(row_A + place_I, row_I, mask=place_I < A)
-    tl.store(order_A + row_I, place_I, mask=place_I < A)
+    expert_L = tl.load(expert + place_L, mask=place_L < A, other=N)
+    here_LN = (expert_L[:, None] == expert_N[None, :]).to(tl.int32)
+    row_L = tl.sum(here_LN * (first_N[None, :] + tl.cumsum(here_LN, axis=0) - 1), axis=1)
+    tl.store(row_A + place_L, row_L, mask=place_L < A)
+    tl.store(order_A + row_L, place_L, mask=place_L < A)
 
 
 def sort_by_expert(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,10 +74,10 @@ def sort_by_expert(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     block = min(MAX_BLOCK, TILE // padded)
     blocks = triton.cdiv(A, block)
     count_EB = torch.empty(E, blocks, dtype=torch.int32, device=device)
-    sizes = {"E": E, "I": block, "N": padded}
+    sizes = {"E": E, "L": block, "N": padded}
     expert_A = expert_A.contiguous()
     with on_device(expert_A):
         _count[(blocks,)](expert_A, count_EB, A, blocks, **sizes)
-        _accumulate[(E,)](count_EB, total_E, blocks, C=1024)
+        _accumulate[(E,)](count_EB, total_E, blocks, C=COLUMNS)
         _place[(blocks,)](expert_A, count_EB, total_E, order_A, row_A, offsets_E, A, blocks, **sizes)
     return order_A, row_A, offsets_E, total_E
