@@ -26,7 +26,7 @@ def _gelu_parts(x):
 
 
 @triton.jit(do_not_specialize=["A"])
-def _forward(h, weight, out, A, F: tl.constexpr, IS_SWIGLU: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def _activation_forward(h, weight, out, A, F: tl.constexpr, IS_SWIGLU: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     weight_R1 = tl.load(weight + row_R, mask=row_R < A, other=0.0).to(tl.float32)[:, None]
     for start in range(0, F, C):
@@ -45,7 +45,7 @@ def _forward(h, weight, out, A, F: tl.constexpr, IS_SWIGLU: tl.constexpr, R: tl.
 
 
 @triton.jit(do_not_specialize=["A"])
-def _backward(
+def _activation_backward(
     h, weight, grad, out, dh, dweight, A, F: tl.constexpr, IS_SWIGLU: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -81,8 +81,9 @@ def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str, out_AF:
     """Fill out_AF; see the operator."""
     if len(out_AF):
         with on_device(h_AH):
-            grid, constants = _launch(out_AF, activation)
-            _forward[grid](h_AH.contiguous(), weight_A.contiguous(), out_AF, len(out_AF), **constants)
+            sizes = constants(out_AF.shape[1], activation)
+            grid = (triton.cdiv(len(out_AF), sizes["R"]),)
+            _activation_forward[grid](h_AH.contiguous(), weight_A.contiguous(), out_AF, len(out_AF), **sizes)
 
 
 def weighted_activation_backward(
@@ -92,13 +93,12 @@ def weighted_activation_backward(
     if len(out_AF):
         inputs = (h_AH.contiguous(), weight_A.contiguous(), grad_AF.contiguous())
         with on_device(h_AH):
-            grid, constants = _launch(out_AF, activation)
-            _backward[grid](*inputs, out_AF, dh_AH, dweight_A, len(out_AF), **constants)
+            sizes = constants(out_AF.shape[1], activation)
+            grid = (triton.cdiv(len(out_AF), sizes["R"]),)
+            _activation_backward[grid](*inputs, out_AF, dh_AH, dweight_A, len(out_AF), **sizes)
 
 
-def _launch(out_AF: Tensor, activation: str) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and what the kernels are compiled for: the width, not the number of rows."""
-    A, F = out_AF.shape
-    columns = min(triton.next_power_of_2(F), MAX_COLUMNS)
-    rows = max(1, TILE // columns)
-    return (triton.cdiv(A, rows),), {"F": F, "IS_SWIGLU": activation == "swiglu", "R": rows, "C": columns}
+def constants(width: int, activation: str) -> dict[str, int]:
+    """What the kernels are compiled for: the width, never the number of rows."""
+    columns = min(triton.next_power_of_2(width), MAX_COLUMNS)
+    return {"F": width, "IS_SWIGLU": activation == "swiglu", "R": max(1, TILE // columns), "C": columns}

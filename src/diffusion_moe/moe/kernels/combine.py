@@ -19,7 +19,7 @@ MAX_UNROLLED = 16
 
 
 @triton.jit(do_not_specialize=["A", "T"])
-def _sum(y, row, start, out, A, T, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
+def _sum_rows(y, row, start, out, A, T, D: tl.constexpr, K: tl.constexpr, C: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column_C = tl.program_id(1) * C + tl.arange(0, C)
     sum_C = tl.zeros((C,), dtype=tl.float32)
@@ -40,13 +40,21 @@ def sum_rows(y_AD: Tensor, row_A: Tensor, start_T: Tensor, per_token: int) -> Te
     T, D = len(start_T), y_AD.shape[1]
     out_TD = torch.empty(T, D, dtype=y_AD.dtype, device=y_AD.device)
     if out_TD.numel():
-        columns = min(triton.next_power_of_2(D), MAX_COLUMNS)
-        grid = (T, triton.cdiv(D, columns))
-        unrolled = per_token if per_token <= MAX_UNROLLED else 0
+        sizes = constants(D, per_token)
+        inputs = (y_AD.contiguous(), row_A.contiguous(), start_T.contiguous())
         with on_device(y_AD):
-            _sum[grid](
-                *(y_AD.contiguous(), row_A.contiguous(), start_T.contiguous(), out_TD, len(row_A), T),
-                **{"D": D, "K": unrolled, "C": columns},
-                num_warps=max(1, min(8, columns // 256)),
+            _sum_rows[(T, triton.cdiv(D, sizes["C"]))](
+                *inputs, out_TD, len(row_A), T, **sizes, num_warps=warps(sizes["C"])
             )
     return out_TD
+
+
+def constants(width: int, per_token: int) -> dict[str, int]:
+    """What the kernel is compiled for."""
+    columns = min(triton.next_power_of_2(width), MAX_COLUMNS)
+    return {"D": width, "K": per_token if per_token <= MAX_UNROLLED else 0, "C": columns}
+
+
+def warps(columns: int) -> int:
+    """As many as read 8 columns a thread: 16 bytes of bfloat16."""
+    return max(1, min(8, columns // 256))

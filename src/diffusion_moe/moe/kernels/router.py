@@ -33,9 +33,9 @@ def _best_of_groups(score_XGM, WIDTH: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _choose(
+def _choose_experts(
     logits, correction, expert, score, weight, T, scale,
-    E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, LIMIT: tl.constexpr,
+    E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, STRICT: tl.constexpr,
     X: tl.constexpr, G: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = E // GROUPS
@@ -59,7 +59,7 @@ def _choose(
             left_XG = tl.where(group_G[None, :] == tl.argmax(left_XG, axis=1)[:, None], NEVER, left_XG)
         dropped_XG = (left_XG > NEVER).to(tl.int32)
         dropped_XS = tl.reshape(tl.broadcast_to(dropped_XG[:, :, None], (X, G, M)), (X, G * M))
-        floor: tl.constexpr = LOWEST if LIMIT else 0.0
+        floor: tl.constexpr = LOWEST if STRICT else 0.0
         corrected_XS = tl.where((dropped_XS > 0) & real_S[None, :], floor, corrected_XS)
     slot_K = tl.arange(0, K)
     expert_XK, score_XK = tl.zeros((X, K), dtype=tl.int32), tl.zeros((X, K), dtype=tl.float32)
@@ -81,7 +81,7 @@ def _choose(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward(
+def _router_backward(
     expert, score, dweight, dlogits, T, scale,
     E: tl.constexpr, TOP_K: tl.constexpr, X: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -106,21 +106,17 @@ def _backward(
 
 
 def grouped_topk(
-    logits_TE: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int, scale: float, limit: bool
+    logits_TE: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int, scale: float, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the operator: weight_TK, expert_TK and score_TK."""
     T, E = logits_TE.shape
     expert_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
     score_TK, weight_TK = (torch.empty(T, top_k, device=logits_TE.device) for _ in range(2))
     if T:
-        groups, inside = triton.next_power_of_2(num_groups), triton.next_power_of_2(E // num_groups)
-        tokens = max(1, TILE // (groups * inside))
+        sizes = constants(E, top_k, num_groups, top_groups, strict)
+        inputs = (logits_TE.contiguous(), correction_E.float().contiguous())
         with on_device(logits_TE):
-            _choose[(triton.cdiv(T, tokens),)](
-                *(logits_TE.contiguous(), correction_E.float(), expert_TK, score_TK, weight_TK, T, scale),
-                **{"E": E, "GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP_K": top_k, "LIMIT": limit},
-                **{"X": tokens, "G": groups, "M": inside, "K": triton.next_power_of_2(top_k)},
-            )
+            _choose_experts[(triton.cdiv(T, sizes["X"]),)](*inputs, expert_TK, score_TK, weight_TK, T, scale, **sizes)
     return weight_TK, expert_TK, score_TK
 
 
@@ -131,11 +127,25 @@ def grouped_topk_backward(
     T, top_k = expert_TK.shape
     dlogits_TE = torch.empty(T, num_experts, device=expert_TK.device)
     if T:
-        padded = triton.next_power_of_2(num_experts)
-        tokens = max(1, TILE // padded)
+        sizes = backward_constants(num_experts, top_k)
+        inputs = (expert_TK.contiguous(), score_TK.contiguous(), dweight_TK.contiguous())
         with on_device(expert_TK):
-            _backward[(triton.cdiv(T, tokens),)](
-                *(expert_TK, score_TK, dweight_TK.contiguous(), dlogits_TE, T, scale),
-                **{"E": num_experts, "TOP_K": top_k, "X": tokens, "N": padded, "K": triton.next_power_of_2(top_k)},
-            )
+            _router_backward[(triton.cdiv(T, sizes["X"]),)](*inputs, dlogits_TE, T, scale, **sizes)
     return dlogits_TE
+
+
+def constants(num_experts: int, top_k: int, num_groups: int, top_groups: int, strict: bool) -> dict[str, int]:
+    """What the kernel is compiled for: the rule, never the number of tokens."""
+    groups, members = _padded(num_groups), _padded(num_experts // num_groups)
+    rule = {"E": num_experts, "GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP_K": top_k, "STRICT": strict}
+    return rule | {"X": max(1, TILE // (groups * members)), "G": groups, "M": members, "K": _padded(top_k)}
+
+
+def backward_constants(num_experts: int, top_k: int) -> dict[str, int]:
+    """The same for the backward pass."""
+    padded = _padded(num_experts)
+    return {"E": num_experts, "TOP_K": top_k, "X": max(1, TILE // padded), "N": padded, "K": _padded(top_k)}
+
+
+def _padded(number: int) -> int:
+    return triton.next_power_of_2(number)

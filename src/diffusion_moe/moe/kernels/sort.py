@@ -22,7 +22,7 @@ COLUMNS = 1024
 
 
 @triton.jit(do_not_specialize=["A", "B"])
-def _count(expert, count_EB, A, B, E: tl.constexpr, L: tl.constexpr, N: tl.constexpr):
+def _count_by_block(expert, count_EB, A, B, E: tl.constexpr, L: tl.constexpr, N: tl.constexpr):
     """How many assignments of each block go to each expert."""
     block = tl.program_id(0)
     place_L, expert_N = block * L + tl.arange(0, L), tl.arange(0, N)
@@ -32,7 +32,7 @@ def _count(expert, count_EB, A, B, E: tl.constexpr, L: tl.constexpr, N: tl.const
 
 
 @triton.jit(do_not_specialize=["B"])
-def _accumulate(count_EB, total_E, B, C: tl.constexpr):
+def _add_up_counts(count_EB, total_E, B, C: tl.constexpr):
     """Turn an expert's counts into how many assignments of earlier blocks go to it, in place; its total."""
     row = count_EB + tl.program_id(0) * B
     total = tl.zeros((), dtype=tl.int32)
@@ -45,7 +45,7 @@ def _accumulate(count_EB, total_E, B, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["A", "B"])
-def _place(
+def _place_assignments(
     expert, earlier_EB, total_E, order_A, row_A, offsets_E, A, B, E: tl.constexpr, L: tl.constexpr, N: tl.constexpr
 ):
     """Write where each assignment goes: after all of earlier experts, earlier blocks and earlier places."""
@@ -70,14 +70,18 @@ def sort_by_expert(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     if not A:
         return order_A, row_A, *(torch.zeros(E, dtype=dtype, device=device) for dtype in (torch.int32, torch.int64))
     offsets_E, total_E = (torch.empty(E, dtype=dtype, device=device) for dtype in (torch.int32, torch.int64))
-    padded = triton.next_power_of_2(E)
-    block = min(MAX_BLOCK, TILE // padded)
-    blocks = triton.cdiv(A, block)
+    sizes = constants(E)
+    blocks = triton.cdiv(A, sizes["L"])
     count_EB = torch.empty(E, blocks, dtype=torch.int32, device=device)
-    sizes = {"E": E, "L": block, "N": padded}
     expert_A = expert_A.contiguous()
     with on_device(expert_A):
-        _count[(blocks,)](expert_A, count_EB, A, blocks, **sizes)
-        _accumulate[(E,)](count_EB, total_E, blocks, C=COLUMNS)
-        _place[(blocks,)](expert_A, count_EB, total_E, order_A, row_A, offsets_E, A, blocks, **sizes)
+        _count_by_block[(blocks,)](expert_A, count_EB, A, blocks, **sizes)
+        _add_up_counts[(E,)](count_EB, total_E, blocks, C=COLUMNS)
+        _place_assignments[(blocks,)](expert_A, count_EB, total_E, order_A, row_A, offsets_E, A, blocks, **sizes)
     return order_A, row_A, offsets_E, total_E
+
+
+def constants(num_experts: int) -> dict[str, int]:
+    """What the kernels are compiled for: the number of experts, never that of assignments."""
+    padded = triton.next_power_of_2(num_experts)
+    return {"E": num_experts, "L": min(MAX_BLOCK, TILE // padded), "N": padded}
