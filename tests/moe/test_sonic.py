@@ -46,6 +46,7 @@ def stand_in(monkeypatch):
     monkeypatch.setitem(sys.modules, "sonicmoe", package)
     monkeypatch.setitem(sys.modules, "sonicmoe.enums", enums)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return calls
 

@@ -48,7 +48,8 @@ def why_not(
             f"SonicMoE takes widths that are multiples of {MULTIPLE}, tokens' from {MIN_DIM} up; "
             f"these are {dim} and {expert_dim}"
         )
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    if not on_gpu or torch.cuda.get_device_capability(device)[0] != 9:
         return f"SonicMoE needs a Hopper GPU (compute capability 9.0); the device is {device}"
     return _import_error()
 
