@@ -1,11 +1,14 @@
 """The value object: grouping by expert, counts, and merging of micro-batches."""
 
+import itertools
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_moe.moe import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
+from diffusion_moe.moe.routing import sort_by_expert
 
 
 def triples(routing: Routing) -> list[tuple[int, int, float]]:
@@ -83,6 +86,7 @@ def choices(draw):
     return chosen, torch.rand(T, E, generator=generator) + 0.01, draw(st.integers(1, T * E + 3))
 
 
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(choices())
 def test_room_for_rows_keeps_the_choices_of_most_weight_and_counts_the_rest(case):
     chosen_TE, weight_TE, room = case
@@ -97,3 +101,21 @@ def test_room_for_rows_keeps_the_choices_of_most_weight_and_counts_the_rest(case
     assert len(routing.token_A) == rows == routing.offsets_E[-1] and routing.offsets_E.dtype == torch.int32
     pairs = {(e, t) for e, t, _ in triples(routing)}
     assert len(pairs) == rows
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_sort_by_expert_lists_each_experts_assignments_in_order(data):
+    num_experts = data.draw(st.sampled_from([1, 3, 256, 300]))
+    experts = data.draw(st.lists(st.integers(0, num_experts - 1), max_size=30))
+    order_A, row_A, offsets_E, counts_E = sort_by_expert(torch.tensor(experts, dtype=torch.int64), num_experts)
+    members = [[a for a, expert in enumerate(experts) if expert == e] for e in range(num_experts)]
+    assert order_A.tolist() == [a for m in members for a in m]
+    assert [order_A.tolist()[row] for row in row_A.tolist()] == list(range(len(experts)))
+    assert counts_E.tolist() == [len(m) for m in members]
+    assert offsets_E.tolist() == list(itertools.accumulate(counts_E.tolist()))
+
+
+def test_sort_by_expert_keeps_an_operators_promises():
+    for expert_A in (torch.tensor([2, 0, 0, 3]), torch.empty(0, dtype=torch.int64)):
+        torch.library.opcheck(sort_by_expert, (expert_A, 4))

@@ -1,8 +1,8 @@
 """The experts' activation with the routing weight on it, forward and backward in one pass each.
 
 In float32 whatever the dtype of the tensors. On a CPU a pass runs over blocks of rows that stay in the cache: faster
-than operator by operator in bfloat16, and exact. Shape suffixes: A rows, F expert width, H columns of the first
-projection (F for GELU, 2F for SwiGLU: gates first, then values).
+than operator by operator in bfloat16, and exact. On a GPU it is one kernel (`kernels.activation`). Shape suffixes: A
+rows, F expert width, H columns of the first projection (F for GELU, 2F for SwiGLU: gates first, then values).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .backend import takes_triton
 
 ExpertActivation = Literal["gelu", "swiglu"]
 BLOCK = 2**18
@@ -37,6 +39,11 @@ def activated(activation: str, *inputs: Tensor) -> Tensor:
 def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str) -> Tensor:
     """activate(h) times each row's weight, (A, F), in the dtype of h_AH."""
     out_AF = h_AH.new_empty(len(h_AH), _width(h_AH, activation))
+    if takes_triton(h_AH, weight_A):
+        from .kernels import activation as kernel
+
+        kernel.weighted_activation(h_AH, weight_A, activation, out_AF)
+        return out_AF
     for rows in _blocks(out_AF):
         out_AF[rows] = activate(_wide(h_AH[rows]), activation).mul_(weight_A[rows, None])
     return out_AF
@@ -54,7 +61,12 @@ def weighted_activation_backward(
     Returns:
         The weighted activation (A, F); the gradient of h (A, H); that of the weights (A,).
     """
-    out_AF, dh_AH, dweight_A = torch.empty_like(grad_AF), torch.empty_like(h_AH), torch.empty_like(weight_A)
+    out_AF, dh_AH, dweight_A = (x.new_empty(x.shape) for x in (grad_AF, h_AH, weight_A))
+    if takes_triton(h_AH, weight_A, grad_AF):
+        from .kernels import activation as kernel
+
+        kernel.weighted_activation_backward(h_AH, weight_A, grad_AF, activation, out_AF, dh_AH, dweight_A)
+        return out_AF, dh_AH, dweight_A
     width = grad_AF.shape[1]
     for rows in _blocks(out_AF):
         h, grad, weight = _wide(h_AH[rows]), _wide(grad_AF[rows]), weight_A[rows, None]
@@ -98,4 +110,4 @@ def _(h_AH: Tensor, weight_A: Tensor, activation: str) -> Tensor:
 
 @weighted_activation_backward.register_fake
 def _(h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(grad_AF), torch.empty_like(h_AH), torch.empty_like(weight_A)
+    return grad_AF.new_empty(grad_AF.shape), h_AH.new_empty(h_AH.shape), weight_A.new_empty(weight_A.shape)

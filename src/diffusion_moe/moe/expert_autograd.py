@@ -32,15 +32,18 @@ class ByToken(NamedTuple):
     """Rows of token 0, then of token 1 and so on, int64."""
     start_T: Tensor
     """Where each token's rows begin in row_A, int64."""
+    per_token: int
+    """Rows of every token; 0 where that differs."""
 
 
 def by_token(routing: Routing, num_tokens: int) -> ByToken:
     """Group rows by token; no synchronisation."""
     if routing.row_TK is not None:
-        start_T = torch.arange(num_tokens, device=routing.row_TK.device) * routing.row_TK.shape[1]
-        return ByToken(routing.row_TK.flatten(), start_T)
+        per_token = routing.row_TK.shape[1]
+        start_T = torch.arange(num_tokens, device=routing.row_TK.device) * per_token
+        return ByToken(routing.row_TK.flatten(), start_T, per_token)
     sorted_A, row_A = torch.sort(routing.token_A, stable=True)
-    return ByToken(row_A, torch.searchsorted(sorted_A, torch.arange(num_tokens, device=row_A.device)))
+    return ByToken(row_A, torch.searchsorted(sorted_A, torch.arange(num_tokens, device=row_A.device)), 0)
 
 
 class ExpertFunction(torch.autograd.Function):
@@ -64,22 +67,24 @@ class ExpertFunction(torch.autograd.Function):
         offsets_E: Tensor,
         row_A: Tensor,
         start_T: Tensor,
+        per_token: int,
         activation: ExpertActivation,
         equal: bool,
         dtype: torch.dtype,
         recompute: bool,
     ) -> Tensor:
-        """(T, D), in `dtype`. row_A and start_T: see `ByToken`. equal: see `Routing`. recompute: keep no projection."""
+        """(T, D), in `dtype`. row_A, start_T, per_token: see `ByToken`. equal: see `Routing`. recompute: keep no h."""
         with full_precision(x_TD):
             x_AD = x_TD.to(dtype).index_select(0, token_A)
             cast_in, cast_out = w_in.to(dtype), w_out.to(dtype)
             h_AH = product(x_AD, cast_in, offsets_E, equal, None if b_in is None else b_in.to(dtype))
             a_AF = weighted_activation(h_AH, weight_A, activation)
-            out_TD = sum_rows(product(a_AF, cast_out, offsets_E, equal), row_A, start_T)
+            out_TD = sum_rows(product(a_AF, cast_out, offsets_E, equal), row_A, start_T, per_token)
             if b_out is not None:
                 weight_TE = _by_token_and_expert(weight_A, token_A, offsets_E, len(x_TD))
                 out_TD += (weight_TE @ b_out.to(weight_TE.dtype)).to(dtype)
-        ctx.activation, ctx.equal, ctx.dtype, ctx.weight_dtype = activation, equal, dtype, w_in.dtype
+        ctx.activation, ctx.per_token, ctx.equal = activation, per_token, equal
+        ctx.dtype, ctx.weight_dtype = dtype, w_in.dtype
         if len(token_A) < KEEP_CAST_BELOW * len(w_in):
             w_in, w_out = cast_in, cast_out
         kept_AH = None if recompute else h_AH
@@ -115,8 +120,8 @@ class ExpertFunction(torch.autograd.Function):
                 db_in = sum_by_expert(dh_AH, offsets_E, equal).to(b_in.dtype)
             if ctx.needs_input_grad[0]:
                 dx_AD = product(dh_AH, w_in.to(dtype).transpose(1, 2), offsets_E, equal)
-                dx_TD = sum_rows(dx_AD, row_A, start_T).to(x_TD.dtype)
-        return dx_TD, dweight_A, dw_in, dw_out, db_in, db_out, *[None] * 8
+                dx_TD = sum_rows(dx_AD, row_A, start_T, ctx.per_token).to(x_TD.dtype)
+        return dx_TD, dweight_A, dw_in, dw_out, db_in, db_out, *[None] * 9
 
 
 def product(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor, equal: bool, bias_EF: Tensor | None = None) -> Tensor:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .activation import ExpertActivation, activate
+from .backend import chosen
 from .expert_autograd import ExpertFunction, by_token
 from .ops import gmm
 from .parallel import parallel_experts
 from .precision import compute_dtype
 from .routing import Routing
+from .sonic import sonic_experts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,9 +71,11 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of each token's experts, (T, D) in the dtype of x_TD; zero for a token with none."""
+        dtype = compute_dtype(x_TD)
         if self.group is not None:
             return parallel_experts(self, x_TD, routing, self.group)
-        dtype = compute_dtype(x_TD)
+        if chosen() == "sonic":
+            return sonic_experts(self, x_TD.to(dtype), routing).to(x_TD.dtype)
         if self.dropout.p and self.training:
             return self._with_dropout(x_TD.to(dtype), routing).to(x_TD.dtype)
         weights = (self.w_in, self.w_out, self.b_in, self.b_out)

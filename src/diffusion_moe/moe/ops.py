@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .backend import takes_triton
+
 CAST_BLOCK = 2**22
 """Numbers in a block of matrices that is cast at a time."""
 _ALIGNMENT = 16  # bytes; grouped_mm wants every stride but the unit one to be a multiple of it
@@ -88,14 +90,19 @@ def expert_blocks(wide_EDF: Tensor) -> Iterator[slice]:
 
 
 @torch.library.custom_op("diffusion_moe::sum_rows", mutates_args=())
-def sum_rows(y_AD: Tensor, row_A: Tensor, start_T: Tensor) -> Tensor:
+def sum_rows(y_AD: Tensor, row_A: Tensor, start_T: Tensor, per_token: int = 0) -> Tensor:
     """The sum of each token's rows, (T, D), accumulated in float32 in a fixed order; zero for a token with none.
 
     Args:
         row_A: rows of token 0, then of token 1 and so on, int64. start_T: where each token's begin in row_A, int64.
+        per_token: how many rows every token has; 0 where that differs.
     """
     if len(y_AD) == 0:
         return y_AD.new_zeros(len(start_T), y_AD.shape[1])
+    if takes_triton(y_AD):
+        from .kernels import combine as kernel
+
+        return kernel.sum_rows(y_AD, row_A, start_T, per_token)
     return F.embedding_bag(row_A, y_AD, start_T, mode="sum")
 
 
@@ -124,7 +131,7 @@ def _(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor, dtype: torch.dtype | None =
 
 
 @sum_rows.register_fake
-def _(y_AD: Tensor, row_A: Tensor, start_T: Tensor) -> Tensor:
+def _(y_AD: Tensor, row_A: Tensor, start_T: Tensor, per_token: int = 0) -> Tensor:
     return y_AD.new_empty(start_T.shape[0], y_AD.shape[1])
 
 

@@ -49,27 +49,28 @@ class Gather(torch.autograd.Function):
     """Rows of x_TD by token; their gradients are summed in float32 in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_A: Tensor, row_A: Tensor, start_T: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, token_A: Tensor, row_A: Tensor, start_T: Tensor, per_token: int) -> Tensor:
+        ctx.per_token = per_token
         ctx.save_for_backward(row_A, start_T)
         return x_TD.index_select(0, token_A)
 
     @staticmethod
     def backward(ctx: Any, drows_AD: Tensor) -> tuple[Tensor | None, ...]:
-        return sum_rows(drows_AD.contiguous(), *ctx.saved_tensors), None, None, None
+        return sum_rows(drows_AD.contiguous(), *ctx.saved_tensors, ctx.per_token), None, None, None, None
 
 
 class Combine(torch.autograd.Function):
     """The sum of each token's rows: the reverse of `Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, y_AD: Tensor, token_A: Tensor, row_A: Tensor, start_T: Tensor) -> Tensor:
+    def forward(ctx: Any, y_AD: Tensor, token_A: Tensor, row_A: Tensor, start_T: Tensor, per_token: int) -> Tensor:
         ctx.save_for_backward(token_A)
-        return sum_rows(y_AD, row_A, start_T)
+        return sum_rows(y_AD, row_A, start_T, per_token)
 
     @staticmethod
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         (token_A,) = ctx.saved_tensors
-        return dout_TD.index_select(0, token_A), None, None, None
+        return dout_TD.index_select(0, token_A), None, None, None, None
 
 
 def parallel_experts(experts: GroupedExperts, x_TD: Tensor, routing: Routing, group: dist.ProcessGroup) -> Tensor:
@@ -88,7 +89,7 @@ def parallel_experts(experts: GroupedExperts, x_TD: Tensor, routing: Routing, gr
     expert_R = expert_PL.flatten().repeat_interleave(received_PL.flatten(), output_size=sum(splits.received))
     order_R = expert_R.argsort(stable=True)
     place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-    one_each = ByToken(place_R, torch.arange(len(place_R), device=place_R.device))
+    one_each = ByToken(place_R, torch.arange(len(place_R), device=place_R.device), 1)
     offsets_L = received_PL.sum(0).cumsum(0).to(torch.int32)
     weights = (local_part(w) for w in (experts.w_in, experts.w_out, experts.b_in, experts.b_out))
     settings = (experts.activation, False, dtype, experts.recompute)

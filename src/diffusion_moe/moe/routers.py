@@ -23,6 +23,7 @@ from .capacity import (
     chosen_from_pool,
     observed_threshold,
 )
+from .grouped_topk import grouped_topk
 from .parallel import gathered
 from .precision import full_precision
 from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
@@ -127,21 +128,22 @@ class TokenChoice(Router):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
-        scores_BNE = logits_BNE.softmax(dim=-1)
-        expert_BNK = self.choose(scores_BNE)
-        return self.routing(expert_BNK, scores_BNE.gather(-1, expert_BNK), scores_BNE)
+        score_TE = logits_BNE.flatten(0, 1).softmax(dim=-1)
+        corrected_TE = score_TE if self.correction is None else score_TE + self.correction
+        expert_TK = corrected_TE.topk(self.config.top_k, dim=-1, sorted=False).indices
+        return self.routing(expert_TK, score_TE.gather(-1, expert_TK), score_TE)
 
-    def choose(self, scores_BNE: Tensor) -> Tensor:
-        """The K experts of each token, int64, (B, N, K)."""
-        corrected_BNE = scores_BNE if self.correction is None else scores_BNE + self.correction
-        return corrected_BNE.topk(self.config.top_k, dim=-1, sorted=False).indices
+    def has_loss(self) -> bool:
+        """Whether there is an auxiliary loss now."""
+        return self.training and self.config.balance == "aux"
 
-    def routing(self, expert_BNK: Tensor, weight_BNK: Tensor, share_BNE: Tensor) -> Routing:
-        """Group by expert; `share_BNE` (summing to 1 over experts) is what the auxiliary loss evens out."""
-        losses, expert_TK = {}, expert_BNK.flatten(0, 1)
-        if self.training and self.config.balance == "aux":
-            losses["balance"] = self.config.balance_weight * balance_loss(share_BNE.flatten(0, 1), expert_TK)
-        return route_by_token(expert_TK, weight_BNK.flatten(0, 1), self.config.num_experts, losses)
+    def routing(self, expert_TK: Tensor, weight_TK: Tensor, share_TE: Tensor | None) -> Routing:
+        """Group by expert; `share_TE` (summing to 1 over experts) is what an auxiliary loss evens out."""
+        losses = {}
+        if self.has_loss():
+            assert share_TE is not None
+            losses["balance"] = self.config.balance_weight * balance_loss(share_TE, expert_TK)
+        return route_by_token(expert_TK, weight_TK, self.config.num_experts, losses)
 
     def update_state(self, report: RoutingReport) -> None:
         if self.config.balance == "bias":
@@ -166,30 +168,18 @@ class GroupedSigmoid(TokenChoice):
         nn.init.kaiming_normal_(self.weight)
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
-        scores_BNE = logits_BNE.sigmoid()
-        expert_BNK = self.choose(scores_BNE)
-        weight_BNK = scores_BNE.gather(-1, expert_BNK)
-        if self.config.top_k > 1:
-            weight_BNK = weight_BNK / (weight_BNK.sum(dim=-1, keepdim=True) + 1e-20)
-        weight_BNK = weight_BNK * self.config.routed_scale
-        # DeepSeek-V3 eq. 19: the auxiliary loss sees the scores' shares.
-        return self.routing(expert_BNK, weight_BNK, scores_BNE / scores_BNE.sum(dim=-1, keepdim=True))
-
-    def choose(self, scores_BNE: Tensor) -> Tensor:
-        """The K experts of each token inside its best groups, int64, (B, N, K)."""
-        G = self.config.num_groups
+        config, logits_TE, share_TE = self.config, logits_BNE.flatten(0, 1), None
         assert self.correction is not None
-        corrected_BNE = scores_BNE + self.correction
-        if self.config.top_groups < G:
-            grouped_BNGI = corrected_BNE.unflatten(-1, (G, -1))
-            best_BNG = grouped_BNGI.topk(min(2, grouped_BNGI.shape[-1]), dim=-1).values.sum(dim=-1)
-            kept = best_BNG.topk(self.config.top_groups, dim=-1, sorted=False).indices
-            dropped_BNG = torch.ones_like(best_BNG, dtype=torch.bool).scatter(-1, kept, False)
-            # The published models score experts of dropped groups 0, so that one of them wins against an expert whose
-            # bias makes its score negative. Where we move the bias ourselves, the group limit holds.
-            floor = -torch.inf if self.config.balance == "bias" else 0.0
-            corrected_BNE = grouped_BNGI.masked_fill(dropped_BNG[..., None], floor).flatten(-2)
-        return corrected_BNE.topk(self.config.top_k, dim=-1, sorted=False).indices
+        groups = (config.num_groups, config.top_groups)
+        # The published models score experts of dropped groups 0; where we move the bias ourselves, they are out.
+        strict = config.balance == "bias"
+        weight_TK, expert_TK, _ = grouped_topk(
+            logits_TE, self.correction, config.top_k, *groups, config.routed_scale, strict
+        )
+        if self.has_loss():  # DeepSeek-V3 eq. 19: it sees the scores' shares
+            score_TE = logits_TE.sigmoid()
+            share_TE = score_TE / score_TE.sum(dim=-1, keepdim=True)
+        return self.routing(expert_TK, weight_TK, share_TE)
 
 
 class ExpertChoice(Router):

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backend import takes_triton
+
 
 class RoutingReport(NamedTuple):
     """What one forward pass of a router learned. Nothing in the router has changed yet: see `moe.balance`."""
@@ -54,6 +56,36 @@ def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
     return torch.searchsorted(offsets_E, places_A, right=True)
 
 
+@torch.library.custom_op("diffusion_moe::sort_by_expert", mutates_args=())
+def sort_by_expert(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Group assignments by expert, keeping their order within one. No host synchronisation.
+
+    Args:
+        expert_A: experts in [0, num_experts), int64.
+
+    Returns:
+        order_A, the assignment that each row holds, and row_A, the row of each assignment, int64; offsets_E, the end of
+        each expert's rows, int32; counts_E, how many they are, int64.
+    """
+    if takes_triton(expert_A, experts=num_experts):
+        from .kernels import sort as kernel
+
+        return kernel.sort_by_expert(expert_A, num_experts)
+    # Up to 256 experts one pass of radix sort over bytes does instead of eight.
+    sorted_A, order_A = torch.sort(expert_A.to(torch.uint8) if num_experts <= 256 else expert_A, stable=True)
+    bounds_E = torch.arange(num_experts, device=expert_A.device, dtype=sorted_A.dtype)
+    offsets_E = torch.searchsorted(sorted_A, bounds_E, right=True, out_int32=True)
+    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).long()
+    row_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+    return order_A, row_A, offsets_E, counts_E
+
+
+@sort_by_expert.register_fake
+def _(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order_A, counts_E = expert_A.new_empty(expert_A.shape), expert_A.new_empty(num_experts)
+    return order_A, torch.empty_like(order_A), counts_E.to(torch.int32), counts_E
+
+
 def route_by_token(
     expert_TK: Tensor, weight_TK: Tensor, num_experts: int, losses: dict[str, Tensor] | None = None
 ) -> Routing:
@@ -62,14 +94,7 @@ def route_by_token(
     Args:
         expert_TK: chosen experts, int64. weight_TK: their weights.
     """
-    key_A = expert_TK.flatten()
-    if num_experts <= 256:
-        key_A = key_A.to(torch.uint8)  # one pass of radix sort instead of eight
-    sorted_A, order_A = torch.sort(key_A, stable=True)
-    bounds_E = torch.arange(num_experts, device=key_A.device, dtype=sorted_A.dtype)
-    offsets_E = torch.searchsorted(sorted_A, bounds_E, right=True, out_int32=True)
-    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).long()
-    row_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+    order_A, row_A, offsets_E, counts_E = sort_by_expert(expert_TK.flatten(), num_experts)
     return Routing(
         token_A=order_A // expert_TK.shape[1],
         weight_A=weight_TK.flatten().index_select(0, order_A),

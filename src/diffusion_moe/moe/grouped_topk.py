@@ -1,0 +1,108 @@
+"""DSMoE's choice of experts and their weights as one operator, with its gradient in closed form.
+
+Shape suffixes: T tokens, E experts, K experts a token, G groups of M experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import takes_triton
+
+
+@torch.library.custom_op("diffusion_moe::grouped_topk", mutates_args=())
+def grouped_topk(
+    logits_TE: Tensor,
+    correction_E: Tensor,
+    top_k: int,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    strict: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The K experts of highest sigmoid score plus correction in each token's best groups, and their weights.
+
+    A group scores the sum of its two best experts. Which of equal experts is taken depends on the implementation; the
+    Triton kernel takes the one of the lowest number.
+
+    Args:
+        logits_TE: float32 or float64. correction_E: takes part in the choice only. scale: factor on the weights.
+        strict: whether experts of dropped groups are out; else they score 0, as in the published models, so that
+            one of them wins against an expert whose correction makes its score negative.
+
+    Returns:
+        The weights, which are the sigmoids normalised over the K (not for K = 1) and scaled; the experts, int64; the
+        sigmoids themselves, for the backward pass: no gradient flows through them. All (T, K).
+    """
+    if takes_triton(logits_TE, experts=logits_TE.shape[1]):
+        from .kernels import router as kernel
+
+        return kernel.grouped_topk(logits_TE, correction_E, top_k, num_groups, top_groups, scale, strict)
+    score_TE = logits_TE.sigmoid()
+    expert_TK = _choose(score_TE + correction_E, top_k, num_groups, top_groups, strict)
+    score_TK = score_TE.gather(1, expert_TK)
+    weight_TK = score_TK if top_k == 1 else score_TK / (score_TK.sum(dim=1, keepdim=True) + 1e-20)
+    return weight_TK * scale, expert_TK, score_TK
+
+
+def _choose(score_TE: Tensor, top_k: int, num_groups: int, top_groups: int, strict: bool) -> Tensor:
+    """The K experts of highest score in each token's best groups."""
+    if top_groups < num_groups:
+        score_TGM = score_TE.unflatten(1, (num_groups, -1))
+        best_TG = score_TGM.topk(min(2, score_TGM.shape[2]), dim=2).values.sum(dim=2)
+        kept = best_TG.topk(top_groups, dim=1, sorted=False).indices
+        dropped_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(1, kept, False)
+        score_TE = score_TGM.masked_fill(dropped_TG[:, :, None], -torch.inf if strict else 0.0).flatten(1)
+    return score_TE.topk(top_k, dim=1, sorted=False).indices
+
+
+@torch.library.custom_op("diffusion_moe::grouped_topk_backward", mutates_args=())
+def grouped_topk_backward(
+    expert_TK: Tensor, score_TK: Tensor, dweight_TK: Tensor, num_experts: int, scale: float
+) -> Tensor:
+    """The gradient of `grouped_topk` in its logits, (T, E), for that of its weights."""
+    if takes_triton(score_TK, experts=num_experts):
+        from .kernels import router as kernel
+
+        return kernel.grouped_topk_backward(expert_TK, score_TK, dweight_TK, num_experts, scale)
+    grad_TK = dweight_TK * scale
+    if expert_TK.shape[1] > 1:  # w = s / sum(s), so dL/ds = (g - sum(g s) / sum(s)) / sum(s)
+        sum_T1 = score_TK.sum(dim=1, keepdim=True) + 1e-20
+        grad_TK = (grad_TK - (grad_TK * score_TK).sum(dim=1, keepdim=True) / sum_T1) / sum_T1
+    grad_TK = grad_TK * score_TK * (1 - score_TK)
+    return grad_TK.new_zeros(len(grad_TK), num_experts).scatter_(1, expert_TK, grad_TK)
+
+
+@grouped_topk.register_fake
+def _(
+    logits_TE: Tensor,
+    correction_E: Tensor,
+    top_k: int,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    strict: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight_TK = logits_TE.new_empty(len(logits_TE), top_k)
+    return weight_TK, torch.empty_like(weight_TK, dtype=torch.int64), torch.empty_like(weight_TK)
+
+
+@grouped_topk_backward.register_fake
+def _(expert_TK: Tensor, score_TK: Tensor, dweight_TK: Tensor, num_experts: int, scale: float) -> Tensor:
+    return score_TK.new_empty(len(score_TK), num_experts)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.num_experts, ctx.scale = inputs[0].shape[1], inputs[5]
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _backward(ctx: Any, dweight_TK: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dlogits_TE = grouped_topk_backward(*ctx.saved_tensors, dweight_TK, ctx.num_experts, ctx.scale)
+    return dlogits_TE, None, None, None, None, None, None
+
+
+grouped_topk.register_autograd(_backward, setup_context=_save)
