@@ -62,20 +62,19 @@ OPTIONAL = ("transformers", "scattermoe", "sonicmoe")
 """Held against where they are installed and suit the machine; else left out."""
 
 CPU = [
-    Case("layer", "dsmoe-s-e48", 4096, 3, "loop"),
-    Case("layer", "dsmoe-b-e48", 4096, 4, "loop"),
-    Case("layer", "diffmoe-s-e16", 4096, 3, "loop"),
-    Case("layer", "diffmoe-b-e16", 4096, 4, "loop"),
-    Case("layer", "dsmoe-s-e16", 4096, 3, "loop"),
-    Case("layer", "dsmoe-b-e16", 2048, 4, "loop"),
-    Case("layer", "dsmoe-s-e48", 4096, 3, "transformers"),
-    Case("layer", "dsmoe-s-e16", 4096, 3, "transformers"),
+    Case("layer", "dsmoe-s-e48", 4096, 2, "loop"),
+    Case("layer", "dsmoe-b-e48", 4096, 2.5, "loop"),
+    Case("layer", "diffmoe-s-e16", 4096, 2, "loop"),
+    Case("layer", "diffmoe-b-e16", 4096, 2.5, "loop"),
+    Case("layer", "dsmoe-s-e16", 4096, 2, "loop"),
+    Case("layer", "dsmoe-b-e16", 2048, 2.5, "loop"),
+    Case("layer", "dsmoe-s-e48", 4096, 2, "transformers"),
     Case("step", "dsmoe-s-e16", 2048, 4, "dense"),
-    Case("step", "dsmoe-s-e48", 2048, 4, "loop"),
-    Case("sample", "dsmoe-s-e48", 1024, 4, "loop"),
+    Case("step", "dsmoe-s-e48", 1024, 4, "loop"),
+    Case("sample", "dsmoe-s-e48", 512, 4, "loop"),
     Case("products", "dsmoe-s-e48", 4096, 0.3),
     Case("products", "dsmoe-s-e16", 4096, 0.3),
-    Case("scaling", "dsmoe-s-e48", 2048, 6),
+    Case("scaling", "dsmoe-s-e48", 2048, 5),
 ]
 
 SMALL_EXPERTS = ("dsmoe-s-e48", "dsmoe-b-e48", "dsmoe-l-e48")

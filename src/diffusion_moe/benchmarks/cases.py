@@ -165,6 +165,8 @@ def _step(setting: Setting) -> Pairs:
     shape = (setting.images, config.in_channels, config.sample_size, config.sample_size)
     labels = torch.randint(max(1, config.num_classes), (setting.images,), generator=generator)
     batch = Batch(torch.randn(shape, generator=generator), labels)
+    if setting.device.type == "cuda":  # as the training loop's loader gives it
+        batch = Batch(batch.images.pin_memory(), batch.labels.pin_memory())
     contestants = []
     for model in _models(setting):
         ema = copy.deepcopy(model).eval().requires_grad_(False)
