@@ -43,6 +43,14 @@ def test_flops_are_two_a_multiply_add():
     assert work(lambda: a @ b, CPU).flops == 2 * 3 * 4 * 5
 
 
+def test_compiled_parts_are_counted_as_if_they_were_not():
+    a = torch.ones(3, 4)
+    product = torch.compile(lambda b: (a @ b).exp(), backend="eager", fullgraph=True)
+    product(torch.ones(4, 5))
+    done = work(lambda: product(torch.ones(4, 5)), CPU)
+    assert (done.operators, done.flops) == (3, 2 * 3 * 4 * 5)
+
+
 def test_bytes_are_of_inputs_and_outputs_but_not_of_views_and_empty_tensors():
     x = torch.randn(4, 8)
     assert work(lambda: x + x, CPU).bytes == 3 * 4 * 8 * 4

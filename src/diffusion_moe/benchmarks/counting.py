@@ -111,8 +111,12 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def work(run: Run, device: torch.device) -> Work:
-    """Count one run; waits on a GPU in another one."""
-    with FlopCounterMode(display=False) as products, _Operators() as operators:
+    """Count one run, compiled parts as if they were not; waits on a GPU in another one, as it is."""
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FlopCounterMode(display=False) as products,
+        _Operators() as operators,
+    ):
         run()
     waits = sync_warnings(run) if device.type == "cuda" else operators.waits
     return Work(operators.called, operators.bytes, products.get_total_flops(), waits)
