@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .benchmarks.options import BenchOptions
+from .benchmarks.options import BenchOptions, What
 from .config import SECTIONS, DataConfig, EvaluationConfig, to_yaml
 from .conversion import ConvertOptions, to_pipeline, to_published_file
 from .encoding.options import EncodeOptions
@@ -176,12 +176,15 @@ def analyze(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Time the MoE layer, a training step or sampling: one JSON line a measurement."""
+    """Time the layer, a training step, sampling, products, or how cost grows: one JSON line a measurement."""
     parser = make_parser("bench", bench.__doc__ or "")
-    parser.add_argument("what", type=Literal["layer", "step", "sample"], help="what to time")
+    parser.add_argument("what", type=What, help="what to time")
     parser.add_class_arguments(BenchOptions)
-    what, rest = _positional(parser, arguments, "thing to time", "diffusion-moe bench layer|step|sample")
+    what, rest = _positional(
+        parser, arguments, "thing to time", "diffusion-moe bench layer|step|sample|products|scaling"
+    )
     parsed = parse(parser, [what, *rest])
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells standard error of every start
     from .benchmarks.cases import measure
 
     for record in measure(parsed.what, BenchOptions(**{name: parsed[name] for name in _fields(BenchOptions)})):

@@ -19,7 +19,16 @@ def test_layer_lines_hold_what_was_measured(capsys, against):
         assert record["memory_ratio"] == pytest.approx(record["against_saved_bytes"] / record["saved_bytes"])
         assert record["waits"] == 0 and record["against_waits"] == (8 if against == "loop" else 0)
         assert record["utilisation"] == pytest.approx(record["flops_per_second"] / record["matmul_ceiling"])
-        assert {"torch", "device", "threads", "ms_quartiles", "peak_ratio", "operators"} <= record.keys()
+        assert {
+            "torch",
+            "device",
+            "threads",
+            "backend",
+            "ms_quartiles",
+            "rounds",
+            "peak_ratio",
+            "operators",
+        } <= record.keys()
     # digits: 64 tokens, D 108, F 96, 2 of 8 experts and a shared one, three matrices each; the router's 8 rows.
     forward = 2 * 64 * (3 * 3 * 108 * 96 + 8 * 108)
     assert records[0]["flops"] == forward
@@ -27,10 +36,50 @@ def test_layer_lines_hold_what_was_measured(capsys, against):
 
 
 @pytest.mark.parametrize("what", ["step", "sample"])
-def test_steps_and_samples_are_timed(capsys, what):
-    assert main(["bench", what, *QUICK]) == 0
+@pytest.mark.parametrize("against", ["loop", "transformers"])
+def test_steps_and_samples_are_timed(capsys, what, against):
+    if against != "loop":
+        pytest.importorskip(against)
+    assert main(["bench", what, *QUICK, f"--against={against}"]) == 0
     (record,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert record["benchmark"] == what and record["images"] == 4 and record["ratio"] > 0 and record["flops"] > 0
+    for prefix in ("", "against_"):
+        assert record[f"{prefix}images_per_second"] == pytest.approx(4e3 / record[f"{prefix}ms"])
+
+
+def test_a_layer_is_held_against_transformers(capsys):
+    transformers = pytest.importorskip("transformers")
+    assert main(["bench", "layer", *QUICK, "--against=transformers"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        record = json.loads(line)
+        assert record["against_version"] == transformers.__version__
+        assert record["difference"] < 1e-6
+        assert record["memory_ratio"] > 1
+
+
+def test_an_answer_too_far_from_ours_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("diffusion_moe.benchmarks.loop.LoopMoE._each", lambda self, x_TD, routing: 2 * x_TD)
+    assert main(["bench", "layer", *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert "the answer of loop differs from ours by" in error and error.count("\n") == 1
+
+
+def test_a_rival_that_fails_is_named(capsys, monkeypatch):
+    def fails(self, x_TD, routing):
+        raise RuntimeError("no kernel\nfor this device")
+
+    monkeypatch.setattr("diffusion_moe.benchmarks.loop.LoopMoE._each", fails)
+    assert main(["bench", "layer", *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert "loop fails on this layer: no kernel" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("what", "lines"), [("products", 12), ("scaling", 5 + 5 + 4 + 4 + 4)])
+def test_products_and_growth_are_lines_too(capsys, what, lines):
+    assert main(["bench", what, *QUICK]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(records) == lines
+    assert all(record["benchmark"] == what and record["recipe"] == "digits" for record in records)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +91,8 @@ def test_steps_and_samples_are_timed(capsys, what):
         (["bench", "layer", "--recipe=digits", "--tokens=65"], "tokens is 65; give a multiple of an image's 16"),
         (["bench", "layer", "--tokens=0"], "tokens is 0"),
         (["bench", "layer", "--against=nothing"], "against is nothing"),
+        (["bench", "scaling", "--recipe=digits", "--tokens=64", "--against=loop"], "against is loop, but scaling has"),
+        (["bench", "layer", *QUICK, "--against=scattermoe"], "against is scattermoe, which cannot run here"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, expected):

@@ -1,59 +1,113 @@
-"""What is counted, on examples whose answer is known."""
+"""Times, ceilings and records, where their answer is known."""
 
+import sys
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from diffusion_moe.benchmarks import measure
+from diffusion_moe.benchmarks.contestants import Contestant
 from diffusion_moe.benchmarks.measure import (
     WARM_UP_ROUNDS,
     Times,
+    backend,
     ceilings,
-    flops,
+    compare,
     interleaved,
-    operators,
-    peak_bytes,
-    saved_bytes,
+    machine,
 )
 
 CPU = torch.device("cpu")
 
 
-def test_saved_bytes_are_those_autograd_keeps_without_the_parameters():
-    x, w = torch.randn(10, 20, requires_grad=True), torch.randn(20, 30, requires_grad=True)
-    # exp keeps its result; the product keeps that once more, and the parameter.
-    assert saved_bytes(lambda: x.exp() @ w, excluded=(w,)) == 10 * 20 * 4
-    assert saved_bytes(lambda: x.exp() @ w) == 10 * 20 * 4 + 20 * 30 * 4
-    assert saved_bytes(lambda: x + 1) == 0
-
-
-def test_peak_bytes_are_the_highest_level():
-    def run():
-        a = torch.empty(2**20, dtype=torch.uint8)
-        b = torch.empty(2**19, dtype=torch.uint8)
-        del a
-        c = torch.empty(2**18, dtype=torch.uint8)
-        return b, c
-
-    assert peak_bytes(run, CPU) == 2**20 + 2**19
-
-
-def test_operators_and_waits_are_counted():
-    x = torch.randn(8)
-    assert operators(lambda: (x + 1) * 2) == (2, 0)
-    called, waits = operators(lambda: (x > 0).nonzero())
-    assert (called, waits) == (2, 1)
-
-
-def test_flops_are_two_a_multiply_add():
-    assert flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 2 * 3 * 4 * 5
-
-
 def test_contestants_take_turns():
     order = []
-    times = interleaved([lambda: order.append("a"), lambda: order.append("b")], seconds=0, device=CPU, least=3)
-    assert order == ["a", "b"] * (WARM_UP_ROUNDS + 3)
+    times = interleaved([lambda: order.append("a"), lambda: order.append("b")], seconds=1e-3, device=CPU, least=3)
+    assert order == ["a", "b"] * (WARM_UP_ROUNDS + times[0].rounds)
+    assert times[0].rounds >= 3
     assert all(0 <= time.low <= time.median <= time.high for time in times)
     assert Times.of([1.0, 2.0, 3.0]).median == 2.0
+
+
+def test_warming_up_stops_where_it_would_take_longer_than_measuring():
+    order = []
+    interleaved([lambda: order.append("a")], seconds=0, device=CPU, least=2)
+    assert len(order) == 1 + 2
+
+
+class FakeClock:
+    """torch.cuda where every run takes 4 ms on the device."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        clock = self
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                assert enable_timing
+
+            def record(self):
+                self.at = clock.now
+
+            def elapsed_time(self, other):
+                return other.at - self.at  # milliseconds
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+
+    def run(self):
+        self.now += 4.0
+
+
+def test_a_gpu_is_timed_by_events_over_runs_queued_together(monkeypatch):
+    """With torch.cuda played by a stand-in: tests/gpu has the real one."""
+    clock = FakeClock(monkeypatch)
+    (times,) = interleaved([clock.run], seconds=0, device=torch.device("cuda"), least=3)
+    assert times.median == pytest.approx(4e-3)
+    assert clock.now == 4.0 * (1 + 3 * 5)  # one to warm up; then five a timing, which fill 20 ms
 
 
 def test_ceilings_are_of_this_machine():
     limits = ceilings(CPU, torch.float32)
     assert 1e9 < limits.matmul_flops < 1e14 and 1e8 < limits.copy_bytes < 1e13
+
+
+def test_a_record_holds_ratios_and_shares_of_the_ceilings():
+    a, b = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64)
+    ours = Contestant(lambda: a @ b, lambda: a @ b)
+    theirs = Contestant(lambda: (a @ b) @ b, lambda: (a.exp() @ b) @ b)
+    record = compare(ours, theirs, 1e-3, CPU, torch.float32)
+    assert record["ratio"] == pytest.approx(record["against_ms"] / record["ms"])
+    assert record["flops"] == 2 * 64**3
+    assert record["operator_bytes"] == 3 * 64 * 64 * 4
+    assert record["copy_utilisation"] * record["copy_ceiling"] == pytest.approx(record["bytes_per_second"])
+    assert record["saved_bytes"] == 64 * 64 * 4  # b
+    assert record["memory_ratio"] == 2.0  # exp's result too
+    assert record["peak_ratio"] == pytest.approx(record["against_peak_bytes"] / record["peak_bytes"])
+    assert record["kernels"] is None and record["waits"] == 0
+
+
+def test_the_backend_is_what_moe_backend_chooses(monkeypatch):
+    name = "diffusion_moe.moe.backend"
+
+    def pretend(chosen, triton):
+        choices = SimpleNamespace(chosen=lambda: chosen, takes_triton=lambda x: triton)
+        monkeypatch.setitem(sys.modules, name, choices)
+
+    for chosen, triton, expected in [
+        ("auto", False, "torch"),
+        ("auto", True, "triton"),
+        ("torch", True, "torch"),
+        ("sonic", True, "sonic"),
+    ]:
+        pretend(chosen, triton)
+        assert backend(CPU) == expected
+    monkeypatch.setattr(measure, "import_module", lambda name: (_ for _ in ()).throw(ModuleNotFoundError(name)))
+    assert backend(CPU) == "torch"
+
+
+def test_the_machine_is_named():
+    about = machine(CPU)
+    assert about["torch"] == torch.__version__ and about["threads"] == torch.get_num_threads()
+    assert about["device"] and about["cuda"] is None

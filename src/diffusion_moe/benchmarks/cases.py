@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import EvaluationConfig, Recipe, Solver
 from ..data import Batch
@@ -16,34 +16,67 @@ from ..evaluation.generate import generate
 from ..model_config import ModelConfig
 from ..models import Backbone, make_model
 from ..models.block import make_moe
-from ..moe import MoEFeedForward, MoEOutput
+from ..moe import MoEFeedForward
 from ..parsing import read_recipe
 from ..training.optimizer import make_optimizer
 from ..training.step import TrainState, train_step
-from .loop import LoopMoE, dense_equivalent
-from .measure import autocast, ceilings, flops, interleaved, kernels, machine, operators, peak_bytes, saved_bytes
-from .options import Against, BenchOptions
+from .contestants import Contestant, autocast, layer_contestants
+from .measure import compare, machine
+from .options import Against, BenchOptions, What
+from .products import products
+from .rivals import first_line, make_rival, rival_version
+from .scaling import scaling
 
 STEPS = 4
 """Solver steps of the sampling benchmark."""
+TOLERANCE = 0.03
+"""Largest difference to another library's answer, relative to the answer's norm: bfloat16 rounds to 0.004."""
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """Something to time, and what is worth counting of it."""
+class Setting:
+    """A recipe and where it runs."""
 
-    run: Callable[[], Any]
-    forward: Callable[[], Any] | None = None
-    """The part whose saved tensors count."""
-    parameters: tuple[Tensor, ...] = ()
+    recipe: Recipe
+    against: Against
+    images: int
+    tokens_an_image: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.recipe.model
 
 
-def measure(what: Literal["layer", "step", "sample"], options: BenchOptions) -> Iterator[dict[str, Any]]:
+def measure(what: What, options: BenchOptions) -> Iterator[dict[str, Any]]:
     """One record a measurement, ready for JSON.
 
     Raises:
-        ValueError: the recipe has no experts, or the tokens do not make whole images.
+        ValueError: the recipe has no experts, the tokens do not make whole images, there is no such device, or what
+            the recipe is held against is missing or does not suit it.
     """
+    setting = _setting(options)
+    device, dtype = setting.device, setting.dtype
+    about = {"recipe": options.recipe, "tokens": options.tokens, "images": setting.images, "dtype": options.dtype}
+    if what in ("products", "scaling"):
+        if options.against is not None:
+            raise ValueError(f"against is {options.against}, but {what} has no rivals; leave it out")
+        run = products if what == "products" else scaling
+        for record in run(setting.config, setting.images, setting.tokens_an_image, options.seconds, device, dtype):
+            yield {"benchmark": what, **about, **record} | machine(device)
+        return
+    version = {"against_version": rival_version(setting.against)}
+    for mode, extra, ours, theirs in CASES[what](setting):
+        record = {"benchmark": what, "mode": mode, **about, "against": setting.against, **version, **extra}
+        record |= compare(ours, theirs, options.seconds, device, dtype)
+        if what != "layer":
+            for prefix in ("", "against_"):
+                record[f"{prefix}images_per_second"] = setting.images / (record[f"{prefix}ms"] / 1e3)
+        yield record | machine(device)
+
+
+def _setting(options: BenchOptions) -> Setting:
     recipe = read_recipe(options.recipe)
     config = recipe.model
     if config.router == "dense":
@@ -53,119 +86,97 @@ def measure(what: Literal["layer", "step", "sample"], options: BenchOptions) -> 
         raise ValueError(f"tokens is {options.tokens}; give a multiple of an image's {tokens_an_image}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but no CUDA device is available; set it to auto or cpu")
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, options.dtype)
-    images = options.tokens // tokens_an_image
-    about = {"recipe": options.recipe, "tokens": options.tokens, "images": images, "dtype": options.dtype}
-    if what == "layer":
-        pairs = _layer(config, options.against, images, tokens_an_image, device, dtype)
-    elif what == "step":
-        pairs = _step(recipe, options.against, images, device, options.dtype)
-    else:
-        pairs = _sample(config, options.against, images, device, dtype)
-    for mode, ours, theirs in pairs:
-        record = {"benchmark": what, "mode": mode, **about, "against": options.against}
-        yield record | _compare(ours, theirs, options.seconds, device, dtype) | machine(device)
+    return Setting(
+        replace(recipe, model=replace(config, expert_dropout=0.0)),
+        options.against or "loop",
+        options.tokens // tokens_an_image,
+        tokens_an_image,
+        torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"),
+        getattr(torch, options.dtype),
+    )
 
 
-def _compare(
-    ours: Contestant, theirs: Contestant, seconds: float, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    times = interleaved([ours.run, theirs.run], seconds, device)
-    record: dict[str, Any] = {"ratio": times[1].median / times[0].median}
-    for prefix, contestant, time in zip(("", "against_"), (ours, theirs), times):
-        called, waits = operators(contestant.run)
-        record[f"{prefix}ms"] = 1e3 * time.median
-        record[f"{prefix}ms_quartiles"] = [1e3 * time.low, 1e3 * time.high]
-        if contestant.forward is not None:
-            record[f"{prefix}saved_bytes"] = saved_bytes(contestant.forward, contestant.parameters)
-        record[f"{prefix}peak_bytes"] = peak_bytes(contestant.run, device)
-        record |= {f"{prefix}operators": called, f"{prefix}waits": waits}
-        record[f"{prefix}kernels"] = kernels(contestant.run, device)
-    if record.get("saved_bytes"):
-        record["memory_ratio"] = record["against_saved_bytes"] / record["saved_bytes"]
-    record["peak_ratio"] = record["against_peak_bytes"] / max(1, record["peak_bytes"])
-    limits = ceilings(device, dtype)
-    record["flops"] = flops(ours.run)
-    record["flops_per_second"] = record["flops"] / times[0].median
-    record["utilisation"] = record["flops_per_second"] / limits.matmul_flops
-    return record | {"matmul_ceiling": limits.matmul_flops, "copy_ceiling": limits.copy_bytes}
+Pairs = Iterator[tuple[str, dict[str, Any], Contestant, Contestant]]
+"""The mode, what else there is to say of it, ours and theirs."""
 
 
-Pairs = Iterator[tuple[str, Contestant, Contestant]]
-
-
-def _rival(layer: MoEFeedForward, config: ModelConfig, against: Against) -> nn.Module:
-    if against == "loop":
-        return LoopMoE(copy.deepcopy(layer))
+def _rival(layer: MoEFeedForward, setting: Setting) -> nn.Module:
+    config = setting.config
     experts_a_token = config.top_k if config.router in ("tc", "dsmoe") else config.capacity
-    return dense_equivalent(layer, experts_a_token)
+    return make_rival(setting.against, layer, experts_a_token, setting.device, setting.dtype)
 
 
-def _layer(
-    config: ModelConfig, against: Against, images: int, tokens: int, device: torch.device, dtype: torch.dtype
-) -> Pairs:
+def _layer(setting: Setting) -> Pairs:
+    device, dtype = setting.device, setting.dtype
     torch.manual_seed(0)
-    layer = make_moe(config).train()
-    rival = _rival(layer, config, against).train()
-    x = torch.randn(images, tokens, config.hidden_size, device=device, requires_grad=True)
-    direction = torch.randn(images, tokens, config.hidden_size, device=device)
-    contestants = [_layer_contestants(module.to(device), x, direction, dtype) for module in (layer, rival)]
+    layer = make_moe(setting.config).train()
+    rival = _rival(layer, setting).train()
+    shape = (setting.images, setting.tokens_an_image, setting.config.hidden_size)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    direction = torch.randn(shape, device=device)
+    ours, theirs = (layer_contestants(module.to(device), x, direction, dtype) for module in (layer, rival))
+    differs = {} if setting.against == "dense" else {"difference": _difference(ours, theirs, setting.against)}
     for mode in ("forward", "forward+backward"):
-        yield mode, contestants[0][mode], contestants[1][mode]
+        yield mode, differs, ours[mode], theirs[mode]
 
 
-def _layer_contestants(module: nn.Module, x: Tensor, direction: Tensor, dtype: torch.dtype) -> dict[str, Contestant]:
-    parameters = tuple(module.parameters())
+@torch.no_grad()
+def _difference(ours: dict[str, Contestant], theirs: dict[str, Contestant], against: Against) -> float:
+    """How far their answer is from ours, relative to its norm.
 
-    def forward() -> tuple[Tensor, ...]:
-        with autocast(x.device, dtype):
-            out = module(x)
-        return (out.hidden_states, *out.report.losses.values()) if isinstance(out, MoEOutput) else (out,)
-
-    def both() -> None:
-        y, *losses = forward()
-        total = torch.linalg.vecdot(y.float().flatten(), direction.flatten())
-        (total + sum(losses)).backward()
-        for parameter in (*parameters, x):
-            parameter.grad = None
-
-    return {
-        "forward": Contestant(forward, forward, parameters),
-        "forward+backward": Contestant(both, forward, parameters),
-    }
+    Raises:
+        ValueError: too far to be rounding, or they cannot answer at all.
+    """
+    expected = ours["forward"].run()[0].float()
+    name = f"{against} {rival_version(against) or ''}".strip()
+    try:
+        answer = theirs["forward"].run()[0].float()
+    except Exception as error:  # another library's code: whatever goes wrong in it
+        raise ValueError(f"{name} fails on this layer: {first_line(error)}") from error
+    difference = float((answer - expected).norm() / expected.norm())
+    if not difference <= TOLERANCE:
+        raise ValueError(f"the answer of {name} differs from ours by {difference:.3g} of its norm; it cannot be held")
+    return difference
 
 
-def replace_mixtures(model: Backbone, against: Against) -> Backbone:
+def replace_mixtures(model: Backbone, setting: Setting) -> Backbone:
     """The model with every MoE layer in its rival's form, in place."""
     for block in model.blocks:
         if isinstance(block.mlp, MoEFeedForward):
-            block.mlp = _rival(block.mlp, model.settings, against).to(model.device)
+            block.mlp = _rival(block.mlp, setting).to(model.device)
     return model
 
 
-def _models(config: ModelConfig, against: Against, device: torch.device) -> tuple[Backbone, Backbone]:
+def _models(setting: Setting) -> tuple[Backbone, Backbone]:
     torch.manual_seed(0)
-    model = make_model(config).to(device)
-    return model, replace_mixtures(copy.deepcopy(model), against)
+    model = make_model(setting.config).to(setting.device)
+    return model, replace_mixtures(copy.deepcopy(model), setting)
 
 
-def _step(recipe: Recipe, against: Against, images: int, device: torch.device, dtype: str) -> Pairs:
-    training = replace(recipe.training, batch_size=images, precision="fp32" if dtype == "float32" else "bf16")
-    recipe, config = replace(recipe, training=training), recipe.model
+def _step(setting: Setting) -> Pairs:
+    training = replace(
+        setting.recipe.training,
+        batch_size=setting.images,
+        accumulation=1,
+        precision="fp32" if setting.dtype == torch.float32 else "bf16",
+    )
+    recipe, config = replace(setting.recipe, training=training), setting.config
     generator = torch.Generator().manual_seed(0)
-    shape = (images, config.in_channels, config.sample_size, config.sample_size)
-    labels = torch.randint(max(1, config.num_classes), (images,), generator=generator)
+    shape = (setting.images, config.in_channels, config.sample_size, config.sample_size)
+    labels = torch.randint(max(1, config.num_classes), (setting.images,), generator=generator)
     batch = Batch(torch.randn(shape, generator=generator), labels)
+    if setting.device.type == "cuda":  # as the training loop's loader gives it
+        batch = Batch(batch.images.pin_memory(), batch.labels.pin_memory())
     contestants = []
-    for model in _models(config, against, device):
+    for model in _models(setting):
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         state = TrainState(model.train(), ema, make_optimizer(model, recipe.optimizer))
         contestants.append(Contestant(lambda state=state: train_step(state, recipe, batch)))  # type: ignore[misc]
-    yield "step", contestants[0], contestants[1]
+    yield "step", {}, contestants[0], contestants[1]
 
 
-def _sample(config: ModelConfig, against: Against, images: int, device: torch.device, dtype: torch.dtype) -> Pairs:
+def _sample(setting: Setting) -> Pairs:
+    config, images = setting.config, setting.images
     solver: Solver = "euler" if config.process == "flow" else "ddim"
     settings = EvaluationConfig(num_samples=images, batch_size=images, steps=STEPS, solver=solver)
     labels = torch.arange(images) % config.num_classes if config.num_classes else None
@@ -174,10 +185,14 @@ def _sample(config: ModelConfig, against: Against, images: int, device: torch.de
 
     def contestant(model: Backbone) -> Contestant:
         def run() -> None:
-            with autocast(device, dtype):
+            with autocast(setting.device, setting.dtype):
                 generate(model, labels, images, settings)
 
         return Contestant(run)
 
-    model, rival = _models(config, against, device)
-    yield "sample", contestant(model.eval()), contestant(rival.eval())
+    model, rival = _models(setting)
+    about = {"solver": solver, "solver_steps": STEPS, "guidance_scale": settings.guidance_scale}
+    yield "sample", about, contestant(model.eval()), contestant(rival.eval())
+
+
+CASES = {"layer": _layer, "step": _step, "sample": _sample}

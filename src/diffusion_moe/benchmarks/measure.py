@@ -1,29 +1,29 @@
-"""Measuring: interleaved times, what autograd keeps, memory's peak, operators, waits, the machine's ceilings."""
+"""Measuring: contestants timed in turn, the machine's ceilings, and what one is held against another in a record."""
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-Run = Callable[[], Any]
+from .contestants import Contestant
+from .counting import Run, kernels, peak_bytes, saved_bytes, work
 
 WARM_UP_ROUNDS = 3
-"""Rounds before the timed ones: what is made at a first call, and until memory has found its places."""
-
-WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_consecutive", "equal"}
-"""Operators whose answer the host waits for."""
+"""Rounds before the timed ones: what is made at a first call, and until memory has found its places. Fewer where they
+take longer than the time to measure."""
+SHORTEST = 0.02
+"""Seconds a timing on a GPU lasts at least: shorter runs are queued several times, as layers of a model are."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,20 @@ class Times:
     """First quartile."""
     high: float
     """Third quartile."""
+    rounds: int
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Times:
         low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-        return cls(median, low, high)
+        return cls(median, low, high, len(seconds))
+
+    def record(self, prefix: str = "") -> dict[str, Any]:
+        """Milliseconds, ready for JSON."""
+        return {
+            f"{prefix}ms": 1e3 * self.median,
+            f"{prefix}ms_quartiles": [1e3 * self.low, 1e3 * self.high],
+            f"{prefix}rounds": self.rounds,
+        }
 
 
 def interleaved(runs: Sequence[Run], seconds: float, device: torch.device, least: int = 5) -> list[Times]:
@@ -48,112 +57,78 @@ def interleaved(runs: Sequence[Run], seconds: float, device: torch.device, least
     Args:
         seconds: about how long to go on. least: rounds at least.
     """
-    for _ in range(WARM_UP_ROUNDS):
-        for run in runs:
-            run()
+    begin = time.perf_counter()
+    estimates: list[float] = []
+    for i in range(WARM_UP_ROUNDS):
+        if i and time.perf_counter() - begin > seconds:
+            break
+        estimates = [_timed(run, device) for run in runs]
+    repeats = [_repeats(estimate, device) for estimate in estimates]
     taken: list[list[float]] = [[] for _ in runs]
     begin = time.perf_counter()
     while len(taken[0]) < least or time.perf_counter() - begin < seconds:
-        for run, record in zip(runs, taken):
-            record.append(_timed(run, device))
+        for run, repeat, record in zip(runs, repeats, taken):
+            record.append(_timed(run, device, repeat))
     return [Times.of(record) for record in taken]
 
 
-def _timed(run: Run, device: torch.device) -> float:
-    synchronise(device)
-    begin = time.perf_counter()
-    run()
-    synchronise(device)
-    return time.perf_counter() - begin
+def _repeats(estimate: float, device: torch.device) -> int:
+    """How often a run is queued in one timing; its own time is then that of the device or of the host, the longer."""
+    return min(100, math.ceil(SHORTEST / max(estimate, 1e-6))) if device.type == "cuda" else 1
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def saved_bytes(forward: Run, excluded: Sequence[Tensor] = ()) -> int:
-    """Bytes that autograd keeps of a forward pass, every storage once; parameters (`excluded`) do not count."""
-    seen = {tensor.untyped_storage().data_ptr() for tensor in excluded}
-    total = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            total += storage.nbytes()
-        kept.append(tensor)  # so that no address is given out twice
-        return tensor
-
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = forward()
-    del out
-    return total
-
-
-def peak_bytes(run: Run, device: torch.device) -> int:
-    """Memory at its highest during a run, above what was there before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        synchronise(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    level = highest = 0
-    for event in _allocations(profile):
-        level += event
-        highest = max(highest, level)
-    return highest
-
-
-def _allocations(profile: Any) -> Iterator[int]:
-    """Bytes taken (positive) and given back (negative), in order."""
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        yield event.nbytes()
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators called, and those that make the host wait, inside a `with`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called = self.waits = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        self.called += 1
-        self.waits += name in WAITS
-        return func(*args, **(kwargs or {}))
-
-
-def operators(run: Run) -> tuple[int, int]:
-    """Operators called by a run, and how many of them make the host wait for a device."""
-    with Operators() as counter:
-        run()
-    return counter.called, counter.waits
-
-
-def kernels(run: Run, device: torch.device) -> int | None:
-    """Kernels that a run launches on a GPU; None on a CPU."""
+def _timed(run: Run, device: torch.device, repeats: int = 1) -> float:
+    """Seconds of one run: on a GPU between two events on its stream."""
     if device.type != "cuda":
-        return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - begin) / repeats
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin_event.record()
+    for _ in range(repeats):
         run()
-        synchronise(device)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    end_event.record()
+    torch.cuda.synchronize(device)
+    return begin_event.elapsed_time(end_event) / 1e3 / repeats
 
 
-def flops(run: Run) -> int:
-    """Floating-point operations of matrix products in a run."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+def compare(
+    ours: Contestant, theirs: Contestant, seconds: float, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Two contestants timed in turn and counted; what begins with `against_` is theirs."""
+    times = interleaved([ours.run, theirs.run], seconds, device)
+    record: dict[str, Any] = {"ratio": times[1].median / times[0].median}
+    for prefix, contestant, time_ in zip(("", "against_"), (ours, theirs), times):
+        done = work(contestant.run, device)
+        record |= time_.record(prefix)
+        if contestant.forward is not None:
+            record[f"{prefix}saved_bytes"] = saved_bytes(contestant.forward, contestant.parameters)
+        record[f"{prefix}peak_bytes"] = peak_bytes(contestant.run, device)
+        record |= {f"{prefix}operators": done.operators, f"{prefix}waits": done.waits}
+        record[f"{prefix}kernels"] = kernels(contestant.run, device)
+        if not prefix:
+            record |= utilisation(done.flops, done.bytes, time_.median, device, dtype)
+    if record.get("saved_bytes"):
+        record["memory_ratio"] = record["against_saved_bytes"] / record["saved_bytes"]
+    record["peak_ratio"] = record["against_peak_bytes"] / max(1, record["peak_bytes"])
+    return record
+
+
+def utilisation(flops: int, moved: int, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Speed of products and of memory, and their shares of the machine's ceilings."""
+    limits = ceilings(device, dtype)
+    return {
+        "flops": flops,
+        "flops_per_second": flops / seconds,
+        "utilisation": flops / seconds / limits.matmul_flops,
+        "operator_bytes": moved,
+        "bytes_per_second": moved / seconds,
+        "copy_utilisation": moved / seconds / limits.copy_bytes,
+        "matmul_ceiling": limits.matmul_flops,
+        "copy_ceiling": limits.copy_bytes,
+    }
 
 
 @dataclass(frozen=True)
@@ -172,26 +147,52 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     matmul = min(_timed(lambda: a @ b, device) for _ in range(8))
-    source = torch.empty(2**28 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
+    source = torch.empty(2**30 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = min(_timed(lambda: target.copy_(source), device) for _ in range(8))
     return Ceilings(2 * size**3 / matmul, 2 * source.nbytes / copy)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads and versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    """Device, threads, which implementation of our operators runs, and versions."""
+    on_gpu = device.type == "cuda"
     return {
-        "device": name,
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "backend": backend(device),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "triton": installed_version("triton") if on_gpu else None,
         "diffusion_moe": version("diffusion-moe"),
         "python": platform.python_version(),
     }
 
 
-@contextmanager
-def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """The dtype that products run in; float32 is no autocast."""
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        yield
+def _processor() -> str:
+    """The processor's name, or its kind where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def backend(device: torch.device) -> str:
+    """What our operators run as on a device: torch, or the choice that `moe.backend` makes."""
+    try:
+        choices = import_module("diffusion_moe.moe.backend")
+    except ModuleNotFoundError:
+        return "torch"
+    name: str = choices.chosen()
+    if name != "auto":
+        return name
+    return "triton" if choices.takes_triton(torch.empty(1, device=device)) else "torch"
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; None if there is none."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

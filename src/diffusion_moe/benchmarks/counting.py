@@ -1,0 +1,151 @@
+"""Counting what a run asks of the machine: kept and highest memory, operators, bytes, operations, kernels, waits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+Run = Callable[[], Any]
+
+WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_consecutive", "equal"}
+"""Operators whose answer the host waits for."""
+SYNC_WARNING = "called a synchronizing CUDA operation"
+"""What torch says of each wait when it is asked to (torch.cuda.set_sync_debug_mode)."""
+
+
+def saved_bytes(forward: Run, excluded: Sequence[Tensor] = ()) -> int:
+    """Bytes that autograd keeps of a forward pass, every storage once; parameters (`excluded`) do not count."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        kept.append(tensor)  # so that no address is given out twice
+        return tensor
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    del out
+    return total
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """Memory at its highest during a run, above what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    level = highest = 0
+    for event in _allocations(profile):
+        level += event
+        highest = max(highest, level)
+    return highest
+
+
+def _allocations(profile: Any) -> Iterator[int]:
+    """Bytes taken (positive) and given back (negative), in order."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        yield event.nbytes()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run consists of."""
+
+    operators: int
+    """Operators called, views among them."""
+    bytes: int
+    """Of every operator's inputs and outputs, views aside: what passes through memory where no cache helps."""
+    flops: int
+    """Floating-point operations of matrix products."""
+    waits: int
+    """Times that the host waits for a device: on a CPU those that it would wait for one."""
+
+
+class _Operators(TorchDispatchMode):
+    """Counts operators, their bytes, and those that make the host wait, inside a `with`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called = self.bytes = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        out = func(*args, **(kwargs or {}))
+        self.called += 1
+        self.waits += name in WAITS
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        is_view = not func._schema.is_mutable and all(x.untyped_storage().data_ptr() in places for x in outputs)
+        if not (is_view or "empty" in name):
+            self.bytes += sum(_bytes(tensor) for tensor in (*inputs, *outputs))
+        return out
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    """An expanded tensor takes no more than its storage."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+
+def work(run: Run, device: torch.device) -> Work:
+    """Count one run, compiled parts as if they were not; waits on a GPU in another one, as it is."""
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FlopCounterMode(display=False) as products,
+        _Operators() as operators,
+    ):
+        run()
+    waits = sync_warnings(run) if device.type == "cuda" else operators.waits
+    return Work(operators.called, operators.bytes, products.get_total_flops(), waits)
+
+
+def sync_warnings(run: Run) -> int:
+    """Times that the host waits for the GPU inside a run, as torch reports them."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum(SYNC_WARNING in str(warning.message) for warning in caught)
+
+
+def kernels(run: Run, device: torch.device) -> int | None:
+    """Kernels, copies and fills that a run launches on a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize(device)
+    return launches(profile.profiler.kineto_results.events())
+
+
+def launches(events: Iterable[Any]) -> int:
+    """Events of the profiler that ran on a GPU; a range that a user named is none."""
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type() == on_gpu and not event.is_user_annotation() for event in events)

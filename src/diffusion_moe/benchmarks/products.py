@@ -1,0 +1,83 @@
+"""The experts' matrix products alone: one grouped product, held against a product an expert and a batched product.
+
+Every expert has as many rows here, so that all three do the same; rows that are left over are dropped. Shape suffixes:
+A rows, E experts, C rows of one expert, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model_config import ModelConfig
+from ..moe.ops import gmm, gmm_wgrad
+from .counting import work
+from .measure import interleaved, utilisation
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def products(
+    config: ModelConfig, images: int, tokens_an_image: int, seconds: float, device: torch.device, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """For both projections, forward and the two gradients: the grouped product against each of the others.
+
+    Raises:
+        ValueError: there are fewer rows than experts.
+    """
+    E, D, F = config.num_experts, config.hidden_size, config.expert_dim
+    experts_a_token = config.top_k if config.router in ("tc", "dsmoe") else config.capacity
+    C = int(images * tokens_an_image * experts_a_token) // E
+    if C < 1:
+        raise ValueError(f"tokens is {images * tokens_an_image}, too few for {E} experts to have a row each; give more")
+    torch.manual_seed(0)
+    for name, inputs, outputs in (("w_in", D, 2 * F if config.expert_activation == "swiglu" else F), ("w_out", F, D)):
+        x_AI = torch.randn(E * C, inputs, device=device).to(dtype)
+        dy_AO = torch.randn(E * C, outputs, device=device).to(dtype)
+        w_EIO = torch.randn(E, inputs, outputs, device=device).to(dtype)
+        for part, ways in ways_of(E, C, device).items():
+            a, b = {"forward": (x_AI, w_EIO), "dgrad": (dy_AO, w_EIO.transpose(1, 2)), "wgrad": (x_AI, dy_AO)}[part]
+            runs = [lambda way=way, a=a, b=b: way(a, b) for way in ways.values()]  # type: ignore[misc]
+            times = dict(zip(ways, interleaved(runs, seconds, device)))
+            done = work(runs[0], device)
+            shape = {"mode": f"{name} {part}", "experts": E, "rows_an_expert": C, "inputs": inputs, "outputs": outputs}
+            speed = utilisation(done.flops, done.bytes, times["grouped"].median, device, dtype)
+            for against in ("loop", "bmm"):
+                ratio = times[against].median / times["grouped"].median
+                record = {**shape, "against": against, "ratio": ratio, **times["grouped"].record()}
+                yield record | times[against].record("against_") | speed
+
+
+def ways_of(num_experts: int, rows: int, device: torch.device) -> dict[str, dict[str, Product]]:
+    """For each pass the three ways to compute it, `grouped`, `loop` and `bmm`: rows of A and what they meet."""
+    offsets_E = rows * torch.arange(1, num_experts + 1, dtype=torch.int32, device=device)
+
+    def by_expert(x_A: Tensor) -> Tensor:
+        return x_A.view(num_experts, rows, -1)
+
+    def loop(x_AI: Tensor, w_EIO: Tensor) -> Tensor:
+        out_AO = x_AI.new_empty(len(x_AI), w_EIO.shape[2])
+        for x_CI, w_IO, out_CO in zip(by_expert(x_AI), w_EIO, by_expert(out_AO)):
+            torch.mm(x_CI, w_IO, out=out_CO)
+        return out_AO
+
+    def loop_wgrad(x_AI: Tensor, dy_AO: Tensor) -> Tensor:
+        out_EIO = x_AI.new_empty(num_experts, x_AI.shape[1], dy_AO.shape[1])
+        for x_CI, dy_CO, out_IO in zip(by_expert(x_AI), by_expert(dy_AO), out_EIO):
+            torch.mm(x_CI.T, dy_CO, out=out_IO)
+        return out_EIO
+
+    along: dict[str, Product] = {
+        "grouped": lambda x_AI, w_EIO: gmm(x_AI, w_EIO, offsets_E),
+        "loop": loop,
+        "bmm": lambda x_AI, w_EIO: by_expert(x_AI).bmm(w_EIO).flatten(0, 1),
+    }
+    across: dict[str, Product] = {
+        "grouped": lambda x_AI, dy_AO: gmm_wgrad(x_AI, dy_AO, offsets_E),
+        "loop": loop_wgrad,
+        "bmm": lambda x_AI, dy_AO: by_expert(x_AI).transpose(1, 2).bmm(by_expert(dy_AO)),
+    }
+    return {"forward": along, "dgrad": along, "wgrad": across}
