@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow test-gpu check format compare bench bench-gpu clean
+.PHONY: demo test test-slow test-gpu check format compare bench bench-gpu gpu clean
 
 # Train a small DSMoE on real handwritten digits, then sample, score and draw it.
 demo: $(STAMP)
@@ -43,6 +43,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py cpu
 
 bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/run.py gpu
+
+# Everything that needs a CUDA device: checks, then times (results into benchmarks/results and docs/performance.md).
+gpu: $(STAMP)
+	$(BIN)/pytest -m gpu
 	$(BIN)/python benchmarks/run.py gpu
 
 clean:

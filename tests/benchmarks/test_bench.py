@@ -57,6 +57,18 @@ def test_a_layer_is_held_against_transformers(capsys):
         assert record["memory_ratio"] > 1
 
 
+def test_making_the_first_projection_again_keeps_less(capsys):
+    kept = {}
+    for recompute in ("false", "true"):
+        assert main(["bench", "layer", *QUICK, f"--recompute={recompute}"]) == 0
+        record = json.loads(capsys.readouterr().out.splitlines()[1])
+        kept[recompute] = record["saved_bytes"], record["against_saved_bytes"], record["flops"]
+    # digits: 64 tokens, 2 experts each, gate and value of 96 float32 numbers; their products are made once more.
+    assert kept["false"][0] - kept["true"][0] == 64 * 2 * 2 * 96 * 4
+    assert kept["true"][1] == kept["false"][1]
+    assert kept["true"][2] - kept["false"][2] == 2 * 64 * 2 * 108 * 2 * 96
+
+
 def test_an_answer_too_far_from_ours_is_refused(capsys, monkeypatch):
     monkeypatch.setattr("diffusion_moe.benchmarks.loop.LoopMoE._each", lambda self, x_TD, routing: 2 * x_TD)
     assert main(["bench", "layer", *QUICK]) == 2
@@ -91,6 +103,10 @@ def test_products_and_growth_are_lines_too(capsys, what, lines):
         (["bench", "layer", "--recipe=digits", "--tokens=65"], "tokens is 65; give a multiple of an image's 16"),
         (["bench", "layer", "--tokens=0"], "tokens is 0"),
         (["bench", "layer", "--against=nothing"], "against is nothing"),
+        (["bench", "sample", "--recompute"], "recompute is true, but sample has no backward pass"),
+        (["bench", "layer", "--acceleration=compile"], "acceleration is compile, which layer does not have"),
+        (["bench", "step", "--acceleration=compile"], "but loop cannot be compiled or captured"),
+        (["bench", "step", "--solver-steps=8"], "solver_steps is 8, but only sample has a solver"),
         (["bench", "scaling", "--recipe=digits", "--tokens=64", "--against=loop"], "against is loop, but scaling has"),
         (["bench", "layer", *QUICK, "--against=scattermoe"], "against is scattermoe, which cannot run here"),
     ],

@@ -18,17 +18,14 @@ from ..models import Backbone, make_model
 from ..models.block import make_moe
 from ..moe import MoEFeedForward
 from ..parsing import read_recipe
-from ..training.optimizer import make_optimizer
-from ..training.step import TrainState, train_step
-from .contestants import Contestant, autocast, layer_contestants
+from ..training.step import state_of, train_step
+from .contestants import Contestant, layer_contestants
 from .measure import compare, machine
 from .options import Against, BenchOptions, What
 from .products import products
 from .rivals import first_line, make_rival, rival_version
 from .scaling import scaling
 
-STEPS = 4
-"""Solver steps of the sampling benchmark."""
 TOLERANCE = 0.03
 """Largest difference to another library's answer, relative to the answer's norm: bfloat16 rounds to 0.004."""
 
@@ -43,6 +40,7 @@ class Setting:
     tokens_an_image: int
     device: torch.device
     dtype: torch.dtype
+    options: BenchOptions
 
     @property
     def config(self) -> ModelConfig:
@@ -56,9 +54,11 @@ def measure(what: What, options: BenchOptions) -> Iterator[dict[str, Any]]:
         ValueError: the recipe has no experts, the tokens do not make whole images, there is no such device, or what
             the recipe is held against is missing or does not suit it.
     """
+    _check_speed(what, options)
     setting = _setting(options)
     device, dtype = setting.device, setting.dtype
     about = {"recipe": options.recipe, "tokens": options.tokens, "images": setting.images, "dtype": options.dtype}
+    about |= {"recompute": options.recompute, "acceleration": options.acceleration}
     if what in ("products", "scaling"):
         if options.against is not None:
             raise ValueError(f"against is {options.against}, but {what} has no rivals; leave it out")
@@ -93,7 +93,25 @@ def _setting(options: BenchOptions) -> Setting:
         tokens_an_image,
         torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"),
         getattr(torch, options.dtype),
+        options,
     )
+
+
+def _check_speed(what: What, options: BenchOptions) -> None:
+    """Options that mean nothing for a benchmark, or cannot be had, are refused."""
+    against = options.against or "loop"
+    if options.recompute and what not in ("layer", "step"):
+        raise ValueError(f"recompute is true, but {what} has no backward pass to make it in; leave it out")
+    if options.acceleration not in {"step": ("none", "compile"), "sample": ("none", "compile", "graph")}.get(
+        what, ("none",)
+    ):
+        raise ValueError(f"acceleration is {options.acceleration}, which {what} does not have; leave it out")
+    if options.acceleration != "none" and against != "dense":
+        raise ValueError(
+            f"acceleration is {options.acceleration}, but {against} cannot be compiled or captured; choose dense"
+        )
+    if options.solver_steps != BenchOptions.solver_steps and what != "sample":
+        raise ValueError(f"solver_steps is {options.solver_steps}, but only sample has a solver; leave it out")
 
 
 Pairs = Iterator[tuple[str, dict[str, Any], Contestant, Contestant]]
@@ -111,6 +129,7 @@ def _layer(setting: Setting) -> Pairs:
     torch.manual_seed(0)
     layer = make_moe(setting.config).train()
     rival = _rival(layer, setting).train()
+    layer.experts.recompute = setting.options.recompute
     shape = (setting.images, setting.tokens_an_image, setting.config.hidden_size)
     x = torch.randn(shape, device=device, requires_grad=True)
     direction = torch.randn(shape, device=device)
@@ -158,7 +177,10 @@ def _step(setting: Setting) -> Pairs:
         setting.recipe.training,
         batch_size=setting.images,
         accumulation=1,
+        more_ema_decays=(),
         precision="fp32" if setting.dtype == torch.float32 else "bf16",
+        recompute="none",
+        compile=setting.options.acceleration == "compile",
     )
     recipe, config = replace(setting.recipe, training=training), setting.config
     generator = torch.Generator().manual_seed(0)
@@ -167,31 +189,43 @@ def _step(setting: Setting) -> Pairs:
     batch = Batch(torch.randn(shape, generator=generator), labels)
     if setting.device.type == "cuda":  # as the training loop's loader gives it
         batch = Batch(batch.images.pin_memory(), batch.labels.pin_memory())
-    contestants = []
-    for model in _models(setting):
-        ema = copy.deepcopy(model).eval().requires_grad_(False)
-        state = TrainState(model.train(), ema, make_optimizer(model, recipe.optimizer))
-        contestants.append(Contestant(lambda state=state: train_step(state, recipe, batch)))  # type: ignore[misc]
+    model, rival = _models(setting)
+    again = replace(training, recompute="experts" if setting.options.recompute else "none")
+    ours, theirs = (
+        state_of(model, replace(recipe, training=again), setting.device),
+        state_of(rival, recipe, setting.device),
+    )
+    contestants = [
+        Contestant(lambda: train_step(ours, recipe, batch)),
+        Contestant(lambda: train_step(theirs, recipe, batch)),
+    ]
     yield "step", {}, contestants[0], contestants[1]
 
 
 def _sample(setting: Setting) -> Pairs:
     config, images = setting.config, setting.images
     solver: Solver = "euler" if config.process == "flow" else "ddim"
-    settings = EvaluationConfig(num_samples=images, batch_size=images, steps=STEPS, solver=solver)
+    settings = EvaluationConfig(
+        num_samples=images,
+        batch_size=images,
+        steps=setting.options.solver_steps,
+        solver=solver,
+        precision="fp32" if setting.dtype == torch.float32 else "bf16",
+        acceleration=setting.options.acceleration,
+    )
     labels = torch.arange(images) % config.num_classes if config.num_classes else None
     if labels is None or not config.null_class:
         settings = replace(settings, guidance_scale=1.0)
 
     def contestant(model: Backbone) -> Contestant:
-        def run() -> None:
-            with autocast(setting.device, setting.dtype):
-                generate(model, labels, images, settings)
-
-        return Contestant(run)
+        plain = replace(settings, acceleration="none")
+        return Contestant(
+            lambda: generate(model, labels, images, settings),
+            counted=lambda: generate(model, labels, images, plain),
+        )
 
     model, rival = _models(setting)
-    about = {"solver": solver, "solver_steps": STEPS, "guidance_scale": settings.guidance_scale}
+    about = {"solver": solver, "solver_steps": settings.steps, "guidance_scale": settings.guidance_scale}
     yield "sample", about, contestant(model.eval()), contestant(rival.eval())
 
 

@@ -21,6 +21,8 @@ class Contestant:
     forward: Callable[[], Any] | None = None
     """The part whose saved tensors count."""
     parameters: tuple[Tensor, ...] = ()
+    counted: Callable[[], Any] | None = None
+    """What operators are counted of, where `run` replays a graph that hides them."""
 
 
 def layer_contestants(module: nn.Module, x: Tensor, direction: Tensor, dtype: torch.dtype) -> dict[str, Contestant]:

@@ -101,7 +101,7 @@ def compare(
     times = interleaved([ours.run, theirs.run], seconds, device)
     record: dict[str, Any] = {"ratio": times[1].median / times[0].median}
     for prefix, contestant, time_ in zip(("", "against_"), (ours, theirs), times):
-        done = work(contestant.run, device)
+        done = work(contestant.counted or contestant.run, device)
         record |= time_.record(prefix)
         if contestant.forward is not None:
             record[f"{prefix}saved_bytes"] = saved_bytes(contestant.forward, contestant.parameters)

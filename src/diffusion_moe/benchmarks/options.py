@@ -24,12 +24,18 @@ class BenchOptions:
     """What layer, step and sample are held against; null: loop. loop: the same as a plain loop over experts. dense: a
     dense layer with as many activated parameters. transformers, scattermoe, sonicmoe: that library's experts with our
     weights and our routing (token choice, SwiGLU without biases), where it is installed."""
+    recompute: bool = False
+    """layer, step: ours makes the experts' first projection again in the backward pass (training.recompute experts)."""
+    acceleration: Literal["none", "compile", "graph"] = "none"
+    """Of both contestants. step: compile; sample: compile or graph (the capture counts: take many solver_steps)."""
+    solver_steps: int = 4
+    """Steps of sample's solver."""
     seconds: float = 10.0
     """About how long to time each measurement; of scaling, each axis."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "seconds"):
+        for name in ("tokens", "seconds", "solver_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
