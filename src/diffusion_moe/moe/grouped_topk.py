@@ -86,13 +86,13 @@ def _(
     scale: float = 1.0,
     strict: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight_TK = logits_TE.new_empty(len(logits_TE), top_k)
+    weight_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)
     return weight_TK, torch.empty_like(weight_TK, dtype=torch.int64), torch.empty_like(weight_TK)
 
 
 @grouped_topk_backward.register_fake
 def _(expert_TK: Tensor, score_TK: Tensor, dweight_TK: Tensor, num_experts: int, scale: float) -> Tensor:
-    return score_TK.new_empty(len(score_TK), num_experts)
+    return score_TK.new_empty(score_TK.shape[0], num_experts)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
