@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from diffusion_moe.training.storage import AsyncWriter, CheckpointError, latest, read, storage_group, write, writing
+from diffusion_moe.training.storage import AsyncWriter, latest, read, storage_group, write, writing
 from diffusion_moe.training.storage.pieces import held_blocks, local_tensor, whole
 
 
@@ -57,6 +57,7 @@ def full_state(seed: int) -> dict[str, torch.Tensor]:
         "single_row": normal(1, 6),
         "strided": normal(8, 3),
         "rows_apart": normal(8, 3),
+        "corner": normal(3, 2),
         "buffer": torch.arange(9) * seed,
         "step": torch.tensor(float(seed)),
         "flag": torch.tensor(True),
@@ -87,6 +88,7 @@ def distribute(state: dict[str, torch.Tensor], world: int) -> dict[str, torch.Te
             "single_row": (flat, [Shard(0)]),
             "strided": (square, [_StridedShard(0, split_factor=2), Shard(0)]),
             "rows_apart": (square, [_StridedShard(0, split_factor=2), Replicate()]),
+            "corner": (DeviceMesh("cpu", [1, 2]), [Shard(0)]),  # ranks 0 and 3 hold nothing
             "buffer": (flat, [Shard(0)]),
         }
     return {
@@ -119,11 +121,13 @@ def fsdp(folder: Path) -> dict:
     """A model as the training engine splits it, with its optimizer: saved, spoilt, read again."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("replicate", "shard", "experts"))
-    model = nn.ModuleDict({"experts": nn.Linear(8, 4, bias=False), "dense": nn.Linear(8, 7)})
+    layers = {"experts": nn.Linear(8, 4, bias=False), "uneven": nn.Linear(3, 9, bias=False), "dense": nn.Linear(8, 7)}
+    model = nn.ModuleDict(layers)
     whole_model = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    split = distribute_tensor(model["experts"].weight.detach(), mesh["experts"], [Shard(0)])
-    model["experts"].weight = nn.Parameter(split)
-    fully_shard(model["experts"], mesh=mesh["replicate", "shard"], shard_placement_fn=lambda parameter: Shard(1))
+    for name, dim in (("experts", 1), ("uneven", 0)):
+        split = distribute_tensor(model[name].weight.detach(), mesh["experts"], [Shard(0)])
+        model[name].weight = nn.Parameter(split)
+        fully_shard(model[name], mesh=mesh["replicate", "shard"], shard_placement_fn=lambda _, dim=dim: Shard(dim))
     flat = mesh["shard", "experts"]._flatten("dense")
     fully_shard(model["dense"], mesh=flat)
     tensors = dict(model.named_parameters())
@@ -196,15 +200,19 @@ def disagree(folder: Path) -> dict:
     """Processes that save different tensors, or do not do the same thing."""
     reasons = []
     tensors = {"same": torch.ones(2)} | ({"extra": torch.ones(2)} if rank() == 1 else {})
+    own = folder.with_name(f"node {rank()}")  # as on two machines
     for attempt in (
         lambda: write(folder, 1, tensors, {}),
         lambda: write(folder, 1, {}, {}) if rank() else latest(folder, load_numbered),
+        lambda: write(own, 1, {"same": torch.ones(2)}, {}),
+        lambda: write(folder, 1, {"same": torch.ones(2)}, {1: {2}} if rank() else {}),
     ):
         try:
             attempt()
-        except (CheckpointError, RuntimeError) as error:
-            reasons.append(str(error))
-    return {"reasons": reasons, "there": folder.exists()}
+        except (ValueError, OSError, RuntimeError) as error:
+            reasons.append(failure(error))
+    left = [path.name for place in (folder, own) if place.exists() for path in place.iterdir()]
+    return {"reasons": reasons, "left": left}
 
 
 def lose_one(folder: Path, by: int, timeout: float) -> dict:

@@ -1,14 +1,16 @@
 """Checkpoint files of one process; tests/distributed/test_storage.py has many."""
 
 import errno
-import gc
 import hashlib
 import json
 import os
+import re
 import subprocess
 import threading
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -337,6 +339,8 @@ def test_in_the_background_the_state_at_the_call_is_written(tmp_path, gate):
         for tensor in tensors.values():
             tensor.detach().zero_()
         about["step"].append(2)
+        with pytest.raises(TimeoutError):
+            writer.wait(timeout_s=0.01)
         assert checkpoints_in(tmp_path) == []
         gate.set()
         path = writer.wait()
@@ -402,13 +406,12 @@ def test_a_file_is_written_with_one_tensor_in_memory(tmp_path):
     made = []
 
     def make(value):
-        assert all(tensor() is None for tensor in made)
-        tensor = torch.full((5,), value)
-        made.append(weakref.ref(tensor))
-        return tensor
+        assert all(memory() is None for memory in made)
+        memory = np.full(5, value, dtype=np.float32)
+        made.append(weakref.ref(memory))
+        return torch.from_numpy(memory)
 
     entries = [files.Entry(str(i), torch.float32, (5,), lambda i=i: make(float(i))) for i in range(4)]
-    gc.collect()
     files.write_safetensors(tmp_path / "x", entries)
     assert {name: t.tolist() for name, t in load_file(tmp_path / "x").items()} == {str(i): [i] * 5 for i in range(4)}
 
@@ -487,3 +490,14 @@ def test_a_strange_layout_is_refused_by_name():
     tensor.device_mesh, tensor.placements = Mesh(), [Partial()]
     with pytest.raises(CheckpointError, match=r"grad: its placement is Partial\(sum\)"):
         plan.layouts_of({"grad": tensor})
+
+
+def test_the_page_on_checkpoints(tmp_path, monkeypatch, capsys):
+    """Its code runs and prints what it says."""
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    (said,) = re.findall(r"print\(.*#(.*)", block)
+    assert capsys.readouterr().out.strip() == said.strip()
+    assert load_file("ema.safetensors")["w"].tolist() == [[1.0] * 3] * 4

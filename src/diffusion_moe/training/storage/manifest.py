@@ -51,15 +51,7 @@ class Manifest(NamedTuple):
 
     def to_text(self) -> str:
         """As it is written."""
-        body = self._body()
-        return _to_json(body | {"sha256": _digest(body)})
-
-    def digest(self) -> str:
-        """SHA-256 of what it says."""
-        return _digest(self._body())
-
-    def _body(self) -> dict[str, Any]:
-        return {
+        body = {
             "format": FORMAT,
             "step": self.step,
             "about": self.about,
@@ -73,6 +65,8 @@ class Manifest(NamedTuple):
                 for name, tensor in self.tensors.items()
             },
         }
+        text = _to_json(body)
+        return f'{text[:-1]},"sha256":"{_digest(text)}"}}\n'
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -87,7 +81,7 @@ class Manifest(NamedTuple):
                 raise CheckpointError(
                     f"checkpoint {path} has format {body['format']}; this version reads format {FORMAT}"
                 )
-            if body.pop("sha256") != _digest(body):
+            if body.pop("sha256") != _digest(_to_json(body)):
                 raise CheckpointError(f"checkpoint {path}: {NAME} is corrupt")
             return cls._parse(body)
         except CheckpointError:
@@ -165,5 +159,5 @@ def _to_json(body: Mapping[str, Any]) -> str:
     return json.dumps(body, separators=(",", ":"), allow_nan=False)
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_to_json(body).encode()).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

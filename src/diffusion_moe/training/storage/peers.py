@@ -24,6 +24,10 @@ class CheckpointError(ValueError):
     """A checkpoint is truncated, corrupt or another model's."""
 
 
+class LostProcess(ConnectionError):
+    """A process is dead, hangs, or is slower than the timeout; the group is of no more use."""
+
+
 _OF_USERS: dict[str, type[ValueError]] = {"CheckpointError": CheckpointError, "ValueError": ValueError}
 """Errors that keep their kind on their way to other processes; OSError does too."""
 
@@ -75,21 +79,23 @@ class Peers:
         Raises:
             OSError, CheckpointError, ValueError: on every process, what failed on any, with its rank.
             RuntimeError: likewise, for errors of other kinds; or the processes were at different work.
-            ConnectionError: a process was lost; the group is of no more use.
+            LostProcess: another did not answer.
         """
         if self.size == 1:
             return [work()]
         cause = None
         try:
             answer = _Answer(doing, work())
+        except LostProcess:  # nobody is left to talk to
+            raise
         except Exception as error:
             cause, answer = error, _Answer(doing, failure=_describe(error))
         answers: list[_Answer] = [answer] * self.size
         try:
             dist.all_gather_object(answers, answer, group=self.group)
         except RuntimeError as error:
-            reason = f"lost a process while {doing}; is it dead, or slower than the group's timeout? "
-            raise ConnectionError(errno.ECONNRESET, reason + f"({_one_line(error)})", str(self.path)) from error
+            reason = f"lost a process while {doing}; it is dead, or slower than the timeout ({_one_line(error)})"
+            raise LostProcess(errno.ECONNRESET, reason, str(self.path)) from error
         failures = {rank: answer.failure for rank, answer in enumerate(answers) if answer.failure is not None}
         if failures:
             raise self._joint_error(failures) from cause

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import manifest as manifests
 from .files import Entry, FileRecord, flush_folder, write_safetensors
 from .manifest import Manifest, SavedPiece, SavedTensor, check_about, check_sizes, piece_key
-from .peers import CheckpointError, Peers
+from .peers import CheckpointError, LostProcess, Peers
 from .pieces import Block, held_blocks, local_tensor
 from .plan import Plan, layouts_of, make_plan
 
@@ -63,7 +63,7 @@ def write(
 
     Raises:
         OSError, CheckpointError: on every process, if any fails; nothing is left of the checkpoint.
-        ConnectionError: an OSError: a process was lost.
+        LostProcess: an OSError: another process died or hangs.
     """
     peers = Peers(checkpoint_path(folder, step), group)
     said = peers.agree("describing a checkpoint", lambda: check_about(about))
@@ -105,9 +105,9 @@ def commit(peers: Peers, step: int, plan: Plan, parts: Sequence[Sequence[Piece]]
         # Every process but the first has nothing left to do, and waits for its answer.
         peers.first("publishing a checkpoint", lambda: _publish(target, partial, _manifest(step, about, plan, files)))
     except Exception as error:
-        _clear_away(peers, partial, lost=isinstance(error, ConnectionError))
+        _clear_away(peers, partial, lost=isinstance(error, LostProcess))
         if isinstance(error, OSError):
-            kind = ConnectionError if isinstance(error, ConnectionError) else OSError
+            kind = LostProcess if isinstance(error, LostProcess) else OSError
             reason = f"cannot write the checkpoint ({error.strerror or error})"
             raise kind(error.errno or errno.EIO, reason, str(target)) from error
         raise
@@ -165,6 +165,9 @@ def _write_parts(partial: Path, rank: int, parts: Sequence[Sequence[Piece]]) -> 
         path = partial / f"tensors-{rank:05d}-{index:03d}.safetensors"
         return write_safetensors(path, [piece.entry() for piece in parts[index]])
 
+    if not partial.is_dir():
+        reason = "rank 0 made this folder, but it is not here; all processes must share one"
+        raise OSError(errno.ENOENT, reason, str(partial))
     with ThreadPoolExecutor(manifests.THREADS) as pool:
         return list(pool.map(write_part, range(len(parts))))
 
@@ -184,7 +187,7 @@ def _publish(target: Path, partial: Path, manifest: Manifest) -> None:
     try:
         check_sizes(partial, manifest.files)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; all processes must write to one shared folder") from error
+        raise CheckpointError(f"{error}; all processes must share one folder") from error
     with (partial / manifests.NAME).open("w") as file:
         file.write(manifest.to_text())
         file.flush()
