@@ -1,5 +1,6 @@
 """Checkpoints of many processes, on gloo: equal in every layout, and whole whatever fails."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -169,8 +170,7 @@ def _kill_all_at(processes, folder: Path, bytes_written: int) -> None:
     """SIGKILL all once so much of some later checkpoint is written."""
     pause = threading.Event()
     while True:
-        partial = sum(f.stat().st_size for f in _files(folder.glob("step-*.partial")))
-        if len(checkpoints_in(folder)) > 1 and partial >= bytes_written:
+        if len(checkpoints_in(folder)) > 1 and _partial_bytes(folder) >= bytes_written:
             break
         assert all(process.is_alive() for process in processes)
         pause.wait(0.0005)
@@ -180,12 +180,12 @@ def _kill_all_at(processes, folder: Path, bytes_written: int) -> None:
         process.join()
 
 
-def _files(folders):
-    for folder in folders:
-        try:
-            yield from [file for file in folder.iterdir() if file.exists()]
-        except FileNotFoundError:  # it has just been published
-            continue
+def _partial_bytes(folder: Path) -> int:
+    size = 0
+    for file in folder.glob("step-*.partial/*"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been published, or dropped
+            size += file.stat().st_size
+    return size
 
 
 def _killed_in_a_save(start, run, tmp_path, rows: int, chance: random.Random) -> None:

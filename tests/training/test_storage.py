@@ -216,6 +216,42 @@ def test_a_manifest_that_claims_what_is_not_there_is_refused(tmp_path, change):
         load_numbered(path)
 
 
+def _places(value, path=()):
+    """Where values stand in JSON."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield (*path, key)
+            yield from _places(value[key], (*path, key))
+
+
+@given(data=st.data())
+def test_no_manifest_ends_in_another_error(tmp_path_factory, data):
+    """Any value of it changed, with a digest that fits: it is refused, or says the same of the tensors."""
+    folder = tmp_path_factory.mktemp("claims")
+    path = write(folder, 1, numbered(1), {})
+    place = data.draw(st.sampled_from(list(_places(json.loads((path / "manifest.json").read_text())))))
+    if place == ("sha256",):
+        return
+    values = [0, -1, 1, 3, 40, 2**63, 1e300, -0.5, None, True, "", "..", "F32", "x\0", [], {}]
+    value = data.draw(st.sampled_from(values))
+
+    def change(body):
+        for key in place[:-1]:
+            body = body[key]
+        body[place[-1]] = value
+
+    _claim(path, change)
+    found = latest(folder, load_numbered)
+    assert found.loaded == 1 if found.path else len(found.problems) == 1
+    output = folder / "out"
+    try:
+        export(path, "", output)
+    except ValueError:
+        assert not output.exists()
+    else:
+        assert same(load_file(output), numbered(1))
+
+
 def test_none_and_none_good(tmp_path):
     assert latest(tmp_path / "nowhere", load_numbered) == (None, None, [])
     _damage(write(tmp_path, 2, numbered(2), {}), "[]")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,10 @@ class SavedTensor(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[SavedPiece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Manifest(NamedTuple):
@@ -86,7 +91,7 @@ class Manifest(NamedTuple):
             return cls._parse(body)
         except CheckpointError:
             raise
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"checkpoint {path} has no readable {NAME} ({type(error).__name__})") from error
 
     @classmethod
@@ -106,6 +111,8 @@ class Manifest(NamedTuple):
             if not tiles(shape, [piece.block for piece in pieces]):
                 raise ValueError(f"the pieces of {name} do not make it up")
             tensors[name] = SavedTensor(DTYPES[entry["dtype"]], shape, pieces)
+        if sum(tensor.nbytes for tensor in tensors.values()) > sum(file.bytes for file in files):
+            raise ValueError("more tensors than the files can hold")
         return cls(int(body["step"]), dict(body["about"]), files, tensors)
 
 

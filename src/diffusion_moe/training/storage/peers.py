@@ -94,7 +94,7 @@ class Peers:
         try:
             dist.all_gather_object(answers, answer, group=self.group)
         except RuntimeError as error:
-            reason = f"lost a process while {doing}; it is dead, or slower than the timeout ({_one_line(error)})"
+            reason = f"lost a process while {doing}; it is dead, or slower than the timeout"
             raise LostProcess(errno.ECONNRESET, reason, str(self.path)) from error
         failures = {rank: answer.failure for rank, answer in enumerate(answers) if answer.failure is not None}
         if failures:
