@@ -8,7 +8,7 @@ step-00001000/
 
 from .asynchronous import AsyncWriter
 from .manifest import Manifest
-from .peers import TIMEOUT, CheckpointError, storage_group
+from .peers import TIMEOUT, CheckpointError, LostProcess, storage_group
 from .reading import Found, export, latest, read
 from .writing import checkpoint_path, checkpoints_in, prune, write
 
@@ -17,6 +17,7 @@ __all__ = [
     "AsyncWriter",
     "CheckpointError",
     "Found",
+    "LostProcess",
     "Manifest",
     "checkpoint_path",
     "checkpoints_in",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .manifest import check_about
 from .peers import TIMEOUT, Peers, storage_group
-from .plan import Plan, layouts_of, make_plan
+from .plan import Layout, Plan, layouts_of, make_plan
 from .writing import Piece, checkpoint_path, commit, pieces_of, prune
 
 
@@ -24,7 +24,7 @@ class AsyncWriter:
     `save` copies what this process writes into memory that is kept from one save to the next (pinned for CUDA), then
     returns. A thread writes the copy, talking to the other processes over a gloo group of its own, and drops old
     checkpoints. One save is under way at a time. A save that failed is raised by the next `save`, `wait` or `close`;
-    after a ConnectionError the writer is of no more use, after other errors it is.
+    after LostProcess the writer is of no more use, after other errors it is.
 
     Args:
         folder: where the checkpoints lie, see `write`.
@@ -48,19 +48,25 @@ class AsyncWriter:
         """
         self.wait()
         peers = Peers(checkpoint_path(self.folder, step), self.group)
-        said = peers.agree("describing a checkpoint", lambda: check_about(about))
-        plan = self._make_plan(peers, tensors)
+        said, layouts = peers.agree("planning a checkpoint", lambda: (check_about(about), layouts_of(tensors)))
+        plan = self._make_plan(peers, layouts)
         parts = peers.agree("copying tensors", lambda: self._copy(pieces_of(plan, peers.rank, tensors)))
         self._under_way = self._thread.submit(self._write, peers, step, plan, parts, said)
 
-    def wait(self) -> Path | None:
+    def wait(self, timeout_s: float | None = None) -> Path | None:
         """The checkpoint that was under way, once it is written; None if there was none.
 
         Raises:
             OSError, CheckpointError: on every process, why it failed.
+            TimeoutError: it is still under way after so many seconds; only os._exit ends Python without it.
         """
-        under_way, self._under_way = self._under_way, None
-        return under_way.result() if under_way is not None else None
+        if self._under_way is None:
+            return None
+        try:
+            return self._under_way.result(timeout_s)
+        finally:
+            if self._under_way.done():
+                self._under_way = None
 
     def close(self) -> None:
         """Wait for the save under way, and end (see `wait`)."""
@@ -83,9 +89,8 @@ class AsyncWriter:
                 raise
             error.add_note(f"moreover, the last save failed: {failure}")
 
-    def _make_plan(self, peers: Peers, tensors: Mapping[str, Tensor]) -> Plan:
+    def _make_plan(self, peers: Peers, layouts: Mapping[str, Layout]) -> Plan:
         """The last one, unless a process has a new layout: with many processes, telling all layouts takes seconds."""
-        layouts = peers.agree("planning a checkpoint", lambda: layouts_of(tensors))
         known = self._plan is not None and self._plan.layouts == layouts
         if self._plan is None or not all(peers.gather("comparing layouts", lambda: known)):
             self._plan = make_plan(peers.gather("telling layouts", lambda: layouts), peers.rank)

@@ -91,6 +91,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry]) -> FileRecord:
             for start in range(0, len(data), CHUNK):
                 digest.update(data[start : start + CHUNK])
                 size += file.write(data[start : start + CHUNK])
+            del data  # before the next tensor is made
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(path.name, size, digest.hexdigest())

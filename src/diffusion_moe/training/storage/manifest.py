@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,10 @@ class SavedTensor(NamedTuple):
     shape: tuple[int, ...]
     pieces: tuple[SavedPiece, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Manifest(NamedTuple):
     """What a checkpoint holds."""
@@ -51,15 +56,7 @@ class Manifest(NamedTuple):
 
     def to_text(self) -> str:
         """As it is written."""
-        body = self._body()
-        return _to_json(body | {"sha256": _digest(body)})
-
-    def digest(self) -> str:
-        """SHA-256 of what it says."""
-        return _digest(self._body())
-
-    def _body(self) -> dict[str, Any]:
-        return {
+        body = {
             "format": FORMAT,
             "step": self.step,
             "about": self.about,
@@ -73,6 +70,8 @@ class Manifest(NamedTuple):
                 for name, tensor in self.tensors.items()
             },
         }
+        text = _to_json(body)
+        return f'{text[:-1]},"sha256":"{_digest(text)}"}}\n'
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -87,12 +86,12 @@ class Manifest(NamedTuple):
                 raise CheckpointError(
                     f"checkpoint {path} has format {body['format']}; this version reads format {FORMAT}"
                 )
-            if body.pop("sha256") != _digest(body):
+            if body.pop("sha256") != _digest(_to_json(body)):
                 raise CheckpointError(f"checkpoint {path}: {NAME} is corrupt")
             return cls._parse(body)
         except CheckpointError:
             raise
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"checkpoint {path} has no readable {NAME} ({type(error).__name__})") from error
 
     @classmethod
@@ -112,6 +111,8 @@ class Manifest(NamedTuple):
             if not tiles(shape, [piece.block for piece in pieces]):
                 raise ValueError(f"the pieces of {name} do not make it up")
             tensors[name] = SavedTensor(DTYPES[entry["dtype"]], shape, pieces)
+        if sum(tensor.nbytes for tensor in tensors.values()) > sum(file.bytes for file in files):
+            raise ValueError("more tensors than the files can hold")
         return cls(int(body["step"]), dict(body["about"]), files, tensors)
 
 
@@ -165,5 +166,5 @@ def _to_json(body: Mapping[str, Any]) -> str:
     return json.dumps(body, separators=(",", ":"), allow_nan=False)
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_to_json(body).encode()).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

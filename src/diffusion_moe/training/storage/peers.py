@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,6 +22,14 @@ gone. It must exceed the time between the first and the last process to finish w
 
 class CheckpointError(ValueError):
     """A checkpoint is truncated, corrupt or another model's."""
+
+
+class LostProcess(ConnectionError):
+    """A process is dead, hangs, or is slower than the timeout; the group is of no more use."""
+
+
+_OF_USERS: dict[str, type[ValueError]] = {"CheckpointError": CheckpointError, "ValueError": ValueError}
+"""Errors that keep their kind on their way to other processes; OSError does too."""
 
 
 class _Failure(NamedTuple):
@@ -69,23 +77,31 @@ class Peers:
             doing: what this is, for messages; processes that are at different work say so.
 
         Raises:
-            OSError, CheckpointError: on every process, what failed on any, with its rank.
-            ConnectionError: a process was lost; the group is of no more use.
+            OSError, CheckpointError, ValueError: on every process, what failed on any, with its rank.
+            RuntimeError: likewise, for errors of other kinds; or the processes were at different work.
+            LostProcess: another did not answer.
         """
         if self.size == 1:
             return [work()]
         cause = None
         try:
             answer = _Answer(doing, work())
+        except LostProcess:  # nobody is left to talk to
+            raise
         except Exception as error:
             cause, answer = error, _Answer(doing, failure=_describe(error))
         answers: list[_Answer] = [answer] * self.size
         try:
             dist.all_gather_object(answers, answer, group=self.group)
         except RuntimeError as error:
-            reason = f"lost a process while {doing}; is it dead, or slower than the group's timeout? "
-            raise ConnectionError(errno.ECONNRESET, reason + f"({_one_line(error)})", str(self.path)) from error
-        self._raise_failures(answers, cause)
+            reason = f"lost a process while {doing}; it is dead, or slower than the timeout"
+            raise LostProcess(errno.ECONNRESET, reason, str(self.path)) from error
+        failures = {rank: answer.failure for rank, answer in enumerate(answers) if answer.failure is not None}
+        if failures:
+            raise self._joint_error(failures) from cause
+        doings = [answer.doing for answer in answers]
+        if len(set(doings)) > 1:
+            raise RuntimeError(f"the processes are not at the same work: {dict(enumerate(doings))}")
         return [answer.result for answer in answers]  # type: ignore[misc]
 
     def agree(self, doing: str, work: Callable[[], T]) -> T:
@@ -98,30 +114,33 @@ class Peers:
         """Do `work` on rank 0 alone; answer its result everywhere, or raise everywhere (see `gather`)."""
         return self.gather(doing, lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def _raise_failures(self, answers: list[_Answer], cause: Exception | None) -> None:
-        failures = {rank: answer.failure for rank, answer in enumerate(answers) if answer.failure is not None}
-        if failures:
-            rank, failure = next(iter(failures.items()))
-            reason = failure.reason
-            if len({other.reason for other in failures.values()}) > 1 or len(failures) < self.size:
-                others = ", ".join(str(other) for other in failures if other != rank)
-                reason = f"rank {rank}: {reason}" + (f" (and on ranks {others})" if others else "")
-            if failure.kind == "OSError":
-                raise OSError(failure.errno, reason, str(self.path)) from cause
-            if failure.kind == "CheckpointError":
-                raise CheckpointError(reason) from cause
-            raise RuntimeError(f"{reason} ({failure.kind})") from cause
-        doings = [answer.doing for answer in answers]
-        if len(set(doings)) > 1:
-            raise RuntimeError(f"the processes are not at the same work: {dict(enumerate(doings))}")
+    def _joint_error(self, failures: dict[int, _Failure]) -> Exception:
+        first = next(iter(failures.values()))
+        alike = [rank for rank, failure in failures.items() if failure == first]
+        others = [rank for rank in failures if rank not in alike]
+        reason = f"{_named(alike)}: {first.reason}" + (f" (and other errors on {_named(others)})" if others else "")
+        if first.kind == "OSError":
+            return OSError(first.errno, reason, str(self.path))
+        if first.kind in _OF_USERS:  # where all have seen the same, no rank is to blame
+            return _OF_USERS[first.kind](first.reason if len(alike) == self.size else reason)
+        return RuntimeError(f"{reason} ({first.kind})")
+
+
+def _named(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + listed([str(rank) for rank in ranks])
 
 
 def _describe(error: Exception) -> _Failure:
     if isinstance(error, OSError):
         place = f" ({error.filename})" if error.filename else ""
         return _Failure("OSError", error.errno or errno.EIO, f"{error.strerror or error}{place}")
-    kind = "CheckpointError" if isinstance(error, CheckpointError) else type(error).__name__
+    kind = next((name for name, known in _OF_USERS.items() if isinstance(error, known)), type(error).__name__)
     return _Failure(kind, 0, _one_line(error))
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """The first few names, and how many more."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _one_line(error: Exception) -> str:

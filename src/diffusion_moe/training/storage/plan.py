@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .files import dtype_name
-from .peers import CheckpointError
+from .peers import CheckpointError, listed
 from .pieces import Block, held_blocks
 
 PART_BYTES = 1 << 31
@@ -105,11 +105,6 @@ def _check_same(layouts: Sequence[Mapping[str, Layout]]) -> None:
         for name, layout in own.items():
             if layout[:2] != layouts[0][name][:2]:
                 raise CheckpointError(f"{name} is {layouts[0][name][:2]} on rank 0 and {layout[:2]} on rank {rank}")
-
-
-def listed(names: Sequence[str], limit: int = 3) -> str:
-    """The first few names, and how many more."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _split(share: Iterable[Share]) -> list[tuple[Share, ...]]:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import Entry, flush_folder, write_safetensors
-from .manifest import Manifest, SavedPiece, SavedTensor, check_digests, piece_key
-from .peers import CheckpointError, Peers
+from .files import Entry, flush_folder, sha256, write_safetensors
+from .manifest import NAME, Manifest, SavedPiece, SavedTensor, check_digests, piece_key
+from .peers import CheckpointError, LostProcess, Peers, listed
 from .pieces import Block, held_blocks, local_tensor, overlap
-from .plan import Layout, layouts_of, listed
+from .plan import Layout, layouts_of
 from .writing import checkpoints_in
 
 T = TypeVar("T")
@@ -37,17 +37,17 @@ def read(path: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup 
 
     Raises:
         CheckpointError: on every process: the checkpoint is damaged, or not of these tensors, which are then untouched.
-        ConnectionError: a process was lost.
+        LostProcess: another process died or hangs.
     """
     peers = Peers(path, group)
     try:
         manifest = peers.agree("reading a manifest", lambda: Manifest.read(path))
-        if len(set(peers.gather("comparing manifests", manifest.digest))) > 1:
-            raise CheckpointError(f"the processes see different checkpoints at {path}; it must be one shared folder")
+        if len(set(peers.gather("comparing manifests", lambda: sha256(path / NAME)))) > 1:
+            raise CheckpointError(f"the processes see different checkpoints at {path}; they must share one folder")
         peers.agree("checking a checkpoint", lambda: _check_share(path, manifest, peers))
         peers.agree("comparing with a checkpoint", lambda: _check_fit(path, manifest, layouts_of(tensors)))
         peers.agree("reading a checkpoint", lambda: _fill(path, manifest, tensors))
-    except ConnectionError:
+    except LostProcess:
         raise
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror or error})") from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import manifest as manifests
 from .files import Entry, FileRecord, flush_folder, write_safetensors
 from .manifest import Manifest, SavedPiece, SavedTensor, check_about, check_sizes, piece_key
-from .peers import CheckpointError, Peers
+from .peers import CheckpointError, LostProcess, Peers
 from .pieces import Block, held_blocks, local_tensor
 from .plan import Plan, layouts_of, make_plan
 
@@ -63,7 +63,7 @@ def write(
 
     Raises:
         OSError, CheckpointError: on every process, if any fails; nothing is left of the checkpoint.
-        ConnectionError: an OSError: a process was lost.
+        LostProcess: an OSError: another process died or hangs.
     """
     peers = Peers(checkpoint_path(folder, step), group)
     said = peers.agree("describing a checkpoint", lambda: check_about(about))
@@ -104,11 +104,10 @@ def commit(peers: Peers, step: int, plan: Plan, parts: Sequence[Sequence[Piece]]
         files = peers.gather("writing a checkpoint", lambda: _write_parts(partial, peers.rank, parts))
         # Every process but the first has nothing left to do, and waits for its answer.
         peers.first("publishing a checkpoint", lambda: _publish(target, partial, _manifest(step, about, plan, files)))
-    except BaseException as error:
-        if peers.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+    except Exception as error:
+        _clear_away(peers, partial, lost=isinstance(error, LostProcess))
         if isinstance(error, OSError):
-            kind = ConnectionError if isinstance(error, ConnectionError) else OSError
+            kind = LostProcess if isinstance(error, LostProcess) else OSError
             reason = f"cannot write the checkpoint ({error.strerror or error})"
             raise kind(error.errno or errno.EIO, reason, str(target)) from error
         raise
@@ -166,6 +165,9 @@ def _write_parts(partial: Path, rank: int, parts: Sequence[Sequence[Piece]]) -> 
         path = partial / f"tensors-{rank:05d}-{index:03d}.safetensors"
         return write_safetensors(path, [piece.entry() for piece in parts[index]])
 
+    if not partial.is_dir():
+        reason = "rank 0 made this folder, but it is not here; all processes must share one"
+        raise OSError(errno.ENOENT, reason, str(partial))
     with ThreadPoolExecutor(manifests.THREADS) as pool:
         return list(pool.map(write_part, range(len(parts))))
 
@@ -185,7 +187,7 @@ def _publish(target: Path, partial: Path, manifest: Manifest) -> None:
     try:
         check_sizes(partial, manifest.files)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; all processes must write to one shared folder") from error
+        raise CheckpointError(f"{error}; all processes must share one folder") from error
     with (partial / manifests.NAME).open("w") as file:
         file.write(manifest.to_text())
         file.flush()
@@ -197,6 +199,14 @@ def _publish(target: Path, partial: Path, manifest: Manifest) -> None:
     partial.rename(target)
     flush_folder(target.parent)
     _remove(aside)
+
+
+def _clear_away(peers: Peers, partial: Path, lost: bool) -> None:
+    """Remove a checkpoint that failed; nobody goes on before it is gone, unless a process is lost."""
+    if not lost:
+        peers.first("clearing away a failed checkpoint", lambda: shutil.rmtree(partial, ignore_errors=True))
+    elif peers.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
