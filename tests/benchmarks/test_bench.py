@@ -57,16 +57,18 @@ def test_a_layer_is_held_against_transformers(capsys):
         assert record["memory_ratio"] > 1
 
 
-def test_making_the_first_projection_again_keeps_less(capsys):
+def test_making_hidden_layers_again_keeps_less(capsys):
     kept = {}
     for recompute in ("false", "true"):
         assert main(["bench", "layer", *QUICK, f"--recompute={recompute}"]) == 0
         record = json.loads(capsys.readouterr().out.splitlines()[1])
         kept[recompute] = record["saved_bytes"], record["against_saved_bytes"], record["flops"]
-    # digits: 64 tokens, 2 experts each, gate and value of 96 float32 numbers; their products are made once more.
-    assert kept["false"][0] - kept["true"][0] == 64 * 2 * 2 * 96 * 4
+    # digits: 64 tokens, 2 experts each and a shared one, gate and value of 96 float32 numbers; their products are made
+    # once more.
+    assert kept["false"][0] - kept["true"][0] == 64 * (2 + 1) * 2 * 96 * 4
     assert kept["true"][1] == kept["false"][1]
-    assert kept["true"][2] - kept["false"][2] == 2 * 64 * 2 * 108 * 2 * 96
+    again = kept["true"][2] - kept["false"][2]
+    assert again == 2 * 64 * 108 * (2 * 2 * 96 + 3 * 96)  # of the shared expert also the last product
 
 
 def test_an_answer_too_far_from_ours_is_refused(capsys, monkeypatch):

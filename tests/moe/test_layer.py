@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusion_moe.benchmarks.measure import saved_bytes
 from diffusion_moe.moe import (
     FeedForward,
     MoEFeedForward,
@@ -11,6 +12,7 @@ from diffusion_moe.moe import (
     experts_loop,
     merge_reports,
     ops,
+    recompute_experts,
     routers_of,
     update_routing_state,
 )
@@ -188,3 +190,23 @@ def test_dropout_acts_on_the_hidden_layer_of_every_expert(kind):
         assert not torch.equal(part(), part())
         dropout.forward = lambda hidden: 3 * hidden
         torch.testing.assert_close(part(), 3 * expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["tc", "diffmoe", "dsmoe"])
+def test_making_hidden_layers_again_changes_no_gradient(kind, dropout):
+    layer = MoEFeedForward(6, 8, RouterConfig(kind, 4, top_k=2, capacity=2), shared="swiglu", dropout=dropout).train()
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    results, kept = [], []
+    for recompute in (False, True):
+        recompute_experts(layer, recompute)
+        torch.manual_seed(3)
+        kept.append(saved_bytes(lambda: layer(x), tuple(layer.parameters())))
+        torch.manual_seed(3)
+        out = layer(x)
+        loss = out.hidden_states.square().sum() + sum(out.report.losses.values())
+        results.append([out.hidden_states, *torch.autograd.grad(loss, [x, *layer.parameters()])])
+    for plain, again in zip(*results):
+        torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-7)
+    if not dropout:
+        assert kept[1] < kept[0] - 4 * 10 * 2 * 8  # at least the shared expert's gate and value

@@ -16,7 +16,7 @@ from ..evaluation.generate import generate
 from ..model_config import ModelConfig
 from ..models import Backbone, make_model
 from ..models.block import make_moe
-from ..moe import MoEFeedForward
+from ..moe import MoEFeedForward, recompute_experts
 from ..parsing import read_recipe
 from ..training.step import state_of, train_step
 from .contestants import Contestant, layer_contestants
@@ -129,7 +129,7 @@ def _layer(setting: Setting) -> Pairs:
     torch.manual_seed(0)
     layer = make_moe(setting.config).train()
     rival = _rival(layer, setting).train()
-    layer.experts.recompute = setting.options.recompute
+    recompute_experts(layer, setting.options.recompute)
     shape = (setting.images, setting.tokens_an_image, setting.config.hidden_size)
     x = torch.randn(shape, device=device, requires_grad=True)
     direction = torch.randn(shape, device=device)

@@ -25,7 +25,7 @@ class BenchOptions:
     dense layer with as many activated parameters. transformers, scattermoe, sonicmoe: that library's experts with our
     weights and our routing (token choice, SwiGLU without biases), where it is installed."""
     recompute: bool = False
-    """layer, step: ours makes the experts' first projection again in the backward pass (training.recompute experts)."""
+    """layer, step: ours makes the experts' hidden layers again in the backward pass (training.recompute experts)."""
     acceleration: Literal["none", "compile", "graph"] = "none"
     """Of both contestants. step: compile; sample: compile or graph (the capture counts: take many solver_steps)."""
     solver_steps: int = 4

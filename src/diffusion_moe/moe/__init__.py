@@ -3,7 +3,7 @@
 from .balance import update_routing_state
 from .experts import GroupedExperts, experts_loop
 from .feed_forward import FeedForward
-from .layer import MoEFeedForward, MoEOutput
+from .layer import MoEFeedForward, MoEOutput, recompute_experts
 from .routers import ROUTERS, Router, RouterConfig, limit_capacity, routers_of, scale_thresholds
 from .routing import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
 
@@ -20,6 +20,7 @@ __all__ = [
     "experts_loop",
     "limit_capacity",
     "merge_reports",
+    "recompute_experts",
     "route_by_expert",
     "route_by_mask",
     "route_by_token",

@@ -49,42 +49,42 @@ def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str) -> Tens
     return out_AF
 
 
-@torch.library.custom_op("diffusion_moe::weighted_activation_backward", mutates_args=())
-def weighted_activation_backward(
+@torch.library.custom_op("diffusion_moe::weighted_activation_backward_", mutates_args=("grad_AF",))
+def weighted_activation_backward_(
     h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """What the backward pass needs of an activation, which is made again rather than kept.
 
     Args:
-        grad_AF: the gradient of the weighted activation.
+        grad_AF: the gradient of the weighted activation, contiguous; the weighted activation takes its place.
 
     Returns:
-        The weighted activation (A, F); the gradient of h (A, H); that of the weights (A,).
+        The gradient of h (A, H); that of the weights (A,).
     """
-    out_AF, dh_AH, dweight_A = (x.new_empty(x.shape) for x in (grad_AF, h_AH, weight_A))
+    dh_AH, dweight_A = (x.new_empty(x.shape) for x in (h_AH, weight_A))
     if takes_triton(h_AH, weight_A, grad_AF):
         from .kernels import activation as kernel
 
-        kernel.weighted_activation_backward(h_AH, weight_A, grad_AF, activation, out_AF, dh_AH, dweight_A)
-        return out_AF, dh_AH, dweight_A
+        kernel.weighted_activation_backward_(h_AH, weight_A, grad_AF, activation, dh_AH, dweight_A)
+        return dh_AH, dweight_A
     width = grad_AF.shape[1]
-    for rows in _blocks(out_AF):
+    for rows in _blocks(grad_AF):
         h, grad, weight = _wide(h_AH[rows]), _wide(grad_AF[rows]), weight_A[rows, None]
         if activation == "gelu":
             a = F.gelu(h, approximate="tanh")
             dweight_A[rows] = torch.linalg.vecdot(grad, a).to(weight_A.dtype)
-            out_AF[rows] = a.mul_(weight)
+            grad_AF[rows] = a.mul_(weight)
             dh_AH[rows] = torch.ops.aten.gelu_backward(grad.mul_(weight), h, approximate="tanh")
         else:
             gate, value = h.chunk(2, dim=-1)
             gated = F.silu(gate)
             a = gated * value
             dweight_A[rows] = torch.linalg.vecdot(grad, a).to(weight_A.dtype)
-            out_AF[rows] = a.mul_(weight)
+            grad_AF[rows] = a.mul_(weight)
             grad.mul_(weight)
             dh_AH[rows, width:] = gated.mul_(grad)
             dh_AH[rows, :width] = torch.ops.aten.silu_backward(grad.mul_(value), gate)
-    return out_AF, dh_AH, dweight_A
+    return dh_AH, dweight_A
 
 
 def _width(h_AH: Tensor, activation: str) -> int:
@@ -108,6 +108,6 @@ def _(h_AH: Tensor, weight_A: Tensor, activation: str) -> Tensor:
     return h_AH.new_empty(h_AH.shape[0], _width(h_AH, activation))
 
 
-@weighted_activation_backward.register_fake
-def _(h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    return grad_AF.new_empty(grad_AF.shape), h_AH.new_empty(h_AH.shape), weight_A.new_empty(weight_A.shape)
+@weighted_activation_backward_.register_fake
+def _(h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return h_AH.new_empty(h_AH.shape), weight_A.new_empty(weight_A.shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .activation import ExpertActivation, weighted_activation, weighted_activation_backward
+from .activation import ExpertActivation, weighted_activation, weighted_activation_backward_
 from .ops import expert_blocks, gmm, gmm_wgrad, sum_rows
 from .precision import full_precision
 from .routing import Routing, expert_of_rows
@@ -103,10 +103,10 @@ class ExpertFunction(torch.autograd.Function):
                 bias = None if b_in is None else b_in.to(dtype)
                 h_AH = product(x_TD.to(dtype).index_select(0, token_A), w_in.to(dtype), offsets_E, equal, bias)
             dy_AD = dout_TD.to(dtype).index_select(0, token_A)  # of the rows, not yet weighted
-            da_AF = product(dy_AD, w_out.to(dtype).transpose(1, 2), offsets_E, equal)
-            a_AF, dh_AH, dweight_A = weighted_activation_backward(h_AH, weight_A, da_AF, ctx.activation)
+            a_AF = product(dy_AD, w_out.to(dtype).transpose(1, 2), offsets_E, equal)  # till now its gradient
+            dh_AH, dweight_A = weighted_activation_backward_(h_AH, weight_A, a_AF, ctx.activation)
             dw_out = product_wgrad(a_AF, dy_AD, offsets_E, equal, ctx.weight_dtype)
-            del da_AF, a_AF, dy_AD
+            del a_AF, dy_AD
             if b_out is not None:
                 weight_TE = _by_token_and_expert(weight_A, token_A, offsets_E, len(x_TD))
                 dout = dout_TD.to(weight_TE.dtype)

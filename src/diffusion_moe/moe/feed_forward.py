@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .activated_linear import activated_linear
 from .activation import activated
@@ -20,6 +22,9 @@ class FeedForward(nn.Module):
         dim: token width D. hidden_dim: width F of the hidden layer. activation: "gelu" (tanh form), "silu" or "swiglu".
         bias: whether the linear layers have biases. dropout: of the hidden layer, in training.
     """
+
+    recompute = False
+    """Whether the backward pass makes the hidden layer again, so that the input alone is kept."""
 
     def __init__(
         self,
@@ -41,6 +46,12 @@ class FeedForward(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, use_reentrant=False, preserve_rng_state=bool(self.dropout.p))
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The network itself."""
         x = x.to(compute_dtype(x))  # once for both projections
         inputs = (self.up_proj(x),) if self.gate_proj is None else (self.gate_proj(x), self.up_proj(x))
         if self.dropout.p and self.training:

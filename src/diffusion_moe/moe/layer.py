@@ -75,7 +75,8 @@ class MoEFeedForward(nn.Module):
         seen_BND = x_BND if router_input is None else router_input.reshape(*x_BND.shape[:2], -1)
         routing = self.router(seen_BND)
         if self.shared is not None:
-            cast_BND = x_BND.to(compute_dtype(x_BND))  # once for routed and shared experts
+            # Cast once for routed and shared experts, unless nothing but the input is to be kept.
+            cast_BND = x_BND if self.shared.recompute else x_BND.to(compute_dtype(x_BND))
             y_BND = self.experts(cast_BND.flatten(0, 1), routing).view_as(x_BND) + self.shared(cast_BND)
         else:
             y_BND = self.experts(x_BND.flatten(0, 1), routing).view_as(x_BND)
@@ -84,3 +85,11 @@ class MoEFeedForward(nn.Module):
         return MoEOutput(
             y_BND.to(x.dtype).view_as(x), routing.report._replace(num_tokens=seen_BND.shape[0] * seen_BND.shape[1])
         )
+
+
+def recompute_experts(model: nn.Module, recompute: bool = True) -> None:
+    """Whether the backward pass makes the hidden layers of routed and shared experts again instead of keeping them."""
+    for layer in [module for module in model.modules() if isinstance(module, MoEFeedForward)]:
+        layer.experts.recompute = recompute
+        if layer.shared is not None:
+            layer.shared.recompute = recompute

@@ -99,7 +99,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
     called = set()
     for module, name in (
         (activation, "weighted_activation"),
-        (activation, "weighted_activation_backward"),
+        (activation, "weighted_activation_backward_"),
         (combine, "sum_rows"),
         (router, "grouped_topk"),
         (router, "grouped_topk_backward"),
@@ -111,7 +111,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
     with backend.use("triton"):
         layer(torch.randn(2, 5, 6)).hidden_states.sum().backward()
     assert called == {
-        *("weighted_activation", "weighted_activation_backward", "sum_rows"),
+        *("weighted_activation", "weighted_activation_backward_", "sum_rows"),
         *("grouped_topk", "grouped_topk_backward", "sort_by_expert"),
     }
 

@@ -86,16 +86,18 @@ def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str, out_AF:
             _activation_forward[grid](h_AH.contiguous(), weight_A.contiguous(), out_AF, len(out_AF), **sizes)
 
 
-def weighted_activation_backward(
-    h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str, out_AF: Tensor, dh_AH: Tensor, dweight_A: Tensor
+def weighted_activation_backward_(
+    h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str, dh_AH: Tensor, dweight_A: Tensor
 ) -> None:
-    """Fill the last three; see the operator."""
-    if len(out_AF):
-        inputs = (h_AH.contiguous(), weight_A.contiguous(), grad_AF.contiguous())
+    """Fill the last two, and put the weighted activation in place of its gradient; see the operator."""
+    assert grad_AF.is_contiguous()
+    if len(grad_AF):
+        inputs = (h_AH.contiguous(), weight_A.contiguous(), grad_AF)
         with on_device(h_AH):
-            sizes = constants(out_AF.shape[1], activation)
-            grid = (triton.cdiv(len(out_AF), sizes["R"]),)
-            _activation_backward[grid](*inputs, out_AF, dh_AH, dweight_A, len(out_AF), **sizes)
+            sizes = constants(grad_AF.shape[1], activation)
+            grid = (triton.cdiv(len(grad_AF), sizes["R"]),)
+            # Every number of the gradient is read before its place is written, by one program.
+            _activation_backward[grid](*inputs, grad_AF, dh_AH, dweight_A, len(grad_AF), **sizes)
 
 
 def constants(width: int, activation: str) -> dict[str, int]:
