@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -28,3 +35,46 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def to_main(value: Any) -> list[Any]:
+    """The values of all processes in their order, on the main process; an empty list elsewhere."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, found)
+    return found or []
+
+
+@contextmanager
+def torchrun_processes() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did, each with a GPU of its own where there are any.
+
+    The group is gloo's: features are gathered on the CPU, in float64.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    # One process may work long after the others are done.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
