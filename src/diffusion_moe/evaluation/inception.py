@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def _read(file: Path) -> bytes:
 def _load(module: type[nn.Module], content: bytes, name: Path | str) -> nn.Module:
     """The network with the file's weights. torch-fidelity itself would unpickle whatever the file holds."""
     try:
-        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what the refusal says better
+            weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         safe = io.BytesIO()
         torch.save(weights, safe)
         safe.seek(0)

@@ -61,10 +61,12 @@ def _load(name: str) -> tuple[Any, dict[str, Any]]:
     try:
         from transformers import AutoConfig, AutoModel
         from transformers.image_processing_base import ImageProcessingMixin
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ValueError(
             f"{name} needs transformers ({error}); install it with `pip install diffusion-moe[eval]`"
         ) from error
+    disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         model = AutoModel.from_pretrained(name, config=config, trust_remote_code=False, use_safetensors=True)
