@@ -4,11 +4,14 @@ import importlib
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from diffusion_moe.cli import main
+from diffusion_moe.evaluation.features import ExtractorIdentity
+from diffusion_moe.evaluation.inception import Inception, _torch_fidelity
 
 
 def stand_in_for_torchvision() -> dict[str, types.ModuleType]:
@@ -44,11 +47,18 @@ def fidelity():
 
 
 @pytest.fixture(scope="session")
-def inception_file(fidelity, tmp_path_factory):
-    """A weight file of random numbers, scaled so that features neither vanish nor explode."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+def inception_class():
+    """torch-fidelity's Inception, which needs no torchvision."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        pytest.skip("torch-fidelity is not installed (pip install --no-deps torch-fidelity)")
+    return _torch_fidelity()[0]
 
-    class Fresh(FeatureExtractorInceptionV3):
+
+@pytest.fixture(scope="session")
+def inception_file(inception_class, tmp_path_factory):
+    """A weight file of random numbers, scaled so that features neither vanish nor explode."""
+
+    class Fresh(inception_class):
         def load_state_dict(self, weights):
             return None
 
@@ -77,3 +87,35 @@ def run_folder(tmp_path_factory, tiny_options):
 def quick_classifier(monkeypatch):
     """A classifier that has seen its data once."""
     monkeypatch.setattr("diffusion_moe.evaluation.classifier.EPOCHS", 1)
+
+
+class SmallInception(Inception):
+    """Random linear features under Inception's name, of images of 4 x 4 pixels in colour."""
+
+    def __init__(self, published=True):
+        self.module = nn.Linear(48, 6, bias=False)
+        nn.init.normal_(self.module.weight, generator=torch.Generator().manual_seed(1))
+        self.published = published
+        self.identity = ExtractorIdentity("inception", "0123456789abcdef", "none", "all")
+
+    def extract(self, images):
+        pool = self.module(images.flatten(1) / 255)
+        return {"pool": pool, "spatial": pool[:, :2].sin()}
+
+    def logits(self, pool_SD):
+        return 3 * pool_SD[:, :4]
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+    """Makes Inception and what is published of it small; returns the class."""
+    monkeypatch.setattr("diffusion_moe.evaluation.reference.POOL_WIDTH", 6)
+    monkeypatch.setattr("diffusion_moe.evaluation.reference.SPATIAL_WIDTH", 2)
+    monkeypatch.setattr("diffusion_moe.evaluation.inception.Inception", lambda file: SmallInception())
+    return SmallInception
+
+
+@pytest.fixture
+def pixels():
+    """150 images of 4 x 4 pixels in colour, uint8 NHWC."""
+    return np.random.RandomState(0).randint(0, 256, (150, 4, 4, 3), dtype=np.uint8)

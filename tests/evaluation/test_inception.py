@@ -23,13 +23,12 @@ def images():
     return torch.randint(0, 256, (3, 3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_features_are_torch_fidelitys_and_the_spatial_ones_adms(extractor, images, fidelity, inception_file):
+def test_features_are_torch_fidelitys_and_the_spatial_ones_adms(extractor, images, inception_class, inception_file):
     """ADM takes seven channels of mixed_6/conv, the 1x1 branch of Mixed_6d, in the order height, width, channel."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
     found = extractor(images)
-    theirs = FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], str(inception_file))
+    theirs = inception_class("theirs", ["2048", "logits_unbiased"], str(inception_file))
     pool, logits = theirs(images)
     torch.testing.assert_close(found["pool"], pool)
     torch.testing.assert_close(extractor.logits(pool), logits, rtol=1e-4, atol=1e-4)
@@ -70,7 +69,7 @@ class Touch:
         return open, (str(self.path), "w")
 
 
-def test_a_weight_file_that_runs_code_is_refused(tmp_path, fidelity):
+def test_a_weight_file_that_runs_code_is_refused(tmp_path, inception_class):
     torch.save({"weights": Touch(tmp_path / "touched")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"evil.pth holds no weights of torch-fidelity's Inception"):
         Inception(tmp_path / "evil.pth")
@@ -80,7 +79,7 @@ def test_a_weight_file_that_runs_code_is_refused(tmp_path, fidelity):
     assert not (tmp_path / "touched").exists()
 
 
-def test_missing_and_foreign_weights_are_one_line(tmp_path, fidelity):
+def test_missing_and_foreign_weights_are_one_line(tmp_path, inception_class):
     with pytest.raises(ValueError, match=r"cannot read the Inception weights .*none.pth: No such file"):
         Inception(tmp_path / "none.pth")
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")

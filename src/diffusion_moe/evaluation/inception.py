@@ -6,7 +6,9 @@ torch-fidelity resizes as TensorFlow 1 did (bilinear, corners at the origin) and
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -65,14 +67,17 @@ class Inception(Extractor):
 
 def _torch_fidelity() -> tuple[type[nn.Module], str]:
     """The module's class, and where its weights are published."""
+    name = "torch_fidelity.feature_extractor_inceptionv3"
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        found = importlib.import_module(name)
     except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision of another torch raises the latter two
-        raise ValueError(
-            f"Inception needs torch-fidelity, and it a torchvision that fits torch ({error}); "
-            "install them with `pip install diffusion-moe[eval]`"
-        ) from error
-    return FeatureExtractorInceptionV3, URL_INCEPTION_V3
+        # The package fails over extractors that need torchvision; by then Inception, which does not, is imported.
+        if sys.modules.get(name) is None:
+            raise ValueError(
+                f"Inception needs torch-fidelity ({error}); install it with `pip install diffusion-moe[eval]`"
+            ) from error
+        found = sys.modules[name]
+    return found.FeatureExtractorInceptionV3, found.URL_INCEPTION_V3
 
 
 def _downloaded(url: str) -> Path:

@@ -32,8 +32,8 @@ def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, s
     Raises:
         ValueError: data, extractor and options do not fit.
     """
-    published = data is None and holds_statistics(Path(name))
-    if published:
+    _check(name, data, options)
+    if data is None and holds_statistics(Path(name)):
         reference = _of_published(Path(name), options, say)
     else:
         extractor = _extractor(data, options)
@@ -42,8 +42,6 @@ def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, s
     if not is_main():
         return None
     path = options.output or Path(_file_name(name, reference))
-    if path.suffix != ".npz":
-        raise ValueError(f"output is {path}; statistics are an .npz file")
     path.parent.mkdir(parents=True, exist_ok=True)
     written = reference.write(path)
     say(f"{reference.about['num_images']} images, {describe(reference)}; SHA-256 {written.sha256}")
@@ -57,6 +55,18 @@ def describe(reference: Reference) -> str:
     widths = [reference.pool, *([reference.spatial] if reference.spatial is not None else [])]
     numbers = " and ".join(str(len(moments.mean_D)) for moments in widths)
     return f"{numbers} features of {reference.extractor.name} {reference.extractor.weights}"
+
+
+def _check(name: str, data: DataConfig | None, options: StatsOptions) -> None:
+    """What can be told wrong before anything is loaded."""
+    if options.output is not None and options.output.suffix != ".npz":
+        raise ValueError(f"output is {options.output}; statistics are an .npz file")
+    if data is None and not Path(name).exists():
+        raise ValueError(f"there is no {name}; give a recipe, a run, a folder of images or an .npz")
+    if data is None and options.split != "train":
+        raise ValueError(f"--split is {options.split}, but {name} has no splits; leave it out")
+    if data is not None and options.image_size is not None:
+        raise ValueError(f"--image_size is {options.image_size}, but a recipe has data.image_size; set that")
 
 
 def _extractor(data: DataConfig | None, options: StatsOptions) -> Extractor:
@@ -76,12 +86,8 @@ def _images(
 ) -> tuple[Images, dict[str, Any]]:
     """The images, and what is recorded of where they come from."""
     if data is None:
-        if options.split != "train":
-            raise ValueError(f"--split is {options.split}, but {name} has no splits; leave it out")
         images = open_images(Path(name), extractor.channels, options.image_size)
         return images, {"path": name, "crop": options.image_size}
-    if options.image_size is not None:
-        raise ValueError(f"--image_size is {options.image_size}, but a recipe has data.image_size; set that")
     dataset = load_dataset(data, options.split)
     return DatasetImages(dataset, name), {"recipe": name, "split": options.split, **asdict(data)}
 
