@@ -78,7 +78,7 @@ def inception_file(inception_class, tmp_path_factory):
 def run_folder(tmp_path_factory, tiny_options):
     """A finished run of a tiny DiffMoE on digits."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    options = ["--training.steps=4", "--training.checkpoint_every=2", "--model.router=diffmoe"]
+    options = ["--training.steps=40", "--training.checkpoint_every=20", "--model.router=diffmoe"]
     assert main(["train", "digits", "--output_dir", str(folder), *tiny_options, *options]) == 0
     return folder
 

@@ -77,6 +77,7 @@ class Extractor(ABC):
             images = images.expand(-1, 3, -1, -1)
         elif channels != self.channels:
             raise ValueError(f"{self.identity.name} reads images of {self.channels} channels; these have {channels}")
+        images = images.flatten().view(images.shape)  # strides choose among kernels, which differ in the last digit
         # TensorFloat-32 would move the features by more than float32 sums do.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found = self.extract(images.to(self.device))
