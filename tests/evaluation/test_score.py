@@ -193,6 +193,31 @@ def test_a_published_batch_brings_its_images(capsys, small_inception, tmp_path, 
     assert result["num_reference_features"] == 100
 
 
+def test_latents_are_decoded_before_they_are_scored(capsys, small_inception, tmp_path, pixels):
+    from diffusers import AutoencoderKL
+
+    from diffusion_moe import DiT
+
+    size = {"hidden_size": 8, "depth": 1, "num_heads": 1, "router": "dense"}
+    DiT(sample_size=2, patch_size=2, in_channels=4, num_classes=10, **size).save_pretrained(tmp_path / "model")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=[4, 4], norm_num_groups=2, latent_channels=4).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    np.savez(tmp_path / "real.npz", arr_0=pixels)
+    assert run(capsys, "stats", tmp_path / "real.npz", "--output", tmp_path / "ref.npz")[0] == 0
+    arguments = ["evaluate", tmp_path / "model", "--reference", tmp_path / "ref.npz", "--num_samples=7", "--steps=1"]
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and "generates latents of 4 channels and has no VAE to decode them" in err
+    assert run(capsys, *arguments, "--vae", tmp_path / "vae", "--output", tmp_path / "x.json")[0] == 0
+    result = json.loads((tmp_path / "x.json").read_text())
+    loaded = read_source(tmp_path / "model").with_vae(str(tmp_path / "vae")).load()
+    settings = EvaluationConfig(num_samples=7, steps=1, batch_size=16)
+    images = to_uint8(generate(loaded.model, class_schedule(7, 10), 7, settings, loaded.vae))
+    assert images.shape == (7, 3, 4, 4)
+    fake, real = (moments(small_inception()(x)["pool"]) for x in (images, nchw(pixels)))
+    assert result["fid"] == pytest.approx(frechet_distance(fake, real), rel=1e-5)
+
+
 @pytest.mark.slow  # eigenvalues of 2048 x 2048 on one thread
 def test_real_inception_scores_two_folders(capsys, tmp_path, inception_file):
     """From the command to the number: FID of few images equals its form in Gram matrices."""

@@ -29,10 +29,9 @@ def evaluate_model(source: Source, settings: EvaluationConfig, options: Evaluate
     """
     source.check_images()
     check_solver(source.config, settings)
-    own = own_data(source)
-    beside = source.path / FOLDER
     loaded = source.load()
-    judge = make_judge(options, own, GeneratedImages(loaded, settings, "").size, beside, say)
+    beside = source.path / FOLDER if options.output is None else options.output.parent
+    judge = make_judge(options, own_data(source), GeneratedImages(loaded, settings, "").size, beside, say)
     path = options.output or _place(source, settings, judge)
     result = score_model(source, loaded, settings, judge, path, say)
     if result is not None:
