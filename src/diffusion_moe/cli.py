@@ -137,7 +137,10 @@ def convert(arguments: Sequence[str]) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Score a run, a converted or pipeline folder, a folder of images or an .npz against real images."""
+    """Score a run, a converted or pipeline folder, a folder of images or an .npz against real images.
+
+    Images of a folder or an .npz take --reference, --extractor, --inception, --output, --num_samples and --batch_size.
+    """
     from .evaluation.source import is_model
 
     path = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None

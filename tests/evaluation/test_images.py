@@ -114,6 +114,18 @@ def test_a_data_set_gives_its_pixels_back():
     images = DatasetImages(dataset, "digits")
     assert (images.count, images.size) == (len(dataset), (8, 8))
     torch.testing.assert_close(read(images, 5, 9), to_uint8(dataset.everything().images[5:9]))
+    assert torch.equal(read(DatasetImages(dataset, "digits", threads=2), 5, 40), read(images, 5, 40))
+
+
+def test_statistics_of_a_data_set_need_every_image(tmp_path):
+    for i, image in enumerate(random_pixels(4, 6, 6, 3)):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "a" / f"{i}.png")
+    (tmp_path / "a" / "2.png").write_bytes(b"broken")
+    config = DataConfig(kind="folder", path=str(tmp_path), image_size=6, on_corrupt="skip", test_fraction=0)
+    images = DatasetImages(load_dataset(config, "train"), "photos")
+    with pytest.raises(ValueError, match="1 of the images 0 to 2 of photos cannot be read"):
+        read(images, 0, 4)
 
 
 def test_generated_images_are_the_same_in_any_range(run_folder):

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +145,33 @@ class NpzImages(Images):
 
 
 class DatasetImages(Images):
-    """The images of a data set as they are, without augmentation."""
+    """The images of a data set as they are, without augmentation, read by some threads."""
 
-    def __init__(self, dataset: ImageDataset, name: str) -> None:
-        self.dataset, self.name, self.count = dataset, name, len(dataset)
+    def __init__(self, dataset: ImageDataset, name: str, threads: int = 0) -> None:
+        self.dataset, self.name, self.count, self.threads = dataset, name, len(dataset), threads
         height, width = dataset.read([0]).images.shape[-2:]
         self.size = (height, width)
 
     def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
-        for start in range(numbers.start, numbers.stop, batch_size):
-            yield to_uint8(self.dataset.read(range(start, min(start + batch_size, numbers.stop))).images)
+        starts = range(numbers.start, numbers.stop, batch_size)
+        batches = [range(start, min(start + batch_size, numbers.stop)) for start in starts]
+        if self.threads == 0:
+            yield from map(self._read, batches)
+        else:
+            with ThreadPoolExecutor(self.threads) as pool:
+                yield from pool.map(self._read, batches)
 
     def identity(self) -> dict[str, Any]:
         return {"dataset": self.name, "count": self.count}
+
+    def _read(self, numbers: range) -> Tensor:
+        batch = self.dataset.read(numbers)
+        if batch.skipped:
+            raise ValueError(
+                f"{batch.skipped} of the images {numbers.start} to {numbers.stop - 1} of {self.name} cannot be read, and "
+                "statistics need them all; set data.on_corrupt to error to see their names, and remove them"
+            )
+        return to_uint8(batch.images)
 
 
 class GeneratedImages(Images):

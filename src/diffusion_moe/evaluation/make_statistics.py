@@ -89,7 +89,7 @@ def _images(
         images = open_images(Path(name), extractor.channels, options.image_size)
         return images, {"path": name, "crop": options.image_size}
     dataset = load_dataset(data, options.split)
-    return DatasetImages(dataset, name), {"recipe": name, "split": options.split, **asdict(data)}
+    return DatasetImages(dataset, name, data.num_workers), {"recipe": name, "split": options.split, **asdict(data)}
 
 
 def _of_published(path: Path, options: StatsOptions, say: Say) -> Reference:
