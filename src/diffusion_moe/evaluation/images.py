@@ -168,8 +168,8 @@ class DatasetImages(Images):
         batch = self.dataset.read(numbers)
         if batch.skipped:
             raise ValueError(
-                f"{batch.skipped} of the images {numbers.start} to {numbers.stop - 1} of {self.name} cannot be read, and "
-                "statistics need them all; set data.on_corrupt to error to see their names, and remove them"
+                f"{batch.skipped} of the images {numbers.start} to {numbers.stop - 1} of {self.name} cannot be read; "
+                "statistics need them all: set data.on_corrupt to error to see their names, and remove them"
             )
         return to_uint8(batch.images)
 
