@@ -251,6 +251,7 @@ def test_real_inception_scores_two_folders(capsys, tmp_path, inception_file):
         (["RUN", "--reference=REF", "--extractor=no/model"], "cannot load the extractor no/model"),
         (["RUN", "--reference=REF", "--inception=x.pth"], "but the extractor is classifier; leave it out"),
         (["RUN", "--solver=ddim"], "solver is ddim, but the model's process is flow"),
+        (["RUN", "--num_samples=3"], "scores need more than 3 images"),
         (["RUN", "--vae=x"], "cannot load the VAE x"),
         (["EMPTY"], "is no model (it has no recipe.yaml"),
         (["EMPTY", "--reference=REF"], "there are no images under"),

@@ -89,8 +89,8 @@ class Judge:
 
 def _moments(features_SD: Tensor) -> Moments:
     """Summed over parts, so that no copy of all features in float64 is needed."""
-    parts = [FeatureSums.of(part) for part in features_SD.split(1000)]
-    return sum(parts[1:], parts[0]).moments()
+    first, *others = features_SD.split(1000)
+    return sum((FeatureSums.of(part) for part in others), FeatureSums.of(first)).moments()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from ..run_folder import RunFolder, write_atomically
 from .collect import Say, collected
 from .draw import settings_name
 from .generate import check_solver, provenance
-from .images import GeneratedImages, open_images
+from .images import GeneratedImages, Images, open_images
 from .judge import Judge, OwnJudge, make_judge
+from .metrics import NEIGHBOURS
 from .options import EvaluateOptions, ImagesOptions
 from .source import Loaded, Source
 
@@ -41,9 +42,9 @@ def evaluate_model(source: Source, settings: EvaluationConfig, options: Evaluate
 
 
 def own_data(source: Source) -> DataConfig | None:
-    """The data of a run's recipe; None for other folders."""
+    """The data of a run's recipe, if its model generates such images itself; else None."""
     run = RunFolder(source.path)
-    return run.read_recipe().data if run.recipe.is_file() else None
+    return run.read_recipe().data if run.recipe.is_file() and source.vae is None else None
 
 
 def score_model(
@@ -51,6 +52,7 @@ def score_model(
 ) -> Result | None:
     """The scores of a loaded model's images, written to `path`; None on other processes than the main one."""
     images = GeneratedImages(loaded, settings, str(source.path))
+    _check_count(images)
     with collected(images, judge.extractor, settings.batch_size, path.parent, say) as found:
         if found is None:
             return None
@@ -82,6 +84,7 @@ def evaluate_images(source: Path, options: ImagesOptions, say: Say) -> Path | No
         if options.num_samples > images.count:
             raise ValueError(f"num_samples is {options.num_samples}, but {source} holds {images.count} images")
         images.count = options.num_samples
+    _check_count(images)
     path = options.output or source.with_name(f"{source.stem}.{_short(judge)}.json")
     with collected(images, judge.extractor, options.batch_size, path.parent, say) as found:
         if found is None:
@@ -90,6 +93,11 @@ def evaluate_images(source: Path, options: ImagesOptions, say: Say) -> Path | No
     tell(result, say)
     say(f"wrote {path}")
     return path
+
+
+def _check_count(images: Images) -> None:
+    if images.count <= NEIGHBOURS:
+        raise ValueError(f"scores need more than {NEIGHBOURS} images; {images.name} gives {images.count}")
 
 
 def _write(result: Result, path: Path) -> Result:
