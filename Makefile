@@ -57,5 +57,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffusion-moe needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	# Without its torchvision, which Inception does not need and which has no build for torch's CPU-only packages.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt torch-fidelity
 	rm -f $(VENV)/installed-*
 	touch $@

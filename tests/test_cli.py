@@ -257,7 +257,7 @@ def test_a_damaged_model_is_one_line(capsys, tmp_path, trained):
 
 
 def test_evaluate_and_analyze_write_what_they_say(capsys, trained, monkeypatch):
-    monkeypatch.setattr("diffusion_moe.evaluation.features.EPOCHS", 2)
+    monkeypatch.setattr("diffusion_moe.evaluation.classifier.EPOCHS", 2)
     status, out, _ = run(capsys, "evaluate", trained, "--num_samples=20", "--steps=2")
     assert status == 0
     assert "recognised as their class" in out
@@ -331,7 +331,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(capsys, tmp_path, tiny
 
 
 def test_an_unconditional_run_is_sampled_scored_and_drawn(capsys, tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr("diffusion_moe.evaluation.features.EPOCHS", 1)
+    monkeypatch.setattr("diffusion_moe.evaluation.classifier.EPOCHS", 1)
     folder = tmp_path / "run"
     options = [*tiny, "--model.num_classes=0", "--training.steps=2"]
     assert run(capsys, "train", "digits", "--output_dir", folder, *options)[0] == 0

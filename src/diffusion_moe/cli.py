@@ -6,15 +6,17 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .benchmarks.options import BenchOptions, What
 from .config import SECTIONS, DataConfig, EvaluationConfig, to_yaml
 from .conversion import ConvertOptions, to_pipeline, to_published_file
 from .encoding.options import EncodeOptions
+from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions
 from .memory import keep_freed_memory
 from .parsing import (
     find_recipe,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .evaluation.source import Source
 
 USER_ERROR = 2
+Section = TypeVar("Section")
 
 
 def say(text: str) -> None:
@@ -112,10 +115,7 @@ def sample(arguments: Sequence[str]) -> int:
     )
     from .evaluation.draw import draw_samples
 
-    if options.vae is not None:
-        if source.vae is not None and source.latent_space is None:
-            raise ValueError(f"--vae is {options.vae}, but {source.path} has a VAE of its own; leave it out")
-        source = dataclasses.replace(source, vae=options.vae)
+    source = source.with_vae(options.vae)
     path = draw_samples(source, settings, options.chosen(), options.per_class, options.format, options.output, say)
     say(f"wrote {path}")
     return 0
@@ -152,13 +152,75 @@ def encode(arguments: Sequence[str]) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Score a trained run against real images into its evaluation.json; settings default to the run's recipe."""
-    source, _, settings = _source_options("evaluate", evaluate.__doc__ or "", arguments)
-    run = _run_of(source, "evaluate")
-    from .evaluation.score import evaluate_run, table
+    """Score a run, a converted or pipeline folder, a folder of images or an .npz against real images.
 
-    table(evaluate_run(run, settings), say)
-    say(f"wrote {run.evaluation}")
+    Images of a folder or an .npz take --reference, --extractor, --inception, --output, --num_samples and --batch_size.
+    """
+    from .evaluation.source import is_model
+
+    path = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+    if path is not None and (path.suffix == ".npz" or path.is_dir()) and not is_model(path):
+        parser = make_parser("evaluate", evaluate.__doc__ or "")
+        parser.add_argument("source", type=str, help="a folder of images or an .npz")
+        parser.add_class_arguments(ImagesOptions)
+        parsed = parse(parser, arguments)
+        from .evaluation.score import evaluate_images
+
+        with _processes() as tell:
+            evaluate_images(path, _of(ImagesOptions, parsed), tell)
+        return 0
+    source, options, settings = _source_options("evaluate", evaluate.__doc__ or "", arguments, options=EvaluateOptions)
+    source = dataclasses.replace(source.with_vae(options.vae), weights=options.weights)
+    from .evaluation.score import evaluate_model
+
+    with _processes() as tell:
+        evaluate_model(source, settings, options, tell)
+    return 0
+
+
+def stats(arguments: Sequence[str]) -> int:
+    """Make statistics of real images for `evaluate`: of a recipe's or run's data, a folder of images or an .npz."""
+    path = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+    is_run = path is not None and RunFolder(path).recipe.is_file()
+    has_recipe = path is None or is_run or not (path.is_dir() or path.suffix == ".npz")
+    parser = make_parser("stats", stats.__doc__ or "", {"data": SECTIONS["data"]} if has_recipe else None)
+    parser.add_argument("source", type=str, help="a recipe's name or file, a run, a folder of images, or an .npz")
+    parser.add_class_arguments(StatsOptions)
+    name, rest = _positional(parser, arguments, "data", "diffusion-moe stats DATA")
+    file = RunFolder(Path(name)).recipe if is_run else find_recipe(name) if has_recipe else None
+    of_file = [] if file is None else [text for text in recipe_arguments(file) if text.startswith("--data.")]
+    parsed = parse(parser, [name, *of_file, *rest])
+    from .evaluation.make_statistics import make_statistics
+
+    with _processes() as tell:
+        make_statistics(name, parsed.get("data"), _of(StatsOptions, parsed), tell)
+    return 0
+
+
+def sweep(arguments: Sequence[str]) -> int:
+    """Score a grid of guidance, weights, steps, solvers and thresholds: a table, a CSV and figures."""
+    from .evaluation.grid import AXES, make_points, read_grid
+    from .evaluation.source import read_source
+
+    parser = make_parser("sweep", sweep.__doc__ or "")
+    parser.add_argument("source", type=str, help="folder of a run, or one that `diffusion-moe convert` made")
+    parser.add_class_arguments(EvaluationConfig, skip=set(AXES))
+    parser.add_class_arguments(SweepOptions)
+    name, rest = _positional(parser, arguments, "folder", "diffusion-moe sweep FOLDER")
+    source = read_source(Path(name))
+    usual = {key: value for key, value in vars(source.settings).items() if key not in AXES}
+    parser.set_defaults(usual)
+    grid = parse(parser, [name, *rest]).grid
+    lists, of_file = ({}, []) if grid is None else read_grid(grid)
+    parsed = parse(parser, [name, *of_file, *rest])
+    options = _of(SweepOptions, parsed)
+    settings = dataclasses.replace(source.settings, **{key: parsed[key] for key in usual})
+    if source.config.num_classes == 0:
+        settings = dataclasses.replace(settings, guidance_scale=1.0)
+    from .evaluation.sweep import sweep as run_sweep
+
+    with _processes() as tell:
+        run_sweep(source.with_vae(options.vae), make_points(options, lists, settings), options, tell)
     return 0
 
 
@@ -255,6 +317,20 @@ def _run_of(source: Source, verb: str) -> RunFolder:
     return run
 
 
+def _of(section: type[Section], parsed: Any) -> Section:
+    """A dataclass out of parsed arguments that stand at the top."""
+    return section(**{name: parsed[name] for name in _fields(section)})
+
+
+@contextmanager
+def _processes() -> Iterator[Callable[[str], None]]:
+    """Join torchrun's processes, if there are any; of several, only the main one says something."""
+    from .distributed import is_main, torchrun_processes
+
+    with torchrun_processes():
+        yield say if is_main() else lambda text: None
+
+
 def _fields(section: type) -> set[str]:
     return {field.name for field in dataclasses.fields(section)}
 
@@ -265,13 +341,15 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "encode": encode,
     "evaluate": evaluate,
+    "stats": stats,
+    "sweep": sweep,
     "analyze": analyze,
     "bench": bench,
     "recipes": recipes,
 }
 
 
-COMPUTING = {"train", "sample", "encode", "evaluate", "analyze", "bench"}
+COMPUTING = {"train", "sample", "encode", "evaluate", "stats", "sweep", "analyze", "bench"}
 """Verbs that run a model."""
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_moe.training.storage import Manifest, checkpoints_in
+from diffusion_moe.storage import Manifest, checkpoints_in
 
 sys.path.append(str(Path(__file__).parent))
 import storage_worker
@@ -27,7 +27,7 @@ KEY_BYTES = 64 * 4
 def context():
     """A server that imports torch once, and what it imports when first used, and from which processes are forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch._dynamo", "diffusion_moe.training.storage"])
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torch._dynamo", "diffusion_moe.storage"])
     return context
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_moe.training.storage import AsyncWriter, read, write
+from diffusion_moe.storage import AsyncWriter, read, write
 
 pytestmark = pytest.mark.gpu
 

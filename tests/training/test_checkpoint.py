@@ -7,9 +7,9 @@ import torch
 
 from diffusion_moe.data import batches_from, load_dataset
 from diffusion_moe.parsing import read_recipe
+from diffusion_moe.storage import CheckpointError, checkpoint_path, checkpoints_in
 from diffusion_moe.training.checkpoint import Checkpoints, load_checkpoint, state_tensors
 from diffusion_moe.training.step import make_state, train_step
-from diffusion_moe.training.storage import CheckpointError, checkpoint_path, checkpoints_in
 
 CPU = torch.device("cpu")
 
@@ -142,7 +142,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_whole(recipe, tmp_path, monke
     def full_disk(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffusion_moe.training.storage.writing.write_safetensors", full_disk)
+    monkeypatch.setattr("diffusion_moe.storage.writing.write_safetensors", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tmp_path, state, keep=1)
     assert load_latest(tmp_path, make_state(recipe, CPU)) == (good, [])

@@ -49,11 +49,7 @@ def draw_samples(
     if output is not None and ending and output.suffix != ending:
         raise ValueError(f"output is {output}; a file of format {form} ends in {ending}")
     check_solver(source.config, settings)
-    if source.vae is None and source.config.in_channels not in (1, 3):
-        raise ValueError(
-            f"{source.path} generates latents of {source.config.in_channels} channels and has no VAE to decode them; "
-            "give one with --vae (the papers' is stabilityai/sd-vae-ft-mse)"
-        )
+    source.check_images()
     numbers = class_numbers(classes, source)
     labels = None if numbers is None else torch.tensor(numbers).repeat_interleave(per_class)
     model, vae = source.load()
@@ -94,7 +90,13 @@ def _write(
 
 
 def _name(settings: EvaluationConfig, classes: Sequence[int] | None, per_class: int, training_steps: int | None) -> str:
-    """A name that other samples do not share; what stands for itself is left out."""
+    """A name that other samples do not share."""
+    parts = [] if classes is None else ["class" + "+".join(map(str, classes))]
+    return "-".join([settings_name(settings, training_steps), *parts, f"{per_class}each"])
+
+
+def settings_name(settings: EvaluationConfig, training_steps: int | None) -> str:
+    """A name that tells settings apart; what stands for itself is left out."""
     usual = EvaluationConfig()
     steps = "" if settings.solver == "dopri5" else settings.steps
     parts = [] if training_steps is None else [f"step{training_steps}"]
@@ -107,9 +109,11 @@ def _name(settings: EvaluationConfig, classes: Sequence[int] | None, per_class: 
         parts += [f"channels{settings.guidance_channels}"]
     if settings.threshold_scale != usual.threshold_scale:
         parts += [f"thresholds{settings.threshold_scale:g}"]
-    if classes is not None:
-        parts += ["class" + "+".join(map(str, classes))]
-    return "-".join([*parts, f"{per_class}each"])
+    if settings.capacity_limit is not None:
+        parts += [f"limit{settings.capacity_limit:g}"]
+    if settings.precision != usual.precision:
+        parts += [settings.precision]
+    return "-".join(parts)
 
 
 def class_numbers(classes: Sequence[str] | None, source: Source) -> list[int] | None:

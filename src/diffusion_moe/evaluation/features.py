@@ -1,90 +1,135 @@
-"""A small classifier trained on the real training split: its verdicts and its features judge generated images.
-
-For data sets too far from ImageNet for Inception's features to mean much.
-"""
+"""What turns images into features, and what makes two features comparable."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import ImageDataset
+if TYPE_CHECKING:
+    from .reference import Reference
 
-FEATURES = 64
-EPOCHS = 60
-BATCH = 128
+INCEPTION, CLASSIFIER = "inception", "classifier"
+"""Names of extractors that are no `transformers` model."""
+HASH_DIGITS = 16
 
 
-class Classifier(nn.Module):
-    """Three convolutions, averages over 4 x 4 parts of the image, two linear layers."""
+@dataclass(frozen=True)
+class ExtractorIdentity:
+    """What an extractor's numbers depend on: features of different identities do not compare."""
 
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(32, FEATURES, 3, padding=1, stride=2),
-            nn.GELU(),
-            nn.Conv2d(FEATURES, FEATURES, 3, padding=1),
-            nn.GELU(),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Linear(16 * FEATURES, FEATURES),
-            nn.GELU(),
-        )
-        self.head = nn.Linear(FEATURES, num_classes)
+    name: str
+    """inception, classifier, or a `transformers` model's hub id or folder."""
+    weights: str
+    """Start of a SHA-256 over the weights (Inception: of the weight file)."""
+    resize: str
+    """What happens to an image before the network sees it."""
+    feature: str
+    """What is taken of the network."""
 
-    def features(self, images: Tensor) -> Tensor:
-        """NCHW in [-1, 1] to (S, 64)."""
-        return self.body(images)
+    def check(self, other: ExtractorIdentity, where: str) -> None:
+        """Whether features of both compare; the name alone does not matter.
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
+        Raises:
+            ValueError: they differ.
+        """
+        mine, theirs = asdict(self), asdict(other)
+        for key, what in (("weights", "weights"), ("resize", "resizing"), ("feature", "features")):
+            if mine[key] != theirs[key]:
+                raise ValueError(
+                    f"{where} was made by {other.name} with {what} {theirs[key]}, but the images are read by "
+                    f"{self.name} with {what} {mine[key]}; use one extractor for both"
+                )
+
+
+class Extractor(ABC):
+    """Images to features; call it under `torch.inference_mode` or not, no gradient is kept."""
+
+    identity: ExtractorIdentity
+    channels: int
+    """Of the images it reads; grey images are repeated where it reads three."""
+    module: nn.Module
+
+    def to(self, device: torch.device) -> Extractor:
+        """Move to a device; images may come from any."""
+        self.module.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.module.parameters()).device
 
     @torch.no_grad()
-    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (S, 64) and predicted classes (S,) of any number of images."""
-        features = torch.cat([self.features(part) for part in images.split(1024)])
-        return features, self.head(features).argmax(dim=1)
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of uint8 NCHW images, float32 on the CPU: `pool` (S, D) and what else the extractor knows.
 
-    def fingerprint(self) -> str:
-        """A hash of the weights: numbers from classifiers of different fingerprints do not compare."""
-        digest = hashlib.sha256()
-        for tensor in self.state_dict().values():
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        Raises:
+            ValueError: the images have another number of channels.
+        """
+        channels = images.shape[1]
+        if channels == 1 and self.channels == 3:
+            images = images.expand(-1, 3, -1, -1)
+        elif channels != self.channels:
+            raise ValueError(f"{self.identity.name} reads images of {self.channels} channels; these have {channels}")
+        images = images.flatten().view(images.shape)  # strides choose among kernels, which differ in the last digit
+        # TensorFloat-32 would move the features by more than float32 sums do.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            found = self.extract(images.to(self.device))
+        return {name: value.float().cpu() for name, value in found.items()}
+
+    @abstractmethod
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of uint8 images of the right channels, on the extractor's device."""
+
+    def logits(self, pool_SD: Tensor) -> Tensor | None:
+        """Unnormalised log-probabilities of classes from features, (S, C); None for a network without classes."""
+        return None
+
+    def warnings(self) -> list[str]:
+        """Why the numbers do not compare with published ones, if they do not."""
+        return []
 
 
-def _moved(images: Tensor) -> Tensor:
-    """Each image shifted by up to a pixel, turned by up to 0.15 radians and scaled by up to a tenth."""
-    S, _, H, W = images.shape
-    angle, scale = 0.15 * _between(S), 1 + 0.1 * _between(S)
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    rows = torch.stack((cos, -sin, _between(S) * 2 / W), 1), torch.stack((sin, cos, _between(S) * 2 / H), 1)
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # beyond the border lies -1
+def fingerprint(module: nn.Module) -> str:
+    """Start of a SHA-256 over names, kinds and values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:HASH_DIGITS]
 
 
-def _between(count: int) -> Tensor:
-    return torch.rand(count) * 2 - 1
+def make_extractor(name: str, inception: Path | None = None, reference: Reference | None = None) -> Extractor:
+    """An extractor by name, on the best device there is.
 
+    Args:
+        inception: Inception's weight file. reference: the file a classifier comes out of.
 
-def train_classifier(dataset: ImageDataset, seed: int = 0) -> Classifier:
-    """Train on a data set's images, each time moved a little; a function of data and seed."""
-    images, labels = dataset.everything()[:2]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Classifier(images.shape[1], len(dataset.class_names))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=5e-2)
-        steps = EPOCHS * -(-len(images) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(images)).split(BATCH):
-                optimizer.zero_grad()
-                F.cross_entropy(model(_moved(images[rows])), labels[rows]).backward()
-                optimizer.step()
-                schedule.step()
-    return model.eval().requires_grad_(False)
+    Raises:
+        ValueError: there is none of that name, or its weights cannot be read.
+    """
+    if inception is not None and name != INCEPTION:
+        raise ValueError(f"--inception is {inception}, but the extractor is {name}; leave it out")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == INCEPTION:
+        from .inception import Inception
+
+        return Inception(inception).to(device)
+    if name == CLASSIFIER:
+        from .classifier import ClassifierFeatures
+
+        if reference is None or not reference.classifier:
+            raise ValueError(
+                "a classifier comes with statistics that it made; give --reference FILE of "
+                "`diffusion-moe stats DATA --extractor classifier`"
+            )
+        return ClassifierFeatures.of_weights(reference.classifier).to(device)
+    from .vision import VisionModel
+
+    return VisionModel(name).to(device)

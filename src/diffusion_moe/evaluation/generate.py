@@ -97,8 +97,9 @@ def generate_batches(
     settings: EvaluationConfig,
     vae: AutoencoderKL | None = None,
     usage: Usage | None = None,
+    first: int = 0,
 ) -> Iterator[Tensor]:
-    """Generate images 0 to num_samples - 1, a batch at a time.
+    """Generate images `first` to num_samples - 1, a batch at a time.
 
     Args:
         model: in eval mode; its device is used. labels: class of each image, int64, (S,).
@@ -116,7 +117,7 @@ def generate_batches(
     scale_thresholds(model, settings.threshold_scale)
     limit_capacity(model, settings.capacity_limit)
     try:
-        for samples in torch.arange(num_samples).split(settings.batch_size):
+        for samples in torch.arange(first, num_samples).split(settings.batch_size):
             classes = None if labels is None else labels[samples].to(model.device)
             x = _solve(model, network, classes, samples.to(model.device), settings, usage)
             yield (x if vae is None else decode(vae, x)).float().cpu()

@@ -1,30 +1,137 @@
-"""Distances between sets of images or of their features."""
+"""Distances between sets of images or of their features. All sums are in float64."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from .statistics import FeatureSums
+from .statistics import Moments
+
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE, KERNEL_SEED = 100, 1000, 2020
+"""As torch-fidelity draws them, so that equal features give equal numbers."""
+NEIGHBOURS = 3
+SCORE_SPLIT = 5000
+ROWS = 1000
+"""Rows of a distance matrix that are held at a time."""
 
 
-def frechet_distance(a: FeatureSums, b: FeatureSums) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) between Gaussians of those moments (FID, arXiv 1706.08500, eq. 6).
 
     The eigenvalues of A B are those of the symmetric A^(1/2) B A^(1/2), so no general matrix root is needed.
 
     Raises:
-        ValueError: the moments are not finite.
+        ValueError: the moments are not finite, or not of one width.
     """
-    cov_a, cov_b = a.covariance(), b.covariance()
-    if not (torch.isfinite(cov_a).all() and torch.isfinite(cov_b).all()):
-        raise ValueError("the features' covariance is not finite; look at the generated images")
-    values, vectors = torch.linalg.eigh(cov_a)
+    if a.mean_D.shape != b.mean_D.shape:
+        raise ValueError(f"features of {len(a.mean_D)} and {len(b.mean_D)} numbers do not compare")
+    if not all(torch.isfinite(x).all() for m in (a, b) for x in (m.mean_D, m.covariance_DD)):
+        raise ValueError("the features' mean or covariance is not finite; look at the generated images")
+    values, vectors = torch.linalg.eigh(a.covariance_DD)
     root_a = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-    product = root_a @ cov_b @ root_a
+    product = root_a @ b.covariance_DD @ root_a
     trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    difference = a.mean() - b.mean()
-    return float(difference @ difference + cov_a.trace() + cov_b.trace() - 2 * trace_root)
+    difference = a.mean_D - b.mean_D
+    distance = difference @ difference + a.covariance_DD.trace() + b.covariance_DD.trace() - 2 * trace_root
+    if not torch.isfinite(distance):
+        raise ValueError("the Fréchet distance is not finite; look at the generated images")
+    return float(distance)
+
+
+class KernelDistance(NamedTuple):
+    """Mean and standard deviation over subsets, and how large each was."""
+
+    mean: float
+    std: float
+    subset_size: int
+
+
+def kernel_distance(
+    generated_SD: Tensor,
+    real_RD: Tensor,
+    subsets: int = KERNEL_SUBSETS,
+    subset_size: int = KERNEL_SUBSET_SIZE,
+    seed: int = KERNEL_SEED,
+) -> KernelDistance:
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (KID, arXiv 1801.01401, section 4).
+
+    Raises:
+        ValueError: fewer than two images in a set.
+    """
+    size = min(subset_size, len(generated_SD), len(real_RD))
+    if size < 2:
+        raise ValueError(f"a kernel distance needs at least 2 images of each kind; there are {size}")
+    random = np.random.RandomState(seed)
+    distances = []
+    for _ in range(subsets):
+        x = generated_SD[torch.from_numpy(random.choice(len(generated_SD), size, replace=False))].double()
+        y = real_RD[torch.from_numpy(random.choice(len(real_RD), size, replace=False))].double()
+        within = sum(_kernel(z, z).sum() - _kernel_of_itself(z).sum() for z in (x, y)) / (size * (size - 1))
+        distances.append(float(within - 2 * _kernel(x, y).mean()))
+    return KernelDistance(float(np.mean(distances)), float(np.std(distances)), size)
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _kernel_of_itself(x: Tensor) -> Tensor:
+    return ((x * x).sum(1) / x.shape[1] + 1) ** 3
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares from 0 to 1."""
+
+    precision: float
+    """Generated images within the real ones' manifold."""
+    recall: float
+    """Real images within the generated ones' manifold."""
+
+
+def precision_recall(generated_SD: Tensor, real_RD: Tensor, neighbours: int = NEIGHBOURS) -> PrecisionRecall:
+    """Improved precision and recall (arXiv 1904.06991, eq. 1 to 3).
+
+    A set's manifold is the union of balls about its features that reach to their `neighbours`-th nearest neighbour.
+
+    Raises:
+        ValueError: too few images for that many neighbours.
+    """
+    fewest = min(len(generated_SD), len(real_RD))
+    if fewest <= neighbours:
+        raise ValueError(f"precision and recall need more than {neighbours} images of each kind; there are {fewest}")
+    center = real_RD.double().mean(0)  # the same distances, with fewer digits lost in their sums
+    generated, real = generated_SD.double() - center, real_RD.double() - center
+    reach_S, reach_R = _reach(generated, neighbours), _reach(real, neighbours)
+    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for part, reach in zip(generated.split(ROWS), reach_S.split(ROWS)):
+        distances = _squared_distances(part, real)
+        precise.append((distances <= reach_R).any(1))
+        recalled |= (distances <= reach[:, None]).any(0)
+    return PrecisionRecall(float(torch.cat(precise).double().mean()), float(recalled.double().mean()))
+
+
+def _reach(features_SD: Tensor, neighbours: int) -> Tensor:
+    """Squared distance of each to its k-th nearest other one, (S,); the nearest of all is itself."""
+    parts = [_squared_distances(part, features_SD) for part in features_SD.split(ROWS)]
+    return torch.cat([part.kthvalue(neighbours + 1, dim=1).values for part in parts])
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    return ((x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * x @ y.T).clamp(min=0)
+
+
+def inception_score(logits_SC: Tensor, split: int = SCORE_SPLIT) -> float:
+    """Mean over splits of exp(mean KL(p(y|x) || p(y))) (arXiv 1606.03498, section 4), in the order given."""
+    scores = []
+    for part in logits_SC.split(split):
+        log_p = part.double().log_softmax(dim=1)
+        log_mean = log_p.logsumexp(dim=0) - np.log(len(log_p))
+        terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_mean))
+        scores.append(float(terms.sum(1).mean().exp()))
+    return float(np.mean(scores))
 
 
 def nearest_neighbour_distance(images: Tensor, reference: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import EvaluationConfig, ModelConfig
 from ..run_folder import DATA, ORIGIN, RunFolder
+from ..storage import checkpoints_in, export
+from .options import Weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -46,6 +49,32 @@ class Source:
     """Name of each class, where they are known."""
     latent_space: LatentSpace | None = None
     """Of a run on a latent cache: whatever VAE decodes has to have its encoder, and scales latents as it says."""
+    weights: Weights = "ema"
+    """ema: as the folder publishes them; model: of a run's newest checkpoint, not averaged."""
+
+    def with_vae(self, vae: str | None) -> Source:
+        """With a VAE from elsewhere, if one is given.
+
+        Raises:
+            ValueError: the folder has a VAE of its own.
+        """
+        if vae is None:
+            return self
+        if self.vae is not None and self.latent_space is None:
+            raise ValueError(f"--vae is {vae}, but {self.path} has a VAE of its own; leave it out")
+        return replace(self, vae=vae)
+
+    def check_images(self) -> None:
+        """Whether images come out.
+
+        Raises:
+            ValueError: latents come out, and there is no VAE to decode them.
+        """
+        if self.vae is None and self.config.in_channels not in (1, 3):
+            raise ValueError(
+                f"{self.path} generates latents of {self.config.in_channels} channels and has no VAE to decode them; "
+                "give one with --vae (the papers' is stabilityai/sd-vae-ft-mse)"
+            )
 
     def load(self) -> Loaded:
         """Read the weights.
@@ -58,7 +87,10 @@ class Source:
         from ..models import load_model
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(self.model_folder).to(device)
+        model = load_model(self.model_folder)
+        if self.weights == "model":
+            _load_not_averaged(model, self._checkpoint())
+        model = model.to(device)
         if self.vae is None:
             return Loaded(model, None)
         vae = self._load_vae(self.vae).to(device)
@@ -83,10 +115,33 @@ class Source:
 
     def origin(self) -> dict[str, Any]:
         """How the weights came to be: training steps and average, or the published file they were converted from."""
+        if self.weights == "model":
+            return {"training_steps": int(self._checkpoint().name.removeprefix("step-")), "ema_decay": None}
         for file in (self.model_folder / ORIGIN, self.path / CONVERSION):
             if file.is_file():
                 return json.loads(file.read_text())
         return {}
+
+    def _checkpoint(self) -> Path:
+        """The folder of a run's newest checkpoint."""
+        found = checkpoints_in(RunFolder(self.path).checkpoints)
+        if not found:
+            raise ValueError(
+                f"{self.path} has no checkpoint, so its weights are known as published only; set --weights to ema"
+            )
+        return found[0]
+
+
+def _load_not_averaged(model: Backbone, checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        try:
+            export(checkpoint, "model.", file)
+            model.load_state_dict(load_file(file))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
 
 
 def load_vae(name: str) -> AutoencoderKL:
@@ -104,6 +159,11 @@ def load_vae(name: str) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(f"{owner}/{repository}" if inside else name, **inside).eval()
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot load the VAE {name}: {' '.join(str(error).split())[:300]}") from error
+
+
+def is_model(path: Path) -> bool:
+    """Whether a folder is a run, a pipeline or a model's own."""
+    return any((path / name).is_file() for name in ("recipe.yaml", "model_index.json", "config.json"))
 
 
 def read_source(path: Path) -> Source:

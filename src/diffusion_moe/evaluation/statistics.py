@@ -11,6 +11,14 @@ from ..distributed import all_reduce_sum
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Mean (D,) and unbiased covariance (D, D) of features, float64."""
+
+    mean_D: Tensor
+    covariance_DD: Tensor
+
+
+@dataclass(frozen=True)
 class FeatureSums:
     """n, sum of x and sum of x x^T over feature vectors x, in float64."""
 
@@ -45,3 +53,7 @@ class FeatureSums:
             raise ValueError(f"a covariance needs at least 2 samples; there are {int(self.count)}")
         mean = self.mean()
         return (self.outer_DD - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+    def moments(self) -> Moments:
+        """Mean and covariance; raises as `covariance` does."""
+        return Moments(self.mean(), self.covariance())

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..config import TrainingConfig
+from ..storage import AsyncWriter, CheckpointError, checkpoints_in, latest, read
 from .step import TrainState
-from .storage import AsyncWriter, CheckpointError, checkpoints_in, latest, read
 
 
 class Resumed(NamedTuple):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from diffusion_moe.training.storage import CheckpointError, files, pieces, plan
-from diffusion_moe.training.storage.pieces import Block
+from diffusion_moe.storage import CheckpointError, files, pieces, plan
+from diffusion_moe.storage.pieces import Block
 
 
 def test_a_file_is_written_with_one_tensor_in_memory(tmp_path):

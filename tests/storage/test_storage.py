@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffusion_moe.training.storage import (
+from diffusion_moe.storage import (
     AsyncWriter,
     CheckpointError,
     Manifest,

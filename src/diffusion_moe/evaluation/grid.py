@@ -1,0 +1,134 @@
+"""The points of a sweep, from comma lists and a YAML file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from ..config import EvaluationConfig
+from ..parsing import read_yaml, unknown_name
+from .options import SweepOptions, Weights
+
+AXES = ("weights", "solver", "steps", "guidance_interval", "threshold_scale", "guidance_scale")
+"""What a grid combines; the last one changes fastest."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination."""
+
+    weights: Weights
+    settings: EvaluationConfig
+
+    def title(self) -> str:
+        """In one line."""
+        s = self.settings
+        low, high = s.guidance_interval
+        steps = "" if s.solver == "dopri5" else f" {s.steps} steps"
+        return (
+            f"weights {self.weights}, {s.solver}{steps}, guidance {s.guidance_scale:g} on t {low:g} to {high:g}, "
+            f"thresholds x {s.threshold_scale:g}"
+        )
+
+
+class Grid(NamedTuple):
+    """What a grid file holds."""
+
+    lists: dict[str, Any]
+    """By axis."""
+    arguments: list[str]
+    """Its other settings, as options."""
+
+
+def read_grid(path: Path) -> Grid:
+    """A grid from a YAML file.
+
+    Raises:
+        ValueError: it cannot be read, or holds what is no setting.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a mapping; it may hold {', '.join(AXES)}, each a list")
+    known = [*AXES, *EvaluationConfig.__dataclass_fields__, *SweepOptions.__dataclass_fields__]
+    for key in content:
+        if key not in known or key == "grid":
+            raise ValueError(f"{path}: {unknown_name(str(key), known)}")
+    others = {key: value for key, value in content.items() if key not in AXES}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in others.items()}
+    return Grid(
+        {key: value for key, value in content.items() if key in AXES},
+        [f"--{key}={text}" for key, text in texts.items()],
+    )
+
+
+def make_points(options: SweepOptions, from_file: dict[str, Any], usual: EvaluationConfig) -> list[Point]:
+    """All combinations of the options' lists, else the file's, else the usual value; equal ones once.
+
+    Raises:
+        ValueError: a list cannot be read.
+    """
+    lists: list[Sequence[Any]] = []
+    for axis in AXES:
+        given, listed = getattr(options, axis), from_file.get(axis)
+        if given is not None:
+            parts = [part.strip() for part in given.strip("[] ").split(",")]
+            lists.append([_value(axis, part) for part in parts])
+        elif listed is not None:
+            values = _as_list(axis, listed)
+            lists.append([_value(axis, ":".join(map(str, v)) if isinstance(v, list) else str(v)) for v in values])
+        else:
+            lists.append(["ema" if axis == "weights" else getattr(usual, axis)])
+    points = []
+    for combination in itertools.product(*lists):
+        chosen = dict(zip(AXES, combination))
+        points.append(_normal(Point(chosen.pop("weights"), replace(usual, **chosen))))
+    return list(dict.fromkeys(points))
+
+
+def _as_list(axis: str, listed: Any) -> list[Any]:
+    if not isinstance(listed, list):
+        return [listed]
+    pair = axis == "guidance_interval" and len(listed) == 2 and not any(isinstance(x, list | str) for x in listed)
+    return [listed] if pair else listed
+
+
+def _value(axis: str, text: str) -> Any:
+    kinds: dict[str, tuple[Callable[[str], Any], str]] = {
+        "weights": (_weights, " or ".join(get_args(Weights))),
+        "solver": (str, "a solver"),
+        "steps": (int, "a whole number"),
+        "guidance_interval": (_interval, "two times with a colon, as 0.1:1"),
+        "threshold_scale": (float, "a number"),
+        "guidance_scale": (float, "a number"),
+    }
+    read, expected = kinds[axis]
+    try:
+        return read(text)
+    except ValueError as error:
+        raise ValueError(f"{axis} holds {text!r}; expected {expected} in each place of the list") from error
+
+
+def _weights(text: str) -> str:
+    if text not in get_args(Weights):
+        raise ValueError(text)
+    return text
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, high = text.split(":")
+    return float(low), float(high)
+
+
+def _normal(point: Point) -> Point:
+    """What cannot matter as it usually is, so that points of equal images are one: without guidance, its interval; the
+    adaptive solver's steps."""
+    usual, settings = EvaluationConfig(), point.settings
+    if settings.guidance_scale == 1:
+        settings = replace(settings, guidance_interval=usual.guidance_interval)
+    if settings.solver == "dopri5":
+        settings = replace(settings, steps=usual.steps)
+    return replace(point, settings=settings)

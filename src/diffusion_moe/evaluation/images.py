@@ -1,0 +1,236 @@
+"""Where images come from: a folder, an `.npz`, a data set or a model; numbered, read a range at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import EvaluationConfig
+from ..data import ImageDataset
+from ..data.table import resize_and_crop
+from .features import HASH_DIGITS, fingerprint
+from .generate import Usage, class_schedule, generate_batches, to_uint8
+from .source import Loaded
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+ARRAYS = ("arr_0", "images")
+"""Names that images have in an `.npz`: ADM's and ours."""
+
+
+class Images(ABC):
+    """Numbered images of one size."""
+
+    name: str
+    """For messages and records."""
+    count: int
+    size: tuple[int, int]
+    """Height and width in pixels."""
+
+    @abstractmethod
+    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+        """The images of a range as uint8 NCHW, at most `batch_size` at a time.
+
+        Args:
+            usage: filled with what generating them cost.
+
+        Raises:
+            ValueError: one of them cannot be read or has another size.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the images depend on, ready for JSON: work on others of this identity goes on from where it stopped."""
+
+
+class FolderImages(Images):
+    """Image files under a folder, in the order of their paths."""
+
+    def __init__(self, folder: Path, channels: int = 3, image_size: int | None = None) -> None:
+        self.name, self.folder, self.channels, self.image_size = str(folder), folder, channels, image_size
+        self.paths = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        )
+        if not self.paths:
+            raise ValueError(f"there are no images under {folder}; give a folder of images, or an .npz")
+        self.count = len(self.paths)
+        self.size = tuple(self._open(self.paths[0]).shape[:2])  # type: ignore[assignment]
+
+    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+        for start in range(numbers.start, numbers.stop, batch_size):
+            paths = self.paths[start : min(start + batch_size, numbers.stop)]
+            pixels = [self._open(path) for path in paths]
+            for path, image in zip(paths, pixels):
+                if image.shape[:2] != self.size:
+                    raise ValueError(
+                        f"{path} has {image.shape[0]} x {image.shape[1]} pixels, but {self.paths[0]} "
+                        f"{self.size[0]} x {self.size[1]}; give images of one size"
+                    )
+            yield _nchw(np.stack(pixels))
+
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            status = path.stat()
+            digest.update(f"{path.relative_to(self.folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return {"files": digest.hexdigest(), "channels": self.channels, "image_size": self.image_size}
+
+    def _open(self, path: Path) -> np.ndarray:
+        """HWC, uint8."""
+        try:
+            with Image.open(path) as image:
+                square = image.convert("RGB" if self.channels == 3 else "L")
+                square = square if self.image_size is None else resize_and_crop(square, self.image_size)
+                return np.array(square).reshape(square.height, square.width, -1)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot read image {path} ({error}); remove it") from error
+
+
+class NpzImages(Images):
+    """uint8 images (NHWC or NHW) in an `.npz`, read in passing: the array need not fit into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.path = str(path), path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in ARRAYS if f"{name}.npy" in archive.namelist()]
+                if not names:
+                    raise ValueError(f"{path} has no array arr_0 or images, so it holds no images")
+                self.member = f"{names[0]}.npy"
+                with archive.open(self.member) as file:
+                    shape, fortran_order, dtype = _header(file)
+        except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"cannot read {path} ({error})") from error
+        channels = shape[3] if len(shape) == 4 else 1
+        if dtype != np.uint8 or fortran_order or len(shape) not in (3, 4) or channels not in (1, 3) or 0 in shape:
+            raise ValueError(
+                f"{names[0]} in {path} is {dtype} {shape}; images are uint8 (count, height, width, 1 or 3 channels)"
+            )
+        self.count, self.size, self.channels = shape[0], (shape[1], shape[2]), channels
+
+    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+        height, width = self.size
+        image_bytes = height * width * self.channels
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+                _header(file)
+                file.seek(file.tell() + numbers.start * image_bytes)
+                for start in range(numbers.start, numbers.stop, batch_size):
+                    count = min(batch_size, numbers.stop - start)
+                    content = file.read(count * image_bytes)
+                    if len(content) != count * image_bytes:
+                        raise ValueError(f"{self.path} ends before its image {numbers.stop - 1}")
+                    yield _nchw(np.frombuffer(content, np.uint8).reshape(count, height, width, self.channels))
+        except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"cannot read {self.path} ({error})") from error
+
+    def identity(self) -> dict[str, Any]:
+        status = self.path.stat()
+        return {"array": self.member, "bytes": status.st_size, "changed": status.st_mtime_ns}
+
+
+class DatasetImages(Images):
+    """The images of a data set as they are, without augmentation, read by some threads."""
+
+    def __init__(self, dataset: ImageDataset, name: str, threads: int = 0) -> None:
+        self.dataset, self.name, self.count, self.threads = dataset, name, len(dataset), threads
+        height, width = dataset.read([0]).images.shape[-2:]
+        self.size = (height, width)
+
+    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+        starts = range(numbers.start, numbers.stop, batch_size)
+        batches = [range(start, min(start + batch_size, numbers.stop)) for start in starts]
+        if self.threads == 0:
+            yield from map(self._read, batches)
+        else:
+            with ThreadPoolExecutor(self.threads) as pool:
+                yield from pool.map(self._read, batches)
+
+    def identity(self) -> dict[str, Any]:
+        return {"dataset": self.name, "count": self.count}
+
+    def _read(self, numbers: range) -> Tensor:
+        batch = self.dataset.read(numbers)
+        if batch.skipped:
+            raise ValueError(
+                f"{batch.skipped} of the images {numbers.start} to {numbers.stop - 1} of {self.name} cannot be read; "
+                "statistics need them all: set data.on_corrupt to error to see their names, and remove them"
+            )
+        return to_uint8(batch.images)
+
+
+class GeneratedImages(Images):
+    """Images of a model: number i is a function of (seed, i); classes take turns."""
+
+    def __init__(self, loaded: Loaded, settings: EvaluationConfig, name: str) -> None:
+        self.loaded, self.settings, self.name = loaded, settings, name
+        self.count = settings.num_samples
+        config, vae = loaded.model.settings, loaded.vae
+        self.labels = class_schedule(self.count, config.num_classes)
+        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.size = (config.sample_size * scale, config.sample_size * scale)
+
+    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+        model, vae = self.loaded
+        batches = generate_batches(model, self.labels, numbers.stop, self.settings, vae, usage, numbers.start)
+        yield from map(to_uint8, batches)
+
+    def identity(self) -> dict[str, Any]:
+        model, vae = self.loaded
+        settings = json.loads(json.dumps(vars(self.settings)))
+        return {"model": fingerprint(model), "vae": vae and fingerprint(vae), "settings": settings}
+
+
+def open_images(path: Path, channels: int = 3, image_size: int | None = None) -> Images:
+    """The images of a folder or an `.npz`.
+
+    Args:
+        channels: that files are read with. image_size: files are resized and cropped to this square; None: not at all.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if path.is_dir():
+        return FolderImages(path, channels, image_size)
+    if path.suffix != ".npz" or not path.is_file():
+        raise ValueError(f"{path} is no folder and no .npz file; give images")
+    if image_size is not None:
+        raise ValueError(f"--image_size is {image_size}, but the images of {path} are taken as they are; leave it out")
+    return NpzImages(path)
+
+
+def digests_of(images: Tensor) -> Tensor:
+    """SHA-256 of each image's pixels, uint8, (S, 32)."""
+    rows = [hashlib.sha256(image.contiguous().numpy().tobytes()).digest() for image in images]
+    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), 32)
+
+
+def digest_of_all(digests: Tensor) -> str:
+    """One hash of many images in their order, as records show it."""
+    return hashlib.sha256(digests.contiguous().numpy().tobytes()).hexdigest()[:HASH_DIGITS]
+
+
+def _nchw(pixels_NHWC: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels_NHWC.copy()).permute(0, 3, 1, 2).contiguous()
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and kind of an array in the npy format; the file then stands at its first number."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)

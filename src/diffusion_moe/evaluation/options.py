@@ -1,0 +1,107 @@
+"""Options of `evaluate`, `stats` and `sweep`. This file imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..model_config import require
+
+Split = Literal["train", "test"]
+Weights = Literal["ema", "model"]
+REFERENCE_FEATURES = 10_000
+"""As many images as ADM's reference batches hold."""
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """What images are compared with, by which features."""
+
+    reference: Path | None = None
+    """Statistics of real images: a file of `diffusion-moe stats`, ADM's reference batch, or another .npz with mu and
+    sigma of Inception. A run may leave it out: a small classifier of its own data then judges it."""
+    extractor: str | None = None
+    """inception, classifier, or the hub id or folder of a transformers vision model such as facebook/dinov2-large; the
+    one that made the reference unless given."""
+    inception: Path | None = None
+    """torch-fidelity's weights of Inception, weights-inception-2015-12-05-6726825d.pth; downloaded unless given."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(ReferenceOptions):
+    """How a model's images are scored."""
+
+    weights: Weights = "ema"
+    """A run's averaged weights (ema), or those of its newest checkpoint that are not averaged (model)."""
+    vae: str | None = None
+    """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
+    output: Path | None = None
+    """The JSON file of the scores; in the folder, under a name that tells settings apart, unless given."""
+
+
+@dataclass(frozen=True)
+class ImagesOptions(ReferenceOptions):
+    """How images from a folder or an .npz are scored."""
+
+    output: Path | None = None
+    """The JSON file of the scores; beside the images unless given."""
+    num_samples: int | None = None
+    """The first so many images; all unless given."""
+    batch_size: int = 50
+    """Images at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}; it must be positive")
+
+
+@dataclass(frozen=True)
+class StatsOptions:
+    """Which statistics are made of which images."""
+
+    output: Path | None = None
+    """The .npz file; named after data, size and extractor unless given."""
+    extractor: str = "inception"
+    """inception, the hub id or folder of a transformers vision model, or classifier: a small one trained on the data's
+    training split, kept in the file."""
+    inception: Path | None = None
+    """Weight file of torch-fidelity's Inception; downloaded unless given."""
+    split: Split = "train"
+    """Of a recipe's data."""
+    image_size: int | None = None
+    """Resize the shorter side to this and crop the square (image files of a folder; a recipe has data.image_size)."""
+    num_features: int = REFERENCE_FEATURES
+    """Images, evenly spread, whose features are kept for KID, precision and recall."""
+    batch_size: int = 50
+    """Images at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_features", "batch_size"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(self.image_size is None or self.image_size > 0, f"image_size is {self.image_size}; it must be positive")
+
+
+@dataclass(frozen=True)
+class SweepOptions(ReferenceOptions):
+    """The settings that a sweep combines: each one value or a comma list."""
+
+    grid: Path | None = None
+    """A YAML file with lists, and other settings, under the names of these options; options win over it."""
+    guidance_scale: str | None = None
+    """Classifier-free guidance, as 1,1.5,2."""
+    guidance_interval: str | None = None
+    """Pairs of times between which guidance is on, as 0:1,0.1:1."""
+    weights: str | None = None
+    """ema, model or both: averaged weights, or those of a run's newest checkpoint that are not averaged."""
+    steps: str | None = None
+    """Solver steps, as 25,50."""
+    solver: str | None = None
+    """As euler,heun."""
+    threshold_scale: str | None = None
+    """Factors on DiffMoE's thresholds, as 0.9,1,1.1."""
+    vae: str | None = None
+    """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
+    output: Path | None = None
+    """Folder of the scores, the table and the figures; sweep/ in the folder unless given."""

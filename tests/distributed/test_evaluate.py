@@ -1,0 +1,78 @@
+"""Scores and statistics of two gloo processes equal those of one, also after a kill."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion_moe.cli import main
+from diffusion_moe.evaluation import classifier, collect, make_statistics
+from diffusion_moe.evaluation.reference import read_reference
+
+WORKER = Path(__file__).with_name("command_worker.py")
+
+
+def start(world, arguments, parts=0):
+    """The command in `world` processes with the environment that torchrun gives them; their exit codes and outputs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        environment = os.environ | {key: str(value) for key, value in place.items()}
+        command = [sys.executable, str(WORKER), str(parts), *map(str, arguments)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+@pytest.fixture(autouse=True)
+def as_in_the_worker(monkeypatch):
+    monkeypatch.setattr(classifier, "EPOCHS", 1)
+    monkeypatch.setattr(collect, "PART", 10)
+    monkeypatch.setattr(make_statistics, "PART", 10)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_options):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", "digits", "--output_dir", str(folder), *tiny_options, "--training.steps=2"]) == 0
+    return folder
+
+
+def scores(path):
+    """What does not depend on how long it took."""
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds_per_image"}
+
+
+def test_a_killed_evaluation_is_finished_by_two_processes_bit_for_bit(run_folder, tmp_path):
+    options = ["evaluate", run_folder, "--num_samples=45", "--batch_size=5", "--steps=2", "--output"]
+    codes, _ = start(1, [*options, tmp_path / "killed.json"], parts=2)
+    assert codes == [-signal.SIGKILL]
+    (folder,) = (path for path in tmp_path.iterdir() if path.name.startswith(".progress"))
+    assert len(list(folder.glob("part-*"))) == 2
+    codes, (main_output, other_output) = start(2, [*options, tmp_path / "killed.json"])
+    assert codes == [0, 0]
+    assert "going on: 20 of 45 images are done" in main_output
+    assert "wrote" in main_output and other_output == ""
+    assert main([str(argument) for argument in [*options, tmp_path / "whole.json"]]) == 0
+    assert scores(tmp_path / "killed.json") == scores(tmp_path / "whole.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.json", "whole.json"]
+
+
+def test_statistics_of_two_processes_equal_those_of_one(tmp_path):
+    options = ["stats", "digits", "--extractor=classifier", "--split=test", "--num_features=50", "--batch_size=5"]
+    assert main([*options, "--output", str(tmp_path / "1.npz")]) == 0
+    assert start(2, [*options, "--output", tmp_path / "2.npz"])[0] == [0, 0]
+    one, two = (read_reference(tmp_path / f"{world}.npz") for world in (1, 2))
+    np.testing.assert_allclose(two.pool.mean_D, one.pool.mean_D, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(two.pool.covariance_DD, one.pool.covariance_DD, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(two.features_RD, one.features_RD)
+    assert (two.about, two.extractor) == (one.about, one.extractor)

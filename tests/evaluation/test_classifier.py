@@ -1,0 +1,42 @@
+"""The classifier of a run's own data."""
+
+import pytest
+import torch
+
+from diffusion_moe.config import DataConfig
+from diffusion_moe.data import load_dataset
+from diffusion_moe.evaluation import classifier
+from diffusion_moe.evaluation.classifier import ClassifierFeatures, train_classifier
+from diffusion_moe.evaluation.features import fingerprint
+from diffusion_moe.evaluation.generate import to_uint8
+
+
+def test_the_classifier_reads_held_out_digits_and_is_a_function_of_its_seed(monkeypatch):
+    monkeypatch.setattr(classifier, "EPOCHS", 12)
+    training, test = load_dataset(DataConfig(), "train"), load_dataset(DataConfig(), "test").everything()
+    one, again, other = (train_classifier(training, seed) for seed in (0, 0, 1))
+    assert (one(test.images).argmax(1) == test.labels).float().mean() > 0.96
+    assert fingerprint(one) == fingerprint(again) != fingerprint(other)
+
+
+def test_features_and_logits_are_the_classifiers_and_survive_as_weights():
+    training = load_dataset(DataConfig(), "train")
+    model = train_classifier(training)
+    images = to_uint8(training.everything().images[:5])
+    extractor = ClassifierFeatures.of_weights(ClassifierFeatures(model).module.state_dict())
+    pool = extractor(images)["pool"]
+    torch.testing.assert_close(pool, model.features(images / 127.5 - 1))
+    torch.testing.assert_close(extractor.logits(pool), model(images / 127.5 - 1))
+    assert extractor.identity == ClassifierFeatures(model).identity
+    with pytest.raises(ValueError, match="classifier reads images of 1 channels; these have 3"):
+        extractor(images.expand(-1, 3, -1, -1))
+    with pytest.raises(ValueError, match="hold no classifier of this version"):
+        ClassifierFeatures.of_weights({"head.bias": torch.zeros(3)})
+
+
+def test_moving_images_keeps_their_background_and_most_of_their_ink():
+    images = load_dataset(DataConfig(), "test").everything().images
+    moved = classifier._moved(images)
+    assert moved.amin() >= -1
+    assert (moved + 1).sum().item() == pytest.approx((images + 1).sum().item(), rel=0.1)
+    assert (moved - images).abs().mean() > 0.05
