@@ -74,7 +74,7 @@ def test_bfloat16_is_close_and_routes_in_float32():
     model = make_model("dsmoe")
     expected, _ = images_and_record(model, SETTINGS)
     images, record = images_and_record(model, dataclasses.replace(SETTINGS, precision="bf16"))
-    assert record["precision"] == "bf16" and images.dtype == torch.float32
+    assert record["dtype"] == "bf16" and images.dtype == torch.float32
     assert 1e-5 < (images - expected).norm() / expected.norm() < 0.05
 
 

@@ -222,7 +222,7 @@ def provenance(settings: EvaluationConfig, usage: Usage) -> dict[str, Any]:
         "guidance_interval": list(settings.guidance_interval),
         "guidance_channels": settings.guidance_channels,
         "threshold_scale": settings.threshold_scale,
-        "precision": settings.precision,
+        "dtype": settings.precision,
         "seed": settings.seed,
         **usage.summary(),
     }
