@@ -1,10 +1,11 @@
 """A headless Chromium, driven through its DevTools protocol over two pipes: no library, no network port."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
-import subprocess
+import signal
 import time
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
@@ -19,19 +20,17 @@ class Browser:
     """One page in one browser. Use it in a `with` statement."""
 
     def __init__(self, path, profile):
-        to_browser, self._write = os.pipe()
-        self._read, from_browser = os.pipe()
         options = ["--headless=new", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe"]
         options += [f"--user-data-dir={profile}", "--disable-dev-shm-usage", "--disable-background-networking"]
         if os.geteuid() == 0:
             options.append("--no-sandbox")  # Chromium refuses to run as root with it; the page is ours
-        # The browser reads commands from file descriptor 3 and writes answers to 4.
-        command = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", path, *options]
-        self.process = subprocess.Popen(
-            command, pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        os.close(to_browser)
-        os.close(from_browser)
+        # The browser reads commands from file descriptor 3 and writes answers to 4; our own ends stay clear of these.
+        commands, self._write, self._read, answers = (_above(10, end) for end in (*os.pipe(), *os.pipe()))
+        actions = [(os.POSIX_SPAWN_DUP2, commands, 3), (os.POSIX_SPAWN_DUP2, answers, 4)]
+        actions += [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_WRONLY, 0) for number in (1, 2)]
+        self.process = os.posix_spawn(path, [path, *options], os.environ, file_actions=actions)
+        os.close(commands)
+        os.close(answers)
         self.events, self._rest, self._number, self._session = [], b"", 0, None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -42,8 +41,8 @@ class Browser:
         return self
 
     def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait(timeout=20)
+        os.kill(self.process, signal.SIGTERM)
+        os.waitpid(self.process, 0)
         os.close(self._write)
         os.close(self._read)
 
@@ -100,3 +99,10 @@ class Browser:
     def screenshot(self):
         """The whole page as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+
+
+def _above(least, descriptor):
+    """The same open file under a number that is at least so high."""
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, least)
+    os.close(descriptor)
+    return moved

@@ -96,7 +96,7 @@ class Findings:
     data: str = ""
     """What the held-out images are."""
     loss: str = ""
-    """What the training loss compares: velocity, x or epsilon."""
+    """What the training loss compares: velocity, x or epsilon; empty for a folder that is no run."""
     missing: tuple[str, ...] = ()
     """Why something is not there, a sentence each."""
 
@@ -176,7 +176,7 @@ def _losses_of_runs(
     if recipe is None:
         return [], []
     curves, held_out = [], []
-    for i, (source, name) in enumerate(zip(sources, _distinct_names([source.path for source in sources]))):
+    for i, (source, name) in enumerate(zip(sources, distinct_names([source.path for source in sources]))):
         run = RunFolder(source.path)
         training = run.read_recipe().training
         about = f"{name}: {training.batch_size} images a step, seed {training.seed}"
@@ -189,9 +189,15 @@ def _losses_of_runs(
     return curves, held_out
 
 
-def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Names of folders, with as many of the folders above as tell them apart; of the same folder again, numbered."""
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    again = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, again)]
 
 
 def class_choice(count: int, num_classes: int) -> Tensor | None:

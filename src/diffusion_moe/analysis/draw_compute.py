@@ -17,9 +17,12 @@ from .style import (
     LINES,
     MANY,
     Panel,
+    color_scale,
+    column_names,
     heat,
     layer_ticks,
-    name_ticks,
+    legend_above,
+    name_columns,
     new_figure,
     shorten,
     write_numbers,
@@ -35,10 +38,10 @@ def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
     counts, groups = sampling.counts, sampling.groups
     capacity_LS = ratio(counts.served_LSK.sum(2), counts.tokens_LSK.sum(2))
     if not varies(capacity_LS):
-        return Panel(name, title, _constant(findings, capacity_LS, "at every time and in every layer"))
+        return Panel(name, title, constant(findings, fixed(capacity_LS) + "at every time, in every layer"))
     S = capacity_LS.shape[1]
     times_S = (np.arange(S) + 0.5) / S
-    figure = new_figure(3.2)
+    figure = new_figure(3.4)
     axes = figure.subplots()
     for i, layer in enumerate(spread_out(len(capacity_LS), SHOWN_LAYERS)):
         label = f"MoE layer {layer + 1}"
@@ -51,7 +54,7 @@ def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
         axes.plot(times_S, null_S, color="#7f7f7f", linewidth=1.6, ls=":", label="all layers, no class")
     axes.set(xlabel="t (0 is noise, 1 is data)", ylabel="experts a token", xlim=(0, 1))
     axes.grid(True)
-    axes.legend(ncols=2)
+    legend_above(axes)
     caption = (
         f"Routed experts that served a token, averaged over tokens, in {S} bins of t; the band is one standard error "
         f"over {len(groups.served_RS)} groups of images. {sampling_note(findings, sampling)}"
@@ -61,20 +64,24 @@ def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
 
 def experts_of_classes(findings: Findings, sampling: Sampling) -> Panel:
     """Average number of experts activated per class across MoE layers."""
-    counts, rows = sampling.counts, present(sampling)
+    counts, rows, title = sampling.counts, present(sampling), "Experts activated per class across MoE layers"
     served_LKE = counts.served_LSKE.sum(1)[:, rows]
     capacity_LK = ratio(served_LKE.sum(2), counts.tokens_LSK.sum(1)[:, rows])
     L, K = capacity_LK.shape
-    maps = [("effective experts of the class", effective_experts(shares(served_LKE)))]
+    effective_LK = effective_experts(shares(served_LKE))
+    both = {"experts a token": capacity_LK, "effective experts of the class": effective_LK}
+    maps = [(label, values_LK) for label, values_LK in both.items() if varies(values_LK)]
+    if not maps:
+        what = f"every class gets {capacity_LK.mean():.4g} experts a token in every layer, and all experts equally"
+        return Panel("classes", title, constant(findings, what))
     notes = [
         "Effective experts: the number of equally busy experts with the same entropy of assignments, from 1 (all "
         f"tokens of the class meet one expert) to {findings.model.num_experts}."
     ]
-    if varies(capacity_LK):
-        maps.insert(0, ("experts a token", capacity_LK))
-    else:
-        notes.append(_constant(findings, capacity_LK, "of every class, in every layer"))
-    figure = new_figure(0.45 + len(maps) * (0.6 + 0.22 * min(L, 16)))
+    if not varies(capacity_LK):
+        notes.append(constant(findings, fixed(capacity_LK) + "of every class, in every layer"))
+    names = column_names([findings.class_names[k] for k in rows])
+    figure = new_figure(names.height + 0.45 + len(maps) * (0.6 + 0.22 * min(L, 16)))
     for axes, (label, values_LK) in zip(np.atleast_1d(figure.subplots(len(maps), sharex=True)), maps):
         image = heat(axes, values_LK)
         figure.colorbar(image, ax=axes, pad=0.01)
@@ -82,9 +89,9 @@ def experts_of_classes(findings: Findings, sampling: Sampling) -> Panel:
         layer_ticks(axes, L)
         if L * K <= 60:
             write_numbers(axes, values_LK, image)
-    name_ticks(axes, [findings.class_names[k] for k in rows], "class")
+    name_columns(axes, names, "class")
     caption = " ".join([*notes, sampling_note(findings, sampling)])
-    return Panel("classes", "Experts activated per class across MoE layers", caption, figure)
+    return Panel("classes", title, caption, figure)
 
 
 def hard_to_easy(findings: Findings, sampling: Sampling) -> Panel:
@@ -99,24 +106,26 @@ def hard_to_easy(findings: Findings, sampling: Sampling) -> Panel:
         parts.append(("experts a token", compute))
         notes.append(f"Bars of compute are one standard error over {len(groups.served_RK)} groups of images.")
     else:
-        notes.append(_constant(findings, compute.mean, "of every class"))
+        notes.append(constant(findings, fixed(compute.mean) + "of every class"))
     if loss is not None:
         parts.append((f"held-out {findings.loss} loss", loss))
-        notes.append(f"Loss is averaged over times, with one standard error over images: {held_out_note(findings)}")
+        own = held_out_note(findings, findings.held_out[:1])
+        notes.append(f"Loss is averaged over times, with one standard error over images: {own}")
     if len(rows) < 2 or not parts:
         return Panel(name, title, "The model has no classes to compare." if len(rows) < 2 else notes[0])
     order = np.argsort(-np.nan_to_num(parts[0][1].mean), kind="stable")
     if len(order) > MANY:
         order = np.concatenate((order[:EXTREMES], order[-EXTREMES:]))
         notes.append(f"{EXTREMES} of {len(rows)} classes from either end.")
-    figure = new_figure(0.6 + 1.7 * len(parts))
+    notes.append("Where bars overlap the order may be chance.")
+    names = column_names([findings.class_names[rows[k]] for k in order])
+    figure = new_figure(names.height + 0.6 + 1.7 * len(parts))
     for i, axes in enumerate(np.atleast_1d(figure.subplots(len(parts), sharex=True))):
         label, (mean, error) = parts[i]
         axes.errorbar(range(len(order)), mean[order], error[order], fmt="o", ms=4, capsize=2, color=LINES[i])
         axes.set_ylabel(label)
         axes.grid(True, axis="y")
-    by = "compute" if differs else "loss"
-    name_ticks(axes, [findings.class_names[rows[k]] for k in order], f"class, most {by} first")
+    name_columns(axes, names, f"class, most {'compute' if differs else 'loss'} first")
     return Panel(name, title, " ".join([*notes, sampling_note(findings, sampling)]), figure)
 
 
@@ -126,13 +135,13 @@ def compute_maps(findings: Findings, sampling: Sampling) -> Panel:
     examples = sampling.examples
     count, S, P = examples.compute_ISP.shape
     if not varies(examples.compute_ISP):
-        return Panel(name, title, _constant(findings, examples.compute_ISP, "at every place of the image"))
+        return Panel(name, title, constant(findings, fixed(examples.compute_ISP) + "at every place of the image"))
     side = round(P**0.5)
     known = [s for s in range(S) if np.isfinite(examples.compute_ISP[:, s]).all()]
     times = [known[i] for i in spread_out(len(known), SHOWN_TIMES)]
-    names = [findings.class_names[k] for k in examples.classes_I]
-    rows = [shorten(name, 8) for name in names] if findings.model.num_classes else [str(i) for i in range(count)]
-    figure = new_figure(0.65 + 0.5 * count)
+    named = findings.model.num_classes > 0
+    rows = [shorten(findings.class_names[k], 8) if named else str(k) for k in examples.classes_I]
+    figure = new_figure(1.0 + 0.53 * count)
     pictures, axes = figure.subplots(1, 2, width_ratios=(1, len(times)))
     tiles = examples.compute_ISP[:, times].reshape(count, len(times), side, side, 1)
     image = heat(axes, mosaic(tiles)[..., 0], aspect="equal")
@@ -151,7 +160,7 @@ def compute_maps(findings: Findings, sampling: Sampling) -> Panel:
         pictures.spines[:].set_visible(False)
         pictures.tick_params(length=0)
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, label="experts a token", shrink=0.8, pad=0.01)
+    color_scale(figure, image, axes, "experts a token")
     caption = (
         f"Experts that each token of {count} images got, averaged over MoE layers, in the evaluation with the image's "
         f"class; t is the start of a bin of width {1 / S:.2g}. {examples_note(findings, sampling)}"
@@ -191,8 +200,11 @@ def _loss_of_classes(held_out: HeldOut, rows: np.ndarray) -> Estimate:
     return Estimate(mean, np.array([x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.nan for x in of_classes]))
 
 
-def _constant(findings: Findings, values: np.ndarray, where: str) -> str:
-    mean = values[np.isfinite(values)].mean()
-    return (
-        f"With {findings.model.router} routing a token gets {mean:.4g} experts {where}: there is no difference to show."
-    )
+def fixed(values: np.ndarray) -> str:
+    """The beginning of a sentence."""
+    return f"a token gets {values[np.isfinite(values)].mean():.4g} experts "
+
+
+def constant(findings: Findings, what: str) -> str:
+    """Why there is no figure where the rule leaves no differences."""
+    return f"With {findings.model.router} routing {what}: there is no difference to show."

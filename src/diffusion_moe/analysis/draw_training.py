@@ -12,7 +12,7 @@ from .collect import Findings
 from .losses import Curves
 from .measures import moving_average, spread_out
 from .notes import held_out_note
-from .style import DASHES, LINES, Panel, new_figure
+from .style import DASHES, LINES, Panel, legend_above, new_figure
 
 SHOWN_LAYERS = 6
 """Of more MoE layers, figures with a part for each show as many."""
@@ -20,33 +20,25 @@ SHOWN_LAYERS = 6
 
 def training_loss(findings: Findings) -> Panel:
     """The loss as logged and smoothed, of every run."""
-    title, space = "Training loss", findings.loss
-    if not findings.curves:
-        return Panel("loss", title, "There is no metrics.jsonl, so there is no training curve.")
+    title = "Training loss"
+    if not any(np.isfinite(curves.loss_W).any() for curves in findings.curves):
+        return Panel("loss", title, "No training loss was logged beside the model (metrics.jsonl).")
     figure = new_figure(3.4)
     axes = figure.subplots()
-    low, high, windows = np.inf, -np.inf, []
+    shown = []
     for i, curves in enumerate(findings.curves):
-        known = np.isfinite(curves.loss_W)
-        steps, loss = curves.steps_W[known], curves.loss_W[known]
-        window = max(1, len(loss) // 20)
-        smooth = moving_average(loss, window)
-        axes.plot(steps, loss, color=LINES[i % len(LINES)], linewidth=0.7, alpha=0.35)
-        # Each mean stands at the last of its steps, so that no later step is in it.
-        axes.plot(
-            steps[window - 1 :], smooth, color=LINES[i % len(LINES)], ls=DASHES[i % len(DASHES)], label=curves.run
-        )
-        low, high = min(low, smooth.min()), max(high, np.quantile(loss, 0.98))
-        windows.append(window)
-    axes.set(xlabel="training step", ylabel=f"{space} loss (mean squared error)", xlim=(0, None))
-    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low) or None)
+        shown.append(_smoothed(axes, curves, curves.loss_W, i, curves.run))
+    low = min(smooth.min() for smooth in shown)
+    high = max(np.nanquantile(curves.loss_W, 0.98) for curves in findings.curves)
+    axes.set(xlabel="training step", ylabel=f"{findings.loss} loss (mean squared error)", xlim=(0, None))
+    if high > low:
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     axes.grid(True)
     if len(findings.curves) > 1:
-        axes.legend()
-    means = ", ".join(map(str, dict.fromkeys(windows)))
+        legend_above(axes)
     caption = (
-        f"Loss of the model in training (not of the averaged weights), label dropout included: thin as logged, thick "
-        f"the mean of the last {means} logged values. The highest 2 % may lie above the figure. "
+        "Loss of the model in training (not of the averaged weights), label dropout included: thin as logged, thick "
+        "the mean of the last twentieth of the logged steps. The highest 2 % may lie above the figure. "
         f"{'; '.join(curves.about for curves in findings.curves)}."
     )
     return Panel("loss", title, caption, figure)
@@ -68,11 +60,11 @@ def loss_by_time(findings: Findings) -> Panel:
     axes.set_ylabel(f"{findings.loss} loss")
     axes.grid(True)
     if len(findings.held_out) > 1:
-        axes.legend()
+        legend_above(axes)
     caption = (
         f"Training loss of the averaged model by time, mean over images with a band of one standard error over images. "
         f"The models see the same images and noise, so that differences between them are surer than the bands say. "
-        f"{held_out_note(findings)}"
+        f"{held_out_note(findings, findings.held_out)}"
     )
     return Panel("loss_by_time", title, caption, figure)
 
@@ -90,7 +82,7 @@ def logged_loss_by_time(findings: Findings) -> Panel:
             _smoothed(axes, run, run.loss_WS[:, s], i, f"t from {s / bins:.2g} to {(s + 1) / bins:.2g}")
         axes.set(ylabel=f"{findings.loss} loss", title=run.run if len(curves) > 1 else "")
         axes.grid(True)
-        axes.legend(ncols=2)
+        legend_above(axes)
     axes.set_xlabel("training step")
     return Panel(
         "loss_levels", title, f"As logged, smoothed; t = 0 is noise. {'; '.join(run.about for run in curves)}.", figure
@@ -117,7 +109,7 @@ def balance(findings: Findings) -> Panel:
     axes.set_ylim(0.95, max(axes.get_ylim()[1], 1.2))
     axes.grid(True)
     if len(axes.get_lines()) > 3:
-        axes.legend(ncols=2)
+        legend_above(axes)
     caption = (
         "Tokens of the busiest expert over the mean of all, in the training batch of each logged step; 1 is even. Thin "
         f"as logged, thick smoothed{'' if own.imbalance_WL.shape[1] else ', averaged over MoE layers'}. "
@@ -126,14 +118,16 @@ def balance(findings: Findings) -> Panel:
     return Panel(name, title, caption, figure)
 
 
-def _smoothed(axes: Axes, run: Curves, values_W: np.ndarray, i: int, label: str) -> None:
+def _smoothed(axes: Axes, run: Curves, values_W: np.ndarray, i: int, label: str) -> np.ndarray:
+    """Draw a curve thin as logged and thick as a moving average, which is returned."""
     known = np.isfinite(values_W)
     steps, values = run.steps_W[known], values_W[known]
-    if not len(values):
-        return
     window, color = max(1, len(values) // 20), LINES[i % len(LINES)]
-    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-    axes.plot(steps[window - 1 :], moving_average(values, window), color=color, ls=DASHES[i % len(DASHES)], label=label)
+    smooth = moving_average(values, window)
+    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.35)
+    # Each mean stands at the last of its steps, so that no later step is in it.
+    axes.plot(steps[window - 1 :], smooth, color=color, ls=DASHES[i % len(DASHES)], label=label)
+    return smooth
 
 
 def _time_axis(axes: Axes) -> None:

@@ -37,9 +37,11 @@ PANELS = (
 def panels(findings: Findings) -> dict[str, list[Panel]]:
     """The figures by section. A panel without a figure says why; what no run could show is left out."""
     with drawing():
-        sections = {"Training": [draw(findings) for draw in TRAINING]}
+        sections: dict[str, list[Panel]] = {}
+        if findings.loss:
+            sections["Training"] = [draw(findings) for draw in TRAINING]
+            sections["Training"] += [balance(findings)] if findings.sampling is not None else []
         if findings.sampling is not None:
-            sections["Training"].append(balance(findings))
             for section, draws in ROUTING.items():
                 sections[section] = [draw(findings, findings.sampling) for draw in draws]
     return {name: found for name, some in sections.items() if (found := [p for p in some if p.figure or p.caption])}

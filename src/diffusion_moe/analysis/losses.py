@@ -141,7 +141,7 @@ def _losses(
     labels = None if labels is None else labels.to(model.device)
     if recipe.model.process == "ddpm":
         schedule = linear_schedule()
-        step_B = torch.full((len(images),), int((1 - time) * len(schedule)), device=model.device)
+        step_B = torch.full((len(images),), round((1 - time) * len(schedule)), device=model.device)
         out = model(noised(schedule, images, noise, step_B), step_B, labels)
         losses = ddpm_losses(out.sample, images, noise, step_B, schedule)
         return losses.mse + losses.vb

@@ -106,7 +106,7 @@ def varies(values: np.ndarray, tolerance: float = 1e-9) -> bool:
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of each `window` values in a row, len(values) - window + 1 of them."""
-    return np.convolve(values, np.ones(window) / window, mode="valid")
+    return np.convolve(values, np.ones(window) / window, mode="valid") if len(values) else np.empty(0)
 
 
 def spread_out(count: int, wanted: int) -> list[int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .collect import Findings, Sampling
+from .losses import HeldOut
 
 
 def weights_note(findings: Findings) -> str:
@@ -44,11 +47,11 @@ def examples_note(findings: Findings, sampling: Sampling) -> str:
     return f"{'; '.join(parts)}; {weights_note(findings)}."
 
 
-def held_out_note(findings: Findings) -> str:
-    """How the held-out loss was computed."""
-    loss = findings.held_out[0]
+def held_out_note(findings: Findings, runs: Sequence[HeldOut]) -> str:
+    """How the held-out loss of some runs was computed."""
+    loss = runs[0]
     images, bins = loss.loss_IS.shape
-    names = [f"{run.run}: {run.training_steps:,} training steps" for run in findings.held_out if run.training_steps]
+    names = [f"{run.run}: {run.training_steps:,} training steps" for run in runs if run.training_steps]
     return (
         f"{images} held-out images of {findings.data}, each at the middle of {bins} bins of t with the same noise "
         f"(seed {loss.seed}) for every model; averaged weights in float32, with labels, no dropout; {'; '.join(names)}."

@@ -104,13 +104,13 @@ class RoutingRecord:
         """What was recorded since the start or the last `clear`. Waits for the device.
 
         Raises:
-            ValueError: the model ran and a router was never heard.
+            ValueError: there is none, of the model or of one of its routers.
         """
-        silent = [layer for layer, sums in enumerate(self.sums) if sums is None]
-        if self.passes and silent:
+        silent = [f"MoE layer {layer + 1}" for layer, sums in enumerate(self.sums) if sums is None]
+        if not self.passes or silent:
             raise ValueError(
-                f"the model ran, but no hook of the router of MoE layer {silent[0] + 1} was called; a compiled model "
-                "leaves them out, so record the model as it was before torch.compile"
+                f"no pass of {silent[0] if self.passes else 'the model'} was recorded; call the model while recording, "
+                "and as it was before torch.compile, which leaves hooks out"
             )
         L, S, K, E = len(self.routers), self.time_bins, self.rows, self.num_experts
         width = (self.num_places or 0) + 1
@@ -126,7 +126,7 @@ class RoutingRecord:
         def stacked(name: str) -> np.ndarray:
             return torch.stack([getattr(layer, name).cpu() for layer in columns])[:L].numpy()
 
-        images_R = torch.zeros(S * K, dtype=torch.long) if self.images_R is None else self.images_R.cpu()
+        images_R = torch.zeros(S * K, dtype=torch.long) if self.images_R is None else self.images_R.cpu().clone()
         return RoutingCounts(
             served_LSKE=stacked("served_RE").reshape(L, S, K, E),
             tokens_LSK=stacked("tokens_R").reshape(L, S, K),
@@ -266,5 +266,5 @@ def record_routing(
 
 def _settings(module: nn.Module) -> ModelConfig | None:
     """The settings of a backbone; None for any other module."""
-    settings = getattr(module, "settings", None)
+    settings = vars(module).get("settings")  # its own, not one that a wrapper hands through
     return settings if isinstance(settings, ModelConfig) else None

@@ -79,7 +79,7 @@ def html_report(
         svgs: of each panel that has a figure, by its name. files: names of the data files beside the report.
     """
     names = [name for name in sections if sections[name]]
-    anchors = {name: name.lower() for name in names}
+    anchors = {name: f"section-{name.lower()}" for name in names}
     return _PAGE.substitute(
         title=escape(f"Routing report: {findings.name}"),
         heading=escape(findings.name),

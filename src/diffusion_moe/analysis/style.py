@@ -120,17 +120,45 @@ def heat(axes: Axes, values: np.ndarray, **options: Any) -> Any:
     return image
 
 
-def name_ticks(axes: Axes, names: Sequence[str], what: str, axis: str = "x") -> None:
-    """Names of columns or rows where there is room for them, else every so many numbers."""
-    short = [shorten(name) for name in names]
-    places: Sequence[int] = range(len(short))
-    if len(short) > MANY:
-        places = range(0, len(short), -(-len(short) // 8))
-        short = [short[i] for i in places]
-    getattr(axes, f"set_{axis}ticks")(places, short)
-    getattr(axes, f"set_{axis}label")(what)
-    if axis == "x" and max(map(len, short)) > 3:
-        axes.tick_params(axis="x", rotation=60)
+def color_scale(figure: Figure, image: Any, axes: Any, label: str) -> None:
+    """The colours' meaning, in a thin bar under the axes, whose width they leave to the data."""
+    bar = figure.colorbar(image, ax=axes, label=label, location="bottom", aspect=35, pad=0.02)
+    bar.outline.set_visible(False)
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend where no curve runs."""
+    longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
+    columns = max(1, min(3, 40 // longest))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
+
+
+class Names(NamedTuple):
+    """Names of columns that a heat map or a row of points has under it."""
+
+    places: range
+    """Some of many columns."""
+    short: list[str]
+    angle: int
+    """Degrees; on end where they need more room than there is."""
+
+    @property
+    def height(self) -> float:
+        """What a figure needs for them, in inches, beside a line's height."""
+        return 0.0 if self.angle == 0 else 0.07 * max(map(len, self.short))
+
+
+def column_names(names: Sequence[str], room: int = 30) -> Names:
+    """Shortened names of columns, or of some of many, for a room of so many letters."""
+    places = range(0, len(names), 1 if len(names) <= MANY else -(-len(names) // 8))
+    short = [shorten(names[i]) for i in places]
+    return Names(places, short, 90 if sum(map(len, short)) + len(short) > room else 0)
+
+
+def name_columns(axes: Axes, names: Names, what: str) -> None:
+    """Write them under the axes."""
+    axes.set_xticks(names.places, names.short, rotation=names.angle)
+    axes.set_xlabel(what)
 
 
 def shorten(name: str, length: int = 16) -> str:
@@ -139,9 +167,12 @@ def shorten(name: str, length: int = 16) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def expert_ticks(axes: Axes, experts: int, axis: str = "y") -> None:
-    """Experts by number from 0; every eighth of many."""
-    places = range(experts) if experts <= 16 else range(0, experts, 8)
+def expert_ticks(axes: Axes, experts: int, axis: str = "y", room: int = 16) -> None:
+    """Experts by number from 0; of more than there is room for every second, fourth, ..."""
+    step = 1
+    while experts > room * step:
+        step *= 2
+    places = range(0, experts, step)
     getattr(axes, f"set_{axis}ticks")(places, [str(e) for e in places])
 
 
