@@ -1,5 +1,8 @@
 """Recording what routers do."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -316,6 +319,13 @@ def test_a_record_of_no_pass_is_an_error(tiny):
         pass
     with pytest.raises(ValueError, match="no pass of the model was recorded"):
         record.counts()
+
+
+def test_recording_needs_neither_diffusers_nor_figures():
+    code = "from diffusion_moe import record_routing; import sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "diffusion_moe.analysis.records" in loaded
+    assert not {"diffusers", "matplotlib", "datasets", "sklearn", "torchdiffeq"} & set(loaded)
 
 
 def test_dense_models_have_empty_counts(tiny):

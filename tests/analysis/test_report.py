@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 
+from diffusion_moe import DiT
 from diffusion_moe.analysis.collect import class_choice, collect, distinct_names
 from diffusion_moe.analysis.draw_compute import mosaic, tile_centres
 from diffusion_moe.analysis.figures import PANELS, panels
@@ -396,6 +398,22 @@ def test_the_panels_named_are_all_there_are(report_of):
     assert seen | {"loss_levels"} == set(PANELS)
 
 
-def test_the_page_of_docs_explains_every_table():
-    text = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in text for name in TABLES)
+DOCS = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_docs_explains_every_table_and_figure():
+    assert all(f"`{name}`" in DOCS for name in (*TABLES, *PANELS))
+
+
+def test_the_code_of_the_docs_runs(report_of, tmp_path, monkeypatch, capsys):
+    data, recording = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    (tmp_path / "runs" / "digits").mkdir(parents=True)
+    (tmp_path / "runs" / "digits" / "figures").symlink_to(report_of("ec")[0])
+    monkeypatch.chdir(tmp_path)
+    exec(data, {})
+    assert capsys.readouterr().out.count("2.0\n") == 4
+    model = DiT(sample_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10, num_experts=4)
+    names = {"model": model, "x": torch.randn(2, 1, 8, 8), "t": torch.rand(2), "class_labels": torch.tensor([3, 7])}
+    exec(recording, names)
+    assert names["served"].sum() == 2 * names["tokens"].sum() == 2 * 2 * 16
+    assert names["where"].sum() == names["compute"].sum() == 64 and names["images"].sum() == 2

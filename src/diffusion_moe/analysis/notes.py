@@ -28,12 +28,14 @@ def sampling_note(findings: Findings, sampling: Sampling) -> str:
         each = count / about["num_classes"]
         many += f", {each:.3g} of each of {about['num_classes']} classes" if each >= 1 else ""
         many += f" of {findings.model.num_classes}" * (about["num_classes"] != findings.model.num_classes)
+    if findings.model.router == "diffmoe" and findings.model.inference_pool == "batch":
+        many += f", routed in pools of {about['batch_size']}"
     return f"{many}; {examples_note(findings, sampling)}"
 
 
 def examples_note(findings: Findings, sampling: Sampling) -> str:
     """The same but for the number of images."""
-    about, model = sampling.about, findings.model
+    about = sampling.about
     adaptive = f"{about['function_evaluations']:.3g} evaluations"
     solver = f"{about['solver']}, {adaptive if about['steps'] is None else str(about['steps']) + ' steps'}"
     guidance = "no guidance" if about["guidance_scale"] == 1 else f"guidance {about['guidance_scale']:g}"
@@ -42,8 +44,6 @@ def examples_note(findings: Findings, sampling: Sampling) -> str:
     parts = [solver, guidance, f"seed {about['seed']}"]
     if about["threshold_scale"] != 1:
         parts.append(f"thresholds times {about['threshold_scale']:g}")
-    if model.router == "diffmoe" and model.inference_pool == "batch":
-        parts.append(f"routed in pools of {about['batch_size']} images")
     return f"{'; '.join(parts)}; {weights_note(findings)}."
 
 

@@ -105,10 +105,10 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def for_page(svg: str, label: str) -> str:
     """An SVG to stand inside a page: its text has the page's colour, its size the page's width."""
-    svg = svg.replace(f"fill: {PAPER}", "fill: none").replace(INK, "currentColor")
-    return re.sub(r'<svg ([^>]*?)width="[^"]*"', rf'<svg role="img" aria-label="{label}" \1', svg, count=1).replace(
-        ' height="', ' data-height="', 1
-    )
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    opening = rf'<svg role="img" aria-label="{label}" \1 {namespaces}>'
+    svg = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', opening, svg, count=1)
+    return svg.replace(f"fill: {PAPER}", "fill: none").replace(INK, "currentColor")
 
 
 def heat(axes: Axes, values: np.ndarray, **options: Any) -> Any:
