@@ -47,6 +47,14 @@ def test_loss_by_time_and_steps_without_it(tmp_path, row):
     np.testing.assert_array_equal(curves.loss_W, [9, np.nan])
 
 
+def test_numbers_of_other_shapes_are_gaps(tmp_path):
+    curves = logged(
+        tmp_path, {"step": 1, "load": [[1, 2], [3]]}, {"step": 2, "load": "?", "loss": None, "imbalance": []}
+    )
+    assert curves.imbalance_WL.shape == (2, 0)
+    assert np.isnan(curves.loss_W).all() and np.isnan(curves.imbalance_W).all()
+
+
 def test_damaged_lines_are_left_out_and_nothing_is_none(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n[1]\n{"loss": 3}\n{"step": 3, "lo')
     np.testing.assert_array_equal(read_curves(tmp_path / "metrics.jsonl", "run").steps_W, [1])

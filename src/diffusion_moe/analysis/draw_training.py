@@ -59,12 +59,13 @@ def loss_by_time(findings: Findings) -> Panel:
     _time_axis(axes)
     axes.set_ylabel(f"{findings.loss} loss")
     axes.grid(True)
+    paired = ""
     if len(findings.held_out) > 1:
         legend_above(axes)
+        paired = "Differences between the models are surer than the bands say, as all see the same images and noise. "
     caption = (
-        f"Training loss of the averaged model by time, mean over images with a band of one standard error over images. "
-        f"The models see the same images and noise, so that differences between them are surer than the bands say. "
-        f"{held_out_note(findings, findings.held_out)}"
+        "Training loss of the averaged model by time, mean over images with a band of one standard error over images. "
+        f"{paired}{held_out_note(findings, findings.held_out)}"
     )
     return Panel("loss_by_time", title, caption, figure)
 

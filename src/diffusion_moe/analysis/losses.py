@@ -73,10 +73,10 @@ def read_curves(metrics: Path, run: str, about: str = "") -> Curves | None:
         return None
     load_WM = _numbered(rows, "load")
     imbalance_WL = _numbered(rows, "imbalance")
-    layers = [row["load"] for row in rows if isinstance(row.get("load"), list) and row["load"]]
-    if layers and isinstance(layers[0][0], list) and not imbalance_WL.shape[1]:
-        L = len(layers[0])
-        load_WLE = load_WM.reshape(len(rows), L, -1)
+    nested = [row["load"] for row in rows if isinstance(row.get("load"), list) and row["load"]]
+    layers = len(nested[0]) if nested and isinstance(nested[0][0], list) else 0
+    if layers and not imbalance_WL.shape[1] and load_WM.shape[1] % layers == 0:
+        load_WLE = load_WM.reshape(len(rows), layers, -1)
         imbalance_WL = ratio(load_WLE.max(-1), load_WLE.mean(-1))
     return Curves(
         run,
