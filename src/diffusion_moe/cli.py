@@ -149,7 +149,12 @@ def analyze(arguments: Sequence[str]) -> int:
     from .analysis.options import AnalyzeOptions
 
     source, options, settings = _source_options(
-        "analyze", analyze.__doc__ or "", arguments, options=AnalyzeOptions, usual={"num_samples": 100, "steps": 20}
+        "analyze",
+        analyze.__doc__ or "",
+        arguments,
+        {"acceleration"},  # it would hide the routers
+        options=AnalyzeOptions,
+        usual={"num_samples": 100, "steps": 20},
     )
     from .analysis.run import analyze as write_report
 

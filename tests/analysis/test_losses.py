@@ -27,31 +27,26 @@ def test_curves_of_usual_numbers(tmp_path):
     assert (curves.run, curves.about) == ("run", "about")
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"load": [[1, 1, 2], [3, 0, 3]]},
-        {"imbalance_0": 1.5, "imbalance_1": 1.5},
-        {"imbalance/0": 1.5, "imbalance/1": 1.5},
-        {"imbalance": [1.5, 1.5]},
-    ],
-)
-def test_load_of_each_layer_in_any_spelling(tmp_path, row):
-    np.testing.assert_allclose(logged(tmp_path, {"step": 1, **row}).imbalance_WL, [[1.5, 1.5]])
+def test_load_of_each_layer(tmp_path):
+    rows = (
+        {"step": 1, "moe_10/load_max": 3, "moe_2/load_max": 2},
+        {"step": 2, "moe_2/load_max": 1.5, "moe_2/capacity": 9},
+    )
+    np.testing.assert_array_equal(logged(tmp_path, *rows).imbalance_WL, [[2, 3], [1.5, np.nan]])
 
 
-@pytest.mark.parametrize("row", [{"loss_by_time": [3, 2]}, {"loss_by_time_0": 3, "loss_by_time_1": 2}])
-def test_loss_by_time_and_steps_without_it(tmp_path, row):
-    curves = logged(tmp_path, {"step": 1, "loss": 9}, {"step": 2, **row})
-    np.testing.assert_array_equal(curves.loss_WS, [[np.nan, np.nan], [3, 2]])
+def test_loss_by_time_runs_from_noise_to_data_and_has_gaps(tmp_path):
+    rows = {"step": 1, "loss": 9}, {"step": 2, "loss_t0.0": 3, "loss_t0.5": float("nan"), "loss_t0.1": 2}
+    curves = logged(tmp_path, *rows)
+    np.testing.assert_array_equal(curves.loss_WS, [[np.nan] * 3, [3, 2, np.nan]])
     np.testing.assert_array_equal(curves.loss_W, [9, np.nan])
+    turned = read_curves(tmp_path / "metrics.jsonl", "run", is_ddpm=True)
+    np.testing.assert_array_equal(turned.loss_WS, curves.loss_WS[:, ::-1])
 
 
 def test_numbers_of_other_shapes_are_gaps(tmp_path):
-    curves = logged(
-        tmp_path, {"step": 1, "load": [[1, 2], [3]]}, {"step": 2, "load": "?", "loss": None, "imbalance": []}
-    )
-    assert curves.imbalance_WL.shape == (2, 0)
+    curves = logged(tmp_path, {"step": 1, "moe_0/load_max": "?"}, {"step": 2, "loss": None, "imbalance": []})
+    np.testing.assert_array_equal(curves.imbalance_WL, [[np.nan], [np.nan]])
     assert np.isnan(curves.loss_W).all() and np.isnan(curves.imbalance_W).all()
 
 

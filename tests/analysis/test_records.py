@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from diffusion_moe.analysis.records import pairs_of, tally
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.evaluation.generate import Usage, class_schedule, generate
 from diffusion_moe.models import make_model
-from diffusion_moe.moe import MoEFeedForward, Router, RouterConfig, route_by_token
+from diffusion_moe.moe import MoEFeedForward, Router, RouterConfig, Routing, route_by_token
 from diffusion_moe.parsing import read_recipe
 
 KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
@@ -144,6 +145,34 @@ def test_counts_sum_to_what_the_reports_and_usage_say(tiny, kind):
     # Five images at each of four times, with class and without.
     np.testing.assert_array_equal(counts.images_SK.sum(1), [10] * 4)
     np.testing.assert_array_equal(counts.images_SK[:, 10], [5] * 4)
+
+
+def test_rows_that_fill_up_a_shape_are_not_counted():
+    """A routing with room to spare: two rows of weight 0, and a report that says nothing was dropped."""
+
+    class Report(NamedTuple):
+        counts_E: torch.Tensor
+        losses: dict
+        threshold_E: None = None
+        num_tokens: int = 0
+        dropped: torch.Tensor | None = None
+
+    class Roomy(Router):
+        def route(self, x_BND, logits_BNE):
+            report = Report(torch.tensor([1, 2]), {}, dropped=torch.tensor(0))
+            return Routing(
+                torch.tensor([0, 2, 1, 2, 3]), torch.tensor([0.5, 0, 1, 1, 0]), torch.tensor([2, 5]).int(), report
+            )
+
+    layer = MoEFeedForward(8, 4, RouterConfig("tc", num_experts=2))
+    layer.router = Roomy(8, RouterConfig("tc", num_experts=2))
+    with record_routing(layer, time_bins=1, pairs=True, places=True) as record, torch.no_grad():
+        layer(torch.randn(1, 4, 8))
+    counts = record.counts()
+    np.testing.assert_array_equal(counts.served_LSKE, [[[[1, 2]]]])
+    np.testing.assert_array_equal(counts.pairs_LEE, [[[1, 0], [0, 2]]])
+    np.testing.assert_array_equal(counts.compute_SKP, [[[1, 1, 1, 0]]])
+    np.testing.assert_array_equal(counts.places_LEP, [[[1, 0, 0, 0], [0, 1, 1, 0]]])
 
 
 def test_class_tokens_are_counted_but_have_no_place(tiny):
@@ -339,11 +368,21 @@ def test_dense_models_have_empty_counts(tiny):
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=30))
 @settings(deadline=None, max_examples=50)
-def test_tally_and_pairs_are_those_of_a_loop(assignments):
+def test_tallies_are_those_of_a_loop(assignments):
     table = np.zeros((5, 3), dtype=int)
     for row, column in assignments:
         table[row, column] += 1
     rows, columns = (torch.tensor([pair[i] for pair in assignments], dtype=torch.long) for i in (0, 1))
-    np.testing.assert_array_equal(tally(rows, columns, 5, 3), table)
-    chosen = (table > 0).astype(int)
-    np.testing.assert_array_equal(pairs_of(rows, columns, 5, 3), chosen.T @ chosen)
+    np.testing.assert_array_equal(tally(rows, columns, 5, 3, torch.ones_like(rows)), table)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 1)), max_size=15, unique_by=lambda a: a[:2])
+)
+@settings(deadline=None, max_examples=50)
+def test_pairs_are_those_of_a_loop(assignments):
+    chosen = np.zeros((5, 3), dtype=int)
+    for token, expert, times in assignments:
+        chosen[token, expert] = times
+    tokens, experts, times = (torch.tensor([a[i] for a in assignments], dtype=torch.long) for i in range(3))
+    np.testing.assert_array_equal(pairs_of(tokens, experts, 5, 3, times), chosen.T @ chosen)

@@ -314,6 +314,14 @@ def test_names_of_classes_are_shown_as_they_are(run_of, tmp_path):
         assert name in page.text
 
 
+def test_a_vae_that_is_gone_costs_the_pictures_only(run_of):
+    source = replace(read_source(run_of("diffmoe")), vae="/no/such/vae")
+    found = collect(source, replace(source.settings, num_samples=5, steps=2))
+    assert "the VAE cannot be loaded: " in found.missing[0] and "/no/such/vae" in found.missing[0]
+    assert found.sampling.examples.pictures is not None  # pixels need no VAE
+    assert {panel.name: panel for panel in panels(found)["Compute"]}["maps"].figure is not None
+
+
 def test_sampling_options_are_heeded(run_of):
     options = {"guidance_scale": 1.0, "seed": 7, "threshold_scale": 0.5, "solver": "heun"}
     found = gathered(run_of("diffmoe"), **options)

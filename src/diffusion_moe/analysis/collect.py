@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,8 +111,9 @@ def collect(source: Source, settings: EvaluationConfig, compare: Sequence[Path] 
         ValueError: the settings do not fit the model, weights are damaged, or a run cannot be compared.
     """
     check_solver(source.config, settings)
+    settings = _as_recorded(settings)
     others = [_comparable(source, path) for path in compare]
-    model, vae = source.load()
+    model, vae, no_vae = _load(source)
     recipe = RunFolder(source.path).read_recipe() if RunFolder(source.path).recipe.is_file() else None
     dataset, problem = _held_out_data(recipe)
     curves, held_out = _losses_of_runs([source, *others], model, recipe, dataset, settings.seed)
@@ -131,8 +132,25 @@ def collect(source: Source, settings: EvaluationConfig, compare: Sequence[Path] 
         held_out=held_out,
         data="" if recipe is None else " ".join(filter(None, (recipe.data.kind, recipe.data.path))),
         loss="" if recipe is None else recipe.diffusion.loss or recipe.model.prediction,
-        missing=(problem,) if problem else (),
+        missing=tuple(filter(None, (problem, no_vae))),
     )
+
+
+def _as_recorded(settings: EvaluationConfig) -> EvaluationConfig:
+    """Sampling that hooks can see: compiled models and captured graphs leave them out."""
+    fast = [field.name for field in fields(settings) if field.name == "acceleration"]
+    return replace(settings, **dict.fromkeys(fast, "none"))  # type: ignore[arg-type]
+
+
+def _load(source: Source) -> tuple[Backbone, Any, str]:
+    """The model; the VAE, if there is one and it can be loaded; and else why not."""
+    try:
+        return *source.load(), ""
+    except ValueError as error:
+        if source.vae is None:
+            raise
+        model, _ = replace(source, vae=None).load()
+        return model, None, f"Images are not shown, as the VAE cannot be loaded: {error}."
 
 
 def _comparable(source: Source, path: Path) -> Source:
@@ -180,10 +198,10 @@ def _losses_of_runs(
         run = RunFolder(source.path)
         training = run.read_recipe().training
         about = f"{name}: {training.batch_size} images a step, seed {training.seed}"
-        found = read_curves(run.metrics, name, about)
+        found = read_curves(run.metrics, name, about, recipe.model.process == "ddpm")
         curves += [found] if found is not None else []
         if dataset is not None:
-            own = model if i == 0 else source.load().model
+            own = model if i == 0 else replace(source, vae=None).load().model
             steps = source.origin().get("training_steps")
             held_out.append(held_out_loss(own, run.read_recipe(), dataset, name, steps, seed))
     return curves, held_out

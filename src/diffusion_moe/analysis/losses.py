@@ -21,7 +21,7 @@ from ..diffusion.loss import flow_loss
 from ..diffusion.path import rectified_flow
 from ..models import Backbone
 from ..randomness import normal
-from .measures import ratio, spread_out
+from .measures import spread_out
 
 HELD_OUT_IMAGES, HELD_OUT_BINS, PASS = 256, 10, 256
 
@@ -59,7 +59,7 @@ class HeldOut(NamedTuple):
         return (np.arange(S) + 0.5) / S
 
 
-def read_curves(metrics: Path, run: str, about: str = "") -> Curves | None:
+def read_curves(metrics: Path, run: str, about: str = "", is_ddpm: bool = False) -> Curves | None:
     """The curves of a `metrics.jsonl`; None if it is missing or holds no step. A line cut off by a kill is left out."""
     rows = []
     for line in metrics.read_text().splitlines() if metrics.is_file() else []:
@@ -71,21 +71,15 @@ def read_curves(metrics: Path, run: str, about: str = "") -> Curves | None:
             rows.append(row)
     if not rows:
         return None
-    load_WM = _numbered(rows, "load")
-    imbalance_WL = _numbered(rows, "imbalance")
-    nested = [row["load"] for row in rows if isinstance(row.get("load"), list) and row["load"]]
-    layers = len(nested[0]) if nested and isinstance(nested[0][0], list) else 0
-    if layers and not imbalance_WL.shape[1] and load_WM.shape[1] % layers == 0:
-        load_WLE = load_WM.reshape(len(rows), layers, -1)
-        imbalance_WL = ratio(load_WLE.max(-1), load_WLE.mean(-1))
+    loss_WS = _columns(rows, r"loss_t(\d\.\d+)")
     return Curves(
         run,
         about,
         np.array([row["step"] for row in rows]),
         np.array([_number(row.get("loss")) for row in rows]),
         np.array([_number(row.get("imbalance")) for row in rows]),
-        imbalance_WL,
-        _numbered(rows, "loss_by_time"),
+        _columns(rows, r"moe_(\d+)/load_max"),
+        loss_WS[:, ::-1] if is_ddpm else loss_WS,  # there, times are logged as steps from data to noise
     )
 
 
@@ -93,21 +87,11 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
-def _numbered(rows: list[dict[str, Any]], name: str) -> np.ndarray:
-    """A list under one key (lists in it are joined), or keys name_0, name_1, ... (or name/0), as columns."""
-    pattern = re.compile(rf"{re.escape(name)}[_/](\d+)")
-    series: list[list[float]] = []
-    for row in rows:
-        value = row.get(name)
-        if isinstance(value, list):
-            series.append([_number(x) for part in value for x in (part if isinstance(part, list) else [part])])
-        else:
-            found = {int(match[1]): _number(row[key]) for key in row if (match := pattern.fullmatch(key))}
-            series.append([found[i] for i in sorted(found)])
-    width = max(map(len, series))
-    return np.array([line if len(line) == width else [float("nan")] * width for line in series]).reshape(
-        len(rows), width
-    )
+def _columns(rows: list[dict[str, Any]], pattern: str) -> np.ndarray:
+    """The numbers under keys of that pattern, in the order of the number in the key, a column each."""
+    found = {key: match for row in rows for key in row if (match := re.fullmatch(pattern, key))}
+    keys = sorted(found, key=lambda key: float(found[key][1]))
+    return np.array([[_number(row.get(key)) for key in keys] for row in rows]).reshape(len(rows), len(keys))
 
 
 @torch.no_grad()
@@ -121,7 +105,8 @@ def held_out_loss(
     Args:
         model: in eval mode. dataset: held out; at most `HELD_OUT_IMAGES` of it are taken, evenly spaced.
     """
-    images, labels, _ = dataset.read(spread_out(len(dataset), HELD_OUT_IMAGES))
+    batch = dataset.read(spread_out(len(dataset), HELD_OUT_IMAGES))
+    images, labels = batch.images, batch.labels
     columns = []
     for s in range(HELD_OUT_BINS):
         losses = []

@@ -42,8 +42,12 @@ def examples_note(findings: Findings, sampling: Sampling) -> str:
     if about["guidance_scale"] != 1 and about["guidance_interval"] != [0.0, 1.0]:
         guidance += " for t from {:g} to {:g}".format(*about["guidance_interval"])
     parts = [solver, guidance, f"seed {about['seed']}"]
+    if about.get("precision", "fp32") != "fp32":
+        parts.append(about["precision"])
     if about["threshold_scale"] != 1:
         parts.append(f"thresholds times {about['threshold_scale']:g}")
+    if about.get("dropped_share"):
+        parts.append(f"{100 * about['dropped_share']:.2g} % of the choices found no room")
     return f"{'; '.join(parts)}; {weights_note(findings)}."
 
 

@@ -175,16 +175,17 @@ class RoutingRecord:
                 self._count_images(row_B)
         row_B = row_B.to(sums.tokens_R.device, non_blocking=True)  # layers may lie on several devices
         expert_A, image_A = routing.expert_A(), routing.token_A // N
-        sums.served_RE.index_add_(0, row_B, tally(image_A, expert_A, B, self.num_experts))
+        times_A = served_of(routing)
+        sums.served_RE.index_add_(0, row_B, tally(image_A, expert_A, B, self.num_experts, times_A))
         sums.tokens_R.index_add_(0, row_B, torch.full_like(row_B, N))
         if sums.pairs_EE is not None:
-            sums.pairs_EE.add_(pairs_of(routing.token_A, expert_A, B * N, self.num_experts))
+            sums.pairs_EE.add_(pairs_of(routing.token_A, expert_A, B * N, self.num_experts, times_A))
         if sums.compute_RQ is not None and sums.places_EQ is not None:
             width = sums.compute_RQ.shape[1]
             # Class tokens come first and share column 0.
             column_A = (routing.token_A - image_A * N - (N - width)).clamp(min=0)
-            sums.compute_RQ.index_add_(0, row_B, tally(image_A, column_A, B, width))
-            sums.places_EQ.add_(tally(expert_A, column_A, self.num_experts, width))
+            sums.compute_RQ.index_add_(0, row_B, tally(image_A, column_A, B, width, times_A))
+            sums.places_EQ.add_(tally(expert_A, column_A, self.num_experts, width, times_A))
 
     def _make_sums(self, layer: int, tokens: int, device: torch.device) -> LayerSums:
         if self.num_places is None:
@@ -202,17 +203,25 @@ class RoutingRecord:
         return sums
 
 
-def tally(row_A: Tensor, column_A: Tensor, rows: int, columns: int) -> Tensor:
-    """How often each pair of row and column occurs, int64, (rows, columns)."""
+def served_of(routing: Routing) -> Tensor:
+    """1 for each assignment, int64, (A,); 0 for rows that only fill up a fixed shape, as a capacity limit has them."""
+    # Where rows fill up, the report says how many choices were dropped; elsewhere a weight of 0 is a weight.
+    if getattr(routing.report, "dropped", None) is None:
+        return torch.ones_like(routing.token_A)
+    return (routing.weight_A.detach() != 0).long()
+
+
+def tally(row_A: Tensor, column_A: Tensor, rows: int, columns: int, times_A: Tensor) -> Tensor:
+    """How often each pair of row and column occurs, int64, (rows, columns); assignment a counts times_A[a] times."""
     key_A = row_A * columns + column_A
     # Not bincount, which waits for a GPU.
-    return key_A.new_zeros(rows * columns).index_add_(0, key_A, torch.ones_like(key_A)).view(rows, columns)
+    return key_A.new_zeros(rows * columns).index_add_(0, key_A, times_A).view(rows, columns)
 
 
-def pairs_of(token_A: Tensor, expert_A: Tensor, num_tokens: int, num_experts: int) -> Tensor:
-    """Tokens that both experts served, int64, (E, E)."""
+def pairs_of(token_A: Tensor, expert_A: Tensor, num_tokens: int, num_experts: int, times_A: Tensor) -> Tensor:
+    """Tokens that both experts served, int64, (E, E); assignment a counts times_A[a] times, 0 or 1."""
     chosen_TE = torch.zeros(num_tokens, num_experts, device=token_A.device)
-    chosen_TE.view(-1).index_fill_(0, token_A * num_experts + expert_A, 1.0)
+    chosen_TE.view(-1).index_copy_(0, token_A * num_experts + expert_A, times_A.float())
     with full_precision(chosen_TE):  # ones and zeros add up exactly in float32 to 2^24 tokens
         return (chosen_TE.T @ chosen_TE).round().long()
 
