@@ -73,8 +73,8 @@ def test_a_model_that_answers_zero_costs_the_mean_square_of_the_truth(tiny, opti
     monkeypatch.setattr(model, "forward", lambda x, t, labels: DiTOutput(sample=torch.zeros_like(x)))
     found = held_out_loss(model, recipe, data, "run", 4, seed=3)
     rows = [round(i * (len(data) - 1) / 255) for i in range(256)]
-    images, labels, _ = data.read(rows)
-    np.testing.assert_array_equal(found.labels_I, labels)
+    images = data.read(rows).images
+    np.testing.assert_array_equal(found.labels_I, data.read(rows).labels)
     np.testing.assert_allclose(found.times_S, np.arange(0.05, 1, 0.1))
     for s in range(HELD_OUT_BINS):
         noise = normal(3, "held_out", s, torch.arange(256), (1, 8, 8))
