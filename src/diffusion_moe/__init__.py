@@ -7,6 +7,7 @@ from .pipelines.registration import register as _register_with_diffusers
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .analysis.records import record_routing
     from .config import Recipe
     from .models import DiT, DiTOutput, JiT
     from .models.presets import model_preset
@@ -26,6 +27,7 @@ _HOME = {
     "RouterConfig": "moe",
     "default_scheduler": "pipelines.schedulers",
     "model_preset": "models.presets",
+    "record_routing": "analysis.records",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "default_scheduler",
     "model_preset",
+    "record_routing",
 ]
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,15 +225,20 @@ def sweep(arguments: Sequence[str]) -> int:
 
 
 def analyze(arguments: Sequence[str]) -> int:
-    """Draw a trained run's loss, and which experts serve which class and time, into its figures/."""
-    source, _, settings = _source_options(
-        "analyze", analyze.__doc__ or "", arguments, _fields(EvaluationConfig) - {"seed"}
-    )
-    run = _run_of(source, "analyze")
-    from .analysis.run import draw_figures
+    """Record the routers while sampling, and write report.html with figures and data; settings default to the run's."""
+    from .analysis.options import AnalyzeOptions
 
-    for path in draw_figures(run, settings.seed):
-        say(f"wrote {path}")
+    source, options, settings = _source_options(
+        "analyze",
+        analyze.__doc__ or "",
+        arguments,
+        {"acceleration"},  # it would hide the routers
+        options=AnalyzeOptions,
+        usual={"num_samples": 100, "steps": 20},
+    )
+    from .analysis.run import analyze as write_report
+
+    say(f"wrote {write_report(source, settings, options, say)}")
     return 0
 
 
@@ -286,20 +291,30 @@ def _positional(parser: ArgumentParser, arguments: Sequence[str], name: str, usa
 
 
 def _source_options(
-    verb: str, description: str, arguments: Sequence[str], unheeded: Set[str] = frozenset(), options: type | None = None
+    verb: str,
+    description: str,
+    arguments: Sequence[str],
+    unheeded: Set[str] = frozenset(),
+    options: type | None = None,
+    usual: Mapping[str, Any] | None = None,
 ) -> tuple[Source, Any, EvaluationConfig]:
-    """The folder, the verb's own options, and sampling settings (options but for the unheeded ones)."""
+    """The folder, the verb's own options, and sampling settings (options but for the unheeded ones).
+
+    Args:
+        usual: settings that the verb does not take from the run.
+    """
     parser = make_parser(verb, description)
     parser.add_argument("source", type=str, help="folder of a run, or one that `diffusion-moe convert` made")
     parser.add_class_arguments(EvaluationConfig, skip=set(unheeded))
     if options is not None:
         parser.add_class_arguments(options)
+    parser.set_defaults(dict(usual or {}))
     name, rest = _positional(parser, arguments, "folder", f"diffusion-moe {verb} FOLDER")
     from .evaluation.source import read_source
 
     source = read_source(Path(name))
     unconditional = source.config.num_classes == 0
-    defaults = vars(source.settings) | ({"guidance_scale": 1.0} if unconditional else {})
+    defaults = vars(source.settings) | ({"guidance_scale": 1.0} if unconditional else {}) | dict(usual or {})
     parser.set_defaults({key: value for key, value in defaults.items() if key in parser.get_defaults()})
     parsed = vars(parse(parser, [name, *rest]))
     settings = EvaluationConfig(**{key: parsed.get(key, value) for key, value in defaults.items()})

@@ -172,7 +172,7 @@ def test_a_damaged_record_is_one_line(capsys, tmp_path, trained, space):
 def test_scores_of_latents_are_refused(capsys, trained):
     status, _, err = run(capsys, "evaluate", trained)
     assert status == 2
-    assert "data.kind is latents" in err
+    assert "give --reference FILE" in err
 
 
 def test_a_vae_may_lie_in_a_folder_of_a_hub_repository(monkeypatch, vae_folder):

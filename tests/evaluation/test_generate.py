@@ -153,7 +153,7 @@ def test_thresholds_trade_compute_for_quality(tiny):
     with torch.no_grad(), record_routing(model) as record:
         usage.note(model(torch.randn(3, 1, 8, 8), torch.tensor(0.5), torch.tensor([1, 2, 3])).routing)
     tokens = 3 * 16 * len(routers_of(model))
-    assert usage.summary()["average_capacity"] == pytest.approx(float(record.counts_LBE().sum()) / tokens)
+    assert usage.summary()["average_capacity"] == pytest.approx(record.counts().served_LSKE.sum() / tokens)
     dense = make_state(read_recipe("digits", [*tiny, "--model.router=dense"]), torch.device("cpu")).model.eval()
     with pytest.raises(ValueError, match="only diffmoe routers have thresholds"):
         generate(dense, class_schedule(1, 10), 1, EvaluationConfig(steps=1, threshold_scale=0.5))

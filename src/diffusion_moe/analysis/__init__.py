@@ -1,5 +1,5 @@
 """What the routers did."""
 
-from .records import RoutingRecord, record_routing
+from .records import RoutingCounts, RoutingRecord, record_routing
 
-__all__ = ["RoutingRecord", "record_routing"]
+__all__ = ["RoutingCounts", "RoutingRecord", "record_routing"]

@@ -1,69 +1,279 @@
 """Recording routers at work, by hooks on their modules: the model is not changed.
 
-Shape suffixes: L MoE layers, B images, E experts, A assignments.
+Counts are summed on the model's device while it runs and brought to the host when they are read. So recording waits for
+nothing, and its memory does not grow with the number of passes.
+
+Shape suffixes: L MoE layers, S bins of time, K rows of classes, E experts, B images of a pass, N tokens of one image,
+P places of the image (its tokens without class tokens), T tokens of a pass (B * N), A assignments.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.ddpm import linear_schedule
+from ..model_config import ModelConfig
 from ..moe import Router, Routing, routers_of
+from ..moe.precision import full_precision
+
+BIN_SLACK = 1e-4
+"""Of a bin's width: times that rounding left just under the edge of a bin belong into it."""
+
+
+class RoutingCounts(NamedTuple):
+    """What was recorded, on the host; every number is a count, int64.
+
+    Row k of a class axis is class k; models that know "no class" have it as their last row, unconditional ones have one
+    row. Bin s of a time axis holds t from s / S to (s + 1) / S, 0 is noise and 1 is data, whatever the model's process.
+    """
+
+    served_LSKE: np.ndarray
+    """Assignments: tokens of class k at time s that expert e of layer l served."""
+    tokens_LSK: np.ndarray
+    """Tokens that the router of layer l saw, so that served / tokens is the number of experts a token."""
+    images_SK: np.ndarray
+    """Evaluations of the network, one an image."""
+    pairs_LEE: np.ndarray | None = None
+    """Tokens that both experts served; on the diagonal those of one expert. With `pairs`."""
+    compute_SKP: np.ndarray | None = None
+    """Assignments of the token at place p, summed over layers, places row by row. With `places`."""
+    places_LEP: np.ndarray | None = None
+    """Assignments of the tokens at place p, summed over times and classes. With `places`."""
+
+    @property
+    def served_LSK(self) -> np.ndarray:
+        """Assignments, summed over experts."""
+        return self.served_LSKE.sum(-1)
+
+    def plus(self, other: RoutingCounts) -> RoutingCounts:
+        """The counts of both."""
+        return RoutingCounts(*(None if a is None or b is None else a + b for a, b in zip(self, other)))  # type: ignore[arg-type]
+
+
+class LayerSums(NamedTuple):
+    """The running sums of one layer, on its device; see `RoutingCounts`."""
+
+    served_RE: Tensor
+    """Rows are pairs of bin and class, s * K + k."""
+    tokens_R: Tensor
+    pairs_EE: Tensor | None
+    compute_RQ: Tensor | None
+    """Column 0 is for class tokens, the others are places."""
+    places_EQ: Tensor | None
 
 
 class RoutingRecord:
-    """Assignments of every forward pass while recording."""
+    """Running counts of what routers did. Made by `record_routing`."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers: list[list[Tensor]] = [[] for _ in range(layers)]
-        """For each MoE layer, one (B, E) tensor a forward pass: tokens of each image that each expert served, int64."""
-
-    def counts_LBE(self) -> Tensor:
-        """The passes since the last `clear`, summed: (L, B, E)."""
-        return torch.stack([torch.stack(passes).sum(0) for passes in self.layers])
+    def __init__(self, model: nn.Module, time_bins: int, pairs: bool, places: bool) -> None:
+        self.time_bins, self.pairs, self.places = time_bins, pairs, places
+        self.routers = routers_of(model)
+        experts = {router.config.num_experts for router in self.routers}
+        if len(experts) > 1:
+            raise ValueError(f"the model's layers have {sorted(experts)} experts; record layers of equal number")
+        self.num_experts = experts.pop() if experts else 0
+        # Wrappers (compilation, parallel training, adapters) hide the model whose inputs are known.
+        self.root = next((module for module in model.modules() if _settings(module)), model)
+        settings = _settings(self.root)
+        self.rows = 1
+        self.num_places: int | None = None
+        """None: all tokens of an image, as the first pass shows."""
+        if settings is not None:
+            self.rows = max(1, settings.num_classes + int(settings.null_class and settings.num_classes > 0))
+            self.num_places = (settings.sample_size // settings.patch_size) ** 2
+        self.is_ddpm = settings is not None and settings.process == "ddpm"
+        self.clear()
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        for passes in self.layers:
-            passes.clear()
+        self.sums: list[LayerSums | None] = [None] * len(self.routers)
+        self.images_R: Tensor | None = None
+        self.passes = 0
+        """Calls of the model."""
+        self._row_B: Tensor | None = None
+        self._inside = False
+
+    def counts(self) -> RoutingCounts:
+        """What was recorded since the start or the last `clear`. Waits for the device.
+
+        Raises:
+            ValueError: there is none, of the model or of one of its routers.
+        """
+        silent = [f"MoE layer {layer + 1}" for layer, sums in enumerate(self.sums) if sums is None]
+        if not self.passes or silent:
+            raise ValueError(
+                f"no pass of {silent[0] if self.passes else 'the model'} was recorded; call the model while recording, "
+                "and as it was before torch.compile, which leaves hooks out"
+            )
+        L, S, K, E = len(self.routers), self.time_bins, self.rows, self.num_experts
+        width = (self.num_places or 0) + 1
+        blank = LayerSums(
+            torch.zeros(S * K, E, dtype=torch.long),
+            torch.zeros(S * K, dtype=torch.long),
+            torch.zeros(E, E, dtype=torch.long) if self.pairs else None,
+            torch.zeros(S * K, width, dtype=torch.long) if self.places else None,
+            torch.zeros(E, width, dtype=torch.long) if self.places else None,
+        )
+        columns = [LayerSums(*column) for column in [sums or blank for sums in self.sums]] or [blank]
+
+        def stacked(name: str) -> np.ndarray:
+            return torch.stack([getattr(layer, name).cpu() for layer in columns])[:L].numpy()
+
+        images_R = torch.zeros(S * K, dtype=torch.long) if self.images_R is None else self.images_R.cpu().clone()
+        return RoutingCounts(
+            served_LSKE=stacked("served_RE").reshape(L, S, K, E),
+            tokens_LSK=stacked("tokens_R").reshape(L, S, K),
+            images_SK=images_R.numpy().reshape(S, K),
+            pairs_LEE=stacked("pairs_EE") if self.pairs else None,
+            compute_SKP=stacked("compute_RQ").sum(0).reshape(S, K, -1)[..., 1:] if self.places else None,
+            places_LEP=stacked("places_EQ")[..., 1:] if self.places else None,
+        )
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pass of the model starts: note the row of each image, if its inputs say time and class."""
+        # What gradient checkpointing computes again in the backward pass is no pass of the model, and is not counted.
+        self._inside, self._row_B = True, None
+        self.passes += 1
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        if _settings(module) is None:
+            return
+        t_B = given["timestep"].detach().float().expand(len(given["hidden_states"]))
+        time_B = 1 - t_B / len(linear_schedule()) if self.is_ddpm else t_B
+        bin_B = (time_B * self.time_bins + BIN_SLACK).long().clamp(0, self.time_bins - 1)
+        labels = given.get("class_labels")
+        self._row_B = bin_B if labels is None else bin_B * self.rows + labels.long()
+        self._count_images(self._row_B)
+
+    def _count_images(self, row_B: Tensor) -> None:
+        if self.images_R is None:
+            with torch.inference_mode(False):  # or it could not be added to outside of it
+                self.images_R = torch.zeros(self.time_bins * self.rows, dtype=torch.long, device=row_B.device)
+        self.images_R.index_add_(0, row_B, torch.ones_like(row_B))
+
+    def end(self, *_: Any) -> None:
+        """The pass is over, or failed."""
+        self._inside = False
+
+    @torch.no_grad()
+    def note(self, layer: int, x_BND: Tensor, routing: Routing) -> None:
+        """Add what one router answered."""
+        if not self._inside:
+            return
+        B, N = x_BND.shape[:2]
+        sums = self.sums[layer] or self._make_sums(layer, N, x_BND.device)
+        row_B = self._row_B
+        if row_B is None:
+            row_B = torch.zeros(B, dtype=torch.long, device=x_BND.device)
+            if layer == 0:
+                self._count_images(row_B)
+        row_B = row_B.to(sums.tokens_R.device, non_blocking=True)  # layers may lie on several devices
+        expert_A, image_A = routing.expert_A(), routing.token_A // N
+        times_A = served_of(routing)
+        sums.served_RE.index_add_(0, row_B, tally(image_A, expert_A, B, self.num_experts, times_A))
+        sums.tokens_R.index_add_(0, row_B, torch.full_like(row_B, N))
+        if sums.pairs_EE is not None:
+            sums.pairs_EE.add_(pairs_of(routing.token_A, expert_A, B * N, self.num_experts, times_A))
+        if sums.compute_RQ is not None and sums.places_EQ is not None:
+            width = sums.compute_RQ.shape[1]
+            # Class tokens come first and share column 0.
+            column_A = (routing.token_A - image_A * N - (N - width)).clamp(min=0)
+            sums.compute_RQ.index_add_(0, row_B, tally(image_A, column_A, B, width, times_A))
+            sums.places_EQ.add_(tally(expert_A, column_A, self.num_experts, width, times_A))
+
+    def _make_sums(self, layer: int, tokens: int, device: torch.device) -> LayerSums:
+        if self.num_places is None:
+            self.num_places = tokens
+        R, E, Q = self.time_bins * self.rows, self.num_experts, self.num_places + 1
+        with torch.inference_mode(False):
+            sums = LayerSums(
+                torch.zeros(R, E, dtype=torch.long, device=device),
+                torch.zeros(R, dtype=torch.long, device=device),
+                torch.zeros(E, E, dtype=torch.long, device=device) if self.pairs else None,
+                torch.zeros(R, Q, dtype=torch.long, device=device) if self.places else None,
+                torch.zeros(E, Q, dtype=torch.long, device=device) if self.places else None,
+            )
+        self.sums[layer] = sums
+        return sums
 
 
-def image_counts(routing: Routing, tokens_per_image: int, num_images: int) -> Tensor:
-    """Tokens of each image that each expert served, int64, (B, E)."""
-    E = len(routing.offsets_E)
-    key_A = routing.token_A // tokens_per_image * E + routing.expert_A()
-    return (
-        torch.zeros(num_images * E, dtype=torch.long, device=key_A.device)
-        .index_add(0, key_A, torch.ones_like(key_A))
-        .view(num_images, E)
-    )
+def served_of(routing: Routing) -> Tensor:
+    """1 for each assignment, int64, (A,); 0 for rows that only fill up a fixed shape, as a capacity limit has them."""
+    # Where rows fill up, the report says how many choices were dropped; elsewhere a weight of 0 is a weight.
+    if getattr(routing.report, "dropped", None) is None:
+        return torch.ones_like(routing.token_A)
+    return (routing.weight_A.detach() != 0).long()
+
+
+def tally(row_A: Tensor, column_A: Tensor, rows: int, columns: int, times_A: Tensor) -> Tensor:
+    """How often each pair of row and column occurs, int64, (rows, columns); assignment a counts times_A[a] times."""
+    key_A = row_A * columns + column_A
+    # Not bincount, which waits for a GPU.
+    return key_A.new_zeros(rows * columns).index_add_(0, key_A, times_A).view(rows, columns)
+
+
+def pairs_of(token_A: Tensor, expert_A: Tensor, num_tokens: int, num_experts: int, times_A: Tensor) -> Tensor:
+    """Tokens that both experts served, int64, (E, E); assignment a counts times_A[a] times, 0 or 1."""
+    chosen_TE = torch.zeros(num_tokens, num_experts, device=token_A.device)
+    chosen_TE.view(-1).index_copy_(0, token_A * num_experts + expert_A, times_A.float())
+    with full_precision(chosen_TE):  # ones and zeros add up exactly in float32 to 2^24 tokens
+        return (chosen_TE.T @ chosen_TE).round().long()
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Record the routers of `model` while inside.
+def record_routing(
+    model: nn.Module, time_bins: int = 20, pairs: bool = False, places: bool = False
+) -> Iterator[RoutingRecord]:
+    """Count what the routers of `model` do while inside.
+
+    Outputs stay as they are, bit for bit. Times and classes are those that a `DiT` or `JiT` is called with; of any
+    other model (a layer, your own transformer) everything falls into one row. Recorders may be nested or overlap: each
+    counts for itself.
+
+    Args:
+        model: a model or a layer. time_bins: equal bins of t from 0 (noise) to 1 (data).
+        pairs: count also which experts serve the same tokens (one product of (E, T) and (T, E) a layer).
+        places: count also where in the image the served tokens lie.
+
+    Raises:
+        ValueError: no bins, or layers of different numbers of experts.
 
     Example:
         >>> with record_routing(model) as record:
         ...     model(x, t, labels)
-        >>> record.counts_LBE()
+        >>> counts = record.counts()
+        >>> counts.served_LSKE.sum((1, 2)) / counts.tokens_LSK.sum((1, 2))[:, None]  # how often a token meets an expert
     """
-    routers = routers_of(model)
-    record = RoutingRecord(len(routers))
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"record_routing got a {type(model).__name__}; give a model, such as a pipeline's transformer")
+    if time_bins < 1:
+        raise ValueError(f"time_bins is {time_bins}; it must be positive")
+    record = RoutingRecord(model, time_bins, pairs, places)
 
     def hook_for(layer: int):  # type: ignore[no-untyped-def]
-        def hook(router: Router, inputs: tuple[Tensor], routing: Routing) -> None:
-            B, N = inputs[0].shape[:2]
-            record.layers[layer].append(image_counts(routing, N, B).detach())
+        def hook(router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> None:
+            record.note(layer, args[0] if args else next(iter(kwargs.values())), routing)
 
         return hook
 
-    handles = [router.register_forward_hook(hook_for(layer)) for layer, router in enumerate(routers)]
+    handles = [record.root.register_forward_pre_hook(record.begin, with_kwargs=True)]
     try:
+        for layer, router in enumerate(record.routers):
+            handles.append(router.register_forward_hook(hook_for(layer), with_kwargs=True))
+        handles.append(record.root.register_forward_hook(record.end, always_call=True))
         yield record
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _settings(module: nn.Module) -> ModelConfig | None:
+    """The settings of a backbone; None for any other module."""
+    settings = vars(module).get("settings")  # its own, not one that a wrapper hands through
+    return settings if isinstance(settings, ModelConfig) else None

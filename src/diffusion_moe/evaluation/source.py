@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import EvaluationConfig, ModelConfig
 from ..run_folder import DATA, ORIGIN, RunFolder
-from ..storage import checkpoints_in, export
 from .options import Weights
 
 if TYPE_CHECKING:
@@ -124,6 +123,8 @@ class Source:
 
     def _checkpoint(self) -> Path:
         """The folder of a run's newest checkpoint."""
+        from ..storage import checkpoints_in
+
         found = checkpoints_in(RunFolder(self.path).checkpoints)
         if not found:
             raise ValueError(
@@ -134,6 +135,8 @@ class Source:
 
 def _load_not_averaged(model: Backbone, checkpoint: Path) -> None:
     from safetensors.torch import load_file
+
+    from ..storage import export
 
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"

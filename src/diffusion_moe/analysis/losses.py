@@ -1,0 +1,136 @@
+"""The loss of a run: what training logged, and what the finished model costs on held-out images at each time.
+
+Shape suffixes: W logged steps, I images, S bins of time, L MoE layers, E experts, B images of a pass.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Recipe
+from ..data import ImageDataset
+from ..diffusion.ddpm import ddpm_losses, linear_schedule, noised
+from ..diffusion.loss import flow_loss
+from ..diffusion.path import rectified_flow
+from ..models import Backbone
+from ..randomness import normal
+from .measures import spread_out
+
+HELD_OUT_IMAGES, HELD_OUT_BINS, PASS = 256, 10, 256
+
+
+class Curves(NamedTuple):
+    """What a run logged while training. A step that lacks a number has NaN."""
+
+    run: str
+    about: str
+    """How much it saw."""
+    steps_W: np.ndarray
+    loss_W: np.ndarray
+    imbalance_W: np.ndarray
+    """Load of the busiest expert over the mean load, averaged over layers; 1 is even."""
+    imbalance_WL: np.ndarray
+    """The same for each layer; no columns where it was not logged."""
+    loss_WS: np.ndarray
+    """Loss by bin of t, noise first; no columns where it was not logged."""
+
+
+class HeldOut(NamedTuple):
+    """Loss of the averaged model on held-out images, without label dropout."""
+
+    run: str
+    seed: int
+    """Of the noise."""
+    loss_IS: np.ndarray
+    """Of each image at the middle of each of S equal bins of t, from noise to data."""
+    labels_I: np.ndarray
+    training_steps: int | None
+
+    @property
+    def times_S(self) -> np.ndarray:
+        S = self.loss_IS.shape[1]
+        return (np.arange(S) + 0.5) / S
+
+
+def read_curves(metrics: Path, run: str, about: str = "", is_ddpm: bool = False) -> Curves | None:
+    """The curves of a `metrics.jsonl`; None if it is missing or holds no step. A line cut off by a kill is left out."""
+    rows = []
+    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    if not rows:
+        return None
+    loss_WS = _columns(rows, r"loss_t(\d\.\d+)")
+    return Curves(
+        run,
+        about,
+        np.array([row["step"] for row in rows]),
+        np.array([_number(row.get("loss")) for row in rows]),
+        np.array([_number(row.get("imbalance")) for row in rows]),
+        _columns(rows, r"moe_(\d+)/load_max"),
+        loss_WS[:, ::-1] if is_ddpm else loss_WS,  # there, times are logged as steps from data to noise
+    )
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _columns(rows: list[dict[str, Any]], pattern: str) -> np.ndarray:
+    """The numbers under keys of that pattern, in the order of the number in the key, a column each."""
+    found = {key: match for row in rows for key in row if (match := re.fullmatch(pattern, key))}
+    keys = sorted(found, key=lambda key: float(found[key][1]))
+    return np.array([[_number(row.get(key)) for key in keys] for row in rows]).reshape(len(rows), len(keys))
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Backbone, recipe: Recipe, dataset: ImageDataset, run: str, training_steps: int | None, seed: int = 0
+) -> HeldOut:
+    """The training loss of some of the data set's images at the middle of each bin of t, in float32.
+
+    The noise of an image is a function of (seed, bin, image), so that models are compared on the same.
+
+    Args:
+        model: in eval mode. dataset: held out; at most `HELD_OUT_IMAGES` of it are taken, evenly spaced.
+    """
+    batch = dataset.read(spread_out(len(dataset), HELD_OUT_IMAGES))
+    images, labels = batch.images, batch.labels
+    columns = []
+    for s in range(HELD_OUT_BINS):
+        losses = []
+        for rows in torch.arange(len(images)).split(PASS):
+            noise = normal(seed, "held_out", s, rows, tuple(images.shape[1:]))
+            given = labels[rows] if recipe.model.num_classes else None
+            losses.append(_losses(model, recipe, images[rows], noise, given, (s + 0.5) / HELD_OUT_BINS).cpu())
+        columns.append(torch.cat(losses))
+    return HeldOut(run, seed, torch.stack(columns, dim=1).double().numpy(), labels.numpy(), training_steps)
+
+
+def _losses(
+    model: Backbone, recipe: Recipe, images: Tensor, noise: Tensor, labels: Tensor | None, time: float
+) -> Tensor:
+    """Of each image at one time in [0, 1], (B,)."""
+    images, noise = images.to(model.device), noise.to(model.device)
+    labels = None if labels is None else labels.to(model.device)
+    if recipe.model.process == "ddpm":
+        schedule = linear_schedule()
+        step_B = torch.full((len(images),), round((1 - time) * len(schedule)), device=model.device)
+        out = model(noised(schedule, images, noise, step_B), step_B, labels)
+        losses = ddpm_losses(out.sample, images, noise, step_B, schedule)
+        return losses.mse + losses.vb
+    t_B = torch.full((len(images),), time, device=model.device)
+    point = rectified_flow(images, recipe.model.noise_scale * noise, t_B)
+    out = model(point.x_t, t_B, labels)
+    return flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.model.min_gap)

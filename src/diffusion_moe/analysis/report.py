@@ -1,0 +1,186 @@
+"""The report: one HTML file with everything in it, for phone and desktop, light and dark, without any script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from string import Template
+
+import numpy as np
+
+from .collect import Findings, Sampling
+from .measures import dead_experts, duplicate_experts, effective_experts, imbalance, ratio, shares
+from .notes import sampling_note, weights_note
+from .style import Panel, for_page
+
+NAMES = {"dit": "DiT", "jit": "JiT"}
+_PAGE = Template("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1f2329; --soft: #5b6470; --paper: #ffffff; --card: #f6f7f9; --line: #dfe3e8;
+  --link: #1257a8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --soft: #a3adb8; --paper: #15181c; --card: #1c2026;
+  --line: #323841; --link: #7db4ee; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 80rem; padding: 1.25rem .75rem 4rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; }
+h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 0 0 .5rem; }
+p { margin: .4rem 0; }
+a { color: var(--link); }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: .75rem 0; }
+.soft, figcaption, .absent { color: var(--soft); font-size: .875rem; line-height: 1.45; }
+.figures { columns: 3 21rem; column-gap: 1rem; }
+figure, .absent { margin: 0 0 1rem; padding: .7rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .5rem; break-inside: avoid; scroll-margin-top: 1rem; }
+figure svg { display: block; width: 100%; height: auto; color: var(--ink); margin-bottom: .6rem; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0; }
+.numbers div { padding: .6rem .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+.numbers dt { color: var(--soft); font-size: .8125rem; line-height: 1.3; }
+.numbers dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; }
+code { font-size: .9em; }
+</style>
+</head>
+<body>
+<header>
+<h1>$heading</h1>
+<p>$summary</p>
+$notes
+<nav aria-label="Sections">$links</nav>
+</header>
+<main>
+$numbers
+$sections
+$data
+</main>
+</body>
+</html>
+""")
+
+
+def html_report(
+    findings: Findings, sections: Mapping[str, Sequence[Panel]], svgs: Mapping[str, str], files: Sequence[str]
+) -> str:
+    """The page.
+
+    Args:
+        svgs: of each panel that has a figure, by its name. files: names of the data files beside the report.
+    """
+    names = [name for name in sections if sections[name]]
+    anchors = {name: f"section-{name.lower()}" for name in names}
+    return _PAGE.substitute(
+        title=escape(f"Routing report: {findings.name}"),
+        heading=escape(findings.name),
+        summary=escape(_summary(findings)),
+        notes="\n".join(f'<p class="soft">{escape(note)}</p>' for note in findings.missing),
+        links="".join(f'<a href="#{anchors[name]}">{name}</a>' for name in names),
+        numbers="" if findings.sampling is None else _numbers(findings, findings.sampling),
+        sections="\n".join(_section(name, anchors[name], sections[name], svgs) for name in names),
+        data=_data(files),
+    )
+
+
+def _summary(findings: Findings) -> str:
+    model = findings.model
+    blocks = f"{NAMES[model.backbone]} of {model.depth} blocks, width {model.hidden_size}"
+    if findings.sampling is None:
+        return f"{blocks}; no routers: every feed-forward layer is dense. From {weights_note(findings)}."
+    layers = len(findings.sampling.counts.tokens_LSK)
+    many = f"{layers} MoE layer{'s' * (layers != 1)} of {model.num_experts} experts, {model.router} routing"
+    shared = f", a shared expert ({model.shared})" if model.shared in ("gelu", "swiglu") else ""
+    drawn = sampling_note(findings, findings.sampling)
+    return f"{blocks}; {many}{shared}. What the routers did while drawing {drawn}"
+
+
+def _numbers(findings: Findings, sampling: Sampling) -> str:
+    """The numbers at a glance, and a table of the layers."""
+    counts, weights = sampling.counts, findings.weights
+    assert weights is not None
+    share_LE = shares(counts.served_LSKE.sum((1, 2)))
+    capacity_L = ratio(counts.served_LSK.sum((1, 2)), counts.tokens_LSK.sum((1, 2)))
+    dead, duplicates = dead_experts(share_LE), duplicate_experts(weights.experts_LEE)
+    glance = {
+        "experts a token, on average": f"{ratio(counts.served_LSK.sum(), counts.tokens_LSK.sum()):.3f}",
+        "busiest expert over mean load, worst layer": f"{imbalance(share_LE).max():.2f}",
+        "dead experts (below 1 % of an even load)": f"{len(dead)} of {share_LE.size}",
+        "pairs of duplicates (cosine above 0.9)": str(len(duplicates)),
+    }
+    rows = []
+    for layer in range(len(share_LE)):
+        cells = [
+            str(layer + 1),
+            f"{capacity_L[layer]:.3f}",
+            f"{imbalance(share_LE)[layer]:.2f}",
+            f"{effective_experts(share_LE)[layer]:.2f}",
+            _list(str(e) for at, e in dead if at == layer),
+            _list(f"{a} and {b}" for at, a, b in duplicates if at == layer),
+            f"{np.nanmax(_off_diagonal(weights.experts_LEE[layer]), initial=-1):.2f}",
+        ]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    heads = [
+        "MoE layer",
+        "experts a token",
+        "busiest / mean",
+        "effective experts",
+        "dead",
+        "duplicates",
+        "closest pair",
+    ]
+    return "\n".join(
+        [
+            '<dl class="numbers">',
+            *(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in glance.items()),
+            "</dl>",
+            '<h2 id="layers">Layers</h2><div class="scroll"><table><thead><tr>',
+            *(f'<th scope="col">{head}</th>' for head in heads),
+            "</tr></thead><tbody>",
+            *rows,
+            "</tbody></table></div>",
+            '<p class="soft">Loads are those of the evaluations with a class. Effective experts: exp of the entropy of '
+            "the loads. Closest pair: the highest cosine of two experts’ weights.</p>",
+        ]
+    )
+
+
+def _off_diagonal(values_EE: np.ndarray) -> np.ndarray:
+    return values_EE[~np.eye(len(values_EE), dtype=bool)]
+
+
+def _list(items) -> str:  # type: ignore[no-untyped-def]
+    return ", ".join(items) or "none"
+
+
+def _section(name: str, anchor: str, some: Sequence[Panel], svgs: Mapping[str, str]) -> str:
+    parts = []
+    for panel in some:
+        title, caption = escape(panel.title), escape(panel.caption)
+        if panel.figure is None:
+            parts.append(f'<div class="absent" id="{panel.name}"><h3>{title}</h3>{caption}</div>')
+        else:
+            svg = for_page(svgs[panel.name], title)
+            parts.append(
+                f'<figure id="{panel.name}"><h3>{title}</h3>\n{svg}<figcaption>{caption}</figcaption></figure>'
+            )
+    return f'<section><h2 id="{anchor}">{name}</h2>\n<div class="figures">\n' + "\n".join(parts) + "\n</div></section>"
+
+
+def _data(files: Sequence[str]) -> str:
+    if not files:
+        return ""
+    listed = ", ".join(f"<code>{escape(file)}</code>" for file in files)
+    return (
+        '<section><h2 id="data">Data</h2>\n<p class="soft">Beside this file lie the figures as PNG and SVG and the '
+        f"numbers behind them: {listed}. docs/analysis.md explains their columns.</p></section>"
+    )
