@@ -131,8 +131,6 @@ def _spread_experts(experts: GroupedExperts, layout: Layout, policy: Any) -> Non
         shard_placement_fn=lambda weight: Shard(1),
         mp_policy=policy,
     )
-    # The loss is a mean over all processes, also where an expert's gradient is summed over fewer.
-    experts.set_gradient_divide_factor(float(mesh.size()))  # type: ignore[operator]
 
 
 def whole_model(model: Backbone, recipe: Recipe) -> Backbone | None:
