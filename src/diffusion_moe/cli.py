@@ -99,13 +99,9 @@ def train(arguments: Sequence[str]) -> int:
     preview = previews_of(recipe) if recipe.logging.sample_every else None
     try:
         outcome = run_training(recipe, folder, parsed.resume, say, preview)
-    except NonFiniteError as error:
-        say(f"stopped: {error}")
+    except NonFiniteError:
         return 1
-    if outcome.interrupted_by is not None:
-        say(f"interrupted; saved a checkpoint at step {outcome.step}. Run the same command again to go on.")
-        return 128 + outcome.interrupted_by
-    return 0
+    return 0 if outcome.interrupted_by is None else 128 + outcome.interrupted_by
 
 
 def sample(arguments: Sequence[str]) -> int:

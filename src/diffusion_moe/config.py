@@ -163,11 +163,13 @@ class TrainingConfig:
     """How many of the newest checkpoints stay."""
     keep_every: int = 0
     """Steps whose multiples keep their checkpoints for good; 0: none."""
+    stop_seconds: int = 600
+    """Time that SIGTERM or Ctrl-C leaves for the step in progress and a checkpoint; after it the run ends as it is."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "stop_seconds"):
             require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}; it must be positive")
         require(
             self.batch_size % self.accumulation == 0,
@@ -319,6 +321,7 @@ CHANGEABLE = {
     "training.keep_checkpoints",
     "training.keep_every",
     "training.max_bad_steps",
+    "training.stop_seconds",
     "training.recompute",
     "training.compile",
     "data.num_workers",

@@ -74,7 +74,6 @@ def torchrun_processes(backend: str = "gloo", timeout: timedelta = timedelta(day
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group(backend, timeout=timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Only after success: with NCCL this waits for all others, of whom some may be gone.
+    dist.destroy_process_group()

@@ -41,6 +41,10 @@ class RunFolder:
         return self.path / "skipped.txt"
 
     @property
+    def bad_batches(self) -> Path:
+        return self.path / "bad-batches.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

@@ -1,44 +1,59 @@
-"""One of several gloo processes: takes some training steps and saves losses and final weights.
+"""One of several gloo processes: takes some training steps in each of several cases, and saves what came of them.
 
-Usage: torchrun ... train_worker.py RESULT STEPS OPTION ...
+Usage: train_worker.py CASES.json, a list of objects with `result` (a file), `steps`, `options`, and perhaps `backend` (of
+torch.compile, for `training.compile`).
 """
 
+import functools
+import json
 import sys
+from pathlib import Path
 
 import torch
 
 from diffusion_moe.data import load_dataset
 from diffusion_moe.distributed import is_main, torchrun_processes
+from diffusion_moe.models import Backbone
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.feed import batches
 from diffusion_moe.training.parallelize import check_parallel, make_layout, whole_model
 from diffusion_moe.training.step import make_state, train_step
 
+CPU = torch.device("cpu")
 
-def run(result: str, steps: int, options: list[str]) -> None:
-    torch.set_num_threads(1)
+
+def train(options, steps):
+    """The numbers of each step, and weights and averages at the end; None but on the main process."""
     recipe = read_recipe("digits", options)
     check_parallel(recipe)
-    device = torch.device("cpu")
-    state = make_state(recipe, device, make_layout(recipe.parallel, device))
+    state = make_state(recipe, CPU, make_layout(recipe.parallel, CPU))
     numbers = []
     for batch in batches(recipe, load_dataset(recipe.data, "train", recipe.training.seed), 0):
-        out = train_step(state, recipe, batch, detailed=True)
-        numbers.append(out.numbers.read())
+        numbers.append(train_step(state, recipe, batch, detailed=True).numbers.read())
         if state.step == steps:
             break
-    found = {
-        f"{kind}.{name}": tensor for kind in ("model", "ema") for name, tensor in whole(state, recipe, kind).items()
+    wholes = {kind: whole_model(getattr(state, kind), recipe) for kind in ("model", "ema")}
+    if not is_main():
+        return None
+    tensors = {
+        f"{kind}.{name}": tensor.detach().clone()
+        for kind, whole in wholes.items()
+        for name, tensor in whole.state_dict().items()
     }
-    if is_main():
-        torch.save({"numbers": numbers, "tensors": found}, result)
+    return {"numbers": numbers, "tensors": tensors}
 
 
-def whole(state, recipe, kind):
-    model = whole_model(getattr(state, kind), recipe)
-    return {} if model is None else {name: t.detach().clone() for name, t in model.state_dict().items()}
+def main(cases):
+    """All cases, one after another."""
+    torch.set_num_threads(1)
+    compile_blocks = Backbone.compile_blocks
+    with torchrun_processes():
+        for case in cases:
+            Backbone.compile_blocks = functools.partialmethod(compile_blocks, case.get("backend", "inductor"))
+            found = train(case["options"], case["steps"])
+            if found is not None:
+                torch.save(found, case["result"])
 
 
 if __name__ == "__main__":
-    with torchrun_processes():
-        run(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -73,6 +73,7 @@ class Combine(torch.autograd.Function):
         return dout_TD.index_select(0, token_A), None, None, None, None
 
 
+@torch.compiler.disable  # the host has to know how many rows come, which breaks a graph anyway
 def parallel_experts(experts: GroupedExperts, x_TD: Tensor, routing: Routing, group: dist.ProcessGroup) -> Tensor:
     """`GroupedExperts.forward` with the experts of a whole group of processes, (T, D) in the dtype of x_TD.
 
@@ -123,5 +124,5 @@ def _all_to_all(rows_AD: Tensor, splits: Splits, group: dist.ProcessGroup) -> Te
 def gathered(x_TE: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The rows of all processes, in the order of the processes, without a gradient; all have as many."""
     every = x_TE.new_empty(group.size() * len(x_TE), *x_TE.shape[1:])
-    dist.all_gather_into_tensor(every, x_TE.detach().contiguous(), group=group)
+    dist.all_gather(list(every.chunk(group.size())), x_TE.detach().contiguous(), group=group)
     return every

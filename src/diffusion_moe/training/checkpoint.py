@@ -10,12 +10,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
 from ..config import TrainingConfig
-from ..storage import AsyncWriter, CheckpointError, checkpoints_in, latest, read
+from ..storage import AsyncWriter, CheckpointError, latest, read
 from .step import TrainState
 
 
@@ -41,7 +41,13 @@ class Checkpoints:
         Raises:
             OSError, CheckpointError: why it has not.
         """
-        self.writer.save(state.step, state_tensors(state), {"step": state.step, "excluded": sorted(state.excluded)})
+        about = {"step": state.step, "excluded": sorted(state.excluded), "bad": state.bad, "gone_back": state.gone_back}
+        self.writer.save(state.step, state_tensors(state), about)
+
+    def failed(self) -> bool:
+        """Whether it is known that the save under way has failed; `save` and `wait` say why."""
+        under_way = self.writer._under_way
+        return under_way is not None and under_way.done() and under_way.exception() is not None
 
     def wait(self) -> None:
         """Until the last save is on the disk; raises as `save` does."""
@@ -51,10 +57,12 @@ class Checkpoints:
         """Wait and end."""
         self.writer.close()
 
-    def newest(self) -> int | None:
-        """The step of the newest checkpoint."""
-        paths = checkpoints_in(self.folder)
-        return int(paths[0].name[5:]) if paths else None
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        """As `close`; an error that is under way already stays the one that is raised."""
+        self.writer.__exit__(*reason)
 
     def load_latest(self, state: TrainState) -> Resumed:
         """Fill `state` from the newest good checkpoint."""
@@ -70,7 +78,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     """
     about = read(path, state_tensors(state))
     try:
-        state.step, state.excluded = int(about["step"]), {int(step) for step in about["excluded"]}
+        state.step, state.gone_back = int(about["step"]), bool(about["gone_back"])
+        state.excluded, state.bad = {int(step) for step in about["excluded"]}, [int(step) for step in about["bad"]]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} does not tell its step; it is of another version") from error
 

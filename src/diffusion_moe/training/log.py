@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -9,7 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from ..config import Recipe, TrainingConfig, to_dict
+from ..config import LoggingConfig, Recipe, TrainingConfig, to_dict
+from ..distributed import is_main
 from ..run_folder import RunFolder, write_atomically
 from .step import StepResult
 
@@ -21,7 +23,6 @@ class MetricsLog:
     """
 
     def __init__(self, run: RunFolder, recipe: Recipe, resumed_step: int) -> None:
-        """Raises ValueError if Weights & Biases is asked for and not installed."""
         self.run, self.recipe = run, recipe
         self.wandb = _wandb_run(run, recipe) if recipe.logging.wandb is not None else None
         self._open(resumed_step)
@@ -63,13 +64,19 @@ class MetricsLog:
             self.board.close()
 
 
+def check_trackers(config: LoggingConfig) -> None:
+    """Whether what is asked for is installed.
+
+    Raises:
+        ValueError: Weights & Biases is not.
+    """
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"logging.wandb is {config.wandb}, but the package wandb is not installed; pip install wandb")
+
+
 def _wandb_run(run: RunFolder, recipe: Recipe) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"logging.wandb is {recipe.logging.wandb}, but the package wandb is not installed; pip install wandb"
-        ) from error
+    import wandb
+
     name = run.path.resolve().name
     return wandb.init(
         project=recipe.logging.wandb, name=name, id=name, dir=str(run.path), resume="allow", config=to_dict(recipe)
@@ -84,7 +91,10 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere; both with step, loss, images per second and time left."""
+    """A bar on a terminal, plain lines elsewhere; both with step, loss, images per second and time left.
+
+    Of several processes that share a terminal, the main one shows it.
+    """
 
     def __init__(self, step: int, recipe: TrainingConfig, every: int, say: Callable[[str], None]) -> None:
         self.first, self.steps, self.batch_size = step, recipe.steps, recipe.batch_size
@@ -93,7 +103,7 @@ class Progress:
         self.bar: Any = None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        if is_main() and sys.stderr.isatty():
             from rich import progress
             from rich.console import Console
 

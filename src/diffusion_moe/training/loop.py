@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import signal
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
@@ -12,15 +14,16 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from ..config import Recipe
-from ..data import Batch, ImageDataset, SkippedLog, load_dataset
+from ..data import ImageDataset, SkippedLog, load_dataset
 from ..distributed import barrier, is_main, torchrun_processes
 from ..models import Backbone
 from ..run_folder import DATA, ORIGIN, RunFolder, write_atomically
 from .checkpoint import Checkpoints
 from .feed import batches, images_of_step
-from .log import MetricsLog, Progress
+from .log import MetricsLog, Progress, check_trackers
 from .parallelize import check_parallel, make_layout, whole_model
 from .signals import requests_to_stop
 from .speed import Speedometer
@@ -43,7 +46,7 @@ class Outcome(NamedTuple):
     """The signal that ended it before the last step."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ArithmeticError):
     """The loss stays not finite; the message names the file that lists the images."""
 
 
@@ -96,15 +99,27 @@ def train(
 
     Raises:
         ValueError: the data, the folder, the processes or the checkpoints do not fit. NonFiniteError: the loss stays
-            not finite.
+            not finite. OSError: a checkpoint cannot be written, or another process was lost.
     """
     backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
-    with torchrun_processes(backend, PATIENCE):
-        return Trainer(recipe, RunFolder(output_dir), resume, say if is_main() else _silent, preview).run()
+    try:
+        with torchrun_processes(backend, PATIENCE):
+            return Trainer(recipe, RunFolder(output_dir), resume, say if is_main() else _silent, preview).run()
+    except RuntimeError as error:
+        if not _is_lost_process(error):
+            raise
+        reason = " ".join(str(error).split())
+        lost = f"another process ended or cannot be reached; see what it says ({reason})"
+        raise ConnectionError(errno.ECONNRESET, lost, str(output_dir)) from error
 
 
 def _silent(line: str) -> None:
     """What processes other than the main one say."""
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone; gloo has no class of errors for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class _GoBack(Exception):
@@ -118,6 +133,7 @@ class Trainer:
         self, recipe: Recipe, run: RunFolder, resume: Literal["auto", "never"], say: Say, preview: Preview | None
     ) -> None:
         self.recipe, self.run_folder, self.say, self.preview = recipe, run, say, preview
+        check_trackers(recipe.logging)
         check_parallel(recipe)
         self.device = choose_device(recipe.training.device)
         self.layout = make_layout(recipe.parallel, self.device)
@@ -129,25 +145,38 @@ class Trainer:
         barrier()
         self.checkpoints = Checkpoints(run.checkpoints, recipe.training)
         self.pending: deque[StepResult] = deque()
-        self.bad: list[int] = []
-        """Steps that were not finite since the last one that was."""
-        self.went_back_to: int | None = None
+        """Steps whose numbers have not been read."""
+        self.owes_checkpoint = False
+        """Whether one was due in the midst of bad steps."""
         self.stopping = False
 
     def run(self) -> Outcome:
         """Train, and write the averaged model."""
         state, steps = self.state, self.recipe.training.steps
         self._resume()
-        with requests_to_stop() as received, closing(self.checkpoints):
-            if state.step < steps:
-                self._take_steps(received)
+        with requests_to_stop(self.recipe.training.stop_seconds) as received:
+            with self.checkpoints:
+                if state.step < steps:
+                    self._take_steps(received)
             if self.stopping and state.step < steps:
-                return Outcome(state.step, received[0] if received else 15)
+                self.say(f"interrupted; saved a checkpoint at step {state.step}. Run the same command again to go on.")
+                return Outcome(state.step, received[0] if received else signal.SIGTERM)
         publish(self.run_folder, state, self.recipe, self.dataset)
         self.say(f"trained {state.step} steps; the averaged model is in {self.run_folder.model}")
         return Outcome(state.step)
 
     def _resume(self) -> None:
+        path = self._load_checkpoint()
+        if path is not None:
+            done = self.state.step >= self.recipe.training.steps
+            self.say(f"{path} is already at the last step" if done else f"resuming from {path}")
+
+    def _load_checkpoint(self) -> Path | None:
+        """Fill the state from the newest good checkpoint; None if there is none at all.
+
+        Raises:
+            ValueError: there are some, but all are damaged.
+        """
         path, problems = self.checkpoints.load_latest(self.state)
         for problem in problems:
             self.say(f"warning: {problem}")
@@ -155,9 +184,7 @@ class Trainer:
             raise ValueError(
                 f"no checkpoint in {self.run_folder.checkpoints} can be used; move them away to start anew"
             )
-        if path is not None:
-            done = self.state.step >= self.recipe.training.steps
-            self.say(f"{path} is already at the last step" if done else f"resuming from {path}")
+        return path
 
     def _take_steps(self, received: list[int]) -> None:
         recipe, state, run = self.recipe, self.state, self.run_folder
@@ -187,14 +214,15 @@ class Trainer:
         with closing(batches(recipe, self.dataset, state.step)) as feed:
             for batch in feed:
                 self.speed.lap("data")
-                self._note_skipped(batch)
+                self.skipped_log.note(batch.skipped_names)
                 if state.step + 1 in state.excluded:
                     state.step += 1
                 else:
                     detailed = self._due(recipe.logging.every, state.step + 1)
-                    self.pending.append(train_step(state, recipe, batch, bool(received), detailed, self.speed.lap))
-                    # A step's numbers are read while the next one runs.
-                    self._settle(keep=0 if self._pauses() else 1)
+                    stop = bool(received) or self.checkpoints.failed()
+                    self.pending.append(train_step(state, recipe, batch, stop, detailed, self.speed.lap))
+                # A step's numbers are read while the next one runs.
+                self._settle(keep=0 if self._pauses() else 1)
                 if self.stopping:
                     self._settle(keep=0)
                 self._at_intervals()
@@ -208,22 +236,23 @@ class Trainer:
         """Whether something happens after this step that wants all numbers read."""
         training, logging, step = self.recipe.training, self.recipe.logging, self.state.step
         intervals = (training.checkpoint_every, logging.validate_every, logging.sample_every)
-        return any(self._due(every, step) for every in intervals)
+        return self.owes_checkpoint or any(self._due(every, step) for every in intervals)
 
     def _settle(self, keep: int) -> None:
         """Read the numbers of all steps but the last few; log them, and see whether they are finite."""
         while len(self.pending) > keep:
-            result = self.pending.popleft()
+            result, bad = self.pending.popleft(), self.state.bad
             self.stopping |= result.stop
+            self.skipped += result.skipped_images
             if result.finite:
-                self.bad.clear()
+                bad.clear()
             else:
-                self.bad.append(result.step)
+                bad.append(result.step)
                 self.say(
                     f"warning: step {result.step} was left out: its loss is {result.loss} and its gradient's norm "
                     f"{result.grad_norm}"
                 )
-                if len(self.bad) > self.recipe.training.max_bad_steps:
+                if len(bad) > self.recipe.training.max_bad_steps:
                     self.pending.clear()
                     raise _GoBack
             if self._due(self.recipe.logging.every, result.step):
@@ -234,7 +263,9 @@ class Trainer:
 
     def _at_intervals(self) -> None:
         """Checkpoint, held-out loss and pictures, where they are due."""
-        training, logging, step = self.recipe.training, self.recipe.logging, self.state.step
+        logging, step = self.recipe.logging, self.state.step
+        if self.stopping:  # first of all, for time may be short
+            self.checkpoints.save(self.state)
         if self.validation is not None and self._due(logging.validate_every, step):
             losses = self.validation.losses(self.state)
             if self.log is not None:
@@ -242,9 +273,17 @@ class Trainer:
             self.say(f"step {step}  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         if self.preview is not None and self._due(logging.sample_every, step):
             self.preview(self.state.ema, self.run_folder.previews / f"step-{step:08d}.png")
-        if self.stopping or self._due(training.checkpoint_every, step):
-            self.checkpoints.save(self.state)
+        if not self.stopping:
+            self._save_if_due()
         self.speed.forget()
+
+    def _save_if_due(self) -> None:
+        """In the midst of bad steps there is nothing good to go back to: the checkpoint waits for the next good one."""
+        training, state = self.recipe.training, self.state
+        self.owes_checkpoint |= self._due(training.checkpoint_every, state.step)
+        if self.owes_checkpoint and (not state.bad or state.step == training.steps):
+            self.owes_checkpoint = state.gone_back = False
+            self.checkpoints.save(state)
 
     def _go_back(self) -> None:
         """Leave the bad steps' batches out, from the last good checkpoint on.
@@ -252,35 +291,30 @@ class Trainer:
         Raises:
             NonFiniteError: we have been there before.
         """
-        bad, state = list(self.bad), self.state
-        self.bad.clear()
-        self.checkpoints.wait()
-        before = self.checkpoints.newest()
-        if (before or 0) == self.went_back_to:
-            raise NonFiniteError(self._name_images(bad))
+        state, bad = self.state, list(self.state.bad)
         excluded = state.excluded | set(bad)
-        if before is None:
-            state.replace_by(make_state(self.recipe, self.device, self.layout))
-        else:
-            self.checkpoints.load_latest(state)
-        self.went_back_to, state.excluded = before or 0, excluded
+        self.checkpoints.wait()
+        if self._load_checkpoint() is None:
+            state.become(lambda: make_state(self.recipe, self.device, self.layout))
+        if state.gone_back:
+            message = self._name_images(bad)
+            self.say(f"stopped: {message}")
+            raise NonFiniteError(message)
+        state.excluded, state.gone_back, self.owes_checkpoint = excluded, True, False
+        self.checkpoints.save(state)  # also a run that is resumed leaves them out
         if self.log is not None:
             self.log.go_back(state.step)
         self.say(f"warning: went back to step {state.step}; the batches of steps {bad[0]} to {bad[-1]} are left out")
 
     def _name_images(self, bad: list[int]) -> str:
-        path = self.run_folder.path / "bad-batches.json"
+        path = self.run_folder.bad_batches
         if is_main():
             images = {str(step): images_of_step(self.recipe, self.dataset, step) for step in bad}
             write_atomically(path, json.dumps({"steps": bad, "training_images": images}) + "\n")
         return (
-            f"the loss or gradient of steps {bad[0]} to {bad[-1]} is not finite, also after going back once; "
-            f"{path} lists their images"
+            f"the loss or gradient of steps {bad[0]} to {bad[-1]} is not finite, also after going back once; {path} "
+            "lists their images. Take another learning rate or data, or leave more steps out by training.max_bad_steps"
         )
-
-    def _note_skipped(self, batch: Batch) -> None:
-        self.skipped += batch.skipped
-        self.skipped_log.note(batch.skipped_names)
 
 
 def publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDataset) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import OptimizerConfig
 from ..distributed import all_reduce_sum
+from ..moe import GroupedExperts
 from ..moe.parallel import local_part
 
 
@@ -24,6 +25,7 @@ class LocalAdamW(torch.optim.AdamW):
         matrices |= {id(p) for name, p in model.named_parameters() if name.endswith((".w_in", ".w_out"))}
         self.model = model
         self.held = [_held(parameter) for parameter in model.parameters()]
+        self.summed = self._summed_gradients()
         decayed = [id(parameter) in matrices for parameter in model.parameters()]
         groups = [
             {"params": [p for p, yes in zip(self.held, decayed) if yes == wanted], "weight_decay": decay}
@@ -37,10 +39,21 @@ class LocalAdamW(torch.optim.AdamW):
             fused=self.held[0].device.type in ("cuda", "cpu"),
         )
 
+    def _summed_gradients(self) -> dict[int, list[Tensor]]:
+        """By number of processes, the parts whose gradients are sums over so many: those of spread experts."""
+        part_of = {id(parameter): part for part, parameter in zip(self.held, self.model.parameters())}
+        summed: dict[int, list[Tensor]] = {}
+        for experts in [module for module in self.model.modules() if isinstance(module, GroupedExperts)]:
+            if experts.group is not None:
+                summed.setdefault(experts.group.size(), []).extend(part_of[id(p)] for p in experts.parameters())
+        return summed
+
     def take_gradients(self) -> list[Tensor]:
-        """Take over the model's gradients; returns those there are."""
+        """Take over the model's gradients, all as means over the processes; returns those there are."""
         for part, parameter in zip(self.held, self.model.parameters()):
             part.grad = local_part(parameter.grad)
+        for processes, parts in self.summed.items():
+            torch._foreach_div_([part.grad for part in parts if part.grad is not None], processes)
         return [part.grad for part in self.held if part.grad is not None]
 
     def step_if(self, finite: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..config import ParallelConfig, Recipe
+from ..data import places_of
 from ..distributed import is_main, world_size
 from ..models import Backbone, make_model
 from ..moe import GroupedExperts, MoEFeedForward, Router
@@ -61,12 +62,13 @@ def make_layout(config: ParallelConfig, device: torch.device) -> Layout | None:
 
 
 def check_parallel(recipe: Recipe) -> None:
-    """Whether the model can be spread in this way.
+    """Whether batch and model can be spread in this way.
 
     Raises:
-        ValueError: the experts cannot be divided, or have dropout.
+        ValueError: the batch or the experts cannot be divided, or the experts have dropout.
     """
     model, experts, shard = recipe.model, recipe.parallel.experts, recipe.parallel.shard
+    places_of(recipe.training.batch_size, recipe.training.accumulation, world=world_size())
     for name in ("hidden_size", "expert_dim"):
         if model.router != "dense" and getattr(model, name) % shard:
             raise ValueError(f"model.{name} {getattr(model, name)} is not divisible by parallel.shard {shard}")
@@ -94,7 +96,8 @@ def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
         if kept:
             shard(kept, mp_policy=wide)
         shard(block, mp_policy=narrow)
-    shard(model, mp_policy=wide)
+    # Also after the forward pass: an average, which has no backward pass, must not keep gathered weights as they were.
+    shard(model, mp_policy=wide, reshard_after_forward=True)
     if layout.all.device_type == "cpu":
         for module in model.modules():
             if hasattr(module, "set_force_sum_reduction_for_comms"):
@@ -128,8 +131,6 @@ def _spread_experts(experts: GroupedExperts, layout: Layout, policy: Any) -> Non
         shard_placement_fn=lambda weight: Shard(1),
         mp_policy=policy,
     )
-    # The loss is a mean over all processes, also where an expert's gradient is summed over fewer.
-    experts.set_gradient_divide_factor(float(mesh.size()))  # type: ignore[operator]
 
 
 def whole_model(model: Backbone, recipe: Recipe) -> Backbone | None:
@@ -143,8 +144,12 @@ def whole_model(model: Backbone, recipe: Recipe) -> Backbone | None:
     if not is_main():
         return None
     with torch.device("meta"):
-        whole = make_model(recipe.model)
+        whole = make_model(recipe.model).train(model.training)
     whole.load_state_dict(tensors, assign=True)
+    for name, buffer in model.named_buffers():
+        if name not in tensors:  # fixed tables that no file holds
+            module, _, own_name = name.rpartition(".")
+            setattr(whole.get_submodule(module), own_name, buffer.cpu())
     return whole
 
 

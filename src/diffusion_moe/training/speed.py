@@ -16,7 +16,7 @@ from .step import StepResult
 
 PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bfloat16 products a second by a part of the device's name, from the makers' data sheets."""
-UNLOGGED = ("finite", "stop")
+UNLOGGED = ("finite", "stop", "skipped_images")
 Mark = float | torch.cuda.Event
 
 
@@ -44,7 +44,7 @@ class Speedometer:
         numbers = {
             name: value
             for name, value in result.numbers.read().items()
-            if name not in UNLOGGED and not math.isnan(value)
+            if name not in UNLOGGED and math.isfinite(value)  # JSON knows no others
         }
         numbers["learning_rate"] = result.learning_rate
         return numbers | self._speed() | {"memory_gb": self._memory_gb()}

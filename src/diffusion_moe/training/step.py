@@ -7,6 +7,7 @@ over in the background.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -48,10 +49,16 @@ class TrainState:
     """Further averages by decay."""
     excluded: set[int] = field(default_factory=set)
     """Steps whose batches are left out, for they spoiled the loss."""
+    bad: list[int] = field(default_factory=list)
+    """Steps that were not finite since the last one that was."""
+    gone_back: bool = False
+    """Whether training has gone back to the last checkpoint since it was made."""
 
-    def replace_by(self, other: TrainState) -> None:
-        """Become another state."""
-        vars(self).update(vars(other))
+    def become(self, make: Callable[[], TrainState]) -> None:
+        """Become another state, which is made when the memory of this one is free."""
+        vars(self).clear()
+        gc.collect()  # modules that FSDP2 spreads refer to themselves
+        vars(self).update(vars(make()))
 
 
 class StepResult(NamedTuple):
@@ -60,8 +67,8 @@ class StepResult(NamedTuple):
     step: int
     learning_rate: float
     numbers: HostCopy
-    """loss, grad_norm (before clipping), finite, stop, `loss_NAME` of each router loss (already weighted, summed over
-    layers), and with `detailed` what `measures` adds."""
+    """loss, grad_norm (before clipping), finite, stop, skipped_images, `loss_NAME` of each router loss (already
+    weighted, summed over layers), and with `detailed` what `measures` adds."""
 
     @property
     def loss(self) -> float:
@@ -83,6 +90,11 @@ class StepResult(NamedTuple):
         """Whether a process asked to stop."""
         return self.numbers.read()["stop"] > 0
 
+    @property
+    def skipped_images(self) -> int:
+        """Unreadable images of the global batch that others stand in for."""
+        return round(self.numbers.read()["skipped_images"])
+
 
 def make_state(recipe: Recipe, device: torch.device, layout: Layout | None = None) -> TrainState:
     """A fresh model, a function of the seed, with its averages and optimizer."""
@@ -95,9 +107,16 @@ def make_state(recipe: Recipe, device: torch.device, layout: Layout | None = Non
 def state_of(model: Backbone, recipe: Recipe, device: torch.device, layout: Layout | None = None) -> TrainState:
     """The state of training at its beginning, for a model of any origin."""
     training = recipe.training
-    model.to(device).train()
+
+    def placed(model: Backbone) -> Backbone:
+        # Spread part by part from where it is: no process needs room on its device for the whole.
+        if layout is not None:
+            parallelize(model, recipe, layout)
+        return model.to(device)
+
     averages = [
-        copy.deepcopy(model).eval().requires_grad_(False) for _ in (training.ema_decay, *training.more_ema_decays)
+        placed(copy.deepcopy(model).eval().requires_grad_(False))
+        for _ in (training.ema_decay, *training.more_ema_decays)
     ]
     if training.recompute == "blocks":
         model.enable_gradient_checkpointing()
@@ -105,9 +124,7 @@ def state_of(model: Backbone, recipe: Recipe, device: torch.device, layout: Layo
         experts.recompute = training.recompute == "experts"
     if training.compile:
         model.compile_blocks(fullgraph=layout is None)
-    if layout is not None:
-        for each in (model, *averages):
-            parallelize(each, recipe, layout)
+    model = placed(model.train())
     more = dict(zip(training.more_ema_decays, averages[1:]))
     return TrainState(model, averages[0], make_optimizer(model, recipe.optimizer), layout=layout, more_emas=more)
 
@@ -177,7 +194,7 @@ def loss_at(
     return LossParts(loss, time, routers, out.routing)
 
 
-def _seeded_dropout(recipe: Recipe, step: int, first: int) -> AbstractContextManager[None]:
+def _seeded_dropout(recipe: Recipe, step: int, first: int, device: torch.device) -> AbstractContextManager[None]:
     """Torch's generators seeded for one micro-batch, where the model has dropout.
 
     Its masks are a function of (seed, step, first sample of the micro-batch), so that a resumed run repeats them;
@@ -186,12 +203,12 @@ def _seeded_dropout(recipe: Recipe, step: int, first: int) -> AbstractContextMan
     model = recipe.model
     if not (model.dropout or model.attention_dropout or model.expert_dropout):
         return nullcontext()
-    return _seeded(derive_seed(recipe.training.seed, "dropout", step * 2**20 + first))
+    return _seeded(derive_seed(recipe.training.seed, "dropout", step * 2**20 + first), device)
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng():
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # not those of other processes
         torch.manual_seed(seed)
         yield
 
@@ -223,7 +240,8 @@ def train_step(
         f"loss_{name}": torch.stack([part.routers[name].detach() for part in parts]).mean() for name in parts[0].routers
     }
     gradients = state.optimizer.take_gradients()
-    means = _mean_over_processes({"loss": loss, **routers, "stop": loss.new_tensor(float(stop))})
+    told = {"stop": float(stop), "skipped_images": float(batch.skipped * world_size())}
+    means = _mean_over_processes({"loss": loss, **routers, **{name: loss.new_tensor(x) for name, x in told.items()}})
     grad_norm = global_norm(gradients, replicas=1 if state.layout is None else state.layout.dense.size(0))
     finite = torch.isfinite(means["loss"]) & torch.isfinite(grad_norm)
     clip_(gradients, grad_norm, recipe.optimizer.max_grad_norm)
@@ -254,7 +272,7 @@ def _accumulate_gradients(
         if state.layout is not None:  # gradients travel once a step
             model.set_requires_gradient_sync(number == len(micro_batches))
         micro = Batch(batch.images[rows], batch.labels[rows])
-        with _seeded_dropout(recipe, step, int(places[rows[0]])):
+        with _seeded_dropout(recipe, step, int(places[rows[0]]), model.device):
             part = micro_batch_loss(model, recipe, micro, step, places[rows].to(model.device))
         lap("forward")
         (part.total() * (len(rows) / count)).backward()
