@@ -292,28 +292,19 @@ def test_a_folder_of_images_trains_by_the_shipped_recipe(capsys, tmp_path, tiny)
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_saved(capsys, tmp_path, tiny, monkeypatch):
-    from safetensors import SafetensorError
+    from diffusion_moe.storage import writing
 
-    import diffusion_moe.training.checkpoint as checkpoint
+    options = ["--training.steps=4", "--training.checkpoint_every=2"]
+    command = ["train", "digits", "--output_dir", tmp_path, *tiny, *options]
+    real, calls = writing.write_safetensors, []
 
-    command = [
-        "train",
-        "digits",
-        "--output_dir",
-        tmp_path,
-        *tiny,
-        "--training.steps=4",
-        "--training.checkpoint_every=2",
-    ]
-    real, calls = checkpoint.save_file, []
-
-    def full_at_the_second_checkpoint(tensors, path):
+    def full_at_the_second_checkpoint(path, entries):
         calls.append(path)
-        if len(calls) > 3:
-            raise SafetensorError("No space left on device")
-        real(tensors, path)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return real(path, entries)
 
-    monkeypatch.setattr(checkpoint, "save_file", full_at_the_second_checkpoint)
+    monkeypatch.setattr(writing, "write_safetensors", full_at_the_second_checkpoint)
     status, _, err = run(capsys, *command)
     assert status == 1
     assert "No space left on device" in err
@@ -341,11 +332,15 @@ def test_an_unconditional_run_is_sampled_scored_and_drawn(capsys, tmp_path, tiny
         assert "unconditional" in err
 
 
-def test_a_diverging_run_stops_names_the_step_and_its_checkpoint(capsys, tmp_path, tiny):
-    options = [*tiny, "--training.steps=9", "--training.checkpoint_every=1", "--optimizer.max_grad_norm=null"]
-    status, out, _ = run(
+def test_a_diverging_run_goes_back_once_then_stops_and_names_the_images(capsys, tmp_path, tiny):
+    options = [*tiny, "--training.steps=30", "--training.checkpoint_every=1", "--optimizer.max_grad_norm=null"]
+    status, out, err = run(
         capsys, "train", "digits", "--output_dir", tmp_path / "run", *options, "--optimizer.learning_rate=1e30"
     )
     assert status == 1
-    assert "step 2: the loss is" in out
-    assert f"last checkpoint: {tmp_path}/run/checkpoints/step-00000001" in out
+    assert "step 2 was left out" in out and "went back to step 1" in out
+    assert "bad-batches.json" in out + err
+    bad = json.loads((tmp_path / "run" / "bad-batches.json").read_text())
+    assert list(map(str, bad["steps"])) == list(bad["training_images"])
+    assert all(len(images) == 16 for images in bad["training_images"].values())
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()

@@ -246,6 +246,8 @@ class Trainer:
             self.skipped += result.skipped_images
             if result.finite:
                 bad.clear()
+                # Going back has helped once a step beyond those left out is good.
+                self.state.gone_back &= result.step < max(self.state.excluded, default=0)
             else:
                 bad.append(result.step)
                 self.say(
@@ -282,7 +284,7 @@ class Trainer:
         training, state = self.recipe.training, self.state
         self.owes_checkpoint |= self._due(training.checkpoint_every, state.step)
         if self.owes_checkpoint and (not state.bad or state.step == training.steps):
-            self.owes_checkpoint = state.gone_back = False
+            self.owes_checkpoint = False
             self.checkpoints.save(state)
 
     def _go_back(self) -> None:
