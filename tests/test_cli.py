@@ -343,4 +343,4 @@ def test_a_diverging_run_goes_back_once_then_stops_and_names_the_images(capsys, 
     bad = json.loads((tmp_path / "run" / "bad-batches.json").read_text())
     assert list(map(str, bad["steps"])) == list(bad["training_images"])
     assert all(len(images) == 16 for images in bad["training_images"].values())
-    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
+    assert any((tmp_path / "run" / "checkpoints").glob("step-*"))
