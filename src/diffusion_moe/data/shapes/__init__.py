@@ -2,7 +2,7 @@
 
 from .captions import WORDS
 from .dataset import Shapes
-from .render import render
+from .drawing import render
 from .sampling import Scenes, draw_scenes
 from .scene import Content, Item, Look, Scene
 

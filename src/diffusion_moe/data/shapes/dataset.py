@@ -10,7 +10,7 @@ import torch
 from ...config import DataConfig
 from ..dataset import Batch, ImageDataset, Split
 from .captions import caption
-from .render import render
+from .drawing import render
 from .sampling import draw_contents, place
 from .scene import Content, contents
 

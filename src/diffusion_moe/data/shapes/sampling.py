@@ -15,7 +15,7 @@ from torch import Tensor
 from ...randomness import uniforms
 from .scene import COLOURS, MAX_COUNT, SHAPES, SIZES, Item, Scene, contents, held_out
 
-EDGE, GAP = 0.03, 0.07
+EDGE, GAP = 1 / 32, 0.07
 """Least distance of an object's box to the image's edge and to another box, as a share of the side."""
 REACH = {"circle": 1.0, "square": 0.88, "triangle": 1.2, "cross": 1.05}
 """Of a shape of radius 1: greatest distance from the centroid along x or y."""

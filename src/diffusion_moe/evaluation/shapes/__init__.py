@@ -1,8 +1,8 @@
 """A proof that text conditions images: prompts over coloured shapes, and a scorer without any learned part."""
 
-from .judge import Verdict, judge, judge_all
-from .parse import Found, parse
-from .picture import picture
+from .gallery import picture
+from .judging import Verdict, judge, judge_all
+from .parsing import Found, parse
 from .prompts import CATEGORIES, SPLITS, Prompt, Requirement, Wanted, evaluation_prompts, true_scenes
 from .report import Report, Tally, score, table
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...data.shapes.render import render
+from ...data.shapes.drawing import render
 from ...randomness import derive_seed
-from .judge import Verdict, complaints, judge_all
-from .parse import Found, parse
+from .judging import Verdict, complaints, judge_all
+from .parsing import Found, parse
 from .prompts import CATEGORIES, SPLITS, Category, Prompt, Split, questions, true_scenes
 
 POOL = 120

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...data.shapes.captions import NUMBERS, PLURALS
 from ...data.shapes.scene import SHAPES, stands
-from .parse import Found, parse
+from .parsing import Found, parse
 from .prompts import Prompt, Requirement, Wanted
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..generate import to_uint8
-from .judge import Verdict
+from .judging import Verdict
 from .prompts import Prompt
 
 SIDE, MARGIN, FRAME, LINE, LINES = 128, 12, 4, 14, 5

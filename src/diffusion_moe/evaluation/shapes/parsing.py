@@ -13,7 +13,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ...data.shapes.render import AREAS, coverage, palette
+from ...data.shapes.drawing import AREAS, coverage, palette
 from ...data.shapes.scene import COLOURS, SHAPES, Colour, Shape, Size, size_of
 
 SMOOTHING = 0.02
