@@ -27,6 +27,9 @@ OFF_PALETTE = 0.37
 half of the distance between two colours, so that orange is neither red nor yellow."""
 LEAST_FIT = 0.82
 """Intersection over union with the drawn shape from which a patch counts as that shape."""
+RADII = (0.09, 0.35)
+"""Least and greatest radius of a shape, as shares of the side: with room around what is drawn, and a filled image is no
+square."""
 _OFF = len(COLOURS)
 
 
@@ -123,15 +126,10 @@ def _recognise(alpha: np.ndarray, window: tuple[slice, ...], image: tuple[int, .
     fits = dict(zip(SHAPES, np.max(overlaps, 0).tolist()))
     best = max(SHAPES, key=fits.__getitem__)
     side = math.sqrt(image[0] * image[1])
-    return Found(
-        best if fits[best] >= LEAST_FIT and colour else None,
-        colour,
-        (window[1].start + x) / image[1],
-        (window[0].start + y) / image[0],
-        math.sqrt(area / AREAS[best]) / side,
-        area / side**2,
-        fits[best],
-    )
+    radius = math.sqrt(area / AREAS[best]) / side
+    fitting = colour and fits[best] >= LEAST_FIT and RADII[0] <= radius <= RADII[1]
+    x, y = (window[1].start + x) / image[1], (window[0].start + y) / image[0]
+    return Found(best if fitting else None, colour, x, y, radius, area / side**2, fits[best])
 
 
 def _drawn(shape: Shape, x: float, y: float, radius: float, size: tuple[int, ...]) -> np.ndarray:
