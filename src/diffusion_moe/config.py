@@ -52,9 +52,10 @@ _OF_ONE_KIND = {
 class DataConfig:
     """The images."""
 
-    kind: Literal["digits", "folder", "huggingface", "latents"] = "digits"
-    """digits: scikit-learn's 1,797 handwritten digits; folder: a folder of images, one sub-folder a class; huggingface:
-    a data set of the hub or one saved on the disk; latents: a cache that `diffusion-moe encode` wrote."""
+    kind: Literal["digits", "shapes", "folder", "huggingface", "latents"] = "digits"
+    """digits: scikit-learn's 1,797 handwritten digits; shapes: 100,000 drawn scenes of coloured shapes with captions;
+    folder: a folder of images, one sub-folder a class; huggingface: a data set of the hub or one saved on the disk;
+    latents: a cache that `diffusion-moe encode` wrote."""
     path: str | None = None
     """The folder (kind: folder, latents). For huggingface a hub id, a folder that save_to_disk made, a folder of images
     or parquet files, or one parquet file."""
@@ -69,9 +70,10 @@ class DataConfig:
     label_column: str | None = "label"
     """Column of the classes: names, or numbers with or without names; null: no classes (kind: huggingface)."""
     image_size: int = 8
-    """Height and width that images are resized and center-cropped to, in pixels (kind: folder, huggingface)."""
+    """Height and width that images are resized and center-cropped to, in pixels (kind: folder, huggingface), or
+    that shapes are drawn at (kind: shapes)."""
     channels: Literal[1, 3] = 1
-    """1 for grey, 3 for colour (kind: folder, huggingface)."""
+    """1 for grey, 3 for colour (kind: folder, huggingface, shapes)."""
     normalize: Literal["scaling", "channel"] = "scaling"
     """scaling: as the VAE's config says; channel: each channel to mean 0 and standard deviation 1 by the cache's
     statistics (kind: latents)."""

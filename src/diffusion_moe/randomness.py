@@ -66,6 +66,11 @@ def uniform(seed: int, stream: str, step: int | Tensor, samples: Tensor) -> Tens
     return _open_unit(_words(seed, stream, step, samples, 1)[:, 0]).float()
 
 
+def uniforms(seed: int, stream: str, step: int | Tensor, samples: Tensor, count: int) -> Tensor:
+    """Uniform numbers in (0, 1), (S, count), float32; the first of them are `uniform`'s. Arguments as for `uniform`."""
+    return _open_unit(_words(seed, stream, step, samples, count))[:, :count].float()
+
+
 def normal(seed: int, stream: str, step: int | Tensor, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers, (S, *shape), float32, by Box and Muller's formula. Arguments as for `uniform`."""
     count = math.prod(shape)

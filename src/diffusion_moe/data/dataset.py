@@ -101,6 +101,10 @@ def load_dataset(config: DataConfig, split: Split, seed: int = 0) -> ImageDatase
         from .digits import Digits
 
         return Digits(config, split, seed)
+    if config.kind == "shapes":
+        from .shapes import Shapes
+
+        return Shapes(config, split, seed)
     if config.kind == "latents":
         from .latents import LatentCache
 

@@ -1,0 +1,171 @@
+"""The world of coloured shapes: what a scene may hold, and which combinations are held out from training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations, permutations, product
+from typing import Literal
+
+Shape = Literal["circle", "square", "triangle", "cross"]
+Colour = Literal["red", "yellow", "green", "blue", "purple", "white"]
+Size = Literal["small", "large"]
+Relation = Literal["left of", "right of", "above", "below"]
+Axis = Literal["look", "size", "count", "pair", "relation"]
+"""Along which axis something is held out; a look is a shape in a colour."""
+
+SHAPES: tuple[Shape, ...] = ("circle", "square", "triangle", "cross")
+COLOURS: dict[Colour, tuple[int, int, int]] = {
+    "red": (226, 53, 48),
+    "yellow": (250, 208, 44),
+    "green": (38, 176, 84),
+    "blue": (44, 110, 245),
+    "purple": (190, 62, 214),
+    "white": (246, 246, 246),
+}
+"""sRGB, 0 to 255. Their directions from the background are far apart, so edges mixed with it keep their colour."""
+BACKGROUND = (28, 30, 38)
+"""Of every scene; sRGB, 0 to 255."""
+SIZES: dict[Size, tuple[float, float]] = {"small": (0.135, 0.165), "large": (0.22, 0.27)}
+"""Least and greatest radius, as a share of the image's side."""
+LARGE_FROM = 0.19
+"""Radius from which an object is called large: midway between the sizes."""
+RELATIONS: dict[Relation, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""Direction from the second object to the first, (x, y); y runs downwards."""
+CONVERSE: dict[Relation, Relation] = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+}
+MAX_COUNT = 4
+
+HELD_OUT_LOOKS: frozenset[tuple[Shape, Colour]] = frozenset(
+    {
+        ("circle", "purple"),
+        ("circle", "yellow"),
+        ("square", "green"),
+        ("triangle", "red"),
+        ("triangle", "white"),
+        ("cross", "blue"),
+    }
+)
+"""Each colour lacks one shape."""
+HELD_OUT_SIZES: frozenset[tuple[Shape, Size]] = frozenset({("cross", "large")})
+HELD_OUT_COUNTS: frozenset[tuple[int, Shape]] = frozenset({(2, "triangle"), (3, "square"), (4, "circle")})
+"""Each count lacks one shape."""
+HELD_OUT_PAIRS: frozenset[frozenset[Shape]] = frozenset(
+    {frozenset[Shape]({"circle", "cross"}), frozenset[Shape]({"square", "triangle"})}
+)
+"""Shapes never seen together."""
+HELD_OUT_RELATIONS: frozenset[tuple[Shape, Relation, Shape]] = frozenset(
+    {
+        ("circle", "left of", "square"),
+        ("square", "above", "cross"),
+        ("cross", "right of", "triangle"),
+        ("triangle", "below", "circle"),
+    }
+)
+"""Each pair of shapes that is seen together lacks one relation; the converse says the same."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A shape in a colour and a size."""
+
+    shape: Shape
+    colour: Colour
+    size: Size = "small"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a scene shows, without saying where: one object, copies of one, or two that differ in shape and colour."""
+
+    looks: tuple[Look, ...]
+    relation: Relation | None = None
+    """Of two different objects: where the first is, seen from the second."""
+
+    @property
+    def kind(self) -> Literal["single", "count", "pair"]:
+        if len(self.looks) == 1:
+            return "single"
+        return "pair" if self.relation else "count"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One object of a scene; lengths are shares of the image's side, y runs downwards."""
+
+    shape: Shape
+    colour: Colour
+    x: float
+    """Of the centroid."""
+    y: float
+    radius: float
+
+    @property
+    def size(self) -> Size:
+        return size_of(self.radius)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects on the plain background; they do not touch."""
+
+    items: tuple[Item, ...]
+
+
+def size_of(radius: float) -> Size:
+    """The word for a radius."""
+    return "large" if radius >= LARGE_FROM else "small"
+
+
+def stands(first: tuple[float, float], relation: Relation, second: tuple[float, float]) -> bool:
+    """Whether the first centre lies within 60 degrees of the relation's direction from the second; (x, y) each.
+
+    The cone is GenEval's (arXiv 2310.11513): the offset along the direction exceeds half of the distance.
+    """
+    dx, dy = first[0] - second[0], first[1] - second[1]
+    x, y = RELATIONS[relation]
+    return x * dx + y * dy > 0.5 * math.hypot(dx, dy)
+
+
+def held_out(content: Content) -> frozenset[Axis]:
+    """Along which axes a content is held out; training shows only those with none."""
+    shapes = [look.shape for look in content.looks]
+    axes: dict[Axis, bool] = {
+        "look": any((look.shape, look.colour) in HELD_OUT_LOOKS for look in content.looks),
+        "size": any((look.shape, look.size) in HELD_OUT_SIZES for look in content.looks),
+        "count": content.kind == "count" and (len(shapes), shapes[0]) in HELD_OUT_COUNTS,
+        "pair": frozenset(shapes) in HELD_OUT_PAIRS,
+        "relation": content.relation is not None and is_held_out_relation(shapes[0], content.relation, shapes[1]),
+    }
+    return frozenset(axis for axis, holds in axes.items() if holds)
+
+
+def is_held_out_relation(first: Shape, relation: Relation, second: Shape) -> bool:
+    """Whether training never shows the first shape so beside the second."""
+    return not HELD_OUT_RELATIONS.isdisjoint({(first, relation, second), (second, CONVERSE[relation], first)})
+
+
+@lru_cache
+def contents() -> tuple[Content, ...]:
+    """Everything that a scene can show: 48 single objects, 72 counts, 720 pairs."""
+    looks = list(product(SHAPES, COLOURS))
+    single = [Content((Look(shape, colour, size),)) for size in SIZES for shape, colour in looks]
+    counts = [Content((Look(*look),) * count) for count in range(2, MAX_COUNT + 1) for look in looks]
+    pairs = [
+        Content((Look(shapes[0], colours[0]), Look(shapes[1], colours[1])), relation)
+        for shapes in combinations(SHAPES, 2)
+        for colours in permutations(COLOURS, 2)
+        for relation in RELATIONS
+    ]
+    return (*single, *counts, *pairs)
+
+
+@lru_cache
+def seen_contents() -> tuple[Content, ...]:
+    """What training may show."""
+    return tuple(content for content in contents() if not held_out(content))
