@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections import deque
@@ -24,7 +25,9 @@ from .log import MetricsLog, Progress
 from .parallelize import check_parallel, make_layout, whole_model
 from .signals import requests_to_stop
 from .speed import Speedometer
+from .start import Origin, begin_from, check_start, finished
 from .step import StepResult, TrainState, make_state, train_step
+from .storage import checkpoints_in
 from .validation import Validation
 
 Say = Callable[[str], None]
@@ -85,6 +88,7 @@ def train(
     resume: Literal["auto", "never"] = "auto",
     say: Say = print,
     preview: Preview | None = None,
+    origin: Callable[[], Origin] | None = None,
 ) -> Outcome:
     """Train until the recipe's last step, or until Ctrl-C or SIGTERM, which save a checkpoint first.
 
@@ -93,6 +97,7 @@ def train(
     Args:
         output_dir: the run folder; if it holds this recipe's run, training goes on from its last good checkpoint.
         say: receives lines of progress. preview: draws pictures every `logging.sample_every` steps.
+        origin: reads the model of `start.source`, which a fresh run begins from.
 
     Raises:
         ValueError: the data, the folder, the processes or the checkpoints do not fit. NonFiniteError: the loss stays
@@ -100,7 +105,7 @@ def train(
     """
     backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
     with torchrun_processes(backend, PATIENCE):
-        return Trainer(recipe, RunFolder(output_dir), resume, say if is_main() else _silent, preview).run()
+        return Trainer(recipe, RunFolder(output_dir), resume, say if is_main() else _silent, preview, origin).run()
 
 
 def _silent(line: str) -> None:
@@ -115,18 +120,31 @@ class Trainer:
     """One run on one process, or one process' part in it."""
 
     def __init__(
-        self, recipe: Recipe, run: RunFolder, resume: Literal["auto", "never"], say: Say, preview: Preview | None
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        resume: Literal["auto", "never"],
+        say: Say,
+        preview: Preview | None,
+        origin: Callable[[], Origin] | None = None,
     ) -> None:
         self.recipe, self.run_folder, self.say, self.preview = recipe, run, say, preview
         check_parallel(recipe)
+        check_start(recipe)
         self.device = choose_device(recipe.training.device)
         self.layout = make_layout(recipe.parallel, self.device)
         self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
         check_fit(recipe, self.dataset)
-        self.state = make_state(recipe, self.device, self.layout)
+        begins = recipe.start.source is not None and not checkpoints_in(run.checkpoints)
+        fill = functools.partial(self._begin_from, origin) if begins else None
+        self.start_notes: list[str] = []
+        self.fresh_state = functools.partial(make_state, recipe, self.device, self.layout, fill)
+        self.state = self.fresh_state()
         if is_main():
             run.claim(recipe, resume)
         barrier()
+        for line in self.start_notes:
+            say(line)
         self.checkpoints = Checkpoints(run.checkpoints, recipe.training)
         self.pending: deque[StepResult] = deque()
         self.bad: list[int] = []
@@ -146,6 +164,11 @@ class Trainer:
         publish(self.run_folder, state, self.recipe, self.dataset)
         self.say(f"trained {state.step} steps; the averaged model is in {self.run_folder.model}")
         return Outcome(state.step)
+
+    def _begin_from(self, origin: Callable[[], Origin] | None, model: Backbone) -> None:
+        if origin is None:
+            raise ValueError(f"start.source is {self.recipe.start.source}; pass `origin`, which reads it")
+        self.start_notes = begin_from(model, self.recipe, origin(), self.dataset.record())
 
     def _resume(self) -> None:
         path, problems = self.checkpoints.load_latest(self.state)
@@ -260,7 +283,7 @@ class Trainer:
             raise NonFiniteError(self._name_images(bad))
         excluded = state.excluded | set(bad)
         if before is None:
-            state.replace_by(make_state(self.recipe, self.device, self.layout))
+            state.replace_by(self.fresh_state())
         else:
             self.checkpoints.load_latest(state)
         self.went_back_to, state.excluded = before or 0, excluded
@@ -291,6 +314,7 @@ def publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDat
         whole = whole_model(ema, recipe)
         if whole is None:
             continue
+        whole = finished(whole, recipe.start, run.lora if ema is state.ema else None)
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         whole.save_pretrained(partial)
