@@ -238,8 +238,8 @@ def _label_notes(
     else:
         kept, new = sum(row is not None for row in classes), classes.count(None)
         lines.append(
-            f"label table: {kept} of {len(classes)} rows are kept, by the names of the classes; {new} are new, the mean "
-            "of all old ones plus noise"
+            f"label table: {kept} of {len(classes)} rows are kept, by the names of the classes; {new} are new, the "
+            "mean of all old ones plus noise"
         )
     return lines + (["label table: the row of no class is new"] if null == [None] else [])
 

@@ -106,7 +106,8 @@ def upcycled(dense: Backbone, model: Backbone, noise: float, seed: int) -> tuple
     lost = loses_biases(config, division)
     begins = "as" if division.exact and not lost and not noise else "about as"
     notes.append(
-        f"experts of {len(mixtures)} blocks: {division.describe(config)}; they begin {begins} the dense layers"
+        f"experts of {len(mixtures)} blocks: {division.describe(config)}; they begin {begins} the dense layers, and "
+        "their routers are new"
     )
     if lost:
         notes.append("biases of the dense layers are left out where experts have none (model.expert_bias, shared_bias)")
