@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .benchmarks.options import BenchOptions, What
-from .config import SECTIONS, DataConfig, EvaluationConfig, to_yaml
+from .config import SECTIONS, DataConfig, EvaluationConfig, StartConfig, to_yaml
 from .conversion import ConvertOptions, to_pipeline, to_published_file
 from .encoding.options import EncodeOptions
 from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions
@@ -22,6 +22,7 @@ from .parsing import (
     find_recipe,
     make_parser,
     parse,
+    peek,
     read_recipe,
     recipe_arguments,
     recipe_from,
@@ -31,9 +32,10 @@ from .parsing import (
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
     from .evaluation.source import Source
+    from .starting import StartingPoint
 
 USER_ERROR = 2
 Section = TypeVar("Section")
@@ -86,7 +88,11 @@ def train(arguments: Sequence[str]) -> int:
     parser.add_argument("--print_config", action="store_true", help="print the whole recipe as YAML and stop")
     name, rest = _positional(parser, arguments, "recipe", "diffusion-moe train RECIPE")
     file = find_recipe(name)
-    parsed = parse(parser, [name, *recipe_arguments(file), *rest])
+    given = [*recipe_arguments(file), *rest]
+    first = peek(parser, [name, *given])
+    folder = first.output_dir or Path("runs") / file.stem
+    point, options = _starting_point(first, RunFolder(folder))
+    parsed = parse(parser, [name, *options, *given])
     recipe = recipe_from(parsed)
     if parsed.print_config:
         print(to_yaml(recipe), end="")
@@ -95,10 +101,9 @@ def train(arguments: Sequence[str]) -> int:
     from .training.loop import NonFiniteError
     from .training.loop import train as run_training
 
-    folder = parsed.output_dir or Path("runs") / file.stem
     preview = previews_of(recipe) if recipe.logging.sample_every else None
     try:
-        outcome = run_training(recipe, folder, parsed.resume, say, preview)
+        outcome = run_training(recipe, folder, parsed.resume, say, preview, None if point is None else point.origin)
     except NonFiniteError:
         return 1
     return 0 if outcome.interrupted_by is None else 128 + outcome.interrupted_by
@@ -274,6 +279,17 @@ def recipes(arguments: Sequence[str]) -> int:
         flops = f"{model_flops(config) / 1e9:28.3f}" if with_flops else ""
         say(f"{name:{width}}{config.router:10}{total:10.1f}{activated:14.1f}{flops}")
     return 0
+
+
+def _starting_point(parsed: Namespace, run: RunFolder | None = None) -> tuple[StartingPoint | None, list[str]]:
+    """The model to start from, and its settings as options for what the recipe leaves out."""
+    if parsed.start.source is None:
+        return None, []
+    from .starting import StartingPoint, model_options
+
+    start = StartConfig(**parsed.start.as_dict())
+    point = StartingPoint(start)
+    return point, model_options(start, point, run)
 
 
 def _positional(parser: ArgumentParser, arguments: Sequence[str], name: str, usage: str) -> tuple[str, list[str]]:

@@ -190,6 +190,59 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """The model that training begins from, and which of its weights learn; see docs/finetuning.md."""
+
+    source: str | None = None
+    """A run, a folder that `diffusion-moe convert` made, a model's folder, or a published checkpoint (file, folder or
+    hub id); null: fresh weights. The model section then need only name what differs from it."""
+    weights: Literal["ema", "ema2", "model"] = "ema"
+    """Which of a run's or a published file's: an average (JiT's files have two), or the last weights."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are, by name with * and ? as for files: blocks.0.*, *.attn.*, *.mlp.router.*"""
+    lora_rank: int | None = None
+    """Train adapters of this rank and nothing else (LoRA; needs the package peft); null: the weights themselves."""
+    lora_alpha: float | None = None
+    """Adapters are multiplied by alpha / rank; null: alpha is the rank."""
+    lora_targets: tuple[str, ...] = ("attn.qkv", "attn.proj")
+    """Layers that get adapters, by the ends of their names; mlp.experts.w_in and mlp.experts.w_out are the stacked
+    experts. y_embedder, the label table, has none and is trained whole."""
+    upcycle: bool = False
+    """Make experts of a dense model's feed-forward layers."""
+    upcycle_noise: float = 0.0
+    """Noise on upcycled experts, in standard deviations of their weights."""
+
+    def __post_init__(self) -> None:
+        fields = type(self).__dataclass_fields__
+        for name in (name for name in fields if name != "source"):
+            value = getattr(self, name)
+            require(
+                self.source is not None or value == fields[name].default,
+                f"start.{name} is {value}, but start.source is missing; give the model to start from",
+            )
+        rank, alpha, noise = self.lora_rank, self.lora_alpha, self.upcycle_noise
+        require(rank is None or rank > 0, f"start.lora_rank is {rank}; it must be positive, or null")
+        require(alpha is None or alpha > 0, f"start.lora_alpha is {alpha}; it must be positive, or null")
+        require(noise >= 0, f"start.upcycle_noise is {noise}; use 0 for none")
+        for name in ("lora_alpha", "lora_targets"):
+            value = getattr(self, name)
+            require(
+                rank is not None or value == fields[name].default,
+                f"start.{name} is {value}, but start.lora_rank is null; give a rank",
+            )
+        require(bool(self.lora_targets), "start.lora_targets are empty; name layers, or set start.lora_rank to null")
+        require(
+            rank is None or not self.freeze,
+            f"start.freeze is {self.freeze}, but with start.lora_rank only adapters learn; leave it out",
+        )
+        require(
+            rank is None or not self.upcycle,
+            "start.upcycle is true, but adapters cannot train its new routers; set start.lora_rank to null",
+        )
+        require(self.upcycle or not noise, f"start.upcycle_noise is {noise}, but start.upcycle is false; leave it out")
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How the run is spread over processes: replicate x shard x experts must be as many as torchrun started."""
 
@@ -294,11 +347,16 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        require(
+            not self.start.upcycle or self.model.router != "dense",
+            "start.upcycle is true, but model.router is dense; choose a routing rule",
+        )
         if self.model.process == "ddpm":
             require(
                 self.diffusion.loss in (None, "epsilon"),

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,23 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     Raises:
         ValueError: one line that names the option, its value and what is expected.
     """
+    return _in_one_line(parser, lambda: parser.instantiate(parser.parse_args(_usual_spelling(parser, arguments))))
+
+
+def peek(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """The values as given: types are checked, sections not yet built, so that what contradicts may be filled in.
+
+    Raises:
+        ValueError: as `parse`.
+    """
+    return _in_one_line(parser, lambda: parser.parse_args(_usual_spelling(parser, arguments)))
+
+
+def _in_one_line(parser: ArgumentParser, work: Callable[[], Namespace]) -> Namespace:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return parser.instantiate(parser.parse_args(_usual_spelling(parser, arguments)))
+            return work()
         except (argparse.ArgumentError, TypeError, ValueError) as error:
             raise ValueError(_one_line(str(error), parser)) from error
 
@@ -142,11 +155,12 @@ def recipe_arguments(path: Path) -> list[str]:
         for key, value in fields.items():
             if f"{section}.{key}" not in known:
                 raise ValueError(f"recipe {path}: {unknown_name(f'{section}.{key}', known)}")
-            arguments.append(f"--{section}.{key}={_as_text(value)}")
+            arguments.append(f"--{section}.{key}={as_text(value)}")
     return arguments
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as an option's text."""
     if isinstance(value, str):
         return value
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")

@@ -60,6 +60,10 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def lora(self) -> Path:
+        return self.path / "lora"
+
     def average(self, decay: float) -> Path:
         """Where a further average's model lies."""
         return self.path / f"model-ema-{decay}"

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 
 from ..config import TrainingConfig
+from ..models import Backbone
 from ..storage import AsyncWriter, CheckpointError, latest, read
+from .start import copy_frozen
 from .step import TrainState
 
 
@@ -77,6 +79,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         CheckpointError: it is damaged, or not of this recipe's model; says what is wrong.
     """
     about = read(path, state_tensors(state))
+    copy_frozen(state.model, _averages(state).values())
     try:
         state.step, state.gone_back = int(about["step"]), bool(about["gone_back"])
         state.excluded, state.bad = {int(step) for step in about["excluded"]}, [int(step) for step in about["bad"]]
@@ -85,8 +88,13 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Every tensor that a step changes, by name; they share the state's memory."""
-    models = {"model": state.model, "ema": state.ema}
-    models |= {f"ema_{decay}": ema for decay, ema in state.more_emas.items()}
-    tensors = {f"{kind}.{name}": t.detach() for kind, model in models.items() for name, t in model.state_dict().items()}
+    """All tensors of a state by name, sharing its memory; what is frozen stands under `model` alone."""
+    frozen = {name for name, parameter in state.model.named_parameters() if not parameter.requires_grad}
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in state.model.state_dict().items()}
+    for kind, ema in _averages(state).items():
+        tensors |= {f"{kind}.{name}": t.detach() for name, t in ema.state_dict().items() if name not in frozen}
     return tensors | {f"optimizer.{name}": moment for name, moment in state.optimizer.named_moments().items()}
+
+
+def _averages(state: TrainState) -> dict[str, Backbone]:
+    return {"ema": state.ema} | {f"ema_{decay}": ema for decay, ema in state.more_emas.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import shutil
 import signal
@@ -21,12 +22,14 @@ from ..data import ImageDataset, SkippedLog, load_dataset
 from ..distributed import barrier, is_main, torchrun_processes
 from ..models import Backbone
 from ..run_folder import DATA, ORIGIN, RunFolder, write_atomically
+from ..storage import checkpoints_in
 from .checkpoint import Checkpoints
 from .feed import batches, images_of_step
 from .log import MetricsLog, Progress, check_trackers
 from .parallelize import check_parallel, make_layout, whole_model
 from .signals import requests_to_stop
 from .speed import Speedometer
+from .start import Origin, begin_from, check_start, finished
 from .step import StepResult, TrainState, make_state, train_step
 from .validation import Validation
 
@@ -88,6 +91,7 @@ def train(
     resume: Literal["auto", "never"] = "auto",
     say: Say = print,
     preview: Preview | None = None,
+    origin: Callable[[], Origin] | None = None,
 ) -> Outcome:
     """Train until the recipe's last step, or until Ctrl-C or SIGTERM, which save a checkpoint first.
 
@@ -96,6 +100,7 @@ def train(
     Args:
         output_dir: the run folder; if it holds this recipe's run, training goes on from its last good checkpoint.
         say: receives lines of progress. preview: draws pictures every `logging.sample_every` steps.
+        origin: reads the model of `start.source`, which a fresh run begins from.
 
     Raises:
         ValueError: the data, the folder, the processes or the checkpoints do not fit. NonFiniteError: the loss stays
@@ -104,7 +109,8 @@ def train(
     backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
         with torchrun_processes(backend, PATIENCE):
-            return Trainer(recipe, RunFolder(output_dir), resume, say if is_main() else _silent, preview).run()
+            heard = say if is_main() else _silent
+            return Trainer(recipe, RunFolder(output_dir), resume, heard, preview, origin).run()
     except RuntimeError as error:
         if not _is_lost_process(error):
             raise
@@ -130,19 +136,32 @@ class Trainer:
     """One run on one process, or one process' part in it."""
 
     def __init__(
-        self, recipe: Recipe, run: RunFolder, resume: Literal["auto", "never"], say: Say, preview: Preview | None
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        resume: Literal["auto", "never"],
+        say: Say,
+        preview: Preview | None,
+        origin: Callable[[], Origin] | None = None,
     ) -> None:
         self.recipe, self.run_folder, self.say, self.preview = recipe, run, say, preview
         check_trackers(recipe.logging)
         check_parallel(recipe)
+        check_start(recipe)
         self.device = choose_device(recipe.training.device)
         self.layout = make_layout(recipe.parallel, self.device)
         self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
         check_fit(recipe, self.dataset)
-        self.state = make_state(recipe, self.device, self.layout)
+        begins = recipe.start.source is not None and not checkpoints_in(run.checkpoints)
+        fill = functools.partial(self._begin_from, origin) if begins else None
+        self.start_notes: list[str] = []
+        self.fresh_state = functools.partial(make_state, recipe, self.device, self.layout, fill)
+        self.state = self.fresh_state()
         if is_main():
             run.claim(recipe, resume)
         barrier()
+        for line in self.start_notes:
+            say(line)
         self.checkpoints = Checkpoints(run.checkpoints, recipe.training)
         self.pending: deque[StepResult] = deque()
         """Steps whose numbers have not been read."""
@@ -164,6 +183,11 @@ class Trainer:
         publish(self.run_folder, state, self.recipe, self.dataset)
         self.say(f"trained {state.step} steps; the averaged model is in {self.run_folder.model}")
         return Outcome(state.step)
+
+    def _begin_from(self, origin: Callable[[], Origin] | None, model: Backbone) -> None:
+        if origin is None:
+            raise ValueError(f"start.source is {self.recipe.start.source}; pass `origin`, which reads it")
+        self.start_notes = begin_from(model, self.recipe, origin(), self.dataset.record())
 
     def _resume(self) -> None:
         path = self._load_checkpoint()
@@ -297,7 +321,7 @@ class Trainer:
         excluded = state.excluded | set(bad)
         self.checkpoints.wait()
         if self._load_checkpoint() is None:
-            state.become(lambda: make_state(self.recipe, self.device, self.layout))
+            state.become(self.fresh_state)
         if state.gone_back:
             message = self._name_images(bad)
             self.say(f"stopped: {message}")
@@ -327,6 +351,7 @@ def publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDat
         whole = whole_model(ema, recipe)
         if whole is None:
             continue
+        whole = finished(whole, recipe.start, run.lora if ema is state.ema else None)
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         whole.save_pretrained(partial)

@@ -19,9 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ..config import ParallelConfig, Recipe
 from ..data import places_of
 from ..distributed import is_main, world_size
-from ..models import Backbone, make_model
+from ..models import Backbone
 from ..moe import GroupedExperts, MoEFeedForward, Router
 from ..moe.routers import BatchPool
+from .start import make_prepared
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def whole_model(model: Backbone, recipe: Recipe) -> Backbone | None:
     if not is_main():
         return None
     with torch.device("meta"):
-        whole = make_model(recipe.model).train(model.training)
+        whole = make_prepared(recipe).train(model.training)
     whole.load_state_dict(tensors, assign=True)
     for name, buffer in model.named_buffers():
         if name not in tensors:  # fixed tables that no file holds

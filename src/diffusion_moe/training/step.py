@@ -30,6 +30,7 @@ from .ema import update_ema
 from .measures import HostCopy, loss_by_time, routing_measures
 from .optimizer import LocalAdamW, clip_, global_norm, learning_rate, make_optimizer
 from .parallelize import Layout, parallelize
+from .start import prepared, share_frozen
 
 DDPM_STEPS = 1000
 
@@ -96,12 +97,27 @@ class StepResult(NamedTuple):
         return round(self.numbers.read()["skipped_images"])
 
 
-def make_state(recipe: Recipe, device: torch.device, layout: Layout | None = None) -> TrainState:
-    """A fresh model, a function of the seed, with its averages and optimizer."""
+def make_state(
+    recipe: Recipe,
+    device: torch.device,
+    layout: Layout | None = None,
+    fill: Callable[[Backbone], None] | None = None,
+) -> TrainState:
+    """A fresh model, a function of the seed, with its averages and optimizer.
+
+    Args:
+        fill: gives the model other weights, if the recipe says so (see `start`).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
         model = make_model(recipe.model)
-    return state_of(model, recipe, device, layout)
+        if fill is not None:
+            fill(model)
+        prepared(model, recipe.start)
+    state = state_of(model, recipe, device, layout)
+    if layout is None:
+        share_frozen(state.model, [state.ema, *state.more_emas.values()])
+    return state
 
 
 def state_of(model: Backbone, recipe: Recipe, device: torch.device, layout: Layout | None = None) -> TrainState:
@@ -283,9 +299,11 @@ def _accumulate_gradients(
 
 @torch.no_grad()
 def _update_routing(model: Backbone, reports: Sequence[RoutingReport], finite: Tensor) -> None:
-    routers = routers_of(model)
+    # A frozen router keeps its state too: the base of an adapter must stay as it was.
+    learning = [any(p.requires_grad for p in router.parameters()) for router in routers_of(model)]
+    routers = [router for router, learns in zip(routers_of(model), learning) if learns]
     before = [(buffer, buffer.clone()) for router in routers for buffer in router.buffers()]
-    update_routing_state(routers, reports)
+    update_routing_state(routers, [report for report, learns in zip(reports, learning) if learns])
     for buffer, old in before:
         buffer.copy_(torch.where(finite, buffer, old))
 

@@ -1,0 +1,130 @@
+"""Models that training may begin from: runs, pipeline and model folders, published checkpoints."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import ModelConfig, StartConfig
+from .conversion import is_ours
+from .evaluation.source import Source, read_source
+from .parsing import as_text, read_recipe
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .models import Backbone
+    from .training.start import Origin
+
+
+class StartingPoint:
+    """The model that `start.source` names; its weights are read when `origin` is called."""
+
+    def __init__(self, start: StartConfig) -> None:
+        assert start.source is not None
+        self.start, self.path = start, Path(start.source)
+
+    @cached_property
+    def source(self) -> Source | None:
+        """The folder, if it is one of this library's; None for a published checkpoint.
+
+        Raises:
+            ValueError: it has no weights of the kind that is asked for.
+        """
+        if not is_ours(self.path):
+            return None
+        source, weights = read_source(self.path), self.start.weights
+        if weights != "ema" and (weights != "model" or not RunFolder(self.path).recipe.is_file()):
+            choice = "ema or model" if RunFolder(self.path).recipe.is_file() else "one set of weights; leave it out"
+            raise ValueError(f"start.weights is {weights}, but {self.path} has {choice}")
+        return source
+
+    @cached_property
+    def settings(self) -> ModelConfig:
+        """Its architecture.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        return self._published.settings if self.source is None else self.source.config
+
+    @cached_property
+    def _published(self) -> Backbone:
+        from .published import read_published
+
+        try:
+            return read_published(str(self.path), weights=self.start.weights).model
+        except ValueError as error:
+            raise ValueError(
+                f"start.source: {error} (`diffusion-moe convert` takes such options and makes a folder to start from)"
+            ) from error
+
+    def origin(self) -> Origin:
+        """Read it.
+
+        Raises:
+            ValueError: the weights are missing or damaged.
+        """
+        from .models import load_model
+        from .training.start import Origin
+
+        name = f"{self.path} ({self.start.weights} weights)"
+        if self.source is None:
+            return Origin(name, self._published)
+        model = _last_weights(self.path) if self.start.weights == "model" else load_model(self.source.model_folder)
+        space = None if self.source.latent_space is None else self.source.latent_space.to_dict()
+        return Origin(name, model, self.source.class_names, space)
+
+
+def _last_weights(path: Path) -> Backbone:
+    """The weights of a run's newest checkpoint, adapters merged."""
+    from safetensors.torch import load_file
+
+    from .storage import CheckpointError, checkpoints_in, export
+    from .training.start import finished, make_prepared
+
+    run = RunFolder(path)
+    recipe, checkpoints = run.read_recipe(), checkpoints_in(run.checkpoints)
+    if not checkpoints:
+        raise ValueError(f"start.weights is model, but {run.checkpoints} holds no checkpoint; set it to ema")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        try:
+            export(checkpoints[0], "model.", file)
+        except CheckpointError as error:
+            raise ValueError(f"start.weights is model, but {error}; set it to ema") from error
+        model = make_prepared(recipe)
+        model.load_state_dict(load_file(file))
+    return finished(model, recipe.start, None).eval()
+
+
+def model_options(start: StartConfig, point: StartingPoint, run: RunFolder | None = None) -> list[str]:
+    """The model section that a recipe with a source need not write, as options; those it does write come after these.
+
+    Args:
+        run: the folder to train in; if it holds a run from this source its record is taken, so that the source may be
+            gone by then.
+    """
+    if run is not None and run.recipe.is_file():
+        recorded = read_recipe(run.recipe)
+        if recorded.start.source == start.source:
+            return _options(recorded.model, set())
+    from .training.start import EXPERTS
+
+    config = point.settings
+    if not start.upcycle:
+        return _options(config, set())
+    own = {
+        "expert_dim": config.mlp_width,
+        "expert_activation": config.mlp_activation,
+        "expert_bias": config.mlp_bias,
+        "shared": "none",
+    }
+    if config.mlp_activation == "silu":
+        del own["expert_activation"]  # there are no such experts
+    return [*_options(config, EXPERTS), *(f"--model.{name}={as_text(value)}" for name, value in own.items())]
+
+
+def _options(config: ModelConfig, without: set[str]) -> list[str]:
+    return [f"--model.{name}={as_text(value)}" for name, value in vars(config).items() if name not in without]
