@@ -53,8 +53,8 @@ class Embedded(NamedTuple):
     """Time, class and pooled text, (B, D)."""
     label: Tensor | None
     """The class alone, (B, D); None for a model without classes."""
-    text: TextTokens | None
-    """What the blocks attend to; None without text, or where its tokens are among `tokens`."""
+    text: tuple[TextTokens, ...]
+    """What the blocks attend to; empty without text, and where its tokens are among `tokens`."""
     text_tokens: int
     """How many of `tokens` are the text's; they come first."""
 
@@ -194,13 +194,13 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             class_BD = self.y_embedder(class_labels)
             condition_BD = condition_BD + class_BD
         if self.text_embedder is None:
-            return Embedded(x_BND, condition_BD, class_BD, None, 0)
+            return Embedded(x_BND, condition_BD, class_BD, (), 0)
         text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
         condition_BD = condition_BD + pooled_BD
         if self.settings.text_conditioning == "cross":
-            return Embedded(x_BND, condition_BD, class_BD, text, 0)
+            return Embedded(x_BND, condition_BD, class_BD, (text,), 0)
         x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
-        return Embedded(x_BND, condition_BD, class_BD, None, self.settings.text_length)
+        return Embedded(x_BND, condition_BD, class_BD, (), self.settings.text_length)
 
     def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None, text: Tensor | None) -> None:
         config, (height, width) = self.settings, hidden_states.shape[-2:]

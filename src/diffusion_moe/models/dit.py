@@ -68,7 +68,7 @@ class DiT(Backbone):
         )
         reports, rotary = [], self.rotary(text_tokens, self.grid(hidden_states))
         for block in self.blocks:
-            x, report = self.run_block(block, x, condition, rotary, text)
+            x, report = self.run_block(block, x, condition, rotary, *text)
             if report is not None:
                 reports.append(report)
         return self.to_output(x[:, text_tokens:], condition, reports, hidden_states.shape, return_dict)

@@ -99,7 +99,7 @@ class JiT(Backbone):
                 x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
                 still += config.class_tokens
                 rotary = self.rotary(still, grid)
-            x, report = self.run_block(block, x, condition, rotary, text)
+            x, report = self.run_block(block, x, condition, rotary, *text)
             if report is not None:
                 reports.append(report)
         return self.to_output(x[:, still:], condition, reports, hidden_states.shape, return_dict)
