@@ -139,7 +139,7 @@ def encode(arguments: Sequence[str]) -> int:
     parser = make_parser("encode", encode.__doc__ or "")
     parser.add_argument("source", type=str, help="a folder with a sub-folder a class, or what --kind huggingface takes")
     parser.add_class_arguments(EncodeOptions)
-    parser.add_class_arguments(DataConfig, skip={"path", "channels", "flip", "normalize", "test_fraction"})
+    parser.add_class_arguments(DataConfig, skip=_NOT_OF_IMAGES)
     parser.set_defaults({"kind": "folder", "image_size": 256})
     name, rest = _positional(parser, arguments, "source", "diffusion-moe encode IMAGES --vae VAE --output CACHE")
     parsed = parse(parser, [name, *rest])
@@ -149,6 +149,13 @@ def encode(arguments: Sequence[str]) -> int:
 
     say(run_encoding(DataConfig(path=name, **images), EncodeOptions(**own), say))
     return 0
+
+
+_NOT_OF_IMAGES = {
+    *("path", "channels", "flip", "normalize", "test_fraction"),
+    *("caption_column", "text_encoder", "text_length", "text_precision"),
+}
+"""Fields of `DataConfig` that `encode` has no use for, or options of its own."""
 
 
 def evaluate(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ..config import Recipe
+from ..config import ModelConfig, Recipe
 from ..data import Batch, ImageDataset, SkippedLog, load_dataset
 from ..distributed import barrier, is_main, torchrun_processes
 from ..models import Backbone
@@ -73,9 +73,38 @@ def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
             f"the data's images are {tuple(image.shape)} (channels, height, width), but model.in_channels and "
             f"model.sample_size say {expected}; {dataset.shape_remedy}"
         )
+    check_text(recipe.model, dataset)
     if model.num_classes not in (0, len(dataset.class_names)):
         raise ValueError(
             f"model.num_classes is {model.num_classes}, but the data has {len(dataset.class_names)} classes"
+        )
+
+
+def check_text(model: ModelConfig, dataset: ImageDataset) -> None:
+    """Whether the captions' features are those the model takes.
+
+    Raises:
+        ValueError: there are none, or they have another size.
+    """
+    if not model.text_dim:
+        return
+    if dataset.texts is None:
+        raise ValueError(
+            f"model.text_dim is {model.text_dim}, but the data has no encoded captions; give data.text_encoder and "
+            "data.caption_column, or a cache made with `diffusion-moe encode --captions`"
+        )
+    space = dataset.texts.space
+    wanted = (model.text_dim, model.text_pooled_dim or space.pooled_width)
+    if (space.width, space.pooled_width) != wanted:
+        raise ValueError(
+            f"the text encoder {space.encoder} gives features of width {space.width} and pooled ones of "
+            f"{space.pooled_width}, but model.text_dim is {model.text_dim} and model.text_pooled_dim "
+            f"{model.text_pooled_dim}; make them equal (model.text_pooled_dim may be 0)"
+        )
+    if space.length > model.text_length:
+        raise ValueError(
+            f"captions have up to {space.length} tokens, but model.text_length is {model.text_length}; raise it, or "
+            "cut the captions to it"
         )
 
 
@@ -123,7 +152,7 @@ class Trainer:
         self.layout = make_layout(recipe.parallel, self.device)
         self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
         check_fit(recipe, self.dataset)
-        self.state = make_state(recipe, self.device, self.layout)
+        self.state = self._fresh_state()
         if is_main():
             run.claim(recipe, resume)
         barrier()
@@ -133,6 +162,10 @@ class Trainer:
         """Steps that were not finite since the last one that was."""
         self.went_back_to: int | None = None
         self.stopping = False
+
+    def _fresh_state(self) -> TrainState:
+        texts = self.dataset.texts
+        return make_state(self.recipe, self.device, self.layout, None if texts is None else texts.empty())
 
     def run(self) -> Outcome:
         """Train, and write the averaged model."""
@@ -260,7 +293,7 @@ class Trainer:
             raise NonFiniteError(self._name_images(bad))
         excluded = state.excluded | set(bad)
         if before is None:
-            state.replace_by(make_state(self.recipe, self.device, self.layout))
+            state.replace_by(self._fresh_state())
         else:
             self.checkpoints.load_latest(state)
         self.went_back_to, state.excluded = before or 0, excluded
