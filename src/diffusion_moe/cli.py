@@ -65,10 +65,25 @@ class SampleOptions:
     """File (grid, npz) or folder (png); inside the folder's samples/ unless given."""
     vae: str | None = None
     """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
+    prompt: str | None = None
+    """A text to draw (of each, `per_class` images)."""
+    prompts: Path | None = None
+    """A text file of prompts, a line each."""
+    negative_prompt: str | None = None
+    """A text that guidance leads away from; the model's null prompt unless given."""
+    text_encoder: str | None = None
+    """Hub id or folder of the text encoder, where it is not where training left it."""
+    height: int | None = None
+    """Height of the images in pixels, any that patches fill; the model's own unless given."""
+    width: int | None = None
+    """Width of the images in pixels; likewise."""
 
     def __post_init__(self) -> None:
         if self.per_class < 1:
             raise ValueError(f"per_class is {self.per_class}; it must be positive")
+        for name in ("negative_prompt", "text_encoder"):
+            if getattr(self, name) is not None and self.prompt is None and self.prompts is None:
+                raise ValueError(f"{name} is {getattr(self, name)}, but there is no prompt; give --prompt or --prompts")
 
     def chosen(self) -> list[str] | None:
         """The classes one by one."""
@@ -111,12 +126,18 @@ def sample(arguments: Sequence[str]) -> int:
         "sample", sample.__doc__ or "", arguments, {"num_samples"}, SampleOptions
     )
     from .evaluation.draw import draw_samples
+    from .evaluation.prompts import Asked, read_prompts
 
     if options.vae is not None:
         if source.vae is not None and source.latent_space is None:
             raise ValueError(f"--vae is {options.vae}, but {source.path} has a VAE of its own; leave it out")
         source = dataclasses.replace(source, vae=options.vae)
-    path = draw_samples(source, settings, options.chosen(), options.per_class, options.format, options.output, say)
+    prompts = read_prompts(options.prompt, options.prompts)
+    asked = Asked(prompts, options.negative_prompt, options.text_encoder) if prompts else None
+    size = (options.height, options.width)
+    path = draw_samples(
+        source, settings, options.chosen(), options.per_class, options.format, options.output, say, asked, size
+    )
     say(f"wrote {path}")
     return 0
 
@@ -243,7 +264,7 @@ def _source_options(
     from .evaluation.source import read_source
 
     source = read_source(Path(name))
-    unconditional = source.config.num_classes == 0
+    unconditional = source.config.num_classes == 0 and source.config.text_dim == 0
     defaults = vars(source.settings) | ({"guidance_scale": 1.0} if unconditional else {})
     parser.set_defaults({key: value for key, value in defaults.items() if key in parser.get_defaults()})
     parsed = vars(parse(parser, [name, *rest]))

@@ -292,7 +292,7 @@ MISTAKES = {
     "size": (["--vae=VAE", "--output=OUT", "--image_size=15"], "image_size is 15, not divisible by 2"),
     "kind": (
         ["--vae=VAE", "--output=OUT", "--kind=digits"],
-        "kind is digits; encode takes folder, huggingface or webdataset",
+        "kind is digits; encode takes folder, huggingface or",
     ),
     "shard": (["--vae=VAE", "--output=OUT", "--shard_images=0"], "shard_images is 0; it must be positive"),
     "output": (["--vae=VAE", "--output=PICTURES"], "holds files but no latents.json"),

@@ -82,7 +82,7 @@ class EncodedCaptions(CaptionFeatures):
 
     def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
         places = zip(indices.tolist(), numbers.tolist())
-        return _together([self.texts[self.captions(index)[number]] for index, number in places])
+        return TextFeatures.together([self.texts[self.captions(index)[number]] for index, number in places])
 
     def empty(self) -> TextFeatures:
         return self.texts[""]
@@ -91,11 +91,6 @@ class EncodedCaptions(CaptionFeatures):
 def _narrow(text: TextFeatures) -> TextFeatures:
     pooled = None if text.pooled is None else text.pooled.half()
     return text._replace(features=text.features.half(), pooled=pooled)
-
-
-def _together(texts: Sequence[TextFeatures]) -> TextFeatures:
-    pooled = [text.pooled for text in texts if text.pooled is not None]
-    return TextFeatures.padded([text.features[0] for text in texts], torch.cat(pooled) if pooled else None)
 
 
 class CaptionShard(NamedTuple):
@@ -148,7 +143,7 @@ class CachedCaptions(CaptionFeatures):
         for index, number in zip(indices.tolist(), numbers.tolist()):
             shard, row = self._place(index)
             texts.append(self._read(f"{shard:05d}", int(self.shards[shard].first_caption[row]) + number))
-        return _together(texts)
+        return TextFeatures.together(texts)
 
     def empty(self) -> TextFeatures:
         return self._read(EMPTY, 0)

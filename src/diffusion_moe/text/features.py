@@ -37,6 +37,12 @@ class TextFeatures(NamedTuple):
         return cls(features, torch.arange(features.shape[1]) < lengths[:, None], pooled)
 
     @classmethod
+    def together(cls, texts: Sequence[TextFeatures]) -> TextFeatures:
+        """One batch of single texts without padding."""
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        return cls.padded([text.features[0] for text in texts], torch.cat(pooled) if pooled else None)
+
+    @classmethod
     def joined(cls, first: TextFeatures, second: TextFeatures) -> TextFeatures:
         """One batch of both, the shorter one padded."""
         length = max(first.mask.shape[1], second.mask.shape[1])
