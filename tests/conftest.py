@@ -40,3 +40,57 @@ def tiny(tiny_options: tuple[str, ...]) -> list[str]:
 def seeded() -> None:
     """Tests do not depend on their order."""
     torch.manual_seed(0)
+
+
+WORDS = "a red green blue small large circle square photo of dark bright the left right image"
+
+
+def _make_tokenizer(folder):
+    """A word-level tokenizer of `WORDS` that ends each text with </s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def _make_text_encoder(kind, folder):
+    """A tiny T5 encoder, CLIP text model or BERT with random weights, and its tokenizer."""
+    import transformers
+
+    torch.manual_seed(0)
+    size = _make_tokenizer(folder)
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    common = {"vocab_size": size, **ids}
+    if kind == "t5":
+        config = transformers.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, **common)
+        model = transformers.T5EncoderModel(config)
+    else:
+        common |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        common |= {"max_position_embeddings": 12}
+        config, model = {
+            "clip": (transformers.CLIPTextConfig, transformers.CLIPTextModel),
+            "bert": (transformers.BertConfig, transformers.BertModel),
+        }[kind]
+        model = model(config(**common))
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_text_encoder():
+    """Saves a tiny encoder of a kind (t5, clip, bert) in a folder, and returns the folder."""
+    return _make_text_encoder
+
+
+@pytest.fixture(scope="session")
+def text_encoder_folder(tmp_path_factory):
+    """A tiny T5 encoder."""
+    return _make_text_encoder("t5", tmp_path_factory.mktemp("t5"))

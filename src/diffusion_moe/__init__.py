@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .moe import MoEFeedForward, RouterConfig
     from .pipelines.class_to_image import ClassToImagePipeline
     from .pipelines.schedulers import default_scheduler
+    from .pipelines.text_to_image import TextToImagePipeline
 
 # Loaded when first asked for, so that the MoE layer needs torch alone and `--help` needs neither.
 _HOME = {
@@ -25,6 +26,7 @@ _HOME = {
     "ModelMixin": "models.backbone",  # diffusers': it asks a library which of its classes are models
     "Recipe": "config",
     "RouterConfig": "moe",
+    "TextToImagePipeline": "pipelines.text_to_image",
     "default_scheduler": "pipelines.schedulers",
     "model_preset": "models.presets",
     "record_routing": "analysis.records",
@@ -38,6 +40,7 @@ __all__ = [
     "MoEFeedForward",
     "Recipe",
     "RouterConfig",
+    "TextToImagePipeline",
     "__version__",
     "default_scheduler",
     "model_preset",

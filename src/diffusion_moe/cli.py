@@ -70,10 +70,25 @@ class SampleOptions:
     """File (grid, npz) or folder (png); inside the folder's samples/ unless given."""
     vae: str | None = None
     """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
+    prompt: str | None = None
+    """A text to draw (of each, `per_class` images)."""
+    prompts: Path | None = None
+    """A text file of prompts, a line each."""
+    negative_prompt: str | None = None
+    """A text that guidance leads away from; the model's null prompt unless given."""
+    text_encoder: str | None = None
+    """Hub id or folder of the text encoder, where it is not where training left it."""
+    height: int | None = None
+    """Height of the images in pixels, any that patches fill; the model's own unless given."""
+    width: int | None = None
+    """Width of the images in pixels; likewise."""
 
     def __post_init__(self) -> None:
         if self.per_class < 1:
             raise ValueError(f"per_class is {self.per_class}; it must be positive")
+        for name in ("negative_prompt", "text_encoder"):
+            if getattr(self, name) is not None and self.prompt is None and self.prompts is None:
+                raise ValueError(f"{name} is {getattr(self, name)}, but there is no prompt; give --prompt or --prompts")
 
     def chosen(self) -> list[str] | None:
         """The classes one by one."""
@@ -115,9 +130,15 @@ def sample(arguments: Sequence[str]) -> int:
         "sample", sample.__doc__ or "", arguments, {"num_samples"}, SampleOptions
     )
     from .evaluation.draw import draw_samples
+    from .evaluation.prompts import Asked, read_prompts
 
     source = source.with_vae(options.vae)
-    path = draw_samples(source, settings, options.chosen(), options.per_class, options.format, options.output, say)
+    prompts = read_prompts(options.prompt, options.prompts)
+    asked = Asked(prompts, options.negative_prompt, options.text_encoder) if prompts else None
+    size = (options.height, options.width)
+    path = draw_samples(
+        source, settings, options.chosen(), options.per_class, options.format, options.output, say, asked, size
+    )
     say(f"wrote {path}")
     return 0
 
@@ -140,7 +161,7 @@ def encode(arguments: Sequence[str]) -> int:
     parser = make_parser("encode", encode.__doc__ or "")
     parser.add_argument("source", type=str, help="a folder with a sub-folder a class, or what --kind huggingface takes")
     parser.add_class_arguments(EncodeOptions)
-    parser.add_class_arguments(DataConfig, skip={"path", "channels", "flip", "normalize", "test_fraction"})
+    parser.add_class_arguments(DataConfig, skip=_NOT_OF_IMAGES)
     parser.set_defaults({"kind": "folder", "image_size": 256})
     name, rest = _positional(parser, arguments, "source", "diffusion-moe encode IMAGES --vae VAE --output CACHE")
     parsed = parse(parser, [name, *rest])
@@ -150,6 +171,13 @@ def encode(arguments: Sequence[str]) -> int:
 
     say(run_encoding(DataConfig(path=name, **images), EncodeOptions(**own), say))
     return 0
+
+
+_NOT_OF_IMAGES = {
+    *("path", "channels", "flip", "normalize", "test_fraction"),
+    *("caption_column", "text_encoder", "text_length", "text_precision"),
+}
+"""Fields of `DataConfig` that `encode` has no use for, or options of its own."""
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -325,7 +353,7 @@ def _source_options(
     from .evaluation.source import read_source
 
     source = read_source(Path(name))
-    unconditional = source.config.num_classes == 0
+    unconditional = source.config.num_classes == 0 and source.config.text_dim == 0
     defaults = vars(source.settings) | ({"guidance_scale": 1.0} if unconditional else {}) | dict(usual or {})
     parser.set_defaults({key: value for key, value in defaults.items() if key in parser.get_defaults()})
     parsed = vars(parse(parser, [name, *rest]))

@@ -35,10 +35,16 @@ class DiffusionConfig:
     """Standard deviation of that normal."""
     class_dropout: float = 0.1
     """Share of training samples whose class is replaced by the null class, for guidance."""
+    caption_dropout: float = 0.1
+    """Share of training samples whose caption is replaced by the null prompt, for guidance (model.text_dim); decided by
+    the same draw as class_dropout."""
 
     def __post_init__(self) -> None:
         require(self.time_std > 0, f"diffusion.time_std is {self.time_std}; it must be positive")
         require(0 <= self.class_dropout <= 1, f"diffusion.class_dropout is {self.class_dropout}; choose from 0 to 1")
+        require(
+            0 <= self.caption_dropout <= 1, f"diffusion.caption_dropout is {self.caption_dropout}; choose from 0 to 1"
+        )
 
 
 _OF_ONE_KIND = {
@@ -52,13 +58,13 @@ _OF_ONE_KIND = {
 class DataConfig:
     """The images."""
 
-    kind: Literal["digits", "shapes", "folder", "huggingface", "latents"] = "digits"
+    kind: Literal["digits", "shapes", "folder", "huggingface", "webdataset", "latents"] = "digits"
     """digits: scikit-learn's 1,797 handwritten digits; shapes: 100,000 drawn scenes of coloured shapes with captions;
-    folder: a folder of images, one sub-folder a class; huggingface: a data set of the hub or one saved on the disk;
-    latents: a cache that `diffusion-moe encode` wrote."""
+    folder: a folder of images, one sub-folder a class, or with captions in metadata.jsonl; huggingface: a data set of
+    the hub or one saved on the disk; webdataset: tars; latents: a cache that `diffusion-moe encode` wrote."""
     path: str | None = None
-    """The folder (kind: folder, latents). For huggingface a hub id, a folder that save_to_disk made, a folder of images
-    or parquet files, or one parquet file."""
+    """The folder (kind: folder, latents), or a tar or a folder of tars (webdataset). For huggingface a hub id, a folder
+    that save_to_disk made, a folder of images or parquet files, or one parquet file."""
     split: str = "train"
     """Split to train on, as the data set names it; also a part, as train[:10%] (kind: huggingface)."""
     subset: str | None = None
@@ -69,11 +75,21 @@ class DataConfig:
     """Column of the images (kind: huggingface)."""
     label_column: str | None = "label"
     """Column of the classes: names, or numbers with or without names; null: no classes (kind: huggingface)."""
+    caption_column: str | None = None
+    """Captions, a text or a list of texts an image: column (kind: huggingface), key of metadata.jsonl (folder), or txt
+    or a key of the json files (webdataset); null: none."""
+    text_encoder: str | None = None
+    """Hub id or folder of the text encoder for the captions, which are encoded once in memory; null: captions are not
+    read, or (kind: latents) are in the cache."""
+    text_length: int = 77
+    """Tokens that captions are cut to (text_encoder)."""
+    text_precision: Literal["fp32", "bf16"] = "fp32"
+    """What the text encoder computes in (text_encoder)."""
     image_size: int = 8
-    """Height and width that images are resized and center-cropped to, in pixels (kind: folder, huggingface), or
-    that shapes are drawn at (kind: shapes)."""
+    """Height and width that images are resized and center-cropped to, in pixels (kind: folder, huggingface,
+    webdataset), or that shapes are drawn at (kind: shapes)."""
     channels: Literal[1, 3] = 1
-    """1 for grey, 3 for colour (kind: folder, huggingface, shapes)."""
+    """1 for grey, 3 for colour (kind: folder, huggingface, webdataset, shapes)."""
     normalize: Literal["scaling", "channel"] = "scaling"
     """scaling: as the VAE's config says; channel: each channel to mean 0 and standard deviation 1 by the cache's
     statistics (kind: latents)."""
@@ -88,7 +104,11 @@ class DataConfig:
     """Processes that load images; the batches are the same for any number."""
 
     def __post_init__(self) -> None:
-        needs_path = self.kind in ("folder", "huggingface")  # latents too, but its recipes cannot know the path
+        needs_path = self.kind in (
+            "folder",
+            "huggingface",
+            "webdataset",
+        )  # latents too, but its recipes cannot know the path
         require(not needs_path or self.path is not None, f"data.path is missing; data.kind {self.kind} needs it")
         for name, kind in _OF_ONE_KIND.items():
             value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
@@ -96,6 +116,15 @@ class DataConfig:
                 self.kind == kind or value == usual,
                 f"data.{name} is {value}, but data.kind {self.kind} has no use for it; leave it out",
             )
+        require(
+            self.caption_column is None or self.kind in ("folder", "huggingface", "webdataset"),
+            f"data.caption_column is {self.caption_column}, but data.kind {self.kind} has no use for it; leave it out",
+        )
+        require(
+            self.text_encoder is None or self.kind != "latents",
+            f"data.text_encoder is {self.text_encoder}, but data.kind latents has its captions encoded; leave it out",
+        )
+        require(self.text_length > 0, f"data.text_length is {self.text_length}; it must be positive")
         require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be positive")
         require(0 <= self.test_fraction < 1, f"data.test_fraction is {self.test_fraction}; choose from 0 to below 1")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; use 0 for none")

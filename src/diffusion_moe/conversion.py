@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
     from .models import Backbone
+    from .pipelines.denoising import DenoisingPipeline
+    from .text import TextEncoder
 
 IMAGENET_NAMES = Path(__file__).parent / "data" / "names" / "imagenet.txt"
 """Names of ImageNet-1k's classes, a line each."""
@@ -40,6 +42,8 @@ class ConvertOptions:
     """Which file of a folder or hub repository."""
     vae: str | None = None
     """Hub id or folder of the AutoencoderKL that the latents belong to; it is saved along."""
+    text_encoder: str | None = None
+    """Hub id or folder of the text encoder, where it is not where training left it; it is saved along."""
     class_names: Path | None = None
     """Text file with the name of each class, a line each; ImageNet's for 1000 classes unless given."""
     trust_pickle: bool = False
@@ -78,21 +82,39 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         names = _read_names(IMAGENET_NAMES)
     if names and len(names) != model.settings.num_classes:
         raise ValueError(f"there are {len(names)} class names, but the model has {model.settings.num_classes} classes")
-    save_pipeline(model.cpu(), None if vae is None else vae.cpu(), names, record, output)
+    encoder = None
+    if model.settings.text_dim:  # no published file has one
+        encoder = ours.load_text_encoder(options.text_encoder)
+    elif options.text_encoder is not None:
+        raise ValueError(f"--text_encoder is {options.text_encoder}, but the model takes no text; leave it out")
+    save_pipeline(model.cpu(), None if vae is None else vae.cpu(), names, record, output, encoder)
     latents = model.settings.in_channels not in (1, 3) and vae is None
     hint = "; it generates latents: convert with --vae to get images" if latents else ""
     return f"wrote {output} ({record.get('format', 'diffusion-moe')}, {record.get('weights', 'ema')} weights){hint}"
 
 
 def save_pipeline(
-    model: Backbone, vae: AutoencoderKL | None, class_names: list[str], record: dict[str, Any], folder: Path
+    model: Backbone,
+    vae: AutoencoderKL | None,
+    class_names: list[str],
+    record: dict[str, Any],
+    folder: Path,
+    encoder: TextEncoder | None = None,
 ) -> None:
     """Write a pipeline folder, whole or not at all, with a note of where it came from."""
-    from .pipelines.class_to_image import ClassToImagePipeline
     from .pipelines.schedulers import default_scheduler
 
-    names = dict(enumerate(class_names)) or None
-    pipeline = ClassToImagePipeline(model, default_scheduler(model.settings), vae, names)
+    scheduler = default_scheduler(model.settings)
+    pipeline: DenoisingPipeline
+    if encoder is None:
+        from .pipelines.class_to_image import ClassToImagePipeline
+
+        pipeline = ClassToImagePipeline(model, scheduler, vae, dict(enumerate(class_names)) or None)
+    else:
+        from .pipelines.text_to_image import TextToImagePipeline
+
+        encoder.model.cpu()
+        pipeline = TextToImagePipeline(model, scheduler, encoder.model, encoder.tokenizer, vae)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)

@@ -12,6 +12,9 @@ Position = Literal["sincos", "rope1d", "rope2d", "sincos+rope2d"]
 Process = Literal["flow", "ddpm"]
 Prediction = Literal["velocity", "x", "epsilon"]
 
+TEXT_FIELDS = ("text_dim", "text_length", "text_pooled_dim", "text_conditioning", "text_null")
+"""Fields of `ModelConfig` that say how text conditions."""
+
 
 def require(condition: bool, message: str) -> None:
     """Refuse a setting.
@@ -91,6 +94,19 @@ class ModelConfig:
     """Number of classes; 0 for an unconditional model."""
     null_class: bool = True
     """Whether there is one class more, for no class, as guidance needs."""
+    text_dim: int = 0
+    """Width of the text encoder's features; 0: no text."""
+    text_length: int = 77
+    """Most tokens of a prompt (text_dim above 0)."""
+    text_pooled_dim: int = 0
+    """Width of the text encoder's pooled feature, which modulates the blocks beside time; 0: it has none, and the mean
+    over the tokens takes its place (text_dim above 0)."""
+    text_conditioning: Literal["cross", "joint"] = "cross"
+    """cross: image tokens attend to text tokens after each self-attention, and routers see image tokens alone; joint:
+    text and image tokens are one sequence, which attends and is routed as one (text_dim above 0)."""
+    text_null: Literal["learned", "empty"] = "learned"
+    """What stands for no prompt, in guidance and dropout: a learned sequence, or the encoder's features of the empty
+    prompt (text_dim above 0)."""
     router: Router = "dsmoe"
     """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (batch pool with a
     capacity predictor), dsmoe (sigmoid grouped top-k)."""
@@ -160,6 +176,7 @@ class ModelConfig:
         )
         self._check_positions()
         self._check_backbone()
+        self._check_text()
         for name in ("dropout", "attention_dropout", "expert_dropout"):
             require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; choose from 0 to below 1")
         for name in ("sliding_window", "skip_first"):
@@ -230,6 +247,28 @@ class ModelConfig:
             0 <= self.class_tokens_from < self.depth,
             f"model.class_tokens_from is {self.class_tokens_from}; choose 0 to below model.depth {self.depth}",
         )
+
+    def _check_text(self) -> None:
+        for name in ("text_dim", "text_pooled_dim"):
+            require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; use 0 for none")
+        if not self.text_dim:
+            for name in TEXT_FIELDS[1:]:
+                usual = type(self).__dataclass_fields__[name].default
+                require(
+                    getattr(self, name) == usual,
+                    f"model.{name} is {getattr(self, name)}, but model.text_dim is 0 (no text); leave it out",
+                )
+        require(self.text_length > 0, f"model.text_length is {self.text_length}; it must be positive")
+        require(
+            self.text_conditioning == "cross" or self.sliding_window == 0,
+            f"model.sliding_window is {self.sliding_window}, but in one sequence with the text tokens are no "
+            "neighbours; set it to 0, or model.text_conditioning to cross",
+        )
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the model has an answer for no class or no prompt, as guidance needs."""
+        return self.text_dim > 0 or (self.num_classes > 0 and self.null_class)
 
     def _check_experts(self) -> None:
         for name in ("num_experts", "expert_dim", "top_k", "capacity"):

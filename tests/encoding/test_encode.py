@@ -290,7 +290,10 @@ MISTAKES = {
     "no VAE": (["--output=OUT"], "vae"),
     "missing VAE": (["--vae=/no/such", "--output=OUT"], "cannot load the VAE /no/such"),
     "size": (["--vae=VAE", "--output=OUT", "--image_size=15"], "image_size is 15, not divisible by 2"),
-    "kind": (["--vae=VAE", "--output=OUT", "--kind=digits"], "kind is digits; encode takes folder or huggingface"),
+    "kind": (
+        ["--vae=VAE", "--output=OUT", "--kind=digits"],
+        "kind is digits; encode takes folder, huggingface or",
+    ),
     "shard": (["--vae=VAE", "--output=OUT", "--shard_images=0"], "shard_images is 0; it must be positive"),
     "output": (["--vae=VAE", "--output=PICTURES"], "holds files but no latents.json"),
     "unheeded": (["--vae=VAE", "--output=OUT", "--test_fraction=0.5"], "there is no --test_fraction"),

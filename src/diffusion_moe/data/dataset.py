@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..randomness import uniform
+from ..text import TextFeatures
+from .captions import CaptionFeatures, EncodedCaptions
 from .order import Draw
 
 Split = Literal["train", "test"]
@@ -28,6 +30,10 @@ class Batch(NamedTuple):
     """Unreadable images that another one stands in for, by name."""
     places: Tensor | None = None
     """Place of each image in the step's global batch, int64, (B,); None outside of training."""
+    found: Sequence[int] | None = None
+    """Index of each image in the data set, where others stand in for unreadable ones; None: as asked for."""
+    text: TextFeatures | None = None
+    """Features of a caption of each image, of data with captions that are encoded."""
 
     @property
     def skipped(self) -> int:
@@ -42,6 +48,8 @@ class ImageDataset(ABC):
     """Class of each image, int64."""
     class_names: list[str]
     """Name of each class."""
+    texts: CaptionFeatures | None = None
+    """Features of the captions, where they are encoded."""
     shape_remedy = "change the model's, or take other data"
     """What to do where the images' shape is not the model's."""
 
@@ -70,7 +78,19 @@ class ImageDataset(ABC):
     def __getitems__(self, draws: Sequence[Draw]) -> Batch:
         """A training batch; the name is what torch's DataLoader looks for to fetch a batch at once."""
         indices, epochs, places = torch.tensor(draws).unbind(1)
-        return self.draw(indices, epochs)._replace(places=places)
+        batch = self.draw(indices, epochs)
+        if self.texts is None:
+            return batch._replace(places=places)
+        shown = indices if batch.found is None else torch.tensor(batch.found)
+        return batch._replace(places=places, text=self.texts.draw(self.seed, shown, epochs))
+
+    def captions(self, index: int) -> Sequence[str]:
+        """The captions of an image; empty without any."""
+        return ()
+
+    def first_texts(self, indices: Tensor) -> TextFeatures | None:
+        """Features of each image's first caption, as evaluation takes it; None without captions."""
+        return None if self.texts is None else self.texts.take(indices, torch.zeros_like(indices))
 
     def everything(self) -> Batch:
         """All images in order."""
@@ -78,7 +98,8 @@ class ImageDataset(ABC):
 
     def record(self) -> dict[str, Any]:
         """What a model trained on this should remember, as plain values."""
-        return {"class_names": self.class_names}
+        text = {} if self.texts is None else {"text": self.texts.space.to_dict()}
+        return {"class_names": self.class_names} | text
 
 
 def split_indices(labels: np.ndarray, test_fraction: float, split: Split) -> np.ndarray:
@@ -97,6 +118,18 @@ def load_dataset(config: DataConfig, split: Split, seed: int = 0) -> ImageDatase
     Raises:
         ValueError: it is missing, empty, damaged, or not as the recipe says.
     """
+    dataset = _load(config, split, seed)
+    if config.text_encoder is not None:
+        if not dataset.captions(0):
+            raise ValueError(
+                f"data.text_encoder is {config.text_encoder}, but the data has no captions; name them with "
+                "data.caption_column"
+            )
+        dataset.texts = EncodedCaptions(config, dataset.captions, len(dataset))
+    return dataset
+
+
+def _load(config: DataConfig, split: Split, seed: int) -> ImageDataset:
     if config.kind == "digits":
         from .digits import Digits
 

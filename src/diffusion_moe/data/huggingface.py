@@ -21,7 +21,7 @@ def read_huggingface(config: DataConfig) -> Table:
 
     datasets.disable_progress_bars()
     table = _load(config)
-    for option in ("image_column", "label_column"):
+    for option in ("image_column", "label_column", "caption_column"):
         column = getattr(config, option)
         if column is not None and column not in table.column_names:
             raise ValueError(
@@ -33,9 +33,38 @@ def read_huggingface(config: DataConfig) -> Table:
     if not _may_be_images(rows.features["image"]):
         raise ValueError(f"data.image_column {config.image_column} of {config.path} holds {rows.features['image']}")
     rows = rows.cast_column("image", datasets.Image(decode=False))
+    captions = None if config.caption_column is None else ColumnCaptions(table, config.caption_column)
     if config.label_column is None:
-        return Table(rows, np.zeros(len(rows), dtype=np.int64), ["all"])
-    return Table(rows, *_classes(table, config.label_column, f"data.label_column {config.label_column}"))
+        return Table(rows, np.zeros(len(rows), dtype=np.int64), ["all"], captions)
+    return Table(rows, *_classes(table, config.label_column, f"data.label_column {config.label_column}"), captions)
+
+
+class ColumnCaptions:
+    """A column of texts, or of lists of texts, by row."""
+
+    def __init__(self, table: Any, column: str) -> None:
+        self.texts, self.column = table.select_columns([column]), column
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, row: int) -> tuple[str, ...]:
+        try:
+            return as_captions(self.texts[row][self.column])
+        except ValueError as error:
+            raise ValueError(f"data.caption_column {self.column} in row {row}: {error}") from error
+
+
+def as_captions(value: Any) -> tuple[str, ...]:
+    """One text or a list of them.
+
+    Raises:
+        ValueError: it is neither, or the list is empty.
+    """
+    texts = (value,) if isinstance(value, str) else tuple(value or ())
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected a text or a list of texts, got {str(value)[:40]!r}")
+    return texts
 
 
 def _load(config: DataConfig) -> Any:

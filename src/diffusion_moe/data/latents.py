@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..config import DataConfig
 from ..randomness import normal
+from .captions import HEADER as CAPTIONS
+from .captions import CachedCaptions
 from .dataset import Batch, ImageDataset, Split, split_indices
 from .latent_space import LatentScaling, LatentSpace
 
@@ -228,6 +230,8 @@ class LatentCache(ImageDataset):
         counts = [shard.images for shard in self.header.shards]
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
+        if (self.folder / CAPTIONS).is_file():
+            self.texts = CachedCaptions(self.folder, self.rows, self._ends)
 
     def _scaling(self, normalize: Literal["scaling", "channel"]) -> LatentScaling:
         if normalize == "scaling":

@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,14 +17,22 @@ from ..config import DataConfig
 from .dataset import Batch, ImageDataset, Split, split_indices
 
 
+class CaptionColumn(Protocol):
+    """Captions by row."""
+
+    def __getitem__(self, row: int, /) -> Sequence[str]: ...
+
+
 class Table(NamedTuple):
     """Undecoded images with their classes."""
 
     rows: Any
-    """A `datasets.Dataset` with the one column `image`: records of `path` and `bytes`."""
+    """A `datasets.Dataset` with the one column `image`: records of `path` and `bytes`; or `TarRows`."""
     labels: np.ndarray
     """Class of each row, int64."""
     class_names: list[str]
+    captions: CaptionColumn | None = None
+    """Captions of each row, of data that has them."""
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
@@ -63,7 +71,7 @@ class TableImages(ImageDataset):
             raise ValueError(f"data.path {config.path} gives no image for the {split} split; see data.test_fraction")
 
     def read(self, indices: Sequence[int]) -> Batch:
-        images, labels, skipped = [], [], []
+        images, labels, skipped, sources = [], [], [], []
         for index in indices:
             found, misses = index, 0
             while (image := self.decode(found)) is None:
@@ -72,9 +80,13 @@ class TableImages(ImageDataset):
                     raise ValueError(f"no image under data.path {self.config.path} can be read")
             images.append(image)
             labels.append(int(self.labels[found]))
+            sources.append(found)
             if misses:
                 skipped.append(self.name(index))
-        return Batch(torch.stack(images), torch.tensor(labels), skipped)
+        return Batch(torch.stack(images), torch.tensor(labels), skipped, found=sources)
+
+    def captions(self, index: int) -> Sequence[str]:
+        return () if self.table.captions is None else self.table.captions[int(self.rows[index])]
 
     def decode(self, index: int) -> Tensor | None:
         """One image, CHW, float32, [-1, 1]; None for an unreadable one that may be skipped."""
@@ -109,6 +121,10 @@ class TableImages(ImageDataset):
         """A hash of the images' names and classes, in order; it does not see what is in a file."""
         folder = f"{Path(str(self.config.path)).absolute()}/"
         digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
+        if not hasattr(self.table.rows, "data"):  # tars
+            for row in range(len(self.table.rows)):
+                digest.update(f"{self.table.rows.name(row)}\n".encode())
+            return digest.hexdigest()
         for chunk in self.table.rows.data["image"].chunks:
             for name in chunk.field("path").to_pylist():
                 digest.update(f"{(name or '').removeprefix(folder)}\n".encode())
@@ -120,10 +136,17 @@ class TableImages(ImageDataset):
 
 def _read(config: DataConfig) -> Table:
     if config.kind == "folder":
-        from .folder import read_folder
+        from .folder import read_captioned_folder, read_folder
 
         assert config.path is not None
+        if config.caption_column is not None:
+            return read_captioned_folder(Path(config.path), config.caption_column)
         return read_folder(Path(config.path))
+    if config.kind == "webdataset":
+        from .webdataset import read_webdataset
+
+        assert config.path is not None
+        return read_webdataset(Path(config.path), config.caption_column)
     from .huggingface import read_huggingface
 
     return read_huggingface(config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,40 +26,15 @@ from ..data.latents import DTYPE, CachePlan
 from ..data.table import TableImages
 from ..evaluation.source import load_vae
 from ..randomness import normal
+from .captions import claim_captions, encode_captions, missing_captions
 from .files import SKIPPED, ShardWriter, claim, finish, is_done, missing_shards
 from .options import EncodeOptions
+from .process import Process
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 Say = Callable[[str], None]
-
-
-class Process(NamedTuple):
-    """This process among those that encode, as torchrun's variables tell."""
-
-    rank: int
-    world: int
-    local_rank: int
-
-    @classmethod
-    def here(cls) -> Process:
-        """From RANK, WORLD_SIZE and LOCAL_RANK.
-
-        Raises:
-            ValueError: they make no sense.
-        """
-        texts = [os.environ.get(name, usual) for name, usual in _VARIABLES]
-        for (name, _), text in zip(_VARIABLES, texts):
-            if not text.isdecimal():
-                raise ValueError(f"the variable {name} is {text!r}; expected a number, as torchrun sets it")
-        process = cls(*map(int, texts))
-        if process.rank >= process.world:
-            raise ValueError(f"the variable RANK is {process.rank}; expected less than WORLD_SIZE {process.world}")
-        return process
-
-
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def encode(data: DataConfig, options: EncodeOptions, say: Say = print) -> str:
@@ -76,8 +50,9 @@ def encode(data: DataConfig, options: EncodeOptions, say: Say = print) -> str:
         ValueError: data or VAE cannot be used, the output is another's, an image cannot be read or stored.
     """
     process = Process.here()
-    if data.kind not in ("folder", "huggingface"):
-        raise ValueError(f"kind is {data.kind}; encode takes folder or huggingface")
+    if data.kind not in ("folder", "huggingface", "webdataset"):
+        raise ValueError(f"kind is {data.kind}; encode takes folder, huggingface or webdataset")
+    data = dataclasses.replace(data, caption_column=options.captions)
     vae = load_vae(options.vae)
     if vae.config.in_channels not in (1, 3):
         raise ValueError(f"the VAE {options.vae} takes {vae.config.in_channels} channels; give one of images, 1 or 3")
@@ -86,12 +61,17 @@ def encode(data: DataConfig, options: EncodeOptions, say: Say = print) -> str:
     assert isinstance(dataset, TableImages)
     plan, folder = make_plan(vae, dataset, options), options.output
     claim(folder, plan)
-    mine = range(process.rank, plan.shards, process.world)
+    encoder = claim_captions(dataset, options, say)
+    mine = process.shards(plan)
     todo = [shard for shard in mine if not is_done(folder, plan, shard, options.verify)]
     if todo:
         size = f"{plan.images * plan.row_bytes / 1e9:.3g} GB"
         say(f"encoding {plan.images} images into {plan.shards} files, {size}; {len(todo)} files to do here")
         _encode_shards(_on_device(vae, options, process), dataset, plan, options, todo, say)
+    if encoder is not None:
+        encode_captions(encoder, dataset, plan, options, process, say)
+        if missing := missing_captions(folder, plan, encoder.space()):
+            return f"this process is done; {missing} of {plan.shards} files of captions are still to come from others"
     if missing := missing_shards(folder, plan):
         return f"this process is done; {missing} of {plan.shards} files are still to come from others"
     header = finish(folder, plan)

@@ -35,7 +35,7 @@ def claim(folder: Path, plan: CachePlan) -> None:
         if names:
             raise ValueError(f"output {folder} holds files but no {HEADER}, so it is no latent cache; choose another")
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / HEADER, plan.to_dict())
+        write_json(folder / HEADER, plan.to_dict())
     (folder / SHARDS).mkdir(exist_ok=True)
     old, new = _decisive(read_plan(folder)[0]), _decisive(plan)
     changes = [f"{name}: {_short(old[name])} -> {_short(new[name])}" for name in new if old[name] != new[name]]
@@ -104,7 +104,7 @@ class ShardWriter:
             "skipped": self.skipped,
             "moments": self.moments.tolist(),
         }
-        _write_json(self.record_path, record)
+        write_json(self.record_path, record)
 
 
 def record_path(folder: Path, shard: int) -> Path:
@@ -155,7 +155,7 @@ def finish(folder: Path, plan: CachePlan) -> CacheHeader:
     )
     if skipped:
         _write(folder / SKIPPED, "".join(f"{name}\n" for _, name in skipped))
-    _write_json(folder / HEADER, header.to_dict())
+    write_json(folder / HEADER, header.to_dict())
     return header
 
 
@@ -168,7 +168,8 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all, also where several processes write the same."""
     _write(path, json.dumps(content) + "\n")
 
 

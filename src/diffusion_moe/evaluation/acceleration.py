@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..config import EvaluationConfig, ModelConfig
 from ..models import Backbone, DiTOutput
+from ..text import TextFeatures
 
-Network = Callable[[Tensor, Tensor, Tensor | None], DiTOutput]
-"""x (B, C, H, W), t (a scalar) and labels (B,) or None to the model's output."""
+Network = Callable[..., DiTOutput]
+"""x (B, C, H, W), t (a scalar), labels (B,) or None, and of a model with text its `TextFeatures`, to the output."""
 WARM_UP = 3
 """Calls before a capture: libraries choose their kernels and take their memory."""
 
@@ -39,23 +40,34 @@ def accelerated(model: Backbone, settings: EvaluationConfig) -> Network:
     """
     device = model.device
     check_acceleration(model.settings, settings, device)
-    network: Network = model
+    network: Network = _with_text(model)
     if settings.precision == "bf16":
 
-        def network(x: Tensor, t: Tensor, labels: Tensor | None) -> DiTOutput:
+        def network(x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
             # Without autocast's cache of casts: a captured graph must make them itself.
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-                return model(x, t, labels)
+                return _with_text(model)(x, t, labels, text)
 
     if settings.acceleration == "compile":
         model.compile_blocks()
     return Replayed(network) if settings.acceleration == "graph" else network
 
 
+def _with_text(model: Backbone) -> Network:
+    """The model as a function of its four inputs."""
+
+    def network(x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
+        prompt = {} if text is None else text.arguments(model.settings.text_pooled_dim > 0)
+        return model(x, t, labels, **prompt)
+
+    return network
+
+
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor | None, ...]
+    """Image, time, labels, and the three parts of the text."""
     output: DiTOutput
 
 
@@ -69,19 +81,21 @@ class Replayed:
         self.network = network
         self.captured: dict[tuple[torch.Size | None, ...], _Captured] = {}
 
-    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None) -> DiTOutput:
-        given = (x, t) if labels is None else (x, t, labels)
-        shapes = tuple(tensor.shape for tensor in given)
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
+        given = (x, t, labels, *(text or (None, None, None)))
+        shapes = tuple(None if tensor is None else tensor.shape for tensor in given)
         if shapes not in self.captured:
-            self.captured[shapes] = self._capture(tuple(tensor.clone() for tensor in given))
+            self.captured[shapes] = self._capture(tuple(None if tensor is None else tensor.clone() for tensor in given))
         captured = self.captured[shapes]
         for place, tensor in zip(captured.inputs, given):
-            place.copy_(tensor)
+            if place is not None and tensor is not None:
+                place.copy_(tensor)
         captured.graph.replay()
         return DiTOutput(captured.output.sample.clone(), captured.output.routing)
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> _Captured:
-        call = (*inputs, None) if len(inputs) == 2 else inputs
+    def _capture(self, inputs: tuple[Tensor | None, ...]) -> _Captured:
+        text = () if inputs[3] is None else (TextFeatures(*inputs[3:]),)  # type: ignore[arg-type]
+        call = (*inputs[:3], *text)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import EvaluationConfig
 from ..run_folder import write_atomically
 from .generate import Usage, check_solver, generate_batches, image_grid, provenance, to_uint8
+from .prompts import Asked, model_size
 from .source import Source
 
 MANY_CLASSES, A_FEW = 20, 8
@@ -33,11 +34,15 @@ def draw_samples(
     form: Literal["grid", "png", "npz"],
     output: Path | None,
     say: Callable[[str], None] = print,
+    asked: Asked | None = None,
+    size: tuple[int | None, int | None] = (None, None),
 ) -> Path:
     """Draw `per_class` images of each class and write them with a JSON record beside them.
 
     Args:
         classes: numbers or names; None: all of them, or a few of many. say: receives a line of progress now and then.
+        asked: prompts, of each of which there are `per_class` images, for a model with text.
+        size: height and width of the images in pixels; None: the model's own.
 
     Returns:
         The file (grid, npz) or folder (png).
@@ -50,12 +55,20 @@ def draw_samples(
         raise ValueError(f"output is {output}; a file of format {form} ends in {ending}")
     check_solver(source.config, settings)
     source.check_images()
+    if (asked is None) == bool(source.config.text_dim):
+        what = "takes text; give --prompt or --prompts" if asked is None else "takes no text; leave prompts out"
+        raise ValueError(f"the model of {source.path} {what}")
+    if asked is not None and source.config.num_classes:
+        raise ValueError(f"the model of {source.path} takes classes and text, which only its forward can be given")
     numbers = class_numbers(classes, source)
     labels = None if numbers is None else torch.tensor(numbers).repeat_interleave(per_class)
     model, vae = source.load()
+    inner = model_size(size, model.settings, vae)
+    prompts = None if asked is None else asked.encoded(source, per_class, say)
     count, usage, origin = per_class if labels is None else len(labels), Usage(), source.origin()
+    count = count if asked is None else per_class * len(asked.prompts)
     batches, spoke = [], time.monotonic()
-    for batch in generate_batches(model, labels, count, settings, vae, usage):
+    for batch in generate_batches(model, labels, count, settings, vae, usage, prompts=prompts, size=inner):
         batches.append(batch)
         done = sum(map(len, batches))
         if time.monotonic() - spoke > 10 and done < count:
@@ -63,17 +76,25 @@ def draw_samples(
             spoke = time.monotonic()
     images = torch.cat(batches)
     name = _name(settings, numbers if classes else None, per_class, origin.get("training_steps"))
+    name += "" if inner is None else f"-{images.shape[-2]}x{images.shape[-1]}"
+    name += "" if asked is None else f"-{asked.name()}"
     path = output or source.samples / f"{form}-{name}{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(images, labels, per_class, form, path)
+    _write(images, labels, per_class, form, path, asked)
     record = {"labels": None if labels is None else labels.tolist(), "num_samples": count}
+    record |= {"size": list(images.shape[-2:])} | ({} if asked is None else asked.record(per_class))
     record |= provenance(settings, usage) | origin
     write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(record) + "\n")
     return path
 
 
 def _write(
-    images: Tensor, labels: Tensor | None, per_class: int, form: Literal["grid", "png", "npz"], path: Path
+    images: Tensor,
+    labels: Tensor | None,
+    per_class: int,
+    form: Literal["grid", "png", "npz"],
+    path: Path,
+    asked: Asked | None = None,
 ) -> None:
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     if form == "grid":
@@ -81,11 +102,13 @@ def _write(
         factor = max(1, GRID_PIXELS // max(canvas.size))
         canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.NEAREST).save(path)
     elif form == "npz":
-        np.savez_compressed(path, images=pixels, labels=np.array([] if labels is None else labels))
+        texts: dict[str, Any] = {} if asked is None else {"prompts": np.array(asked.prompts).repeat(per_class)}
+        np.savez_compressed(path, images=pixels, labels=np.array([] if labels is None else labels), **texts)
     else:
         path.mkdir(exist_ok=True)
         for i, image in enumerate(pixels):
             prefix = "" if labels is None else f"class{int(labels[i]):04d}-"
+            prefix = prefix if asked is None else f"prompt{i // per_class:04d}-"
             _to_image(image).save(path / f"{prefix}{i:06d}.png")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..diffusion.solvers import SOLVERS, Counted, dopri5, even_times, sde
 from ..models import Backbone
 from ..moe import RoutingReport, limit_capacity, scale_thresholds
 from ..randomness import normal
+from ..text import TextFeatures
 from .acceleration import Network, accelerated
 
 if TYPE_CHECKING:
@@ -32,6 +33,18 @@ DECODED_AT_A_TIME = 32
 def class_schedule(num_samples: int, num_classes: int) -> Tensor | None:
     """Classes 0, 1, ... in turn, int64, (S,); None for an unconditional model."""
     return torch.arange(num_samples) % num_classes if num_classes else None
+
+
+class Prompts(NamedTuple):
+    """What images show, a row an image."""
+
+    text: TextFeatures
+    negative: TextFeatures
+    """What guidance leads away from; without a token: the model's null prompt."""
+
+    def rows(self, places: Tensor, device: torch.device) -> Prompts:
+        """Of some of the images, on a device."""
+        return Prompts(self.text.rows(places).to(device), self.negative.rows(places).to(device))
 
 
 @dataclass
@@ -83,7 +96,7 @@ def check_solver(config: ModelConfig, settings: EvaluationConfig) -> None:
         raise ValueError(
             f"guidance_interval is {settings.guidance_interval}, but ddpm models have no times t; leave it out"
         )
-    if settings.guidance_scale != 1 and config.num_classes and not config.null_class:
+    if settings.guidance_scale != 1 and config.num_classes and not config.guidable:
         raise ValueError(
             f"guidance_scale is {settings.guidance_scale}, but the model has no null class; set it to 1 for no guidance"
         )
@@ -98,12 +111,16 @@ def generate_batches(
     vae: AutoencoderKL | None = None,
     usage: Usage | None = None,
     first: int = 0,
+    *,
+    prompts: Prompts | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Iterator[Tensor]:
     """Generate images `first` to num_samples - 1, a batch at a time.
 
     Args:
         model: in eval mode; its device is used. labels: class of each image, int64, (S,).
         vae: decodes what the model generates. usage: filled with what it cost.
+        prompts: of each image, for a model with text. size: height and width in the model's space; None: sample_size.
 
     Yields:
         NCHW, float32, [-1, 1] by convention but not clipped, on the CPU.
@@ -113,13 +130,16 @@ def generate_batches(
     """
     config, usage = model.settings, usage or Usage()
     check_solver(config, settings)
+    if (prompts is None) == bool(config.text_dim):
+        raise ValueError(f"prompts are {'missing' if prompts is None else 'given'}, but text_dim is {config.text_dim}")
     network = accelerated(model, settings)
     scale_thresholds(model, settings.threshold_scale)
     limit_capacity(model, settings.capacity_limit)
     try:
         for samples in torch.arange(first, num_samples).split(settings.batch_size):
             classes = None if labels is None else labels[samples].to(model.device)
-            x = _solve(model, network, classes, samples.to(model.device), settings, usage)
+            asked = None if prompts is None else prompts.rows(samples, model.device)
+            x = _solve(model, network, classes, samples.to(model.device), settings, usage, asked, size)
             yield (x if vae is None else decode(vae, x)).float().cpu()
     finally:
         scale_thresholds(model, 1.0)
@@ -133,15 +153,17 @@ def _solve(
     samples: Tensor,
     settings: EvaluationConfig,
     usage: Usage,
+    prompts: Prompts | None,
+    size: tuple[int, int] | None,
 ) -> Tensor:
     """One batch, (B, C, H, W) in the model's space."""
     config = model.settings
-    shape = (config.in_channels, config.sample_size, config.sample_size)
+    shape = (config.in_channels, *(size or (config.sample_size, config.sample_size)))
 
     def noise(step: int) -> Tensor:  # step 0 is the start
         return config.noise_scale * normal(settings.seed, "sample", step, samples, shape)
 
-    answer = Counted(_guided(config, network, classes, settings, usage))
+    answer = Counted(_guided(config, network, classes, settings, usage, prompts))
     x, solver = noise(0), settings.solver
     if config.process == "ddpm":
         schedule = respaced(linear_schedule(DDPM_STEPS), settings.steps)
@@ -162,13 +184,18 @@ def _solve(
 
 
 def _guided(
-    config: ModelConfig, network: Network, classes: Tensor | None, settings: EvaluationConfig, usage: Usage
+    config: ModelConfig,
+    network: Network,
+    classes: Tensor | None,
+    settings: EvaluationConfig,
+    usage: Usage,
+    prompts: Prompts | None = None,
 ) -> Model:
     """The velocity (flow), or epsilon and variance (ddpm), with guidance."""
 
-    def answer(labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def answer(labels: Tensor | None, text: TextFeatures | None) -> Callable[[Tensor, Tensor], Tensor]:
         def of(x: Tensor, t: Tensor) -> Tensor:
-            out = network(x, t.to(x.device), labels)
+            out = network(x, t.to(x.device), labels, *(() if text is None else (text,)))
             usage.note(out.routing)
             if config.process == "ddpm":
                 return out.sample.float()
@@ -177,10 +204,15 @@ def _guided(
 
         return of
 
-    if classes is None:
-        return answer(None)
-    null = torch.full_like(classes, config.num_classes)
-    joint = answer(torch.cat((classes, null)))
+    text, negative = (None, None) if prompts is None else prompts
+    conditional = answer(classes, text)
+    if classes is None and text is None:
+        return conditional
+    null = None if classes is None else torch.full_like(classes, config.num_classes) if config.null_class else classes
+    joint = answer(
+        None if classes is None or null is None else torch.cat((classes, null)),
+        None if text is None or negative is None else TextFeatures.joined(text, negative),
+    )
 
     def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         output, without = joint(torch.cat((x, x)), t).chunk(2)
@@ -190,7 +222,7 @@ def _guided(
     pools = config.router == "diffmoe" and config.inference_pool == "batch"
     channels = settings.guidance_channels or config.in_channels
     scale, interval = settings.guidance_scale, settings.guidance_interval
-    return guided(answer(classes), answer(null), scale, interval, channels, None if pools else both)
+    return guided(conditional, answer(null, negative), scale, interval, channels, None if pools else both)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -206,9 +238,13 @@ def generate(
     settings: EvaluationConfig,
     vae: AutoencoderKL | None = None,
     usage: Usage | None = None,
+    *,
+    prompts: Prompts | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """All images of `generate_batches` as one tensor."""
-    return torch.cat(list(generate_batches(model, labels, num_samples, settings, vae, usage)))
+    options: dict[str, Any] = {"prompts": prompts, "size": size}
+    return torch.cat(list(generate_batches(model, labels, num_samples, settings, vae, usage, **options)))
 
 
 def provenance(settings: EvaluationConfig, usage: Usage) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..data import load_dataset
 from ..data.latent_space import LatentSpace
 from ..distributed import is_main
 from ..models import Backbone
-from .generate import generate, image_grid
+from .generate import Prompts, generate, image_grid
 from .source import load_vae
 
 ROWS, COLUMNS = 4, 8
@@ -28,7 +28,8 @@ def previews_of(recipe: Recipe) -> Callable[[Backbone, Path], None]:
     Raises:
         ValueError: the model works on latents whose VAE is not known.
     """
-    vae, record = None, load_dataset(recipe.data, "train", recipe.training.seed).record()
+    dataset = load_dataset(recipe.data, "train", recipe.training.seed)
+    vae, record = None, dataset.record()
     if recipe.model.in_channels not in (1, 3):
         if "latent_space" not in record:
             raise ValueError(
@@ -41,12 +42,14 @@ def previews_of(recipe: Recipe) -> Callable[[Backbone, Path], None]:
     count, classes = ROWS * COLUMNS, recipe.model.num_classes
     labels = torch.arange(count) * classes // count if classes else None
     settings = replace(recipe.evaluation, batch_size=count)
-    if not classes or not recipe.model.null_class:
+    text = dataset.first_texts(torch.arange(count) % len(dataset)) if recipe.model.text_dim else None
+    prompts = None if text is None else Prompts(text, text.nothing())
+    if not recipe.model.guidable:
         settings = replace(settings, guidance_scale=1.0)
 
     def preview(model: Backbone, path: Path) -> None:
         decoder = None if vae is None else vae.to(model.device)
-        pixels = image_grid(generate(model, labels, count, settings, decoder), COLUMNS)
+        pixels = image_grid(generate(model, labels, count, settings, decoder, prompts=prompts), COLUMNS)
         if is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             array = pixels.numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..data.latent_space import LatentSpace
     from ..models import Backbone
+    from ..text import TextEncoder, TextSpace
 
 CONVERSION = "conversion.json"
 """In a converted folder: where the weights came from."""
@@ -46,6 +48,8 @@ class Source:
     """Where samples go."""
     class_names: tuple[str, ...] = ()
     """Name of each class, where they are known."""
+    text_space: TextSpace | None = None
+    """Of a run with text: whose features it was trained on."""
     latent_space: LatentSpace | None = None
     """Of a run on a latent cache: whatever VAE decodes has to have its encoder, and scales latents as it says."""
     weights: Weights = "ema"
@@ -99,6 +103,35 @@ class Source:
                 f"{self.config.in_channels}; take the one its latents are of"
             )
         return Loaded(model, vae)
+
+    def load_text_encoder(self, place: str | None = None, warn: Callable[[str], None] | None = None) -> TextEncoder:
+        """The encoder for the model's prompts, on the best device there is.
+
+        Args:
+            place: where it is, if not where training or conversion left it. warn: told when prompts are cut.
+
+        Raises:
+            ValueError: it is not there, or is not the one the model was trained with.
+        """
+        import torch
+
+        from ..text import load_encoder
+
+        space, length = self.text_space, self.config.text_length
+        name = place or (str(self.path) if space is None else space.encoder)
+        options: dict[str, Any] = {} if warn is None else {"warn": warn}
+        try:
+            encoder = load_encoder(
+                name, length if space is None else space.length, "fp32" if space is None else space.precision, **options
+            )
+        except ValueError as error:
+            raise ValueError(f"{error}; if it is elsewhere, give the place with --text_encoder") from error
+        if space is not None and encoder.sha256() != space.sha256:
+            raise ValueError(
+                f"the text encoder {name} is not the one of {space.encoder} that the model was trained with; give that "
+                "one with --text_encoder"
+            )
+        return encoder.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _load_vae(self, name: str) -> AutoencoderKL:
         space = self.latent_space
@@ -210,16 +243,19 @@ def _trained(
 ) -> Source:
     """A run's model, with what it has kept of its data: class names, and the space of its latents."""
     from ..data.latent_space import LatentSpace
+    from ..text import TextSpace
 
     file = model_folder / DATA
     record = _read_json(file) if file.is_file() else {}  # runs of older versions have none
     try:
         names = tuple(map(str, record.get("class_names", ()))) if config.num_classes else ()
         space = LatentSpace.from_dict(record["latent_space"]) if "latent_space" in record else None
+        text = TextSpace.from_dict(record["text"]) if "text" in record and config.text_dim else None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); remove it to go on without names and VAE") from error
     vae = None if space is None else space.vae
-    return Source(path, model_folder, vae, config, settings or usual_settings(config), samples, names, space)
+    usual = settings or usual_settings(config)
+    return Source(path, model_folder, vae, config, usual, samples, names, latent_space=space, text_space=text)
 
 
 def usual_settings(config: ModelConfig) -> EvaluationConfig:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -20,11 +20,14 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..model_config import TEXT_FIELDS
 from ..moe import GroupedExperts, RoutingReport
+from ..nn.attention import CrossAttention
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
 from .block import DiTBlock, FinalLayer
+from .text import TextEmbedder, TextTokens
 
 
 @dataclass
@@ -37,15 +40,23 @@ class DiTOutput(BaseOutput):
     """What each MoE layer's router learned, in the order of the layers."""
 
 
+Grid = tuple[int, int]
+"""Rows and columns of an image's tokens."""
+
+
 class Embedded(NamedTuple):
     """The input of the blocks."""
 
     tokens: Tensor
     """(B, N, D)."""
     condition: Tensor
-    """Time and class, (B, D)."""
+    """Time, class and pooled text, (B, D)."""
     label: Tensor | None
-    """The class alone, (B, D); None for an unconditional model."""
+    """The class alone, (B, D); None for a model without classes."""
+    text: tuple[TextTokens, ...]
+    """What the blocks attend to; empty without text, and where its tokens are among `tokens`."""
+    text_tokens: int
+    """How many of `tokens` are the text's; they come first."""
 
 
 def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
@@ -89,6 +100,10 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         self.t_embedder = TimestepEmbedder(D)
         rows = config.num_classes + int(config.null_class)
         self.y_embedder = nn.Embedding(rows, D) if config.num_classes else None
+        self.text_embedder = TextEmbedder(config) if config.text_dim else None
+        if not config.text_dim:  # a model without text has the config it always had
+            fields = self.config.items()
+            self._internal_dict = FrozenDict({key: value for key, value in fields if key not in TEXT_FIELDS})
         self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(D, P * P * self.out_channels, self.make_final_norm())
         self.register_positions()
@@ -108,13 +123,25 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         config = self.settings
         side = config.sample_size // config.patch_size
         if config.rotary_axes:
-            rotary = rotary_table(
-                side, side, config.head_width, config.rotary_axes, config.rotary_pairs, config.class_tokens
-            )
+            rotary = self.rotary_for(side, side)
             self.register_buffer("rotary_cos", rotary.cos_NI, persistent=False)
             self.register_buffer("rotary_sin", rotary.sin_NI, persistent=False)
         if config.adds_sincos:
             self.register_buffer("pos_embed", sincos_table(side, side, config.hidden_size))
+        self.other_sincos: dict[tuple[int, int, torch.device], Tensor] = {}
+        self.other_rotary: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def still_tokens(self) -> int:
+        """Most tokens before those of the image; rotary positions do not turn them."""
+        config = self.settings
+        joint = config.text_dim and config.text_conditioning == "joint"
+        return config.class_tokens + (config.text_length if joint else 0)
+
+    def rotary_for(self, rows: int, columns: int) -> Rotary:
+        """Rotation angles of a grid of tokens: those of a larger one begin with those of a smaller one."""
+        c = self.settings
+        return rotary_table(rows, columns, c.head_width, c.rotary_axes, c.rotary_pairs, self.still_tokens)
 
     @property
     def null_class(self) -> int | None:
@@ -136,38 +163,95 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
                 nn.init.normal_(module.weight, std=0.02)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.weight, std=0.02)
+        for cross in [module for module in self.modules() if isinstance(module, CrossAttention)]:
+            nn.init.zeros_(cross.proj.weight)
         for adaln in [module.adaln for module in self.modules() if isinstance(module, DiTBlock | FinalLayer)]:
             for parameter in adaln.parameters():
                 nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def embed(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Embedded:
+    def embed(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+    ) -> Embedded:
         """Tokens with added positions, and what modulates the blocks.
 
         Raises:
-            ValueError: labels given to an unconditional model, or missing for a conditional one.
+            ValueError: labels or text given to a model without, or missing for a model with them; a size that patches
+                do not fill; features that are not the model's.
         """
+        self._check_inputs(hidden_states, class_labels, encoder_hidden_states)
+        x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
+        if self.settings.adds_sincos:
+            x_BND = x_BND + self.sincos(*self.grid(hidden_states)).to(x_BND.dtype)
+        condition_BD, class_BD = self.t_embedder(timestep.expand(len(x_BND))), None
+        if self.y_embedder is not None:
+            class_BD = self.y_embedder(class_labels)
+            condition_BD = condition_BD + class_BD
+        if self.text_embedder is None:
+            return Embedded(x_BND, condition_BD, class_BD, (), 0)
+        text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
+        condition_BD = condition_BD + pooled_BD
+        if self.settings.text_conditioning == "cross":
+            return Embedded(x_BND, condition_BD, class_BD, (text,), 0)
+        x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
+        return Embedded(x_BND, condition_BD, class_BD, (), self.settings.text_length)
+
+    def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None, text: Tensor | None) -> None:
+        config, (height, width) = self.settings, hidden_states.shape[-2:]
         if (class_labels is None) != (self.y_embedder is None):
             raise ValueError(
                 f"class_labels are {'missing' if class_labels is None else 'given'}, but the model has num_classes "
-                f"{self.settings.num_classes}; pass them exactly when it is not 0"
+                f"{config.num_classes}; pass them exactly when it is not 0"
             )
-        x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
-        if self.settings.adds_sincos:
-            x_BND = x_BND + self.pos_embed.to(x_BND.dtype)
-        time_BD = self.t_embedder(timestep.expand(len(x_BND)))
-        if self.y_embedder is None:
-            return Embedded(x_BND, time_BD, None)
-        class_BD = self.y_embedder(class_labels)
-        return Embedded(x_BND, time_BD + class_BD, class_BD)
+        if (text is None) != (self.text_embedder is None):
+            raise ValueError(
+                f"encoder_hidden_states are {'missing' if text is None else 'given'}, but the model has text_dim "
+                f"{config.text_dim}; pass them exactly when it is not 0 (no prompt: a mask without a true place)"
+            )
+        if height % config.patch_size or width % config.patch_size or not height or not width:
+            raise ValueError(
+                f"the image is {height} x {width}; both must be positive multiples of patch_size {config.patch_size}"
+            )
 
-    def rotary(self, class_tokens: int = 0) -> Rotary | None:
-        """Rotation angles for a sequence that starts with so many of the class tokens."""
+    def grid(self, hidden_states: Tensor) -> Grid:
+        """Rows and columns of an image's tokens."""
+        P = self.settings.patch_size
+        return hidden_states.shape[-2] // P, hidden_states.shape[-1] // P
+
+    def sincos(self, rows: int, columns: int) -> Tensor:
+        """The added table for a grid: the model's own for its own size, else the formula's."""
+        if rows * columns == len(self.pos_embed) and rows == columns:
+            return self.pos_embed
+        place = (rows, columns, self.pos_embed.device)
+        if place not in self.other_sincos:
+            table = sincos_table(rows, columns, self.settings.hidden_size)
+            self.other_sincos[place] = table.to(self.pos_embed.device)
+        return self.other_sincos[place]
+
+    def rotary(self, still_tokens: int = 0, grid: Grid | None = None) -> Rotary | None:
+        """Rotation angles for a sequence that starts with so many tokens that are not turned.
+
+        Args:
+            grid: rows and columns of the image's tokens; None: those of `sample_size`.
+        """
         config = self.settings
         if not config.rotary_axes:
             return None
-        skip = config.class_tokens - class_tokens
-        return Rotary(self.rotary_cos[skip:], self.rotary_sin[skip:], config.rotary_axes, config.rotary_pairs)
+        side, cos_NI, sin_NI = config.sample_size // config.patch_size, self.rotary_cos, self.rotary_sin
+        if grid is not None and grid != (side, side):
+            place = (*grid, cos_NI.device)
+            if place not in self.other_rotary:
+                table = self.rotary_for(*grid)
+                self.other_rotary[place] = table.cos_NI.to(cos_NI.device), table.sin_NI.to(cos_NI.device)
+            cos_NI, sin_NI = self.other_rotary[place]
+        skip = self.still_tokens - still_tokens
+        return Rotary(cos_NI[skip:], sin_NI[skip:], config.rotary_axes, config.rotary_pairs)
 
     def enable_layerwise_casting(
         self,

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..moe import FeedForward, MoEFeedForward, MoEOutput, RouterConfig, RoutingReport
-from ..nn.attention import SelfAttention
+from ..nn.attention import CrossAttention, SelfAttention
 from ..nn.norm import make_norm, modulate
 from ..nn.position import Rotary
+from .text import TextTokens
 
 
 class BlockOutput(NamedTuple):
@@ -47,10 +48,22 @@ class DiTBlock(nn.Module):
         else:
             self.mlp = FeedForward(D, config.mlp_width, config.mlp_activation, config.mlp_bias, dropout)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.cross_norm: nn.Module | None = None
+        self.cross_attn: CrossAttention | None = None
+        if config.text_dim and config.text_conditioning == "cross":
+            self.cross_norm = make_norm(config.norm, D)
+            self.cross_attn = CrossAttention(
+                D, config.num_heads, config.num_kv_heads, config.qk_norm, config.head_dim, dropout
+            )
 
-    def forward(self, x_BND: Tensor, condition_BD: Tensor, rotary: Rotary | None) -> BlockOutput:
+    def forward(
+        self, x_BND: Tensor, condition_BD: Tensor, rotary: Rotary | None, text: TextTokens | None = None
+    ) -> BlockOutput:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition_BD).chunk(6, dim=-1)
         x_BND = x_BND + gate1[:, None] * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rotary)
+        if self.cross_attn is not None and self.cross_norm is not None and text is not None:
+            # PixArt-alpha section 2.3: between the two, beside adaLN's path; its projection starts at zero.
+            x_BND = x_BND + self.cross_attn(self.cross_norm(x_BND), *text)
         out = self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
         y_BND, report = (out.hidden_states, out.report) if isinstance(out, MoEOutput) else (out, None)
         return BlockOutput(x_BND + gate2[:, None] * y_BND, report)

@@ -44,25 +44,34 @@ class DiT(Backbone):
         hidden_states: Tensor,
         timestep: Tensor,
         class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
         return_dict: bool = True,
     ) -> DiTOutput | tuple[Tensor, tuple[RoutingReport, ...]]:
         """Predict what `prediction` says, mostly the velocity.
 
         Args:
-            hidden_states: noisy images or latents, (B, C, H, W).
+            hidden_states: noisy images or latents, (B, C, H, W), of any size that patches fill.
             timestep: t in [0, 1] (0 is noise), or with `process: ddpm` the step from 0 (data) to 999, (B,) or a scalar.
-            class_labels: classes, or `null_class` for none, int64, (B,); None for an unconditional model.
+            class_labels: classes, or `null_class` for none, int64, (B,); None for a model without classes.
+            encoder_hidden_states: the text encoder's features, (B, L, text_dim); None for a model without text.
+            encoder_attention_mask: which of them are tokens, bool, (B, L); None: all. A row without any is no prompt.
+            pooled_projections: the encoder's pooled feature, (B, text_pooled_dim), if the model has that.
 
         Raises:
-            ValueError: labels given to an unconditional model, or missing for a conditional one.
+            ValueError: labels or text given to a model without, or missing for a model with them; a size that patches
+                do not fill; features that are not the model's.
         """
-        x, condition, _ = self.embed(hidden_states, timestep, class_labels)
-        reports, rotary = [], self.rotary()
+        x, condition, _, text, text_tokens = self.embed(
+            hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, pooled_projections
+        )
+        reports, rotary = [], self.rotary(text_tokens, self.grid(hidden_states))
         for block in self.blocks:
-            x, report = self.run_block(block, x, condition, rotary)
+            x, report = self.run_block(block, x, condition, rotary, *text)
             if report is not None:
                 reports.append(report)
-        return self.to_output(x, condition, reports, hidden_states.shape, return_dict)
+        return self.to_output(x[:, text_tokens:], condition, reports, hidden_states.shape, return_dict)
 
 
 # What save_pretrained records and from_pretrained looks up: the public name.

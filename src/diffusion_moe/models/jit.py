@@ -68,29 +68,41 @@ class JiT(Backbone):
         hidden_states: Tensor,
         timestep: Tensor,
         class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
         return_dict: bool = True,
     ) -> DiTOutput | tuple[Tensor, tuple[RoutingReport, ...]]:
         """Predict what `prediction` says, mostly the clean image.
 
         Args:
-            hidden_states: noisy images, (B, C, H, W). timestep: t in [0, 1] (0 is noise), (B,) or a scalar.
-            class_labels: classes, or `null_class` for none, int64, (B,); None for an unconditional model.
+            hidden_states: noisy images, (B, C, H, W), of any size that patches fill.
+            timestep: t in [0, 1] (0 is noise), (B,) or a scalar.
+            class_labels: classes, or `null_class` for none, int64, (B,); None for a model without classes.
+            encoder_hidden_states: the text encoder's features, (B, L, text_dim); None for a model without text.
+            encoder_attention_mask: which of them are tokens, bool, (B, L); None: all. A row without any is no prompt.
+            pooled_projections: the encoder's pooled feature, (B, text_pooled_dim), if the model has that.
 
         Raises:
-            ValueError: labels given to an unconditional model, or missing for a conditional one.
+            ValueError: labels or text given to a model without, or missing for a model with them; a size that patches
+                do not fill; features that are not the model's.
         """
         config = self.settings
-        x, condition, label = self.embed(hidden_states, timestep, class_labels)
-        reports, rotary = [], self.rotary()
+        x, condition, label, text, still = self.embed(
+            hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, pooled_projections
+        )
+        reports, grid = list[RoutingReport](), self.grid(hidden_states)
+        rotary = self.rotary(still, grid)
         for index, block in enumerate(self.blocks):
             if config.class_tokens and index == config.class_tokens_from:
                 assert label is not None
                 x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
-                rotary = self.rotary(config.class_tokens)
-            x, report = self.run_block(block, x, condition, rotary)
+                still += config.class_tokens
+                rotary = self.rotary(still, grid)
+            x, report = self.run_block(block, x, condition, rotary, *text)
             if report is not None:
                 reports.append(report)
-        return self.to_output(x[:, config.class_tokens :], condition, reports, hidden_states.shape, return_dict)
+        return self.to_output(x[:, still:], condition, reports, hidden_states.shape, return_dict)
 
 
 JiT.__module__ = "diffusion_moe"

@@ -46,6 +46,8 @@ def model_flops(config: ModelConfig) -> int:
         model = make_model(config).train()
         x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
         labels = torch.zeros(1, dtype=torch.long) if config.num_classes else None
+        text = torch.empty(1, config.text_length, config.text_dim) if config.text_dim else None
+        pooled = torch.empty(1, config.text_pooled_dim) if config.text_pooled_dim else None
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(x, torch.zeros(1), labels)
+            model(x, torch.zeros(1), labels, text, None, pooled)
     return counter.get_total_flops()

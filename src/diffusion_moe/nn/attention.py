@@ -1,4 +1,7 @@
-"""Self-attention over the tokens of one image. Shape suffixes: B images, N tokens, D width, H heads, I head width."""
+"""Attention over the tokens of one image, and from them to those of a text.
+
+Shape suffixes: B images, N tokens of an image, L tokens of a text, D width, H heads, I head width.
+"""
 
 from __future__ import annotations
 
@@ -119,3 +122,44 @@ class AttentionProcessor:
                 parallel_config=self._parallel_config,
             )
         return attention.dropout(attention.proj(y_BNHI.flatten(2)))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from the tokens of an image to those of a text; PyTorch's own kernels, as there is a mask.
+
+    Args: as of `SelfAttention`, where they have the same names.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.head_dim = head_dim or dim // num_heads
+        self.q = nn.Linear(dim, num_heads * self.head_dim)
+        self.kv = nn.Linear(dim, 2 * self.num_kv_heads * self.head_dim)
+        self.proj = nn.Linear(num_heads * self.head_dim, dim)
+        self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BND: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Attend where the mask is true; each row of it needs a true place."""
+        q_BHNI = self.q_norm(self.q(x_BND).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+        kv_BHLI = self.kv(text_BLD).unflatten(-1, (2 * self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        k_BHLI, v_BHLI = kv_BHLI.chunk(2, dim=1)
+        k_BHLI = self.k_norm(k_BHLI)
+        y_BHNI = F.scaled_dot_product_attention(
+            q_BHNI,
+            k_BHLI.to(q_BHNI.dtype),
+            v_BHLI.to(q_BHNI.dtype),
+            attn_mask=mask_BL[:, None, None],
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return self.dropout(self.proj(y_BHNI.transpose(1, 2).flatten(2)))

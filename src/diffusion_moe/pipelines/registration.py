@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 LIBRARY = "diffusion_moe"
-PIPELINE = "ClassToImagePipeline"
+PIPELINES = ("ClassToImagePipeline", "TextToImagePipeline")
 LOADER = "diffusers.pipelines.pipeline_loading_utils"
 
 
@@ -47,10 +48,14 @@ class _Herald(MetaPathFinder):
 
 
 def _introduce(loader: ModuleType) -> None:
-    """Name our library, and give `diffusers` our pipeline as an attribute that is imported when asked for."""
+    """Name our library, and give `diffusers` our pipelines as attributes that are imported when asked for."""
     loadable = vars(loader).get("LOADABLE_CLASSES", {})
     loadable[LIBRARY] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
     diffusers, kind = sys.modules["diffusers"], type(sys.modules["diffusers"])
-    if not hasattr(kind, PIPELINE):
-        attribute = property(lambda module: getattr(import_module(LIBRARY), PIPELINE))
-        diffusers.__class__ = type(kind.__name__, (kind,), {PIPELINE: attribute, "__module__": kind.__module__})
+    if not hasattr(kind, PIPELINES[0]):
+        attributes = {name: property(partial(_ours, name)) for name in PIPELINES}
+        diffusers.__class__ = type(kind.__name__, (kind,), {**attributes, "__module__": kind.__module__})
+
+
+def _ours(name: str, module: ModuleType) -> type:
+    return getattr(import_module(LIBRARY), name)

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..config import Recipe
+from ..config import ModelConfig, Recipe
 from ..data import ImageDataset, SkippedLog, load_dataset
 from ..distributed import barrier, is_main, torchrun_processes
 from ..models import Backbone
@@ -79,9 +79,38 @@ def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
             f"the data's images are {tuple(image.shape)} (channels, height, width), but model.in_channels and "
             f"model.sample_size say {expected}; {dataset.shape_remedy}"
         )
+    check_text(recipe.model, dataset)
     if model.num_classes not in (0, len(dataset.class_names)):
         raise ValueError(
             f"model.num_classes is {model.num_classes}, but the data has {len(dataset.class_names)} classes"
+        )
+
+
+def check_text(model: ModelConfig, dataset: ImageDataset) -> None:
+    """Whether the captions' features are those the model takes.
+
+    Raises:
+        ValueError: there are none, or they have another size.
+    """
+    if not model.text_dim:
+        return
+    if dataset.texts is None:
+        raise ValueError(
+            f"model.text_dim is {model.text_dim}, but the data has no encoded captions; give data.text_encoder and "
+            "data.caption_column, or a cache made with `diffusion-moe encode --captions`"
+        )
+    space = dataset.texts.space
+    wanted = (model.text_dim, model.text_pooled_dim or space.pooled_width)
+    if (space.width, space.pooled_width) != wanted:
+        raise ValueError(
+            f"the text encoder {space.encoder} gives features of width {space.width} and pooled ones of "
+            f"{space.pooled_width}, but model.text_dim is {model.text_dim} and model.text_pooled_dim "
+            f"{model.text_pooled_dim}; make them equal (model.text_pooled_dim may be 0)"
+        )
+    if space.length > model.text_length:
+        raise ValueError(
+            f"captions have up to {space.length} tokens, but model.text_length is {model.text_length}; raise it, or "
+            "cut the captions to it"
         )
 
 
@@ -155,7 +184,10 @@ class Trainer:
         begins = recipe.start.source is not None and not checkpoints_in(run.checkpoints)
         fill = functools.partial(self._begin_from, origin) if begins else None
         self.start_notes: list[str] = []
-        self.fresh_state = functools.partial(make_state, recipe, self.device, self.layout, fill)
+        texts = self.dataset.texts
+        self.fresh_state = functools.partial(
+            make_state, recipe, self.device, self.layout, fill, None if texts is None else texts.empty()
+        )
         self.state = self.fresh_state()
         if is_main():
             run.claim(recipe, resume)

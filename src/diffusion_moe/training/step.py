@@ -26,6 +26,7 @@ from ..distributed import all_reduce_sum, world_size
 from ..models import Backbone, DiTOutput, make_model
 from ..moe import GroupedExperts, RoutingReport, merge_reports, routers_of, update_routing_state
 from ..randomness import derive_seed, normal, uniform
+from ..text import TextFeatures
 from .ema import update_ema
 from .measures import HostCopy, loss_by_time, routing_measures
 from .optimizer import LocalAdamW, clip_, global_norm, learning_rate, make_optimizer
@@ -102,15 +103,21 @@ def make_state(
     device: torch.device,
     layout: Layout | None = None,
     fill: Callable[[Backbone], None] | None = None,
+    empty_prompt: TextFeatures | None = None,
 ) -> TrainState:
     """A fresh model, a function of the seed, with its averages and optimizer.
 
     Args:
         fill: gives the model other weights, if the recipe says so (see `start`).
+        empty_prompt: what model.text_null empty takes for no prompt.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
         model = make_model(recipe.model)
+        if recipe.model.text_dim and recipe.model.text_null == "empty":
+            assert model.text_embedder is not None and empty_prompt is not None
+            empty = empty_prompt.to(torch.device("cpu"))
+            model.text_embedder.set_null(empty.features[0], None if empty.pooled is None else empty.pooled[0])
         if fill is not None:
             fill(model)
         prepared(model, recipe.start)
@@ -180,21 +187,33 @@ def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, s
     if labels is not None and model.null_class is not None:
         dropped = uniform(seed, "class_dropout", step, samples) < recipe.diffusion.class_dropout
         labels = torch.where(dropped, model.null_class, labels)
+    text = None
+    if recipe.model.text_dim:
+        assert batch.text is not None
+        dropped = uniform(seed, "class_dropout", step, samples) < recipe.diffusion.caption_dropout
+        text = batch.text.to(device, non_blocking=True).dropped(dropped)
     if recipe.model.process == "ddpm":
         t = draw_steps(seed, step, samples)
     else:
         t = draw_times(recipe.diffusion, seed, step, samples)
-    return loss_at(model, recipe, images, labels, noise, t)
+    return loss_at(model, recipe, images, labels, noise, t, text)
 
 
 def loss_at(
-    model: Backbone, recipe: Recipe, images: Tensor, labels: Tensor | None, noise: Tensor, t: Tensor
+    model: Backbone,
+    recipe: Recipe,
+    images: Tensor,
+    labels: Tensor | None,
+    noise: Tensor,
+    t: Tensor,
+    text: TextFeatures | None = None,
 ) -> LossParts:
     """Loss for given noise and times (of ddpm, steps)."""
+    prompt = {} if text is None else text.arguments(recipe.model.text_pooled_dim > 0)
 
     def answer(x_t: Tensor) -> DiTOutput:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
-            return model(x_t, t, labels)
+            return model(x_t, t, labels, **prompt)
 
     if recipe.model.process == "ddpm":
         schedule = linear_schedule()
@@ -287,7 +306,8 @@ def _accumulate_gradients(
     for number, rows in enumerate(micro_batches, start=1):
         if state.layout is not None:  # gradients travel once a step
             model.set_requires_gradient_sync(number == len(micro_batches))
-        micro = Batch(batch.images[rows], batch.labels[rows])
+        text = None if batch.text is None else batch.text.rows(rows)
+        micro = Batch(batch.images[rows], batch.labels[rows], text=text)
         with _seeded_dropout(recipe, step, int(places[rows[0]]), model.device):
             part = micro_batch_loss(model, recipe, micro, step, places[rows].to(model.device))
         lap("forward")

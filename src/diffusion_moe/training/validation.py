@@ -60,7 +60,9 @@ class Validation:
         batch, samples = self.dataset.read(places.tolist()), places.to(self.device)
         images = batch.images.to(self.device)
         labels = batch.labels.to(self.device) if recipe.model.num_classes else None
+        text = self.dataset.first_texts(places) if recipe.model.text_dim else None
+        text = None if text is None else text.to(self.device)
         noise = normal(seed, "noise", 0, samples, tuple(images.shape[1:]))
         ddpm = recipe.model.process == "ddpm"
         t = draw_steps(seed, 0, samples) if ddpm else draw_times(recipe.diffusion, seed, 0, samples)
-        return loss_at(model, recipe, images, labels, noise, t).diffusion_B
+        return loss_at(model, recipe, images, labels, noise, t, text).diffusion_B

@@ -1,0 +1,205 @@
+"""Frozen text encoders of `transformers`, by hub id or folder: T5's, CLIP's, or any other encoder. None of their code
+is downloaded, and weights are safetensors alone.
+
+Shape suffixes: B texts, L tokens of a text, W width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .features import Precision, TextFeatures, TextSpace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Warn = Callable[[str], None]
+NAMED = 3
+"""Cut prompts that a warning names at most."""
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+class TextEncoder:
+    """An encoder and its tokenizer, in eval mode.
+
+    Args:
+        name: where they are from. length: tokens that prompts are cut to; fewer where the encoder has fewer positions.
+        warn: told when prompts are cut; Python's warnings unless given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        name: str = "",
+        warn: Warn = _warn,
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.warn = model.eval().requires_grad_(False), tokenizer, name, warn
+        self._space: TextSpace | None = None
+        self.length = min(length, _positions(model.config))
+        if tokenizer.pad_token_id is None:
+            raise ValueError(f"the tokenizer of the text encoder {name} has no padding token; give another encoder")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def precision(self) -> Precision:
+        return "bf16" if next(self.model.parameters()).dtype == torch.bfloat16 else "fp32"
+
+    def to(self, device: torch.device) -> TextEncoder:
+        """Move it, in place."""
+        self.model.to(device)  # type: ignore[arg-type]
+        return self
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features of the last layer, on the encoder's device, float32; the longest prompt has no padding."""
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        self._tell_cut(prompts)
+        ids, mask = tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
+        out = self.model(input_ids=ids, attention_mask=mask)
+        pooled = pooled_feature(out)
+        features = TextFeatures(out.last_hidden_state.float(), mask.bool(), None if pooled is None else pooled.float())
+        if not bool(features.mask[:, 0].all()):  # padded on the left: we want tokens first
+            order = (~features.mask).long().argsort(dim=1, stable=True)
+            moved = features.features.gather(1, order[..., None].expand_as(features.features))
+            features = features._replace(features=moved, mask=features.mask.gather(1, order))
+        return features
+
+    def encode_all(self, prompts: Sequence[str], batch_size: int = 64) -> list[TextFeatures]:
+        """Features of many prompts, one by one as they are without padding, on the CPU."""
+        texts: list[TextFeatures] = []
+        for start in range(0, len(prompts), batch_size):
+            batch = self.encode(prompts[start : start + batch_size]).to(torch.device("cpu"))
+            for i, length in enumerate(batch.mask.sum(dim=1).tolist()):
+                one = slice(i, i + 1)
+                pooled = None if batch.pooled is None else batch.pooled[one]
+                texts.append(TextFeatures(batch.features[one, :length], batch.mask[one, :length], pooled))
+        return texts
+
+    def space(self) -> TextSpace:
+        """Whose features these are."""
+        if self._space is None:
+            self._space = self._find_space()
+        return self._space
+
+    def _find_space(self) -> TextSpace:
+        empty = self.encode([""])
+        pooled = 0 if empty.pooled is None else empty.pooled.shape[1]
+        width = empty.features.shape[2]
+        return TextSpace(self.name, self.sha256(), width, pooled, self.length, self.precision)
+
+    def sha256(self) -> str:
+        """A hash of weights and vocabulary, the same for either precision."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            bits = tensor.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16)
+            digest.update(bits.numpy().tobytes())
+        for word, number in sorted(self.tokenizer.get_vocab().items()):
+            digest.update(f"{word} {number}\n".encode())
+        return digest.hexdigest()
+
+    def _tell_cut(self, prompts: Sequence[str]) -> None:
+        suspects = [prompt for prompt in prompts if len(prompt) >= self.length // 2]  # a token has a byte at least
+        if not suspects:
+            return
+        lengths = [len(ids) for ids in self.tokenizer(suspects, truncation=False, verbose=False)["input_ids"]]
+        cut = [(prompt, count) for prompt, count in zip(suspects, lengths) if count > self.length]
+        if cut:
+            named = ", ".join(f"{prompt[:40]!r}... ({count})" for prompt, count in cut[:NAMED])
+            more = f" and {len(cut) - NAMED} more" if len(cut) > NAMED else ""
+            self.warn(f"prompts of more than {self.length} tokens are cut to that: {named}{more}")
+
+
+def pooled_feature(output: Any) -> Tensor | None:
+    """An encoder's pooled feature, (B, P): CLIP's projected one, CLIP's or BERT's pooler's, or None."""
+    for name in ("text_embeds", "pooler_output"):
+        pooled = getattr(output, name, None)
+        if pooled is not None:
+            return pooled
+    return None
+
+
+def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Warn = _warn) -> TextEncoder:
+    """An encoder and tokenizer by folder or hub id, on the CPU.
+
+    A folder may hold both, or sub-folders `text_encoder` and `tokenizer`, as pipelines have them; of the hub give
+    OWNER/NAME, or OWNER/NAME/text_encoder for a pipeline's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model_place, tokenizer_place = _places(name)
+    safely: dict[str, Any] = {"trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(**model_place, **safely)
+        model = _encoder_class(config).from_pretrained(
+            **model_place, use_safetensors=True, dtype=DTYPES[precision], **safely
+        )
+        if config.is_encoder_decoder and hasattr(model, "get_encoder") and hasattr(model, "decoder"):
+            model = model.get_encoder()
+        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_place, **safely)
+    except Exception as error:  # transformers raises almost anything on what is no model
+        raise ValueError(f"cannot load the text encoder {name}: {' '.join(str(error).split())[:300]}") from error
+    return TextEncoder(model, tokenizer, length, name, warn)
+
+
+def _places(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of from_pretrained for the model and for the tokenizer."""
+    path = Path(name)
+    if (path / "text_encoder").is_dir() and (path / "tokenizer").is_dir():
+        return _place(str(path / "text_encoder")), _place(str(path / "tokenizer"))
+    if path.exists():
+        return _place(name), _place(name)
+    owner, _, rest = name.partition("/")
+    repository, _, folder = rest.partition("/")
+    if not folder:
+        return _place(name), _place(name)
+    where = f"{owner}/{repository}"
+    return _place(where, folder), _place(where, folder.replace("text_encoder", "tokenizer"))
+
+
+def _place(name: str, folder: str = "") -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": name} | ({"subfolder": folder} if folder else {})
+
+
+def _encoder_class(config: Any) -> Any:
+    """The class that reads the encoder's part of a checkpoint."""
+    import transformers
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    if config.model_type in ("clip", "clip_text_model"):
+        named = (config.architectures or [""])[0]
+        projected = named == "CLIPTextModelWithProjection"
+        return transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    known = type(config) in AutoModelForTextEncoding._model_mapping
+    return AutoModelForTextEncoding if known else AutoModel
+
+
+def _positions(config: Any) -> int:
+    """Most tokens an encoder has positions for; very many where they are relative."""
+    if getattr(config, "relative_attention_num_buckets", None):
+        return 2**31
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
