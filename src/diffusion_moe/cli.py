@@ -29,6 +29,7 @@ from .parsing import (
     recipe_names,
     unknown_name,
 )
+from .planning.options import PlanOptions
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -122,6 +123,27 @@ def train(arguments: Sequence[str]) -> int:
     except NonFiniteError:
         return 1
     return 0 if outcome.interrupted_by is None else 128 + outcome.interrupted_by
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Say what a recipe takes before it runs: parameters, compute, memory of each process, disk and time."""
+    parser = make_parser("plan", plan.__doc__ or "", SECTIONS)
+    parser.add_argument("recipe", type=str, help="a shipped recipe (see `diffusion-moe recipes`) or a YAML file")
+    parser.add_class_arguments(PlanOptions)
+    name, rest = _positional(parser, arguments, "recipe", "diffusion-moe plan RECIPE")
+    given = [*recipe_arguments(find_recipe(name)), *rest]
+    _, options = _starting_point(peek(parser, [name, *given]))
+    parsed = parse(parser, [name, *options, *given])
+    own = PlanOptions(**{field: parsed[field] for field in _fields(PlanOptions)})
+    from .planning.plan import make_plan
+    from .planning.table import print_plan
+
+    made = make_plan(recipe_from(parsed), own)
+    if own.json:
+        say(json.dumps(made.record(), indent=2))
+    else:
+        print_plan(made, find_recipe(name).stem, own, say)
+    return 0
 
 
 def sample(arguments: Sequence[str]) -> int:
@@ -392,6 +414,7 @@ def _fields(section: type) -> set[str]:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "plan": plan,
     "sample": sample,
     "convert": convert,
     "encode": encode,

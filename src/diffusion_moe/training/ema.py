@@ -8,17 +8,19 @@ from torch import Tensor, nn
 from ..moe.parallel import local_part
 
 
-def averaged_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and persistent buffers (thresholds, correction biases), in the order of the state dict.
+def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers (thresholds, correction biases), by name.
 
     Of a model spread over processes, what is held here.
     """
-    tensors = model.state_dict(keep_vars=True).values()
-    return [part for tensor in tensors if (part := local_part(tensor)) is not None and part.is_floating_point()]
+    tensors = {name: local_part(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    return {name: part for name, part in tensors.items() if part is not None and part.is_floating_point()}
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema = decay * ema + (1 - decay) * model, in place, for all tensors at once."""
-    averages = [tensor.detach() for tensor in averaged_tensors(ema)]
-    torch._foreach_lerp_(averages, [tensor.detach() for tensor in averaged_tensors(model)], 1 - decay)
+    averages, frozen = averaged_tensors(ema), {n for n, p in model.named_parameters() if not p.requires_grad}
+    moved = {name: tensor for name, tensor in averaged_tensors(model).items() if name not in frozen}
+    # By name: peft's adapters of experts change the order of a model's parameters.
+    torch._foreach_lerp_([averages[n].detach() for n in moved], [t.detach() for t in moved.values()], 1 - decay)

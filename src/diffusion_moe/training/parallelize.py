@@ -93,7 +93,7 @@ def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
     for block in model.blocks:
         if isinstance(block.mlp, MoEFeedForward):
             _spread_experts(block.mlp.experts, layout, narrow)
-        kept = [module for module in block.modules() if _stays_wide(module)]
+        kept = [module for module in block.modules() if stays_wide(module)]
         if kept:
             shard(kept, mp_policy=wide)
         shard(block, mp_policy=narrow)
@@ -108,7 +108,7 @@ def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
             pool.group = dist.group.WORLD
 
 
-def _stays_wide(module: nn.Module) -> bool:
+def stays_wide(module: nn.Module) -> bool:
     """Routers and norms with parameters compute in float32."""
     return isinstance(module, Router) or (
         isinstance(module, nn.LayerNorm | nn.RMSNorm) and bool(list(module.parameters()))

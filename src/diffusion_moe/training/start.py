@@ -112,10 +112,11 @@ def share_frozen(model: Backbone, averages: Sequence[Backbone]) -> None:
 @torch.no_grad()
 def copy_frozen(model: Backbone, averages: Iterable[Backbone]) -> None:
     """Give averages the model's frozen parameters, of which a checkpoint holds one copy."""
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for average in averages:
-        for mine, other in zip(average.parameters(), model.parameters()):
-            if not other.requires_grad:
-                local_part(mine.data).copy_(local_part(other.data))  # type: ignore[union-attr, arg-type]
+        for name, parameter in average.named_parameters():
+            if name in frozen:
+                local_part(parameter.data).copy_(local_part(frozen[name].data))  # type: ignore[union-attr, arg-type]
 
 
 def begin_from(model: Backbone, recipe: Recipe, origin: Origin, data: Mapping[str, Any]) -> list[str]:
@@ -230,11 +231,12 @@ def _label_notes(
     rows: Sequence[int | None], config: ModelConfig, origin: Origin, class_names: Sequence[str]
 ) -> list[str]:
     classes, null = rows[: config.num_classes], rows[config.num_classes :]
-    lines = []
-    if classes == list(range(len(classes))):
-        if tuple(class_names) != origin.class_names:
-            why = "has no class of an equal name" if origin.class_names else "names no classes"
-            lines.append(f"label table: all {len(classes)} rows are kept, by number, as {origin.name} {why}")
+    names, lines = set(origin.class_names), []
+    if tuple(class_names) == origin.class_names:
+        pass
+    elif classes == list(range(len(classes))) and names.isdisjoint(class_names):
+        why = "has no class of an equal name" if names else "names no classes"
+        lines.append(f"label table: all {len(classes)} rows are kept, by number, as {origin.name} {why}")
     else:
         kept, new = sum(row is not None for row in classes), classes.count(None)
         lines.append(

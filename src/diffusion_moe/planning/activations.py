@@ -1,0 +1,134 @@
+"""What autograd keeps of a forward pass, traced with tensors that have shapes and no memory.
+
+Shape suffixes: B images of a process' micro-batch, A assignments of tokens to experts, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..config import Recipe
+from ..models import Backbone
+from ..models.block import is_moe_block
+from ..moe import GroupedExperts
+from ..training.parallelize import stays_wide
+from ..training.start import make_prepared
+
+INDEX_BYTES = 28
+"""Of a row that has travelled to its expert's process: its weight, and three int64 places."""
+
+
+@dataclass
+class Saved:
+    """Bytes that are kept for the backward pass, without weights and their state."""
+
+    outside: int = 0
+    """Of the embedders, the output and the loss."""
+    blocks: list[int] = field(default_factory=list)
+    """Of each block."""
+    inputs: int = 0
+    """Of the inputs of all blocks: what stays of them where they are recomputed."""
+
+    def kept(self, recompute: str) -> int:
+        """At the end of the forward pass, and with blocks to recompute one of them."""
+        if recompute == "blocks":
+            return self.outside + self.inputs + max(self.blocks)
+        return self.outside + sum(self.blocks)
+
+
+def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
+    """Trace one micro-batch of so many images, without allocating any memory; kernels are a CPU's.
+
+    Args:
+        spread: FSDP2 gathers each block's weights in the dtype of the products, and frees them again, so that no casts
+            are kept.
+    """
+    with FakeTensorMode():
+        model = make_prepared(recipe).train()
+        for experts in [module for module in model.modules() if isinstance(module, GroupedExperts)]:
+            experts.recompute = recipe.training.recompute == "experts"
+        if spread and recipe.training.precision == "bf16":
+            _narrow(model)
+        return _saved_of(model, recipe, images)
+
+
+def travelling_bytes(recipe: Recipe, images: int) -> int:
+    """What expert parallelism keeps besides: the rows that came from other processes, under an even load."""
+    config, size = recipe.model, 2 if recipe.training.precision == "bf16" else 4
+    tokens = images * ((config.sample_size // config.patch_size) ** 2 + config.class_tokens)
+    rows_A = tokens * (config.top_k if config.router in ("tc", "dsmoe") else config.capacity)
+    mixtures = sum(is_moe_block(config, index) for index in range(config.depth))
+    if recipe.training.recompute == "blocks":
+        mixtures = min(1, mixtures)
+    return round(mixtures * rows_A * (size * config.hidden_size + INDEX_BYTES))
+
+
+def _saved_of(model: Backbone, recipe: Recipe, images: int) -> Saved:
+    config, saved = recipe.model, Saved()
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    with _counted(model, saved, own):
+        x = torch.zeros(images, config.in_channels, config.sample_size, config.sample_size)
+        t = torch.zeros(images, dtype=torch.long if config.process == "ddpm" else torch.float32)
+        labels = torch.zeros(images, dtype=torch.long) if config.num_classes else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+            out = model(x, t, labels)
+        _ = (out.sample.float() - 1).square().mean()
+    return saved
+
+
+@contextmanager
+def _counted(model: Backbone, saved: Saved, own: set[int]) -> Iterator[None]:
+    """Add up what autograd packs, every storage once, by the block that runs."""
+    seen, block_inputs, kept = set(own), set(own), []
+    saved.blocks, running = [0] * len(model.blocks), -1
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)  # so that no storage's identity is given out twice
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            if running < 0:
+                saved.outside += storage.nbytes()
+            else:
+                saved.blocks[running] += storage.nbytes()
+        return tensor
+
+    def enter(block: nn.Module, inputs: tuple[object, ...]) -> None:
+        nonlocal running
+        running += 1
+        for tensor in [value for value in inputs if isinstance(value, Tensor)]:
+            kept.append(tensor)
+            storage = tensor.untyped_storage()
+            if storage._cdata not in block_inputs:
+                block_inputs.add(storage._cdata)
+                saved.inputs += storage.nbytes()
+
+    def leave(*_: object) -> None:
+        nonlocal running
+        if running == len(model.blocks) - 1:
+            running = -1
+
+    hooks = [block.register_forward_pre_hook(enter) for block in model.blocks]
+    hooks.append(model.blocks[-1].register_forward_hook(leave))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _narrow(model: Backbone) -> None:
+    """Give the blocks' weights the dtype in which FSDP2 gathers them."""
+    modules = [module for block in model.blocks for module in block.modules()]
+    wide = {id(parameter) for module in modules if stays_wide(module) for parameter in module.parameters()}
+    for module in modules:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in wide:
+                setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16), parameter.requires_grad))

@@ -1,0 +1,164 @@
+"""A recipe's plan: what it takes on given processes, and which layouts of them there are."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import ParallelConfig, Recipe
+from ..data import places_of
+from ..models.sizes import Size, model_size
+from ..training.parallelize import check_parallel
+from ..training.start import check_start
+from .activations import trace_saved, travelling_bytes
+from .compute import Compute, compute_of
+from .memory import Memory, Tensors
+from .options import PlanOptions
+
+ROOM = 0.9
+"""Share of a GPU's memory that a plan may take: what is computed in passing and the allocator need the rest."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a run, and what it takes of each process."""
+
+    parallel: ParallelConfig
+    memory: Memory
+    fits: bool
+    """Whether a GPU has room for that."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe takes."""
+
+    recipe: Recipe
+    world: int
+    size: Size
+    learning: int
+    """Parameters that are trained."""
+    tokens_per_image: int
+    compute: Compute
+    checkpoint_bytes: int
+    """Tensors of a checkpoint."""
+    model_bytes: int
+    """Tensors of the model that the run gives, and of each further average's."""
+    layouts: tuple[Layout, ...]
+    """The one of the recipe, or all there are; those that travel least come first."""
+    seconds: float
+    """To the recipe's last step, at the given utilisation."""
+
+    @property
+    def chosen(self) -> Layout:
+        """The first layout that fits; if none does, the one that takes the least."""
+        fitting = [layout for layout in self.layouts if layout.fits]
+        return fitting[0] if fitting else min(self.layouts, key=lambda layout: layout.memory.total)
+
+    @property
+    def images_per_process(self) -> int:
+        """Of a micro-batch."""
+        return self.recipe.training.batch_size // (self.world * self.recipe.training.accumulation)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        training = self.recipe.training
+        images = training.steps * training.batch_size
+        return {
+            "world": self.world,
+            "parameters": {**self.size._asdict(), "learning": self.learning},
+            "images_per_step": training.batch_size,
+            "images_per_process": self.images_per_process,
+            "tokens_per_image": self.tokens_per_image,
+            "flops_per_step": dataclasses.asdict(self.compute),
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "model_bytes": self.model_bytes,
+            "layouts": [_layout_record(layout) for layout in self.layouts],
+            "chosen": _layout_record(self.chosen),
+            "steps": training.steps,
+            "images": images,
+            "tokens": images * self.tokens_per_image,
+            "model_flops": training.steps * self.compute.model,
+            "seconds": self.seconds,
+            "images_per_second": images / self.seconds,
+        }
+
+
+def _layout_record(layout: Layout) -> dict[str, Any]:
+    parallel = {name: getattr(layout.parallel, name) for name in ("replicate", "shard", "experts")}
+    memory = dataclasses.asdict(layout.memory) | {"total": layout.memory.total}
+    return parallel | {"memory_bytes": memory, "fits": layout.fits}
+
+
+def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
+    """Plan a recipe.
+
+    Raises:
+        ValueError: batch or model cannot be spread over so many processes, or the recipe's layout is of others; with
+            the arithmetic.
+    """
+    layouts, training = layouts_of(recipe, options.world), recipe.training
+    world = _product(layouts[0])
+    places_of(training.batch_size, training.accumulation, world=world)
+    images, tensors, size = training.batch_size // (world * training.accumulation), Tensors(recipe), recipe.model
+    kept = trace_saved(recipe, images, spread=world > 1).kept(training.recompute)
+    travelling = travelling_bytes(recipe, images)
+    found = []
+    for layout in layouts:
+        memory = tensors.memory(layout, kept + (travelling if layout.experts > 1 else 0))
+        found.append(Layout(layout, memory, memory.total <= ROOM * 1e9 * options.memory_gb))
+    compute = compute_of(recipe)
+    speed = 1e12 * options.peak_tflops * options.utilisation * world
+    return Plan(
+        recipe=recipe,
+        world=world,
+        size=model_size(recipe.model),
+        learning=tensors.learning,
+        tokens_per_image=(size.sample_size // size.patch_size) ** 2,
+        compute=compute,
+        checkpoint_bytes=tensors.checkpoint,
+        model_bytes=tensors.published,
+        layouts=tuple(found),
+        seconds=training.steps * compute.model / speed,
+    )
+
+
+def layouts_of(recipe: Recipe, world: int | None) -> list[ParallelConfig]:
+    """The recipe's own layout, or where it has none all that so many processes can form; the least travel first.
+
+    Raises:
+        ValueError: the recipe's layout is of another number of processes, or cannot be; or there is none.
+    """
+    parallel = recipe.parallel
+    if world is None or _product(parallel) == world:
+        _check(recipe)
+        return [parallel]
+    if _product(parallel) > 1:
+        raise ValueError(
+            f"parallel.replicate x shard x experts is {parallel.replicate} x {parallel.shard} x {parallel.experts} = "
+            f"{_product(parallel)}, but --world is {world}; make them equal, or leave parallel out to compare layouts"
+        )
+    possible, reason = [], ""
+    for experts in range(1, world + 1):
+        for shard in range(1, world // experts + 1):
+            if world % (experts * shard):
+                continue
+            layout = dataclasses.replace(parallel, replicate=world // (experts * shard), shard=shard, experts=experts)
+            try:
+                _check(dataclasses.replace(recipe, parallel=layout))
+                possible.append(layout)
+            except ValueError as error:
+                reason = str(error)
+    if not possible:
+        raise ValueError(f"no layout of {world} processes is possible; the last one: {reason}")
+    return sorted(possible, key=lambda layout: (layout.shard * layout.experts, layout.experts))
+
+
+def _product(parallel: ParallelConfig) -> int:
+    return parallel.replicate * parallel.shard * parallel.experts
+
+
+def _check(recipe: Recipe) -> None:
+    check_parallel(recipe)
+    check_start(recipe)
