@@ -1,7 +1,7 @@
 """One of several gloo processes: takes some training steps in each of several cases, and saves what came of them.
 
-Usage: train_worker.py CASES.json, a list of objects with `result` (a file), `steps`, `options`, and perhaps `backend` (of
-torch.compile, for `training.compile`).
+Usage: train_worker.py CASES.json, a list of objects with `result` (a file), `steps`, `options`, and perhaps `backend`
+(of torch.compile, for `training.compile`).
 """
 
 import functools

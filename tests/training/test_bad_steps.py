@@ -1,0 +1,153 @@
+"""Steps whose loss is not finite: left out, gone back for, and in the end named."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from diffusion_moe.cli import main
+from diffusion_moe.data import load_dataset
+from diffusion_moe.data.digits import Digits
+from diffusion_moe.parsing import read_recipe
+from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
+from diffusion_moe.training.feed import images_of_step
+from diffusion_moe.training.loop import NonFiniteError, train
+from diffusion_moe.training.step import make_state
+
+STEPS = 12
+
+
+@pytest.fixture
+def recipe(tiny):
+    def make(*options):
+        shown = [f"--training.steps={STEPS}", "--logging.every=1", "--training.max_bad_steps=1"]
+        return read_recipe("digits", [*tiny, *shown, "--model.router=dsmoe", "--training.checkpoint_every=4", *options])
+
+    return make
+
+
+@pytest.fixture
+def poison(recipe, monkeypatch):
+    """Spoils an image of each of some steps' batches; all batches of the test's runs are of different images."""
+
+    def spoil(*steps):
+        dataset = load_dataset(recipe().data, "train")
+        images = {images_of_step(recipe(), dataset, step)[-1] for step in steps}
+        read = Digits.read
+
+        def read_some(self, indices):
+            batch = read(self, indices)
+            batch.images[[i for i, index in enumerate(indices) if index in images]] = torch.nan
+            return batch
+
+        monkeypatch.setattr(Digits, "read", read_some)
+
+    return spoil
+
+
+def final_state(recipe, folder):
+    state = make_state(recipe, torch.device("cpu"))
+    checkpoints = Checkpoints(folder / "checkpoints", recipe.training)
+    checkpoints.load_latest(state)
+    assert state.step == STEPS
+    return state
+
+
+def logged(folder):
+    """The steps of which metrics.jsonl has a loss; fails on what is no JSON."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [row["step"] for row in rows if "loss" in row]
+
+
+def test_a_few_are_left_out_and_change_nothing(recipe, poison, tmp_path):
+    """As if their batches had been left out from the start, which the other run does after going back."""
+    poison(6, 7)
+    lines = []
+    train(recipe("--training.max_bad_steps=2"), tmp_path / "on", say=lines.append)
+    train(recipe(), tmp_path / "back", say=lines.append)
+    assert sum("was left out" in line for line in lines) == 4
+    on, back = (final_state(recipe(), tmp_path / name) for name in ("on", "back"))
+    assert (on.excluded, back.excluded) == (set(), {6, 7})
+    expected, found = state_tensors(on), state_tensors(back)
+    assert not [name for name in expected if "ema." not in name and not torch.equal(expected[name], found[name])]
+    for folder in ("on", "back"):
+        assert logged(tmp_path / folder) == [step for step in range(1, STEPS + 1) if step not in (6, 7)]
+
+
+def test_more_in_a_row_go_back_to_the_last_good_checkpoint(recipe, poison, tmp_path):
+    """The checkpoint that was due in their midst is not made before the next good step."""
+    poison(7, 8, 9)
+    lines = []
+    train(recipe("--training.max_bad_steps=2"), tmp_path, say=lines.append)
+    assert [line for line in lines if "went back" in line] == [
+        "warning: went back to step 4; the batches of steps 7 to 9 are left out"
+    ]
+    assert final_state(recipe(), tmp_path).excluded == {7, 8, 9}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000012", "step-00000008"}
+
+
+def test_a_checkpoint_that_is_owed_is_made_after_the_next_good_step(recipe, poison, tmp_path):
+    poison(8)
+    train(recipe(), tmp_path, say=str)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000012", "step-00000009"}
+
+
+def test_a_run_that_stays_bad_stops_and_names_the_images(recipe, poison, tmp_path):
+    poison(2, 3, 6, 7)
+    long = recipe("--training.checkpoint_every=100")
+    lines = []
+    with pytest.raises(NonFiniteError, match="steps 6 to 7"):
+        train(long, tmp_path, say=lines.append)
+    assert lines[-1].startswith("stopped: ") and "bad-batches.json" in lines[-1] and "\n" not in lines[-1]
+    named = json.loads((tmp_path / "bad-batches.json").read_text())
+    dataset = load_dataset(long.data, "train")
+    assert named == {
+        "steps": [6, 7],
+        "training_images": {str(step): images_of_step(long, dataset, step) for step in (6, 7)},
+    }
+    # The same again stops again: it remembers what it left out, and that it has gone back.
+    again = []
+    with pytest.raises(NonFiniteError):
+        train(long, tmp_path, say=again.append)
+    assert not [line for line in again if "step 2 was" in line or "step 3 was" in line or "went back" in line]
+    # Allowed to leave more out, it comes to its end.
+    train(recipe("--training.checkpoint_every=100", "--training.max_bad_steps=2"), tmp_path, say=str)
+    assert final_state(long, tmp_path).excluded == {2, 3}
+
+
+def test_the_command_exits_with_1_and_one_line(tiny, poison, tmp_path, capsys):
+    poison(1, 2, 3, 4)
+    options = [f"--training.steps={STEPS}", "--training.max_bad_steps=1", "--output_dir", str(tmp_path)]
+    assert main(["train", "digits", *tiny, *options]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1].startswith("stopped: the loss or gradient of steps 3 to 4 is not finite")
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize("when", ["went back", "step 9 "], ids=["after going back", "among bad steps"])
+def test_a_run_interrupted_there_ends_as_the_uninterrupted_one(recipe, poison, tmp_path, when):
+    """Only averages may differ, by what they moved in steps that are left out."""
+    poison(7, 8, 9, 10)
+    bad = recipe("--training.max_bad_steps=3")
+    train(bad, tmp_path / "whole", say=str)
+    asked = []
+
+    def interrupt(line):
+        if when in line and not asked:
+            asked.append(line)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(bad, tmp_path / "stopped", say=interrupt).interrupted_by == signal.SIGTERM
+    train(bad, tmp_path / "stopped", say=str)
+    whole, stopped = (final_state(bad, tmp_path / name) for name in ("whole", "stopped"))
+    assert whole.excluded == stopped.excluded == {7, 8, 9, 10}
+    expected, found = state_tensors(whole), state_tensors(stopped)
+    assert not [name for name in expected if "ema." not in name and not torch.equal(expected[name], found[name])]
+    assert logged(tmp_path / "whole") == logged(tmp_path / "stopped")
