@@ -32,8 +32,9 @@ def weights(folder):
         [],
         ["--model.router=diffmoe", "--model.text_conditioning=joint", "--model.text_null=empty"],
         ["--model.router=dense", "--training.accumulation=2", "--logging.validate_every=3"],
+        ["--data.buckets=[8x8,10x8]", "--logging.validate_every=1", "--training.batch_size=4"],
     ],
-    ids=["cross", "joint", "accumulated"],
+    ids=["cross", "joint", "accumulated", "buckets"],
 )
 def test_training_goes_on_bit_for_bit(tmp_path, tiny_t2i, options):
     options = [*tiny_t2i, *options]
