@@ -196,7 +196,7 @@ def encode(arguments: Sequence[str]) -> int:
 
 
 _NOT_OF_IMAGES = {
-    *("path", "channels", "flip", "normalize", "test_fraction"),
+    *("path", "channels", "flip", "normalize", "test_fraction", "buckets"),
     *("caption_column", "text_encoder", "text_length", "text_precision"),
 }
 """Fields of `DataConfig` that `encode` has no use for, or options of its own."""

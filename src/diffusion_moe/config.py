@@ -88,6 +88,9 @@ class DataConfig:
     image_size: int = 8
     """Height and width that images are resized and center-cropped to, in pixels (kind: folder, huggingface,
     webdataset), or that shapes are drawn at (kind: shapes)."""
+    buckets: tuple[str, ...] = ()
+    """Sizes HEIGHTxWIDTH in pixels, in place of image_size: each image is resized and cropped to the one of the nearest
+    aspect ratio, and a batch is of one size (kind: folder, huggingface, webdataset)."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour (kind: folder, huggingface, webdataset, shapes)."""
     normalize: Literal["scaling", "channel"] = "scaling"
@@ -124,10 +127,26 @@ class DataConfig:
             self.text_encoder is None or self.kind != "latents",
             f"data.text_encoder is {self.text_encoder}, but data.kind latents has its captions encoded; leave it out",
         )
+        for text in self.buckets:
+            height, _, width = text.partition("x")
+            require(
+                height.isdecimal() and width.isdecimal() and int(height) * int(width) > 0,
+                f"data.buckets holds {text!r}; give sizes such as 256x384",
+            )
+        require(
+            not self.buckets or self.kind in ("folder", "huggingface", "webdataset"),
+            f"data.buckets is {', '.join(self.buckets)}, but data.kind {self.kind} has no use for it; leave it out",
+        )
         require(self.text_length > 0, f"data.text_length is {self.text_length}; it must be positive")
         require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be positive")
         require(0 <= self.test_fraction < 1, f"data.test_fraction is {self.test_fraction}; choose from 0 to below 1")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; use 0 for none")
+
+    @property
+    def bucket_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each bucket."""
+        pairs = [text.split("x") for text in self.buckets]
+        return tuple((int(height), int(width)) for height, width in pairs)
 
 
 @dataclass(frozen=True)

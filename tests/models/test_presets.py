@@ -16,7 +16,7 @@ read_recipe = cache(read)
 PUBLISHED = json.loads((Path(__file__).parent / "published_sizes.json").read_text())
 OWN = {"digits", "image-folder"}
 """Recipes that are no paper's."""
-PAPERS = sorted(set(preset_names()) - OWN)
+PAPERS = sorted(name for name in set(preset_names()) - OWN if not name.startswith("t2i-"))
 IMAGES = 1_281_167  # ImageNet's training images
 
 

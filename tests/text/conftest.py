@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -44,3 +46,14 @@ def tiny_t2i(tiny_options, captioned_folder, text_encoder_folder):
     """Options that make the digits recipe a tiny text-to-image one on the captioned folder."""
     places = [f"--data.path={captioned_folder}", f"--data.text_encoder={text_encoder_folder}"]
     return [*tiny_options, *TINY_T2I, *places]
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """An AutoencoderKL that halves sides."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, sample_size=8)
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(folder)
+    return folder

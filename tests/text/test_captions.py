@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from diffusion_moe.cli import main
@@ -108,15 +107,6 @@ def test_tars_that_cannot_be_used(tars, tmp_path):
 
 def draws(epochs, images=24):
     return [Draw(i, epoch, i) for epoch in epochs for i in range(images)]
-
-
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    vae = AutoencoderKL(**blocks, block_out_channels=(4,), norm_num_groups=2, latent_channels=3, sample_size=8)
-    vae.save_pretrained(tmp_path_factory.mktemp("vae"))
-    return tmp_path_factory.getbasetemp() / "vae0"
 
 
 def encode(folder, output, vae, text, *more):

@@ -50,6 +50,10 @@ class ImageDataset(ABC):
     """Name of each class."""
     texts: CaptionFeatures | None = None
     """Features of the captions, where they are encoded."""
+    buckets: np.ndarray | None = None
+    """Bucket of each image, int64, of data with images of several sizes; a batch is of one bucket."""
+    bucket_sizes: tuple[tuple[int, int], ...] = ()
+    """Height and width of each bucket."""
     shape_remedy = "change the model's, or take other data"
     """What to do where the images' shape is not the model's."""
 

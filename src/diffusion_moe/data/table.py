@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,14 +43,25 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     As ADM (arXiv 2105.05233) prepares the images that published scores compare with: halve by averages while at least
     twice too large, then bicubic.
     """
-    while min(image.size) >= 2 * size:
+    return cover_and_crop(image, size, size)
+
+
+def cover_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """As small as covers the size, then its centre."""
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     image = image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BICUBIC
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC
     )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def nearest_bucket(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> int:
+    """The size of the nearest aspect ratio, by the logarithm of width over height; the first of equals."""
+    ratio = math.log(width / height)
+    return min(range(len(sizes)), key=lambda number: abs(math.log(sizes[number][1] / sizes[number][0]) - ratio))
 
 
 class TableImages(ImageDataset):
@@ -69,12 +82,17 @@ class TableImages(ImageDataset):
         self.labels = self.table.labels[self.rows]
         if len(self.rows) == 0:
             raise ValueError(f"data.path {config.path} gives no image for the {split} split; see data.test_fraction")
+        if config.buckets:
+            self.bucket_sizes = config.bucket_sizes
+            self.buckets = self._find_buckets()
 
     def read(self, indices: Sequence[int]) -> Batch:
+        if len({self.size_of(index) for index in indices}) > 1:
+            raise ValueError("data.buckets makes images of several sizes, which cannot be one batch here; leave it out")
         images, labels, skipped, sources = [], [], [], []
         for index in indices:
             found, misses = index, 0
-            while (image := self.decode(found)) is None:
+            while (image := self.decode(found, like=index)) is None:
                 found, misses = (found + 1) % len(self), misses + 1
                 if misses == len(self):
                     raise ValueError(f"no image under data.path {self.config.path} can be read")
@@ -88,15 +106,20 @@ class TableImages(ImageDataset):
     def captions(self, index: int) -> Sequence[str]:
         return () if self.table.captions is None else self.table.captions[int(self.rows[index])]
 
-    def decode(self, index: int) -> Tensor | None:
-        """One image, CHW, float32, [-1, 1]; None for an unreadable one that may be skipped."""
+    def decode(self, index: int, like: int | None = None) -> Tensor | None:
+        """One image, CHW, float32, [-1, 1]; None for an unreadable one that may be skipped.
+
+        Args:
+            like: the image whose size it gets; None: its own.
+        """
         try:
             record = self._record(index)
             if record is None:
                 raise ValueError("there is none")
             with Image.open(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])) as image:
-                square = resize_and_crop(
-                    image.convert("RGB" if self.config.channels == 3 else "L"), self.config.image_size
+                square = cover_and_crop(
+                    image.convert("RGB" if self.config.channels == 3 else "L"),
+                    *self.size_of(index if like is None else like),
                 )
         except MemoryError:
             raise
@@ -108,6 +131,22 @@ class TableImages(ImageDataset):
             ) from error
         pixels = np.array(square, dtype=np.float32).reshape(square.height, square.width, -1) / 127.5 - 1
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width that an image is made."""
+        if self.buckets is None:
+            return self.config.image_size, self.config.image_size
+        return self.bucket_sizes[int(self.buckets[index])]
+
+    def _find_buckets(self) -> np.ndarray:
+        """From the images' headers; an unreadable one counts as of the first bucket."""
+        found = np.zeros(len(self), dtype=np.int64)
+        for index in range(len(self)):
+            with suppress(Exception):  # Pillow's readers raise almost anything; `decode` tells of them
+                record = self._record(index) or {"path": None, "bytes": b""}
+                with Image.open(record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])) as image:
+                    found[index] = nearest_bucket(image.height, image.width, self.bucket_sizes)
+        return found
 
     def name(self, index: int) -> str:
         """Its file, or its row in the data set."""

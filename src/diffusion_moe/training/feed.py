@@ -21,7 +21,9 @@ def batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Generator[Batch
     """
     training = recipe.training
     places = torch.cat(places_of(training.batch_size, training.accumulation, rank(), world_size()))
-    order = batches_from(step, training.steps, len(dataset), training.batch_size, training.seed, places)
+    order = batches_from(
+        step, training.steps, len(dataset), training.batch_size, training.seed, places, dataset.buckets
+    )
     loader: DataLoader = DataLoader(
         dataset,  # type: ignore[arg-type]  # it fetches whole batches, see ImageDataset.__getitems__
         batch_sampler=order,  # type: ignore[arg-type]
@@ -43,7 +45,7 @@ def batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Generator[Batch
 def images_of_step(recipe: Recipe, dataset: ImageDataset, step: int) -> list[int]:
     """Places in the data set's training split of the images in a step's global batch."""
     training = recipe.training
-    (draws,) = batches_from(step - 1, step, len(dataset), training.batch_size, training.seed)
+    (draws,) = batches_from(step - 1, step, len(dataset), training.batch_size, training.seed, None, dataset.buckets)
     return [draw[0] for draw in draws]
 
 

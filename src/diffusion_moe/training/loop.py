@@ -74,6 +74,13 @@ def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
     """
     model, image = recipe.model, dataset.read([0]).images[0]
     expected = (model.in_channels, model.sample_size, model.sample_size)
+    if dataset.buckets is not None:
+        for height, width in dataset.bucket_sizes:
+            if height % model.patch_size or width % model.patch_size:
+                raise ValueError(
+                    f"data.buckets holds {height}x{width}, but model.patch_size {model.patch_size} must divide both"
+                )
+        expected = (model.in_channels, *image.shape[1:])
     if tuple(image.shape) != expected:
         raise ValueError(
             f"the data's images are {tuple(image.shape)} (channels, height, width), but model.in_channels and "

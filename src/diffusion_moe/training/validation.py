@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -49,11 +51,21 @@ class Validation:
     def _loss(self, model: Backbone) -> float:
         training, total = self.recipe.training, torch.zeros(2, dtype=torch.float64, device=self.device)
         size = max(1, training.batch_size // (training.accumulation * world_size()))
-        for places in torch.arange(self.first, self.first + self.count).split(size):
+        for places in self._places(size):
             loss_B = self._losses_of(model, places)
             total += torch.stack((loss_B.double().sum(), total.new_tensor(len(places))))
         loss, count = all_reduce_sum(total).tolist()
         return loss / count
+
+    def _places(self, size: int) -> Iterator[Tensor]:
+        """Held-out images of this process in batches, each of one bucket."""
+        places, buckets = torch.arange(self.first, self.first + self.count), self.dataset.buckets
+        if buckets is None:
+            yield from places.split(size)
+            return
+        of_place = torch.from_numpy(buckets)[places]
+        for bucket in of_place.unique():
+            yield from places[of_place == bucket].split(size)
 
     def _losses_of(self, model: Backbone, places: Tensor) -> Tensor:
         recipe, seed = self.recipe, derive_seed(self.recipe.training.seed, "validation", 0)

@@ -1,0 +1,90 @@
+"""Images of several sizes: which size an image gets, what is cropped, and the order of their batches."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_moe.config import DataConfig
+from diffusion_moe.data import batches_from, load_dataset, places_of
+from diffusion_moe.data.table import cover_and_crop, nearest_bucket
+
+SIZES = [(8, 8), (4, 12), (12, 4)]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(10, 10, 0), (9, 10, 0), (10, 40, 1), (100, 30, 2), (2, 3, 0), (10, 18, 1)]
+)
+def test_the_nearest_aspect_ratio(height, width, expected):
+    assert nearest_bucket(height, width, SIZES) == expected
+
+
+def test_the_centre_of_the_smallest_image_that_covers():
+    columns = np.tile(np.arange(12, dtype=np.uint8) * 20, (4, 1))
+    cropped = np.array(cover_and_crop(Image.fromarray(columns), 4, 6))
+    assert np.array_equal(cropped, columns[:, 3:9])
+
+
+BUCKETS = np.array([0] * 30 + [1] * 20 + [2] * 10)
+
+
+def stream(step, last, **changes):
+    options = {"size": 60, "batch_size": 8, "seed": 3, "buckets": BUCKETS} | changes
+    return list(batches_from(step, last, **options))
+
+
+def test_batches_are_of_one_bucket_and_every_image_comes_once_an_epoch():
+    batches = stream(0, 400)
+    assert all(len({int(BUCKETS[draw.image]) for draw in batch}) == 1 for batch in batches)
+    draws = [draw for batch in batches for draw in batch]
+    for bucket in range(3):
+        images = np.flatnonzero(bucket == BUCKETS).tolist()
+        own = [draw for draw in draws if draw.image in images]
+        for epoch in range(own[-1].epoch):
+            assert sorted(draw.image for draw in own if draw.epoch == epoch) == images
+        assert len(own) / len(draws) == pytest.approx(len(images) / 60, abs=0.06)
+    assert stream(0, 400, seed=4) != batches
+
+
+def test_the_order_is_a_function_of_the_step_for_any_number_of_processes():
+    whole = stream(0, 30)
+    assert stream(17, 30) == whole[17:]
+    assert stream(0, 50)[:30] == whole
+    parts = [stream(0, 30, places=places_of(8, 1, rank, 2)[0]) for rank in range(2)]
+    assert [a + b for a, b in zip(*parts)] == whole
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Six wide and six high pictures of a grey level each."""
+    (tmp_path / "pictures" / "all").mkdir(parents=True)
+    for i in range(12):
+        size = (10, 30) if i % 2 else (30, 10)
+        Image.fromarray(np.full(size, 20 * i, dtype=np.uint8)).save(tmp_path / "pictures" / "all" / f"{i:02d}.png")
+    return tmp_path / "pictures"
+
+
+def config(path, **changes):
+    return DataConfig(kind="folder", path=str(path), test_fraction=0.0, buckets=("4x12", "12x4"), **changes)
+
+
+def test_images_take_the_size_of_their_bucket(pictures):
+    data = load_dataset(config(pictures), "train")
+    assert data.buckets.tolist() == [1 - i % 2 for i in range(12)]
+    assert data.read([1, 3]).images.shape == (2, 1, 4, 12) and data.read([0, 4]).images.shape == (2, 1, 12, 4)
+    torch.testing.assert_close(data.read([1, 3]).images[1], torch.full((1, 4, 12), 60 / 127.5 - 1))
+    with pytest.raises(ValueError, match="several sizes, which cannot be one batch"):
+        data.read([0, 1])
+
+
+def test_what_stands_in_for_an_unreadable_image_takes_its_size(pictures):
+    (pictures / "all" / "03.png").write_bytes(b"broken")
+    data = load_dataset(config(pictures, on_corrupt="skip"), "train")
+    assert data.buckets[3] == 0 and data.read([1, 3]).images.shape == (2, 1, 4, 12)
+
+
+def test_sizes_that_are_none():
+    with pytest.raises(ValueError, match=r"data\.buckets holds '8'; give sizes such as 256x384"):
+        DataConfig(kind="folder", path="a", buckets=("8",))
+    with pytest.raises(ValueError, match=r"data\.buckets is 8x8, but data\.kind digits has no use for it"):
+        DataConfig(buckets=("8x8",))
