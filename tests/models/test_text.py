@@ -1,5 +1,7 @@
 """Models conditioned on text: what starts at zero, what a mask hides, what stands for no prompt, and other sizes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -263,3 +265,29 @@ def test_sizes_and_operations_count_the_text():
     products = L * (W * D + D * D) + (W * D + D * D)
     products += depth * (2 * N * D * D + L * 2 * D * D + 2 * N * L * D)
     assert model_flops(config) - model_flops(plain) == 2 * products
+
+
+@pytest.mark.parametrize("conditioning", ["cross", "joint"])
+def test_checkpointed_and_compiled_blocks_give_the_same_gradients(conditioning):
+    plain, batch = make_model(text_conditioning=conditioning, qk_norm=True).train(), inputs()
+    checkpointed, compiled = copy.deepcopy(plain), copy.deepcopy(plain)
+    checkpointed.enable_gradient_checkpointing()
+    torch._dynamo.reset()
+    compiled.compile_blocks(backend="aot_eager")
+    for model in (plain, checkpointed, compiled):
+        model(**batch).sample.square().mean().backward()
+    for other in (checkpointed, compiled):
+        for one, two in zip(plain.parameters(), other.parameters()):
+            torch.testing.assert_close(two.grad, one.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", ["cross", "joint"])
+def test_half_precision_is_near(conditioning):
+    model, batch = make_model(text_conditioning=conditioning, qk_norm=True, router="dense"), inputs()
+    expected = model(**batch).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        automatic = model(**batch).sample
+    whole = copy.deepcopy(model).to(torch.bfloat16)
+    narrow = whole(**batch | {"hidden_states": batch["hidden_states"].bfloat16()}).sample
+    for answer in (automatic, narrow):
+        assert 0 < (answer.float() - expected).abs().max() < 0.1 * expected.abs().max()

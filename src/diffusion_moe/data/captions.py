@@ -74,7 +74,7 @@ class EncodedCaptions(CaptionFeatures):
         distinct = sorted({text for index in range(self.images) for text in self.captions(index)} | {""})
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         features = self.encoder.to(device).encode_all(distinct)
-        self.encoder.to(torch.device("cpu"))
+        del self.encoder  # loading processes get what it said, not itself
         return {text: _narrow(feature) for text, feature in zip(distinct, features)}
 
     def counts(self, indices: Tensor) -> Tensor:

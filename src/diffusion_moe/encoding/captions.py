@@ -37,9 +37,7 @@ def claim_captions(dataset: TableImages, options: EncodeOptions, say: Say) -> Te
         return None
     encoder = load_encoder(options.text_encoder, options.text_length, options.text_precision, warn=say)
     space = encoder.space()
-    place = Path(options.text_encoder)
-    known = space.to_dict() | {"encoder": str(place.resolve()) if place.exists() else options.text_encoder}
-    new = {"column": options.captions, "captions_sha256": _identity(dataset), "space": known}
+    new = {"column": options.captions, "captions_sha256": _identity(dataset), "space": space.to_dict()}
     header = options.output / HEADER
     if header.is_file():
         old = json.loads(header.read_text())

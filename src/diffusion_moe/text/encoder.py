@@ -151,6 +151,7 @@ def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Wa
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    name = str(Path(name).resolve()) if Path(name).exists() else name
     model_place, tokenizer_place = _places(name)
     safely: dict[str, Any] = {"trust_remote_code": False}
     try:
