@@ -198,8 +198,8 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast, weights in float32; routers always compute in float32."""
     recompute: Literal["none", "experts", "blocks"] = "none"
-    """What the backward pass makes again instead of keeping: nothing, the experts' first projection (a fifth more of
-    their products), or whole blocks (a third more of everything)."""
+    """What the backward pass makes again instead of keeping: nothing, the hidden layers of routed and shared experts (a
+    fifth more of their products), or whole blocks (a third more of everything)."""
     compile: bool = False
     """Compile each block by torch.compile."""
     max_bad_steps: int = 3

@@ -1,6 +1,7 @@
 """Statistics of real images."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ def test_a_classifier_of_a_recipes_data_travels_in_the_file(capsys, tmp_path, ru
     pool = extractor(to_uint8(test.everything().images))["pool"]
     torch.testing.assert_close(found.features_RD, pool)
     np.testing.assert_allclose(found.pool.mean_D, pool.double().mean(0), rtol=1e-6)
-    assert found.about["data"] == {"recipe": str(name), "split": "test", **dataclasses.asdict(DataConfig())}
+    as_json = json.loads(json.dumps(dataclasses.asdict(DataConfig())))
+    assert found.about["data"] == {"recipe": str(name), "split": "test", **as_json}
 
 
 def test_a_published_batch_keeps_its_moments_and_gains_features(capsys, small_inception, tmp_path, pixels):

@@ -24,7 +24,7 @@ from ..diffusion.path import rectified_flow
 from ..diffusion.times import draw_steps, draw_times
 from ..distributed import all_reduce_sum, world_size
 from ..models import Backbone, DiTOutput, make_model
-from ..moe import GroupedExperts, RoutingReport, merge_reports, routers_of, update_routing_state
+from ..moe import RoutingReport, merge_reports, recompute_experts, routers_of, update_routing_state
 from ..randomness import derive_seed, normal, uniform
 from ..text import TextFeatures
 from .ema import update_ema
@@ -143,8 +143,7 @@ def state_of(model: Backbone, recipe: Recipe, device: torch.device, layout: Layo
     ]
     if training.recompute == "blocks":
         model.enable_gradient_checkpointing()
-    for experts in [module for module in model.modules() if isinstance(module, GroupedExperts)]:
-        experts.recompute = training.recompute == "experts"
+    recompute_experts(model, training.recompute == "experts")
     if training.compile:
         model.compile_blocks(fullgraph=layout is None)
     model = placed(model.train())
