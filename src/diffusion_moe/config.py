@@ -239,7 +239,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class StartConfig:
-    """The model that training begins from, and which of its weights learn; see docs/finetuning.md."""
+    """The model that training begins from, and which of its weights learn; see docs/training.md."""
 
     source: str | None = None
     """A run, a folder that `diffusion-moe convert` made, a model's folder, or a published checkpoint (file, folder or
