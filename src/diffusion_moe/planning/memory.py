@@ -33,7 +33,7 @@ class Memory:
     activations: int
     """What is kept of a micro-batch's forward pass."""
     gathered: int
-    """Other processes' weights while they are used: an estimate; see docs/plan.md."""
+    """Other processes' weights while they are used: an estimate."""
 
     @property
     def total(self) -> int:
