@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion_moe.randomness import derive_seed, normal, philox4x32, uniform
+from diffusion_moe.randomness import derive_seed, normal, philox4x32, uniform, uniforms
 
 # Random123, kat_vectors, philox4x32 10.
 KNOWN = [
@@ -40,14 +40,18 @@ def draw_uniform(seed=0, stream="noise", step=3, samples=range(20)):
     return uniform(seed, stream, step, torch.tensor(list(samples)))
 
 
-@pytest.mark.parametrize("draw", [draw_normal, draw_uniform])
+def draw_uniforms(seed=0, stream="noise", step=3, samples=range(20), count=7):
+    return uniforms(seed, stream, step, torch.tensor(list(samples)), count)
+
+
+@pytest.mark.parametrize("draw", [draw_normal, draw_uniform, draw_uniforms])
 def test_a_row_depends_on_its_sample_alone(draw):
     everything = draw()
     for samples in ([7], [19, 0, 7], [7, 7], list(reversed(range(20)))):
         assert torch.equal(draw(samples=samples), everything[samples])
 
 
-@pytest.mark.parametrize("draw", [draw_normal, draw_uniform])
+@pytest.mark.parametrize("draw", [draw_normal, draw_uniform, draw_uniforms])
 def test_seed_stream_step_and_sample_each_change_every_row(draw):
     base = draw()
     others = [draw(seed=1), draw(stream="time"), draw(step=4), draw(samples=range(20, 40))]
@@ -60,6 +64,11 @@ def test_seed_stream_step_and_sample_each_change_every_row(draw):
 def test_a_longer_row_begins_with_the_shorter_one():
     assert torch.equal(draw_normal(shape=(7,)), draw_normal(shape=(12,))[:, :7])
     assert torch.equal(draw_normal(shape=(3, 4)).flatten(1), draw_normal(shape=(12,)))
+
+
+def test_many_uniform_numbers_begin_with_the_single_one():
+    assert torch.equal(draw_uniforms()[:, 0], draw_uniform())
+    assert torch.equal(draw_uniforms(count=18)[:, :7], draw_uniforms())
 
 
 def kolmogorov_smirnov(values: torch.Tensor, cdf) -> float:
@@ -78,6 +87,13 @@ def test_uniform_numbers_are_uniform_and_strictly_inside():
     assert float(x.double().mean()) == pytest.approx(0.5, abs=4 * (1 / 12 / N) ** 0.5)
     assert float(x.double().var()) == pytest.approx(1 / 12, abs=4 * (1 / 180 / N) ** 0.5)
     assert kolmogorov_smirnov(x, lambda v: v) < 1.95
+
+
+def test_uniform_numbers_of_one_sample_are_uniform_too():
+    x = uniforms(0, "places", 0, torch.arange(N // 100), 100)
+    assert x.shape == (N // 100, 100)
+    assert kolmogorov_smirnov(x.flatten(), lambda v: v) < 1.95
+    assert kolmogorov_smirnov(x[0], lambda v: v) < 1.95
 
 
 @pytest.mark.parametrize("shape", [(1,), (1000,)], ids=["over samples", "within samples"])

@@ -14,20 +14,15 @@ from diffusion_moe.data.shapes.scene import contents, held_out, seen_contents
 from diffusion_moe.evaluation.shapes import (
     CATEGORIES,
     SPLITS,
-    Found,
     Prompt,
     Requirement,
     Wanted,
     evaluation_prompts,
     true_scenes,
 )
+from diffusion_moe.evaluation.shapes.accuracy import truth
 from diffusion_moe.evaluation.shapes.judging import complaints
 from diffusion_moe.evaluation.shapes.prompts import questions
-
-
-def as_found(scene):
-    """What a perfect parser finds."""
-    return [Found(item.shape, item.colour, item.x, item.y, item.radius, 0.05, 1.0) for item in scene.items]
 
 
 def test_numbers_of_questions_follow_from_the_held_out_sets():
@@ -49,7 +44,7 @@ def test_no_training_scene_fulfils_a_held_out_question():
     scenes = place(rows, 0, "any", torch.arange(len(rows)))
     asked = [question.requirement for category in CATEGORIES for question in questions(category, "held_out")]
     for s in range(len(rows)):
-        found = as_found(scenes.scene(s))
+        found = truth(scenes.scene(s))
         assert all(complaints(requirement, found) for requirement in asked)
 
 
@@ -59,7 +54,7 @@ def test_every_seen_question_is_fulfilled_by_training_scenes():
             rows = torch.tensor(question.rows)
             assert all(contents()[row] in seen_contents() for row in question.rows)
             scenes = place(rows, 0, "any", rows)
-            assert not any(complaints(question.requirement, as_found(scenes.scene(s))) for s in range(len(rows)))
+            assert not any(complaints(question.requirement, truth(scenes.scene(s))) for s in range(len(rows)))
 
 
 def test_no_training_caption_is_a_held_out_prompt():
@@ -120,7 +115,7 @@ def test_true_scenes_fulfil_their_prompts():
         prompts = evaluation_prompts(2, 60, split)
         scenes = true_scenes(prompts, seed=3)
         for s, prompt in enumerate(prompts):
-            assert complaints(prompt.requirement, as_found(scenes.scene(s))) == []
+            assert complaints(prompt.requirement, truth(scenes.scene(s))) == []
 
 
 def test_what_cannot_be_asked_is_refused():

@@ -1,7 +1,9 @@
 """Scores of pictures whose truth is known, and chance against combinatorics."""
 
 import json
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from diffusion_moe.evaluation.shapes import (
     table,
     true_scenes,
 )
+from diffusion_moe.evaluation.shapes.prompts import questions
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +130,26 @@ def test_picture_frames_right_ones_green_and_wrong_ones_red(prompts, images):
 def test_picture_wants_one_of_each(prompts, images):
     with pytest.raises(ValueError, match="there are 2 prompts, 1 images and 0 verdicts; give one of each"):
         picture(prompts[:2], images[:1], [])
+
+
+def test_the_page_shows_what_there_is(tmp_path, monkeypatch):
+    """docs/shapes.md: its code runs and says what the data say; its table of chances is what is measured."""
+    page = (Path(__file__).parents[3] / "docs" / "shapes.md").read_text()
+    read, scored, geneval = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(read, names)
+    assert repr(names["data"].captions(1)[:2])[:-1] in read
+    monkeypatch.chdir(tmp_path)
+    names["print"] = lambda text: None
+    prompts = evaluation_prompts(seed=0, per_category=50, split="seen") + evaluation_prompts(0, 50, "held_out")
+    names["images"] = render(true_scenes(prompts, 1), 16)
+    exec(scored, names)
+    assert (tmp_path / "prompts.png").is_file()
+    assert len(names["report"].verdicts) == 600
+    counts = re.search(r"\| questions, seen \+ held out \| (.*) \|", page).group(1)
+    assert counts.split(" | ") == [" + ".join(str(len(questions(c, s))) for s in SPLITS) for c in CATEGORIES]
+    (tmp_path / "geneval" / "prompts").mkdir(parents=True)
+    line = {"tag": "colors", "prompt": "a red cup", "include": [{"class": "cup", "count": 1, "color": "red"}]}
+    (tmp_path / "geneval" / "prompts" / "evaluation_metadata.jsonl").write_text(json.dumps(line))
+    exec(geneval, names | {"draw": lambda text, number: torch.zeros(4, 3, 8, 8)})
+    assert (tmp_path / "images" / "00000" / "samples" / "0003.png").is_file()

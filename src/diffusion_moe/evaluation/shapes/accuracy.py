@@ -8,8 +8,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from ...data.shapes.drawing import AREAS
 from ...data.shapes.sampling import Scenes
-from ...data.shapes.scene import Item
+from ...data.shapes.scene import Item, Scene
 from .parsing import Found, parse
 
 NEAR = 0.03
@@ -31,6 +32,14 @@ def read_back(scenes: Scenes, images: Tensor) -> Tensor:
     """Whether exactly the objects of each scene are found: shape, colour, size and place of all; bool, (S,)."""
     parsed = parse(images)
     return torch.tensor([_same(scenes.scene(s).items, found) for s, found in enumerate(parsed)])
+
+
+def truth(scene: Scene) -> list[Found]:
+    """What a parser without fault finds."""
+    return [
+        Found(item.shape, item.colour, item.x, item.y, item.radius, AREAS[item.shape] * item.radius**2, 1.0)
+        for item in scene.items
+    ]
 
 
 def _same(items: tuple[Item, ...], found: list[Found]) -> bool:
