@@ -63,18 +63,18 @@ OPTIONAL = ("transformers", "scattermoe", "sonicmoe")
 
 CPU = [
     Case("layer", "dsmoe-s-e48", 4096, 2, "loop"),
-    Case("layer", "dsmoe-b-e48", 4096, 2.5, "loop"),
+    Case("layer", "dsmoe-b-e48", 4096, 2, "loop"),
     Case("layer", "diffmoe-s-e16", 4096, 2, "loop"),
-    Case("layer", "diffmoe-b-e16", 4096, 2.5, "loop"),
+    Case("layer", "diffmoe-b-e16", 4096, 2, "loop"),
     Case("layer", "dsmoe-s-e16", 4096, 2, "loop"),
-    Case("layer", "dsmoe-b-e16", 2048, 2.5, "loop"),
+    Case("layer", "dsmoe-b-e16", 2048, 2, "loop"),
     Case("layer", "dsmoe-s-e48", 4096, 2, "transformers"),
-    Case("step", "dsmoe-s-e16", 2048, 4, "dense"),
-    Case("step", "dsmoe-s-e48", 1024, 4, "loop"),
-    Case("sample", "dsmoe-s-e48", 512, 4, "loop"),
-    Case("products", "dsmoe-s-e48", 4096, 0.3),
-    Case("products", "dsmoe-s-e16", 4096, 0.3),
-    Case("scaling", "dsmoe-s-e48", 2048, 5),
+    Case("step", "dsmoe-s-e16", 8192, 6, "dense"),
+    Case("step", "dsmoe-s-e48", 1024, 3, "loop"),
+    Case("sample", "dsmoe-s-e48", 512, 3, "loop"),
+    Case("products", "dsmoe-s-e48", 4096, 0.2),
+    Case("products", "dsmoe-s-e16", 4096, 0.2),
+    Case("scaling", "dsmoe-s-e48", 2048, 2.5),
 ]
 
 SMALL_EXPERTS = ("dsmoe-s-e48", "dsmoe-b-e48", "dsmoe-l-e48")
@@ -167,7 +167,7 @@ def run(
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("w") as file:
         for case in cases:
-            arguments = case.arguments(device)
+            arguments, begin = case.arguments(device), time.perf_counter()
             print("$ diffusion-moe", " ".join(arguments), flush=True)
             answered = ask(arguments)
             for line in answered.lines:
@@ -175,6 +175,7 @@ def run(
                 records.append(json.loads(line))
                 print(f"  {in_short(records[-1])}", flush=True)
             file.flush()
+            print(f"  ({time.perf_counter() - begin:.0f} s)", flush=True)
             if answered.error is not None:
                 left_out = case.against in OPTIONAL
                 print(f"  {'left out' if left_out else 'FAILED'}: {answered.error}", flush=True)

@@ -17,7 +17,7 @@ from .config import SECTIONS, DataConfig, EvaluationConfig, StartConfig, to_yaml
 from .conversion import ConvertOptions, to_pipeline, to_published_file
 from .encoding.options import EncodeOptions
 from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions
-from .memory import keep_freed_memory
+from .memory import keep_compiled_products, keep_freed_memory
 from .parsing import (
     find_recipe,
     make_parser,
@@ -461,6 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     if arguments[0] in COMPUTING:
         keep_freed_memory()
+        keep_compiled_products()
     try:
         if arguments[0] not in VERBS:
             raise ValueError(unknown_name(arguments[0], list(VERBS)).replace("is no", "is no verb"))

@@ -1,12 +1,15 @@
-"""How the process holds memory on a CPU."""
+"""What the process keeps on a CPU: freed memory, and compiled products."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 # glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+PRODUCT_SHAPES = 16384
+"""Shapes of products whose code is kept; 1,024 is oneDNN's own limit."""
 
 
 def keep_freed_memory() -> bool:
@@ -28,3 +31,12 @@ def keep_freed_memory() -> bool:
     return all(
         mallopt(name, value) for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28))
     )
+
+
+def keep_compiled_products() -> None:
+    """Let oneDNN keep the code of more matrix products; to be called before the first one.
+
+    It compiles a bfloat16 product anew for each shape, and experts take other numbers of rows in each step. Past its
+    limit a layer may spend more time on compiling than on multiplying (docs/log.md). What the user has set stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCT_SHAPES))

@@ -51,11 +51,11 @@ class Times:
         }
 
 
-def interleaved(runs: Sequence[Run], seconds: float, device: torch.device, least: int = 5) -> list[Times]:
+def interleaved(runs: Sequence[Run], seconds: float, device: torch.device) -> list[Times]:
     """Time several contestants in turn, so that a disturbance meets all of them.
 
     Args:
-        seconds: about how long to go on. least: rounds at least.
+        seconds: about how long to go on; but five rounds at least, or three of such as take longer than half of it.
     """
     begin = time.perf_counter()
     estimates: list[float] = []
@@ -65,6 +65,7 @@ def interleaved(runs: Sequence[Run], seconds: float, device: torch.device, least
         estimates = [_timed(run, device) for run in runs]
     repeats = [_repeats(estimate, device) for estimate in estimates]
     taken: list[list[float]] = [[] for _ in runs]
+    least = 5 if sum(estimates) < seconds / 2 else 3
     begin = time.perf_counter()
     while len(taken[0]) < least or time.perf_counter() - begin < seconds:
         for run, repeat, record in zip(runs, repeats, taken):
