@@ -1,7 +1,10 @@
 """The command as a user meets it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -32,6 +35,7 @@ MISTAKES = {
     "wrong type": (["--model.depth=four"], "model.depth is four; expected int"),
     "fraction for an integer": (["--training.steps=1.5"], "training.steps is 1.5"),
     "unknown choice": (["--model.router=best"], "model.router is best; expected one of dense, tc, ec, diffmoe, dsmoe"),
+    "a lone item for a list": (["--data.buckets=64x64"], "data.buckets is 64x64; expected a list, as [64x64]"),
     "number out of range": (["--training.steps=0"], "training.steps is 0"),
     "experts": (["--model.top_k=9"], "model.top_k is 9, more than model.num_experts 8"),
     "groups": (["--model.num_groups=3"], "model.num_experts 8 is not divisible by model.num_groups 3"),
@@ -344,3 +348,12 @@ def test_a_diverging_run_goes_back_once_then_stops_and_names_the_images(capsys, 
     assert list(map(str, bad["steps"])) == list(bad["training_images"])
     assert all(len(images) == 16 for images in bad["training_images"].values())
     assert any((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "diffusion_moe", "recipes"]
+    with os.fdopen(write, "w") as gone:
+        left = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert (left.returncode, left.stderr) == (1, "")

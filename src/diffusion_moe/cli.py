@@ -476,6 +476,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffusion-moe: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
-        print(f"diffusion-moe: {error.strerror or error}: {error.filename}", file=sys.stderr)
+        place = "" if error.filename is None else f": {error.filename}"
+        print(f"diffusion-moe: {error.strerror or error}{place}", file=sys.stderr)
         return 1

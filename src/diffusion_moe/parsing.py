@@ -86,7 +86,8 @@ def _one_line(message: str, parser: ArgumentParser) -> str:
         expected = re.findall(r"Expected an? (.+?)\.?\s*$", problem, re.MULTILINE)
         wanted = " or ".join(re.sub(r"<class '(\w+)'>", r"\1", kind) for kind in expected)
         wanted = re.sub(r"typing\.Literal\[(.*)\]", lambda match: f"one of {match[1].replace(chr(39), '')}", wanted)
-        return f"{name} is {value.strip()}; expected {wanted.replace('NoneType', 'null')}"
+        wanted = wanted.replace("NoneType", "null").replace("tuple", f"a list, as [{value.strip()}]")
+        return f"{name} is {value.strip()}; expected {wanted}"
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
         return unknown_name(unknown[1].split("=")[0], [option for a in parser._actions for option in a.option_strings])

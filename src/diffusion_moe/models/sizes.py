@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig
@@ -44,10 +45,16 @@ def model_flops(config: ModelConfig) -> int:
     """Floating-point operations (two a multiply-add) of matrix products, forward, for one image and one step."""
     with torch.device("meta"):
         model = make_model(config).train()
-        x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
-        labels = torch.zeros(1, dtype=torch.long) if config.num_classes else None
-        text = torch.empty(1, config.text_length, config.text_dim) if config.text_dim else None
-        pooled = torch.empty(1, config.text_pooled_dim) if config.text_pooled_dim else None
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(x, torch.zeros(1), labels, text, None, pooled)
+            model(*blank_inputs(config, 1))
     return counter.get_total_flops()
+
+
+def blank_inputs(config: ModelConfig, images: int) -> tuple[Tensor | None, ...]:
+    """What `forward` of a backbone takes, in the order of its arguments: zeros; texts of the greatest length."""
+    x = torch.zeros(images, config.in_channels, config.sample_size, config.sample_size)
+    t = torch.zeros(images, dtype=torch.long if config.process == "ddpm" else torch.float32)
+    labels = torch.zeros(images, dtype=torch.long) if config.num_classes else None
+    text = torch.zeros(images, config.text_length, config.text_dim) if config.text_dim else None
+    pooled = torch.zeros(images, config.text_pooled_dim) if config.text_pooled_dim else None
+    return x, t, labels, text, None, pooled

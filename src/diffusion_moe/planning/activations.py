@@ -16,9 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..config import Recipe
 from ..models import Backbone
 from ..models.block import is_moe_block
-from ..moe import GroupedExperts
+from ..models.sizes import blank_inputs
+from ..moe import recompute_experts
 from ..training.parallelize import stays_wide
 from ..training.start import make_prepared
+from .compute import rows_per_image
 
 INDEX_BYTES = 28
 """Of a row that has travelled to its expert's process: its weight, and three int64 places."""
@@ -51,8 +53,7 @@ def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
     """
     with FakeTensorMode():
         model = make_prepared(recipe).train()
-        for experts in [module for module in model.modules() if isinstance(module, GroupedExperts)]:
-            experts.recompute = recipe.training.recompute == "experts"
+        recompute_experts(model, recipe.training.recompute == "experts")
         if spread and recipe.training.precision == "bf16":
             _narrow(model)
         return _saved_of(model, recipe, images)
@@ -61,8 +62,7 @@ def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
 def travelling_bytes(recipe: Recipe, images: int) -> int:
     """What expert parallelism keeps besides: the rows that came from other processes, under an even load."""
     config, size = recipe.model, 2 if recipe.training.precision == "bf16" else 4
-    tokens = images * ((config.sample_size // config.patch_size) ** 2 + config.class_tokens)
-    rows_A = tokens * (config.top_k if config.router in ("tc", "dsmoe") else config.capacity)
+    rows_A = images * rows_per_image(config)
     mixtures = sum(is_moe_block(config, index) for index in range(config.depth))
     if recipe.training.recompute == "blocks":
         mixtures = min(1, mixtures)
@@ -70,14 +70,11 @@ def travelling_bytes(recipe: Recipe, images: int) -> int:
 
 
 def _saved_of(model: Backbone, recipe: Recipe, images: int) -> Saved:
-    config, saved = recipe.model, Saved()
+    saved = Saved()
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     with _counted(model, saved, own):
-        x = torch.zeros(images, config.in_channels, config.sample_size, config.sample_size)
-        t = torch.zeros(images, dtype=torch.long if config.process == "ddpm" else torch.float32)
-        labels = torch.zeros(images, dtype=torch.long) if config.num_classes else None
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.training.precision == "bf16"):
-            out = model(x, t, labels)
+            out = model(*blank_inputs(recipe.model, images))
         _ = (out.sample.float() - 1).square().mean()
     return saved
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import Recipe
+from ..config import ModelConfig, Recipe
 from ..models import make_model
 from ..models.block import is_moe_block
+from ..models.sizes import blank_inputs
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,8 @@ def compute_of(recipe: Recipe) -> Compute:
     config, batch = recipe.model, recipe.training.batch_size
     with torch.device("meta"):
         model = make_model(config).train()
-        x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
-        labels = torch.zeros(1, dtype=torch.long) if config.num_classes else None
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(x, torch.zeros(1), labels)
+            model(*blank_inputs(config, 1))
     counts, total = counter.get_flop_counts(), counter.get_total_flops()
     again = {"none": 0, "experts": _first_projections(recipe)}
     if recipe.training.recompute == "blocks":
@@ -49,7 +48,13 @@ def _first_projections(recipe: Recipe) -> int:
     """Of all mixtures, for one image."""
     config = recipe.model
     columns = config.expert_dim * (2 if config.expert_activation == "swiglu" else 1)
-    tokens = (config.sample_size // config.patch_size) ** 2
-    per_token = config.top_k if config.router in ("tc", "dsmoe") else config.capacity
     mixtures = sum(is_moe_block(config, index) for index in range(config.depth))
-    return round(2 * mixtures * tokens * per_token * config.hidden_size * columns)
+    return round(2 * mixtures * rows_per_image(config) * config.hidden_size * columns)
+
+
+def rows_per_image(config: ModelConfig) -> float:
+    """Pairs of token and expert in a mixture, of one image with all its tokens."""
+    tokens = (config.sample_size // config.patch_size) ** 2 + config.class_tokens
+    if config.text_dim and config.text_conditioning == "joint":
+        tokens += config.text_length
+    return tokens * (config.top_k if config.router in ("tc", "dsmoe") else config.capacity)

@@ -10,9 +10,10 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from ..config import ParallelConfig, Recipe
+from ..config import ModelConfig, ParallelConfig, Recipe
 from ..models import Backbone, make_model
 from ..moe import GroupedExperts
+from ..text import TextFeatures
 from ..training.checkpoint import state_tensors
 from ..training.parallelize import stays_wide
 from ..training.step import make_state
@@ -41,13 +42,21 @@ class Memory:
         return sum(astuple(self))
 
 
+def empty_prompt(config: ModelConfig) -> TextFeatures:
+    """As large as any, for models that keep one."""
+    pooled = torch.zeros(1, config.text_pooled_dim) if config.text_pooled_dim else None
+    mask = torch.ones(1, config.text_length, dtype=torch.bool)
+    return TextFeatures(torch.zeros(1, config.text_length, config.text_dim), mask, pooled)
+
+
 class Tensors:
     """The tensors of a recipe's run, without their memory."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        empty = empty_prompt(recipe.model)
         with torch.device("meta"):
-            self.state = make_state(recipe, torch.device("meta"))
+            self.state = make_state(recipe, torch.device("meta"), empty_prompt=empty)
         self.model: Backbone = self.state.model
         experts = [module for module in self.model.modules() if isinstance(module, GroupedExperts)]
         self.stacked = {id(parameter) for module in experts for parameter in module.parameters()}
