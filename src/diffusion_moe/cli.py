@@ -476,5 +476,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("diffusion-moe: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"diffusion-moe: {error.strerror or error}: {error.filename}", file=sys.stderr)
+        place = "" if error.filename is None else f": {error.filename}"
+        print(f"diffusion-moe: {error.strerror or error}{place}", file=sys.stderr)
         return 1
