@@ -39,6 +39,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 # How long torchrun waits for its processes to save before it kills them (30 s unless told). A little less than the
 # script has, a little more than training.stop_seconds below.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
+# A store of its own for every start, so that a node that has taken another's place is found.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))

@@ -70,10 +70,11 @@ class MetricsLog:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors in writing know only a number of the file."""
+        """Errors in writing do not know the file's name."""
         try:
             yield
         except OSError as error:
+            self.board = None  # its thread would fail too, and show where
             reason = f"cannot write the metrics ({error.strerror or error})"
             raise OSError(error.errno or errno.EIO, reason, str(self.run.metrics)) from error
 
