@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 
 def world_size() -> int:
@@ -61,6 +65,37 @@ def to_main(value: Any) -> list[Any]:
     return found or []
 
 
+def meet(store: dist.Store, number: int, world: int, timeout: timedelta) -> str:
+    """A name that the processes running now agree on, and that none before them has heard.
+
+    Restarts cannot be counted: agents of several nodes disagree on their number. So every process calls with a word
+    of its own, and process 0 answers to each word with the name, until all have heard it.
+
+    Args:
+        number: of this process. world: how many there are.
+
+    Raises:
+        TimeoutError, torch.distributed.DistStoreError: not all have come in time.
+    """
+    if number:
+        word = uuid.uuid4().hex
+        store.set(f"meet/call/{store.add('meet/calls', 1)}", word)
+        store.wait([f"meet/answer/{word}"], timeout)
+        name = store.get(f"meet/answer/{word}").decode()
+        store.add(f"meet/present/{name}", 1)
+        return name
+    name, end, answered = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds(), set[int]()
+    while (present := 1 + store.add(f"meet/present/{name}", 0)) < world:
+        for call in set(range(1, 1 + store.add("meet/calls", 0))) - answered:
+            if store.check([f"meet/call/{call}"]):  # else it comes later, or who called has died over it
+                store.set(f"meet/answer/{store.get(f'meet/call/{call}').decode()}", name)
+                answered.add(call)
+        if time.monotonic() > end:
+            raise TimeoutError(errno.ETIMEDOUT, f"only {present} of {world} processes have started in {timeout}")
+        time.sleep(0.01)
+    return name
+
+
 @contextmanager
 def torchrun_processes(backend: str = "gloo", timeout: timedelta = timedelta(days=7)) -> Iterator[None]:
     """Join the processes that torchrun started, if it did, each with a GPU of its own where there are any.
@@ -68,12 +103,16 @@ def torchrun_processes(backend: str = "gloo", timeout: timedelta = timedelta(day
     Args:
         backend: of the group. timeout: after which a process that waits for another gives up.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group(backend, timeout=timeout)
+    shared, number, _ = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store over restarts, and with it the addresses of processes that are gone.
+    store = dist.PrefixStore(meet(shared, number, world, timeout), shared)
+    dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
     yield
     # Only after success: with NCCL this waits for all others, of whom some may be gone.
     dist.destroy_process_group()

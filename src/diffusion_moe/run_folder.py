@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TextIO
 
 from .config import Recipe, difference, to_yaml
 from .parsing import read_recipe
 
 ORIGIN = "training.json"
 """In the model's folder: how many steps it was trained, and the decay of its average."""
+HANDOVER_SECONDS = 120.0
+"""How long a run waits for one before it that has not ended yet, or whose machine is gone and its lock with it."""
 DATA = "data.json"
 """In the model's folder: names of the classes, and which latents it draws."""
 
@@ -103,6 +108,29 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"cannot write to {self.path}: {error.strerror}; choose another --output_dir") from error
 
+    @contextmanager
+    def reserved(self, say: Callable[[str], None], wait_seconds: float = HANDOVER_SECONDS) -> Iterator[None]:
+        """Keep other runs out while this one trains. The lock ends with the process, however that ends.
+
+        Raises:
+            ValueError: another still trains here after the wait.
+        """
+        with (self.path / ".lock").open("a+") as file:
+            end, waits = time.monotonic() + wait_seconds, False
+            while not _locked(file):
+                file.seek(0)
+                holder = f"{file.read().strip() or 'another process'} trains in {self.path}"
+                if time.monotonic() > end:
+                    raise ValueError(f"{holder}; end it, wait for it, or choose another --output_dir")
+                if not waits:
+                    say(f"{holder}; waiting for its end")
+                waits = True
+                time.sleep(0.1)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
     def read_recipe(self) -> Recipe:
         """The recipe of an existing run.
 
@@ -114,6 +142,18 @@ class RunFolder:
         if not self.recipe.is_file():
             raise ValueError(f"{self.path} has no recipe.yaml, so it is no run; give the folder of a run")
         return read_recipe(self.recipe)
+
+
+def _locked(file: TextIO) -> bool:
+    """Whether the file is locked for this process now, or cannot be, as on some file systems."""
+    try:
+        # Of the process alone: loading processes, which may outlive it for seconds, do not inherit it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

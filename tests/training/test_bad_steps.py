@@ -82,7 +82,7 @@ def test_a_few_are_left_out_and_change_nothing(recipe, poison, tmp_path):
 
 
 def test_more_in_a_row_go_back_to_the_last_good_checkpoint(recipe, poison, tmp_path):
-    """The checkpoint that was due in their midst is not made before the next good step."""
+    """One is made after the first good step beyond them, which is where going back again would lead."""
     poison(7, 8, 9)
     lines = []
     train(recipe("--training.max_bad_steps=2"), tmp_path, say=lines.append)
@@ -90,7 +90,7 @@ def test_more_in_a_row_go_back_to_the_last_good_checkpoint(recipe, poison, tmp_p
         "warning: went back to step 4; the batches of steps 7 to 9 are left out"
     ]
     assert final_state(recipe(), tmp_path).excluded == {7, 8, 9}
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000012", "step-00000008"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000012", "step-00000010"}
 
 
 def test_a_checkpoint_that_is_owed_is_made_after_the_next_good_step(recipe, poison, tmp_path):
@@ -100,17 +100,17 @@ def test_a_checkpoint_that_is_owed_is_made_after_the_next_good_step(recipe, pois
 
 
 def test_a_run_that_stays_bad_stops_and_names_the_images(recipe, poison, tmp_path):
-    poison(2, 3, 6, 7)
+    poison(2, 3, 4, 5)
     long = recipe("--training.checkpoint_every=100")
     lines = []
-    with pytest.raises(NonFiniteError, match="steps 6 to 7"):
+    with pytest.raises(NonFiniteError, match="steps 4 to 5"):
         train(long, tmp_path, say=lines.append)
     assert lines[-1].startswith("stopped: ") and "bad-batches.json" in lines[-1] and "\n" not in lines[-1]
     named = json.loads((tmp_path / "bad-batches.json").read_text())
     dataset = load_dataset(long.data, "train")
     assert named == {
-        "steps": [6, 7],
-        "training_images": {str(step): images_of_step(long, dataset, step) for step in (6, 7)},
+        "steps": [4, 5],
+        "training_images": {str(step): images_of_step(long, dataset, step) for step in (4, 5)},
     }
     # The same again stops again: it remembers what it left out, and that it has gone back.
     again = []
@@ -120,6 +120,40 @@ def test_a_run_that_stays_bad_stops_and_names_the_images(recipe, poison, tmp_pat
     # Allowed to leave more out, it comes to its end.
     train(recipe("--training.checkpoint_every=100", "--training.max_bad_steps=2"), tmp_path, say=str)
     assert final_state(long, tmp_path).excluded == {2, 3}
+
+
+def test_it_goes_back_again_if_a_good_step_came_after_those_left_out(recipe, poison, tmp_path):
+    """Each time to the first good step after the last time, so that a run of many bad batches comes to its end."""
+    poison(2, 3, 5, 6, 8, 9)
+    lines = []
+    train(recipe("--training.checkpoint_every=100"), tmp_path, say=lines.append)
+    assert [line.partition(";")[0] for line in lines if "went back" in line] == [
+        "warning: went back to step 0",
+        "warning: went back to step 4",
+        "warning: went back to step 7",
+    ]
+    assert final_state(recipe(), tmp_path).excluded == {2, 3, 5, 6, 8, 9}
+    assert logged(tmp_path) == [1, 4, 7, 10, 11, 12]
+
+
+def test_bad_steps_before_an_interruption_do_not_count_after_going_back(recipe, poison, tmp_path):
+    """The checkpoint of the interruption lies among them, and is the one that is gone back to."""
+    poison(7, 8, 9, 10, 11)
+    bad = recipe("--training.max_bad_steps=3")
+    asked = []
+
+    def interrupt(line):
+        if "step 7 was" in line and not asked:
+            asked.append(line)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(bad, tmp_path, say=interrupt).interrupted_by == signal.SIGTERM
+    lines = []
+    train(bad, tmp_path, say=lines.append)
+    assert [line for line in lines if "went back" in line] == [
+        "warning: went back to step 9; the batches of steps 7 to 10 are left out"
+    ]
+    assert final_state(bad, tmp_path).excluded == {7, 8, 9, 10}
 
 
 def test_the_command_exits_with_1_and_one_line(tiny, poison, tmp_path, capsys):

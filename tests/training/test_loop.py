@@ -156,7 +156,7 @@ def test_the_run_folder_is_as_documented(tiny, tmp_path):
     recipe = read_recipe("digits", arguments)
     train(recipe, tmp_path, say=quietly)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"recipe.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "model"}
+    assert names == {"recipe.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "model", ".lock"}
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000012", "step-00000008"}
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

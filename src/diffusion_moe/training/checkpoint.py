@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..config import TrainingConfig
@@ -67,18 +68,22 @@ class Checkpoints:
         self.writer.__exit__(*reason)
 
     def load_latest(self, state: TrainState) -> Resumed:
-        """Fill `state` from the newest good checkpoint."""
-        found = latest(self.folder, lambda path: load_checkpoint(path, state))
+        """Fill `state` from the newest good checkpoint; no save may be under way."""
+        group = self.writer.group  # idle, for nothing is being saved; beside NCCL what is told must not go by the GPU
+        found = latest(self.folder, lambda path: load_checkpoint(path, state, group), group=group)
         return Resumed(found.path, found.problems)
 
 
-def load_checkpoint(path: Path, state: TrainState) -> None:
+def load_checkpoint(path: Path, state: TrainState, group: dist.ProcessGroup | None = None) -> None:
     """Fill `state` from a checkpoint, also of another number of processes.
+
+    Args:
+        group: of the processes that read, see `storage.read`.
 
     Raises:
         CheckpointError: it is damaged, or not of this recipe's model; says what is wrong.
     """
-    about = read(path, state_tensors(state))
+    about = read(path, state_tensors(state), group=group)
     copy_frozen(state.model, _averages(state).values())
     try:
         state.step, state.gone_back = int(about["step"]), bool(about["gone_back"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -45,11 +47,13 @@ class MetricsLog:
         self._open(step)
 
     def write(self, step: int, numbers: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, step)
+        """Raises OSError, which names the file, if the disk is full."""
+        with self._named():
+            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self.file.flush()
+            if self.board is not None:
+                for name, value in numbers.items():
+                    self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
 
@@ -59,9 +63,20 @@ class MetricsLog:
             self.wandb.finish()
 
     def _close_files(self) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        with self._named():
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors in writing do not know the file's name."""
+        try:
+            yield
+        except OSError as error:
+            self.board = None  # its thread would fail too, and show where
+            reason = f"cannot write the metrics ({error.strerror or error})"
+            raise OSError(error.errno or errno.EIO, reason, str(self.run.metrics)) from error
 
 
 def check_trackers(config: LoggingConfig) -> None:

@@ -9,13 +9,14 @@ import shutil
 import signal
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from ..config import ModelConfig, Recipe
 from ..data import ImageDataset, SkippedLog, load_dataset
@@ -27,7 +28,7 @@ from .checkpoint import Checkpoints
 from .feed import batches, images_of_step
 from .log import MetricsLog, Progress, check_trackers
 from .parallelize import check_parallel, make_layout, whole_model
-from .signals import requests_to_stop
+from .signals import requests_to_stop, torchrun_is_gone
 from .speed import Speedometer
 from .start import Origin, begin_from, check_start, finished
 from .step import StepResult, TrainState, make_state, train_step
@@ -148,9 +149,12 @@ def train(
             heard = say if is_main() else _silent
             return Trainer(recipe, RunFolder(output_dir), resume, heard, preview, origin).run()
     except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if "DataLoader worker" in reason:  # killed, or it could not even say why it ended
+            lost = f"a process that loads data ended ({reason}); if memory is short, lower data.num_workers"
+            raise ChildProcessError(errno.ECHILD, lost, str(output_dir)) from error
         if not _is_lost_process(error):
             raise
-        reason = " ".join(str(error).split())
         lost = f"another process ended or cannot be reached; see what it says ({reason})"
         raise ConnectionError(errno.ECONNRESET, lost, str(output_dir)) from error
 
@@ -210,6 +214,10 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train, and write the averaged model."""
+        with self.run_folder.reserved(self.say) if is_main() else nullcontext():
+            return self._run()
+
+    def _run(self) -> Outcome:
         state, steps = self.state, self.recipe.training.steps
         self._resume()
         with requests_to_stop(self.recipe.training.stop_seconds) as received:
@@ -273,7 +281,7 @@ class Trainer:
 
     def _pass(self, received: list[int]) -> None:
         """Steps one after the other, until the last or until asked to stop."""
-        state, recipe = self.state, self.recipe
+        state, recipe, orphaned = self.state, self.recipe, torchrun_is_gone()
         with closing(batches(recipe, self.dataset, state.step)) as feed:
             for batch in feed:
                 self.speed.lap("data")
@@ -282,7 +290,7 @@ class Trainer:
                     state.step += 1
                 else:
                     detailed = self._due(recipe.logging.every, state.step + 1)
-                    stop = bool(received) or self.checkpoints.failed()
+                    stop = bool(received) or self.checkpoints.failed() or orphaned()
                     self.pending.append(train_step(state, recipe, batch, stop, detailed, self.speed.lap))
                 # A step's numbers are read while the next one runs.
                 self._settle(keep=0 if self._pauses() else 1)
@@ -299,7 +307,8 @@ class Trainer:
         """Whether something happens after this step that wants all numbers read."""
         training, logging, step = self.recipe.training, self.recipe.logging, self.state.step
         intervals = (training.checkpoint_every, logging.validate_every, logging.sample_every)
-        return self.owes_checkpoint or any(self._due(every, step) for every in intervals)
+        waits = self.owes_checkpoint or self.state.gone_back
+        return waits or any(self._due(every, step) for every in intervals)
 
     def _settle(self, keep: int) -> None:
         """Read the numbers of all steps but the last few; log them, and see whether they are finite."""
@@ -309,8 +318,9 @@ class Trainer:
             self.skipped += result.skipped_images
             if result.finite:
                 bad.clear()
-                # Going back has helped once a step beyond those left out is good.
-                self.state.gone_back &= result.step < max(self.state.excluded, default=0)
+                if self.state.gone_back and result.step > max(self.state.excluded, default=0):
+                    # Going back has helped. It may be needed again, and then leads here: no step is lost twice.
+                    self.state.gone_back, self.owes_checkpoint = False, True
             else:
                 bad.append(result.step)
                 self.say(
@@ -354,18 +364,18 @@ class Trainer:
         """Leave the bad steps' batches out, from the last good checkpoint on.
 
         Raises:
-            NonFiniteError: we have been there before.
+            NonFiniteError: no step has been good since the last time.
         """
         state, bad = self.state, list(self.state.bad)
         excluded = state.excluded | set(bad)
         self.checkpoints.wait()
-        if self._load_checkpoint() is None:
-            state.become(self.fresh_state)
         if state.gone_back:
             message = self._name_images(bad)
             self.say(f"stopped: {message}")
             raise NonFiniteError(message)
-        state.excluded, state.gone_back, self.owes_checkpoint = excluded, True, False
+        if self._load_checkpoint() is None:
+            state.become(self.fresh_state)
+        state.excluded, state.bad, state.gone_back, self.owes_checkpoint = excluded, [], True, False
         self.checkpoints.save(state)  # also a run that is resumed leaves them out
         if self.log is not None:
             self.log.go_back(state.step)
@@ -377,7 +387,7 @@ class Trainer:
             images = {str(step): images_of_step(self.recipe, self.dataset, step) for step in bad}
             write_atomically(path, json.dumps({"steps": bad, "training_images": images}) + "\n")
         return (
-            f"the loss or gradient of steps {bad[0]} to {bad[-1]} is not finite, also after going back once; {path} "
+            f"the loss or gradient of steps {bad[0]} to {bad[-1]} is not finite, also after going back; {path} "
             "lists their images. Take another learning rate or data, or leave more steps out by training.max_bad_steps"
         )
 
@@ -393,10 +403,19 @@ def publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDat
         whole = finished(whole, recipe.start, run.lora if ema is state.ema else None)
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        whole.save_pretrained(partial)
+        _save_whole(whole, partial)
         origin = {"training_steps": state.step, "ema_decay": decay}
         (partial / ORIGIN).write_text(json.dumps(origin) + "\n")
         (partial / DATA).write_text(json.dumps(dataset.record()) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     barrier()
+
+
+def _save_whole(model: Backbone, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = f"cannot write the model ({getattr(error, 'strerror', None) or error})"
+        raise OSError(getattr(error, "errno", None) or errno.EIO, reason, str(folder)) from error

@@ -54,7 +54,7 @@ class TrainState:
     bad: list[int] = field(default_factory=list)
     """Steps that were not finite since the last one that was."""
     gone_back: bool = False
-    """Whether training has gone back to the last checkpoint since it was made."""
+    """Whether training has gone back, and no step beyond those left out has been good since."""
 
     def become(self, make: Callable[[], TrainState]) -> None:
         """Become another state, which is made when the memory of this one is free."""
