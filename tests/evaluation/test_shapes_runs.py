@@ -2,21 +2,27 @@
 
 import csv
 import json
+from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from diffusion_moe.cli import main
 from diffusion_moe.config import EvaluationConfig
+from diffusion_moe.data import load_dataset
 from diffusion_moe.data.shapes import render
 from diffusion_moe.evaluation import collect
 from diffusion_moe.evaluation.generate import Prompts, generate, to_uint8
 from diffusion_moe.evaluation.images import digest_of_all, digests_of
 from diffusion_moe.evaluation.judge_shapes import first_of_each
+from diffusion_moe.evaluation.metrics import frechet_distance
 from diffusion_moe.evaluation.shapes import CATEGORIES, SPLITS, evaluation_prompts, score, true_scenes
 from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.evaluation.statistics import FeatureSums
+from diffusion_moe.parsing import read_recipe
 from diffusion_moe.text import TextFeatures
 
 OPTIONS = ["--num_samples=24", "--steps=2", "--batch_size=10", "--seed=3"]
@@ -33,11 +39,11 @@ def prompts():
     return evaluation_prompts(3, 2, "seen") + evaluation_prompts(3, 2, "held_out")
 
 
-def drawn(folder, prompts):
-    """The images that the options ask for, by hand: every prompt encoded alone."""
+def drawn(folder, texts):
+    """The images that the options ask for, by hand; in the same batches, for otherwise a last digit might turn."""
     source = read_source(folder)
-    text = TextFeatures.together(source.load_text_encoder().encode_all([prompt.text for prompt in prompts], 1))
-    settings = EvaluationConfig(num_samples=24, steps=2, batch_size=24, seed=3)
+    text = TextFeatures.together(source.load_text_encoder().encode_all(texts, 10))
+    settings = EvaluationConfig(num_samples=24, steps=2, batch_size=10, seed=3)
     return generate(source.load().model, None, 24, settings, prompts=Prompts(text, text.nothing()))
 
 
@@ -45,7 +51,7 @@ def test_a_run_is_judged_by_what_its_images_show(capsys, shapes_run, prompts):
     status, out, _ = run(capsys, "evaluate", shapes_run, *OPTIONS)
     assert status == 0
     result = json.loads((shapes_run / "evaluation.json").read_text())
-    pixels = to_uint8(drawn(shapes_run, prompts))
+    pixels = to_uint8(drawn(shapes_run, [prompt.text for prompt in prompts]))
     expected = score(prompts, pixels / 127.5 - 1, seed=3).as_dict()
     assert {key: result[key] for key in expected} == expected
     assert result["images_sha256"] == digest_of_all(digests_of(pixels))
@@ -96,8 +102,6 @@ def test_interrupted_work_goes_on_and_ends_the_same(capsys, shapes_run, monkeypa
     monkeypatch.setattr(collect, "_work", interrupted)
     assert run(capsys, "evaluate", shapes_run, *options, tmp_path / "killed.json")[0] == 130
     monkeypatch.setattr(collect, "_work", work)
-    # Other prompts are other work.
-    assert run(capsys, "evaluate", shapes_run, *options, tmp_path / "other.json", "--num_samples=12")[0] == 0
     status, out, _ = run(capsys, "evaluate", shapes_run, *options, tmp_path / "killed.json")
     assert status == 0 and "going on: 10 of 24 images are done" in out
     whole, killed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "killed"))
@@ -127,6 +131,23 @@ def test_a_sweep_puts_the_score_in_the_place_of_fid(capsys, tmp_path, shapes_run
     assert rows[1]["images_sha256"] == alone["images_sha256"]
     for part in ("overall", "seen", "held_out"):
         assert float(rows[1][part]) == alone[part]["score"]
+
+
+def test_with_a_reference_features_are_compared_and_captions_shown(capsys, shapes_run, small_inception, tmp_path):
+    data = replace(read_recipe(shapes_run / "recipe.yaml").data, text_encoder=None)
+    held_out = load_dataset(data, "test")
+    real = to_uint8(held_out.read(range(40)).images)
+    np.savez(tmp_path / "real.npz", arr_0=real.permute(0, 2, 3, 1).numpy())
+    assert run(capsys, "stats", tmp_path / "real.npz", "--output", tmp_path / "ref.npz")[0] == 0
+    options = ["--reference", tmp_path / "ref.npz", *OPTIONS, "--output", tmp_path / "x.json"]
+    assert run(capsys, "evaluate", shapes_run, *options)[0] == 0
+    result = json.loads((tmp_path / "x.json").read_text())
+    pixels = to_uint8(drawn(shapes_run, [held_out.captions(number)[0] for number in range(24)]))
+    assert result["images_sha256"] == digest_of_all(digests_of(pixels))
+    fake, true = (FeatureSums.of(small_inception()(images)["pool"]).moments() for images in (pixels, real))
+    assert result["fid"] == pytest.approx(frechet_distance(fake, true), rel=1e-5)
+    assert result["prompts"]["origin"] == "held-out captions of shapes" and result["prompts"]["count"] == 24
+    assert "overall" not in result
 
 
 @pytest.mark.parametrize(

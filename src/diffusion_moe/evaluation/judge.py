@@ -204,6 +204,11 @@ def own_judge(data: DataConfig) -> OwnJudge:
         raise ValueError("data.test_fraction is 0, so there are no held-out images to compare with")
     training, test = load_dataset(data, "train"), load_dataset(data, "test")
     check_small(training)
+    if not training.class_names:
+        raise ValueError(
+            "the data has no classes for a small classifier to learn; give --reference FILE, as made by "
+            "`diffusion-moe stats DATA`"
+        )
     seen, held_out = training.everything(), test.everything()
     extractor = OwnFeatures(shared_classifier(training), seen.images)
     real, of_training = extractor(to_uint8(held_out.images)), extractor(to_uint8(seen.images))
