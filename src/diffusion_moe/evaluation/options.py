@@ -34,8 +34,8 @@ class TextOptions:
     """What images show, of a model with text."""
 
     prompts: Path | None = None
-    """A text file of prompts, a line each, which images show in turn; the first captions of a run's held-out images
-    unless given."""
+    """A text file of prompts, a line each, which images show in turn; unless given, the first captions of a run's
+    held-out images, or of coloured shapes questions of every category."""
     text_encoder: str | None = None
     """Hub id or folder of the text encoder, where it is not where training left it."""
 
