@@ -274,6 +274,17 @@ def test_a_process_that_hangs_does_not_keep_the_others(torchrun, undisturbed, tm
 
 
 @pytest.mark.slow
+def test_a_process_that_hangs_is_started_again(torchrun, undisturbed, tmp_path):
+    """When the others' patience ends, torchrun starts all again."""
+    faults = fault("be_patient", 0, 8, at="start"), fault("raise_signal", 3, STOP, rank=1)
+    ended = torchrun(tmp_path / "run", *faults, restarts=1)
+    assert ended.status == 0
+    (line,) = ended.ours
+    assert line.startswith("diffusion-moe: another process ended or cannot be reached; see what it says (")
+    assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
 def test_a_save_that_hangs_ends_in_time(torchrun, undisturbed, tmp_path):
     faults = fault("save_for_ever", 2 * EVERY, at="save", rank=1), fault("tell_torchrun", 10, TERM, rank=0)
     ended = torchrun(tmp_path / "run", *faults, more=["--training.stop_seconds=2"])
