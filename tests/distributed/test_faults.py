@@ -26,7 +26,7 @@ from diffusion_moe.training.step import make_state
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 STEPS, EVERY = 16, 4
-LIMIT_SECONDS = 150
+LIMIT_SECONDS = 400
 """Only what hangs takes so long."""
 NUMBERS = ("loss", "grad_norm", "learning_rate", "imbalance", "moe_0/load_max", "moe_0/load_entropy")
 KILL, TERM, STOP = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGSTOP)
