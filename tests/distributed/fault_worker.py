@@ -2,7 +2,7 @@
 
 Usage: fault_worker.py FAULTS.json ARGUMENT ...; the file holds a list of objects:
     rank      which process; null is each
-    step      what it happens before: this step (`at` is step), or in the midst of this step's checkpoint (`at` is save)
+    step      before which it happens; where `at` is save, in the midst of whose checkpoint; where it is start, 0
     do        one of `DEEDS`
     more      an argument of the deed
 """
@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -59,6 +60,11 @@ def kill_torchrun(number):
         pause.wait(0.01)
 
 
+def be_patient(seconds):
+    """For so long with others that do not answer, from the next group of processes on."""
+    loop.PATIENCE = timedelta(seconds=seconds)
+
+
 def fill_disk(path):
     """With a file that takes all that is left."""
     with Path(path).open("wb", buffering=0) as file:
@@ -83,7 +89,10 @@ def save_for_ever(_):
 
 DEEDS = {
     deed.__name__: deed
-    for deed in (raise_signal, kill_all, tell_torchrun, kill_torchrun, fill_disk, limit_files, save_for_ever)
+    for deed in (
+        *(raise_signal, kill_all, tell_torchrun, kill_torchrun),
+        *(be_patient, fill_disk, limit_files, save_for_ever),
+    )
 }
 
 
@@ -122,5 +131,7 @@ def hook(faults):
 
 if __name__ == "__main__":
     Path(f"{sys.argv[1]}.pid.{os.getpid()}").touch()  # so that the test leaves nobody behind
-    hook(json.loads(Path(sys.argv[1]).read_text()))
+    faults = json.loads(Path(sys.argv[1]).read_text())
+    hook(faults)
+    comes_to("start", 0, faults)
     sys.exit(main(sys.argv[2:]))

@@ -26,7 +26,7 @@ from diffusion_moe.training.step import make_state
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 STEPS, EVERY = 16, 4
-LIMIT_SECONDS = 150
+LIMIT_SECONDS = 400
 """Only what hangs takes so long."""
 NUMBERS = ("loss", "grad_norm", "learning_rate", "imbalance", "moe_0/load_max", "moe_0/load_entropy")
 KILL, TERM, STOP = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGSTOP)
@@ -270,6 +270,17 @@ def test_a_process_that_hangs_does_not_keep_the_others(torchrun, undisturbed, tm
         "diffusion-moe: could not stop within 2 s; what was saved before stays. Run the same command again to go on."
     ]
     assert torchrun(tmp_path / "run").status == 0
+    assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_started_again(torchrun, undisturbed, tmp_path):
+    """When the others' patience ends, torchrun starts all again."""
+    faults = fault("be_patient", 0, 8, at="start"), fault("raise_signal", 3, STOP, rank=1)
+    ended = torchrun(tmp_path / "run", *faults, restarts=1)
+    assert ended.status == 0
+    (line,) = ended.ours
+    assert line.startswith("diffusion-moe: another process ended or cannot be reached; see what it says (")
     assert_same(tmp_path / "run", undisturbed)
 
 
