@@ -34,7 +34,8 @@ WIDTH, LENGTH, PLACES, TOP_K = 16, 16, 16, 2
 @pytest.fixture(scope="module")
 def joint_run(make_shapes_run):
     """Text and image in one sequence, two experts a token."""
-    return make_shapes_run("--model.text_conditioning=joint", "--model.router=dsmoe", f"--model.top_k={TOP_K}")
+    router = ["--model.router=dsmoe", f"--model.top_k={TOP_K}", "--model.depth=4"]
+    return make_shapes_run("--model.text_conditioning=joint", *router)
 
 
 def gathered(folder, prompts=None, **settings):
