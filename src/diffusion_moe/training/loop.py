@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -403,18 +403,19 @@ def publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDat
         whole = finished(whole, recipe.start, run.lora if ema is state.ema else None)
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        _save_whole(whole, partial)
         origin = {"training_steps": state.step, "ema_decay": decay}
-        (partial / ORIGIN).write_text(json.dumps(origin) + "\n")
-        (partial / DATA).write_text(json.dumps(dataset.record()) + "\n")
+        _save_whole(whole, partial, {ORIGIN: origin, DATA: dataset.record()})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     barrier()
 
 
-def _save_whole(model: Backbone, folder: Path) -> None:
+def _save_whole(model: Backbone, folder: Path, notes: dict[str, Any]) -> None:
+    """Raises OSError, which names the folder and leaves nothing of it, if the disk is full."""
     try:
         model.save_pretrained(folder)
+        for name, note in notes.items():
+            (folder / name).write_text(json.dumps(note) + "\n")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         reason = f"cannot write the model ({getattr(error, 'strerror', None) or error})"
