@@ -94,3 +94,41 @@ def make_text_encoder():
 def text_encoder_folder(tmp_path_factory):
     """A tiny T5 encoder."""
     return _make_text_encoder("t5", tmp_path_factory.mktemp("t5"))
+
+
+TINY_SHAPES = [
+    "--model.sample_size=16",
+    "--model.patch_size=4",
+    "--model.in_channels=3",
+    "--model.num_classes=0",
+    "--model.text_dim=16",
+    "--model.text_length=16",
+    "--model.router=diffmoe",
+    "--data.kind=shapes",
+    "--data.text_length=16",
+    "--data.image_size=16",
+    "--data.channels=3",
+    "--data.test_fraction=0.999",
+    "--training.device=cpu",
+    "--training.steps=2",
+]
+
+
+@pytest.fixture(scope="session")
+def shapes_run(tmp_path_factory, tiny_options, text_encoder_folder):
+    """A finished run of a tiny text-to-image DiffMoE on a hundred scenes of coloured shapes.
+
+    Noise on its weights makes images depend on prompts and guidance, as after two steps they would not.
+    """
+    from diffusion_moe.cli import main
+    from diffusion_moe.models import load_model
+
+    folder = tmp_path_factory.mktemp("runs") / "shapes"
+    options = [*tiny_options, *TINY_SHAPES, f"--data.text_encoder={text_encoder_folder}"]
+    assert main(["train", "digits", "--output_dir", str(folder), *options]) == 0
+    torch.manual_seed(0)
+    model = load_model(folder / "model")
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "model")
+    return folder

@@ -280,7 +280,7 @@ def sweep(arguments: Sequence[str]) -> int:
     parsed = parse(parser, [name, *of_file, *rest])
     options = _of(SweepOptions, parsed)
     settings = dataclasses.replace(source.settings, **{key: parsed[key] for key in usual})
-    if source.config.num_classes == 0:
+    if source.config.num_classes == 0 and source.config.text_dim == 0:
         settings = dataclasses.replace(settings, guidance_scale=1.0)
     from .evaluation.sweep import sweep as run_sweep
 

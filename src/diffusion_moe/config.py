@@ -338,7 +338,8 @@ class EvaluationConfig:
     """How images are generated and scored."""
 
     num_samples: int = 1000
-    """Images generated for the scores, spread evenly over the classes."""
+    """Images generated for the scores, spread evenly over the classes, or over the prompts; of coloured shapes over
+    their categories, seen and held out, so a multiple of 12."""
     batch_size: int = 250
     """Images generated at a time; the images are the same for any number (but with model.inference_pool batch)."""
     solver: Solver = "euler"

@@ -17,6 +17,9 @@ ORIGIN = "training.json"
 DATA = "data.json"
 """In the model's folder: names of the classes, and which latents it draws."""
 
+EVALUATION = "evaluation.json"
+"""In a run: its scores by its own data."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -74,7 +77,7 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        return self.path / "evaluation.json"
+        return self.path / EVALUATION
 
     def claim(self, recipe: Recipe, resume: Literal["auto", "never"]) -> None:
         """Make the folder this recipe's: create it, or check that it already is; then write `recipe.yaml`.

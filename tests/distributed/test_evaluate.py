@@ -52,19 +52,23 @@ def scores(path):
     return {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds_per_image"}
 
 
-def test_a_killed_evaluation_is_finished_by_two_processes_bit_for_bit(run_folder, tmp_path):
-    options = ["evaluate", run_folder, "--num_samples=45", "--batch_size=5", "--steps=2", "--output"]
+@pytest.mark.parametrize(("run", "count"), [("run_folder", 45), pytest.param("shapes_run", 48, marks=pytest.mark.slow)])
+def test_a_killed_evaluation_is_finished_by_two_processes_bit_for_bit(run, count, tmp_path, request):
+    folder = request.getfixturevalue(run)
+    options = ["evaluate", folder, f"--num_samples={count}", "--batch_size=5", "--steps=2", "--output"]
     codes, _ = start(1, [*options, tmp_path / "killed.json"], parts=2)
     assert codes == [-signal.SIGKILL]
     (folder,) = (path for path in tmp_path.iterdir() if path.name.startswith(".progress"))
     assert len(list(folder.glob("part-*"))) == 2
     codes, (main_output, other_output) = start(2, [*options, tmp_path / "killed.json"])
     assert codes == [0, 0]
-    assert "going on: 20 of 45 images are done" in main_output
+    assert f"going on: 20 of {count} images are done" in main_output
     assert "wrote" in main_output and other_output == ""
     assert main([str(argument) for argument in [*options, tmp_path / "whole.json"]]) == 0
     assert scores(tmp_path / "killed.json") == scores(tmp_path / "whole.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.json", "whole.json"]
+    pictures = ["killed.png", "whole.png"] if run == "shapes_run" else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["killed.json", "whole.json", *pictures])
+    assert len({(tmp_path / name).read_bytes() for name in pictures}) == len(pictures) // 2
 
 
 def test_statistics_of_two_processes_equal_those_of_one(tmp_path):

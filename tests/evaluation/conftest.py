@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffusion_moe.cli import main
@@ -90,7 +91,7 @@ def quick_classifier(monkeypatch):
 
 
 class SmallInception(Inception):
-    """Random linear features under Inception's name, of images of 4 x 4 pixels in colour."""
+    """Random linear features under Inception's name, of colour images made 4 x 4 pixels."""
 
     def __init__(self, published=True):
         self.module = nn.Linear(48, 6, bias=False)
@@ -99,7 +100,7 @@ class SmallInception(Inception):
         self.identity = ExtractorIdentity("inception", "0123456789abcdef", "none", "all")
 
     def extract(self, images):
-        pool = self.module(images.flatten(1) / 255)
+        pool = self.module(F.adaptive_avg_pool2d(images.float(), 4).flatten(1) / 255)
         return {"pool": pool, "spatial": pool[:, :2].sin()}
 
     def logits(self, pool_SD):

@@ -1,14 +1,22 @@
 """Sampling with fixed shapes, compiled, in bfloat16: the same images, and every drop accounted for."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffusion_moe.config import EvaluationConfig
+from diffusion_moe.evaluation import acceleration
 from diffusion_moe.evaluation.generate import Usage, class_schedule, generate, provenance
+from diffusion_moe.evaluation.images import GeneratedImages
+from diffusion_moe.evaluation.options import EvaluateOptions, TextOptions
+from diffusion_moe.evaluation.score import own_data
+from diffusion_moe.evaluation.shown import what_is_shown
+from diffusion_moe.evaluation.source import read_source
 from diffusion_moe.models import DiT
 from diffusion_moe.moe import limit_capacity, routers_of
+from diffusion_moe.text import TextFeatures
 
 SETTINGS = EvaluationConfig(steps=2, solver="heun", guidance_interval=(0.0, 0.6))
 
@@ -84,3 +92,45 @@ def test_what_cannot_be_accelerated_says_why():
         images_and_record(model, dataclasses.replace(SETTINGS, acceleration="graph", capacity_limit=2.0))
     with pytest.raises(ValueError, match="give it a capacity_limit"):
         images_and_record(model, dataclasses.replace(SETTINGS, acceleration="compile"))
+
+
+class Graphs:
+    """Stands in for CUDA's: what a capture saw is run again by each replay, in the place of the first answer."""
+
+    def __init__(self, monkeypatch):
+        self.captures = []
+        monkeypatch.setattr(acceleration, "check_acceleration", lambda *_: None)
+        monkeypatch.setattr(acceleration.Replayed, "_capture", lambda replayed, inputs: self.capture(replayed, inputs))
+
+    def capture(self, replayed, inputs):
+        self.captures.append(tuple(None if tensor is None else tuple(tensor.shape) for tensor in inputs))
+        text = () if inputs[3] is None else (TextFeatures(*inputs[3:]),)
+        output = replayed.network(*inputs[:3], *text)
+
+        def replay():
+            again = replayed.network(*inputs[:3], *text)
+            output.sample.copy_(again.sample)
+            output.routing = again.routing
+
+        return acceleration._Captured(SimpleNamespace(replay=replay), inputs, output)
+
+
+@pytest.mark.parametrize("run", ["run_folder", "shapes_run"])
+def test_a_graph_is_captured_once_for_each_shape_of_a_whole_evaluation(run, request, monkeypatch):
+    """Parts of 10 images in batches of 5, the last of 4: two shapes with guidance, two without, for any prompts."""
+    graphs, source = Graphs(monkeypatch), read_source(request.getfixturevalue(run))
+    settings = dataclasses.replace(source.settings, num_samples=24, batch_size=5, steps=2, guidance_interval=(0.0, 0.4))
+    shown = what_is_shown(source, settings, TextOptions(), own_data(source, EvaluateOptions()), print)
+    loaded, parts = source.load(), [range(0, 10), range(10, 20), range(20, 24)]
+    drawn, records = {}, {}
+    for name in ("none", "graph"):
+        images = GeneratedImages(loaded, dataclasses.replace(settings, acceleration=name), "run", shown)
+        usage = Usage()
+        drawn[name] = torch.cat([batch for part in parts for batch in images.read(part, 5, usage)])
+        records[name] = usage.summary()
+    assert torch.equal(drawn["graph"], drawn["none"]) and records["graph"] == records["none"]
+    assert [shapes[0][0] for shapes in graphs.captures] == [10, 5, 8, 4]
+    if shown is not None:
+        lengths = shown.rows(torch.arange(24), torch.device("cpu")).text.mask.sum(dim=1)
+        assert len(lengths.unique()) > 2
+        assert {shapes[4] for shapes in graphs.captures} == {(n, 16) for n in (10, 5, 8, 4)}

@@ -19,29 +19,34 @@ from torch import Tensor
 from ..config import EvaluationConfig, ModelConfig, Recipe
 from ..data import ImageDataset, load_dataset
 from ..evaluation.generate import Usage, check_solver, generate_batches, provenance, to_uint8
+from ..evaluation.options import TextOptions
 from ..evaluation.source import Source, read_source
 from ..models import Backbone
 from ..moe import MoEFeedForward, routers_of
 from ..run_folder import RunFolder
-from .losses import Curves, HeldOut, held_out_loss, read_curves
+from .losses import Curves, HeldOut, held_out_loss, held_out_rows, read_curves
 from .measures import cosines, expert_maps, spread_out
 from .records import RoutingCounts, record_routing
+from .subjects import Noted, Subjects, captions_of, subjects_of
 
 Say = Callable[[str], None]
 GROUPS, EXAMPLES, TIME_BINS = 5, 6, 20
 """Images are drawn in at least so many groups, whose spread gives standard errors; so many are shown one by one; and
 times are told apart in so many bins, or as many as there are solver steps."""
+PLURALS = {"class": "classes", "category": "categories", "prompt": "prompts"}
 
 
 class Examples(NamedTuple):
     """Some images one by one."""
 
     classes_I: list[int]
-    """Class of each; of an unconditional model their numbers."""
+    """Class of each, or kind of its prompt; where there is but one, their numbers."""
     pictures: np.ndarray | None
     """uint8, (I, H, W, C); None for latents that nothing decodes."""
     compute_ISP: np.ndarray
-    """Experts a token of each image, time and place, averaged over layers, with its class (not without)."""
+    """Experts a token of each image, time and place, averaged over layers, with its class or prompt (not without)."""
+    texts: list[str]
+    """Their prompts, of a model with text."""
 
 
 class Groups(NamedTuple):
@@ -53,8 +58,15 @@ class Groups(NamedTuple):
     tokens_RK: np.ndarray
 
 
+class TextTokens(NamedTuple):
+    """Of text tokens that are routed too, summed over layers, evaluations with a prompt alone."""
+
+    served_S: np.ndarray
+    tokens_S: np.ndarray
+
+
 class Sampling(NamedTuple):
-    """What routers did while images were drawn."""
+    """What routers did while images were drawn. Of a model with text, kinds of prompts stand for classes throughout."""
 
     counts: RoutingCounts
     """Over all images, with their classes; "no class" is apart."""
@@ -66,7 +78,10 @@ class Sampling(NamedTuple):
     groups: Groups
     examples: Examples
     about: dict[str, Any]
-    """How the images were drawn: `evaluation.generate.provenance`, num_samples, batch_size and how many classes."""
+    """How the images were drawn: `evaluation.generate.provenance`, num_samples, batch_size, how many classes, and where
+    prompts are from."""
+    text: TextTokens | None = None
+    """Of a model whose text and image are one sequence."""
 
 
 class Weights(NamedTuple):
@@ -99,40 +114,62 @@ class Findings:
     """What the training loss compares: velocity, x or epsilon; empty for a folder that is no run."""
     missing: tuple[str, ...] = ()
     """Why something is not there, a sentence each."""
+    kind: str = "class"
+    """What `class_names` name: class; or of a model with text category or prompt."""
+
+    @property
+    def kinds(self) -> str:
+        """Several of them."""
+        return PLURALS[self.kind]
+
+    @property
+    def condition(self) -> str:
+        """What guidance leaves out."""
+        return "prompt" if self.model.text_dim else "class"
 
 
-def collect(source: Source, settings: EvaluationConfig, compare: Sequence[Path] = (), say: Say = print) -> Findings:
+def collect(
+    source: Source,
+    settings: EvaluationConfig,
+    compare: Sequence[Path] = (),
+    say: Say = print,
+    asked: TextOptions | None = None,
+) -> Findings:
     """Sample with the routers recorded, and read what training left.
 
     Args:
-        compare: runs whose loss is set beside. say: receives a line of progress now and then.
+        compare: runs whose loss is set beside. say: receives a line of progress now and then. asked: what images show,
+            of a model with text.
 
     Raises:
         ValueError: the settings do not fit the model, weights are damaged, or a run cannot be compared.
     """
     check_solver(source.config, settings)
-    settings = _as_recorded(settings)
+    settings, asked = _as_recorded(settings), asked or TextOptions()
+    subjects = subjects_of(source, settings, asked, say)
     others = [_comparable(source, path) for path in compare]
     model, vae, no_vae = _load(source)
     recipe = RunFolder(source.path).read_recipe() if RunFolder(source.path).recipe.is_file() else None
     dataset, problem = _held_out_data(recipe)
-    curves, held_out = _losses_of_runs([source, *others], model, recipe, dataset, settings.seed)
+    curves, held_out = _losses_of_runs([source, *others], model, recipe, dataset, settings.seed, asked.text_encoder)
     names = list(source.class_names) or (dataset.class_names if dataset is not None else [])
     if len(names) != source.config.num_classes:
         names = [str(k) for k in range(source.config.num_classes)]
+    names = names if subjects is None else subjects.names
     has_routers = bool(routers_of(model))
     return Findings(
         name=source.path.resolve().name,
         model=source.config,
         origin=source.origin(),
         class_names=names or ["all"],
-        sampling=_sample(model, vae, settings, say) if has_routers else None,
+        sampling=_sample(model, vae, settings, say, subjects) if has_routers else None,
         weights=_weights(model) if has_routers else None,
         curves=curves,
         held_out=held_out,
         data="" if recipe is None else " ".join(filter(None, (recipe.data.kind, recipe.data.path))),
         loss="" if recipe is None else recipe.diffusion.loss or recipe.model.prediction,
         missing=tuple(filter(None, (problem, no_vae))),
+        kind="class" if subjects is None else subjects.kind,
     )
 
 
@@ -181,14 +218,22 @@ def _held_out_data(recipe: Recipe | None) -> tuple[ImageDataset | None, str]:
         return None, "This folder is no run: it has no training curves and no data of its own."
     if recipe.data.test_fraction == 0:
         return None, "The run held no images out of training (data.test_fraction is 0)."
+    if recipe.data.buckets:
+        return None, "The run's images are of several sizes, so that there is no held-out loss."
     try:
-        return load_dataset(recipe.data, "test"), ""
+        # Captions are encoded by whoever needs some of them.
+        return load_dataset(replace(recipe.data, text_encoder=None), "test"), ""
     except ValueError as error:
         return None, f"The data cannot be read, so that there is no held-out loss: {error}."
 
 
 def _losses_of_runs(
-    sources: Sequence[Source], model: Backbone, recipe: Recipe | None, dataset: ImageDataset | None, seed: int
+    sources: Sequence[Source],
+    model: Backbone,
+    recipe: Recipe | None,
+    dataset: ImageDataset | None,
+    seed: int,
+    text_encoder: str | None,
 ) -> tuple[list[Curves], list[HeldOut]]:
     """Curves and held-out losses of the run itself, whose model is loaded, and of the others."""
     if recipe is None:
@@ -203,7 +248,8 @@ def _losses_of_runs(
         if dataset is not None:
             own = model if i == 0 else replace(source, vae=None).load().model
             steps = source.origin().get("training_steps")
-            held_out.append(held_out_loss(own, run.read_recipe(), dataset, name, steps, seed))
+            text = captions_of(source, dataset, held_out_rows(dataset), text_encoder if i == 0 else None)
+            held_out.append(held_out_loss(own, run.read_recipe(), dataset, name, steps, seed, text))
     return curves, held_out
 
 
@@ -225,8 +271,9 @@ def class_choice(count: int, num_classes: int) -> Tensor | None:
     return torch.arange(count) % num_classes if count >= num_classes else torch.tensor(spread_out(num_classes, count))
 
 
-def _sample(model: Backbone, vae: Any, settings: EvaluationConfig, say: Say) -> Sampling:
-    count, K = settings.num_samples, max(1, model.settings.num_classes)
+def _sample(model: Backbone, vae: Any, settings: EvaluationConfig, say: Say, subjects: Subjects | None) -> Sampling:
+    count, kinds = settings.num_samples, 1 if subjects is None else len(subjects.names)
+    K = max(kinds, model.settings.num_classes)
     # Groups of whole rounds of classes where there are enough images for that.
     size = K * (count // (GROUPS * K)) or -(-count // GROUPS)
     settings = replace(settings, batch_size=min(size, settings.batch_size))
@@ -234,8 +281,9 @@ def _sample(model: Backbone, vae: Any, settings: EvaluationConfig, say: Say) -> 
     total: RoutingCounts | None = None
     groups: list[list[np.ndarray]] = []
     done, spoke = 0, time.monotonic()
-    with record_routing(model, min(TIME_BINS, settings.steps), pairs=True, places=True) as record:
-        for batch in generate_batches(model, labels, count, settings, usage=usage):
+    with record_routing(model, min(TIME_BINS, settings.steps), pairs=True, places=True, kinds=kinds) as record:
+        prompts = None if subjects is None else Noted(subjects, record)
+        for batch in generate_batches(model, labels, count, settings, usage=usage, prompts=prompts):
             counts = record.counts()
             record.clear()
             total = counts if total is None else total.plus(counts)
@@ -257,36 +305,60 @@ def _sample(model: Backbone, vae: Any, settings: EvaluationConfig, say: Say) -> 
         total.tokens_LSK[:, :, K] if guided else None,
         int(total.images_SK.sum()),
         Groups(*map(np.stack, zip(*groups))),
-        _examples(model, vae, settings),
+        _examples(model, vae, settings, subjects),
         {
             "num_samples": count,
-            "num_classes": 0 if labels is None else len(labels.unique()),
+            "num_classes": _classes_drawn(labels, subjects),
             "batch_size": settings.batch_size,
+            **({} if subjects is None else subjects.shown.record()),
             **provenance(settings, usage),
         },
+        _text_tokens(model.settings, total, K),
     )
 
 
-def _examples(model: Backbone, vae: Any, settings: EvaluationConfig) -> Examples:
+def _classes_drawn(labels: Tensor | None, subjects: Subjects | None) -> int:
+    """How many classes or kinds of prompts there are images of; 0 where they are not told apart."""
+    if subjects is not None:
+        return len(subjects.kinds_I.unique()) if len(subjects.names) > 1 else 0
+    return 0 if labels is None else len(labels.unique())
+
+
+def _text_tokens(config: ModelConfig, total: RoutingCounts, kinds: int) -> TextTokens | None:
+    """What text tokens got, if they are routed."""
+    if not config.text_dim or config.text_conditioning != "joint":
+        return None
+    assert total.others_SK is not None
+    tokens_S = total.images_SK[:, :kinds].sum(1) * config.text_length * len(total.tokens_LSK)
+    return TextTokens(total.others_SK[:, :kinds].sum(1), tokens_S)
+
+
+def _examples(model: Backbone, vae: Any, settings: EvaluationConfig, subjects: Subjects | None) -> Examples:
     """A few images one by one, so that each has a map of its own."""
-    config = model.settings
+    config, count = model.settings, min(EXAMPLES, settings.num_samples)
     classes = class_choice(EXAMPLES, config.num_classes)
     if config.num_classes and config.num_classes < EXAMPLES:
         classes = torch.arange(config.num_classes)
     labels = list(range(EXAMPLES)) if classes is None else classes.tolist()
+    kinds, texts = 1, list[str]()
+    if subjects is not None:
+        kinds, texts = len(subjects.names), subjects.texts(count)
+        labels = subjects.kinds_I[:count].tolist() if kinds > 1 else list(range(count))
     shows = config.in_channels in (1, 3) or vae is not None
     pictures, maps = [], []
     settings = replace(settings, batch_size=1)
-    with record_routing(model, min(TIME_BINS, settings.steps), places=True) as record:
-        for i, image in enumerate(generate_batches(model, classes, len(labels), settings, vae if shows else None)):
-            counts, row = record.counts(), 0 if classes is None else labels[i]
+    with record_routing(model, min(TIME_BINS, settings.steps), places=True, kinds=kinds) as record:
+        prompts = None if subjects is None else Noted(subjects, record)
+        decoder = vae if shows else None
+        for i, image in enumerate(generate_batches(model, classes, len(labels), settings, decoder, prompts=prompts)):
+            counts, row = record.counts(), labels[i] if classes is not None or kinds > 1 else 0
             record.clear()
             assert counts.compute_SKP is not None
             layers = len(counts.tokens_LSK)
             with np.errstate(invalid="ignore"):
                 maps.append(counts.compute_SKP[:, row] / (layers * counts.images_SK[:, row, None]))
             pictures.append(to_uint8(image)[0].permute(1, 2, 0).numpy())
-    return Examples(labels, np.stack(pictures) if shows else None, np.stack(maps))
+    return Examples(labels, np.stack(pictures) if shows else None, np.stack(maps), texts)
 
 
 @torch.no_grad()

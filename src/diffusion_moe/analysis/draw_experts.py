@@ -1,6 +1,6 @@
 """Figures of experts: whom they serve, with whom, how alike they are, and what guidance changes.
 
-Shape suffixes: L MoE layers, S bins of time, K classes, E experts, P places of the image.
+Shape suffixes: L MoE layers, S bins of time, K classes or kinds of prompts, E experts, P places of the image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .collect import Findings, Sampling
 from .draw_compute import constant, mosaic, present, tile_centres
 from .draw_training import SHOWN_LAYERS
 from .measures import coactivation, ratio, shares, spread_out, total_variation, varies
-from .notes import sampling_note, weights_note
+from .notes import sampling_note, text_note, weights_note
 from .style import (
     DASHES,
     DIVERGING,
@@ -35,29 +35,35 @@ from .style import (
 
 def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Panel:
     """One row a layer: experts against classes, and experts against time."""
-    counts, rows, title = sampling.counts, present(sampling), "Which expert serves which class and time"
+    counts, rows, kind = sampling.counts, present(sampling), findings.kind
+    told_apart = not findings.model.text_dim or len(rows) > 1
+    title = f"Which expert serves which {f'{kind} and time' if told_apart else 'time'}"
     by_class_LKE = ratio(counts.served_LSKE.sum(1), counts.tokens_LSK.sum(1)[..., None])[:, rows]
     by_time_LSE = ratio(counts.served_LSKE.sum(2), counts.tokens_LSK.sum(2)[..., None])
     if not varies(by_class_LKE) and not varies(by_time_LSE):
-        return Panel("experts", title, constant(findings, "every expert serves as many tokens of every class and time"))
+        nothing = f"every expert serves as many tokens of every {kind} and time"
+        return Panel("experts", title, constant(findings, nothing))
     layers = spread_out(len(by_class_LKE), SHOWN_LAYERS)
     E = findings.model.num_experts
     top = max(np.nanmax(by_class_LKE[layers]), np.nanmax(by_time_LSE[layers]))
     names = column_names([findings.class_names[k] for k in rows], room=20)
     figure = new_figure(names.height + 1.3 + len(layers) * (0.3 + 0.13 * min(E, 16)))
-    panes = figure.subplots(len(layers), 2, squeeze=False, sharey=True, sharex="col")
-    for layer, (left, right) in zip(layers, panes):
-        image = heat(left, by_class_LKE[layer].T, vmin=0, vmax=top)
-        heat(right, by_time_LSE[layer].T, vmin=0, vmax=top, extent=(0, 1, E - 0.5, -0.5))
-        left.set_ylabel(f"MoE layer {layer + 1}\nexpert")
-        expert_ticks(left, E)
-        name_columns(left, names, "")
-    panes[0, 0].set_title("by class")
-    panes[0, 1].set_title("by time")
-    panes[-1, 0].set_xlabel("class")
-    panes[-1, 1].set_xlabel("t (0 is noise, 1 is data)")
+    panes = figure.subplots(len(layers), 1 + told_apart, squeeze=False, sharey=True, sharex="col")
+    for layer, row in zip(layers, panes):
+        if told_apart:
+            heat(row[0], by_class_LKE[layer].T, vmin=0, vmax=top)
+            name_columns(row[0], names, "")
+        image = heat(row[-1], by_time_LSE[layer].T, vmin=0, vmax=top, extent=(0, 1, E - 0.5, -0.5))
+        row[0].set_ylabel(f"MoE layer {layer + 1}\nexpert")
+        expert_ticks(row[0], E)
+    if told_apart:
+        panes[0, 0].set_title(f"by {kind}")
+        panes[-1, 0].set_xlabel(kind)
+    panes[0, -1].set_title("by time")
+    panes[-1, -1].set_xlabel("t (0 is noise, 1 is data)")
     color_scale(figure, image, panes, "times a token is served by the expert")
-    caption = f"How often a token meets each expert.{_shown(layers, sampling)} {sampling_note(findings, sampling)}"
+    notes = text_note(findings, sampling) + sampling_note(findings, sampling)
+    caption = f"How often a token meets each expert.{_shown(layers, sampling)} {notes}"
     return Panel("experts", title, caption, figure)
 
 
@@ -104,7 +110,8 @@ def places_of_experts(findings: Findings, sampling: Sampling) -> Panel:
     axes.tick_params(length=0)
     color_scale(figure, image, axes, "times a token is served by the expert")
     caption = (
-        "A map over the image for each expert, averaged over times and images, evaluations with no class included."
+        "A map over the image for each expert, averaged over times and images, evaluations with no "
+        f"{findings.condition} included."
         f"{_shown(layers, sampling)} {sampling_note(findings, sampling)}"
     )
     return Panel("places", "Where in the image each expert works", caption, figure)
@@ -149,16 +156,17 @@ def similarity(findings: Findings, sampling: Sampling) -> Panel:
 
 
 def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
-    """Routing of the same images with their class and with none."""
-    name, title = "guidance", "Routing with and without the class"
+    """Routing of the same images with their class or prompt and with none."""
+    what = findings.condition
+    name, title = "guidance", f"Routing with and without the {what}"
     null_LSE, null_tokens_LS = sampling.null_served_LSE, sampling.null_tokens_LS
     if null_LSE is None or null_tokens_LS is None:
-        return Panel(name, title, "The images were drawn without guidance, so the model never ran without the class.")
+        return Panel(name, title, f"The images were drawn without guidance, so the model never ran without the {what}.")
     counts = sampling.counts
     with_LSE = counts.served_LSKE.sum(2)
     distance_LS = total_variation(shares(with_LSE), shares(null_LSE))
     if not np.nanmax(distance_LS):
-        return Panel(name, title, constant(findings, "every expert serves as many tokens with the class as without"))
+        return Panel(name, title, constant(findings, f"every expert serves as many tokens with the {what} as without"))
     change_LSE = ratio(with_LSE, counts.tokens_LSK.sum(2)[..., None]) - ratio(null_LSE, null_tokens_LS[..., None])
     L, S, E = change_LSE.shape
     layers = spread_out(L, SHOWN_LAYERS)
@@ -177,11 +185,11 @@ def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
         axes.set_ylabel(f"layer {layer + 1}\nexpert")
         expert_ticks(axes, E)
     maps[-1].set(xlabel="t (0 is noise, 1 is data)", xlim=(0, 1))
-    color_scale(figure, image, maps, "experts a token, with − without class")
+    color_scale(figure, image, maps, f"experts a token, with − without {what}")
     caption = (
-        "What guidance sees: the same noisy images run with their class and with no class. Above: the share of "
+        f"What guidance sees: the same noisy images run with their {what} and with no {what}. Above: the share of "
         "assignments that would have to move between experts to make the two loads equal, within a layer and a bin of "
-        "t. Below: which experts serve more tokens with the class (orange) or without (blue)."
+        f"t. Below: which experts serve more tokens with the {what} (orange) or without (blue)."
         f"{_shown(layers, sampling)} {sampling_note(findings, sampling)}"
     )
     return Panel(name, title, caption, figure)

@@ -21,6 +21,7 @@ from ..diffusion.loss import flow_loss
 from ..diffusion.path import rectified_flow
 from ..models import Backbone
 from ..randomness import normal
+from ..text import TextFeatures
 from .measures import spread_out
 
 HELD_OUT_IMAGES, HELD_OUT_BINS, PASS = 256, 10, 256
@@ -94,43 +95,63 @@ def _columns(rows: list[dict[str, Any]], pattern: str) -> np.ndarray:
     return np.array([[_number(row.get(key)) for key in keys] for row in rows]).reshape(len(rows), len(keys))
 
 
+def held_out_rows(dataset: ImageDataset) -> list[int]:
+    """Which of the held-out images the loss is computed on."""
+    return spread_out(len(dataset), HELD_OUT_IMAGES)
+
+
 @torch.no_grad()
 def held_out_loss(
-    model: Backbone, recipe: Recipe, dataset: ImageDataset, run: str, training_steps: int | None, seed: int = 0
+    model: Backbone,
+    recipe: Recipe,
+    dataset: ImageDataset,
+    run: str,
+    training_steps: int | None,
+    seed: int = 0,
+    text: TextFeatures | None = None,
 ) -> HeldOut:
     """The training loss of some of the data set's images at the middle of each bin of t, in float32.
 
     The noise of an image is a function of (seed, bin, image), so that models are compared on the same.
 
     Args:
-        model: in eval mode. dataset: held out; at most `HELD_OUT_IMAGES` of it are taken, evenly spaced.
+        model: in eval mode. dataset: held out; of it `held_out_rows` are taken. text: the captions of these, of a model
+            with text.
     """
-    batch = dataset.read(spread_out(len(dataset), HELD_OUT_IMAGES))
+    batch = dataset.read(held_out_rows(dataset))
     images, labels = batch.images, batch.labels
     columns = []
     for s in range(HELD_OUT_BINS):
         losses = []
         for rows in torch.arange(len(images)).split(PASS):
             noise = normal(seed, "held_out", s, rows, tuple(images.shape[1:]))
-            given = labels[rows] if recipe.model.num_classes else None
-            losses.append(_losses(model, recipe, images[rows], noise, given, (s + 0.5) / HELD_OUT_BINS).cpu())
+            classes = labels[rows] if recipe.model.num_classes else None
+            shown = None if text is None else text.rows(rows).to(model.device)
+            losses.append(_losses(model, recipe, images[rows], noise, classes, shown, (s + 0.5) / HELD_OUT_BINS).cpu())
         columns.append(torch.cat(losses))
     return HeldOut(run, seed, torch.stack(columns, dim=1).double().numpy(), labels.numpy(), training_steps)
 
 
 def _losses(
-    model: Backbone, recipe: Recipe, images: Tensor, noise: Tensor, labels: Tensor | None, time: float
+    model: Backbone,
+    recipe: Recipe,
+    images: Tensor,
+    noise: Tensor,
+    labels: Tensor | None,
+    text: TextFeatures | None,
+    time: float,
 ) -> Tensor:
     """Of each image at one time in [0, 1], (B,)."""
     images, noise = images.to(model.device), noise.to(model.device)
     labels = None if labels is None else labels.to(model.device)
+    prompt = {} if text is None else text.arguments(recipe.model.text_pooled_dim > 0)
     if recipe.model.process == "ddpm":
         schedule = linear_schedule()
         step_B = torch.full((len(images),), round((1 - time) * len(schedule)), device=model.device)
-        out = model(noised(schedule, images, noise, step_B), step_B, labels)
+        out = model(noised(schedule, images, noise, step_B), step_B, labels, **prompt)
         losses = ddpm_losses(out.sample, images, noise, step_B, schedule)
         return losses.mse + losses.vb
     t_B = torch.full((len(images),), time, device=model.device)
     point = rectified_flow(images, recipe.model.noise_scale * noise, t_B)
-    out = model(point.x_t, t_B, labels)
+    out = model(point.x_t, t_B, labels, **prompt)
     return flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.model.min_gap)

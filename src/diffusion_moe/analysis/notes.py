@@ -26,11 +26,24 @@ def sampling_note(findings: Findings, sampling: Sampling) -> str:
     many = f"{count} image{'s' * (count != 1)}"
     if about["num_classes"]:
         each = count / about["num_classes"]
-        many += f", {each:.3g} of each of {about['num_classes']} classes" if each >= 1 else ""
-        many += f" of {findings.model.num_classes}" * (about["num_classes"] != findings.model.num_classes)
+        many += f", {each:.3g} of each of {about['num_classes']} {findings.kinds}" if each >= 1 else ""
+        known = len(findings.class_names)
+        many += f" of {known}" * (about["num_classes"] != known)
+    if "prompts" in about:
+        many += f", prompts: {about['prompts']['origin']}"
     if findings.model.router == "diffmoe" and findings.model.inference_pool == "batch":
         many += f", routed in pools of {about['batch_size']}"
     return f"{many}; {examples_note(findings, sampling)}"
+
+
+def text_note(findings: Findings, sampling: Sampling) -> str:
+    """Whether text tokens are among those that are counted."""
+    if sampling.text is None:
+        return ""
+    return (
+        f"Tokens are those of the image and the {findings.model.text_length} of the text, which are routed with them; "
+        "maps and places show the image's alone. "
+    )
 
 
 def examples_note(findings: Findings, sampling: Sampling) -> str:
@@ -58,5 +71,6 @@ def held_out_note(findings: Findings, runs: Sequence[HeldOut]) -> str:
     names = [f"{run.run}: {run.training_steps:,} training steps" for run in runs if run.training_steps]
     return (
         f"{images} held-out images of {findings.data}, each at the middle of {bins} bins of t with the same noise "
-        f"(seed {loss.seed}) for every model; averaged weights in float32, with labels, no dropout; {'; '.join(names)}."
+        f"(seed {loss.seed}) for every model; averaged weights in float32, with "
+        f"{'first captions' if findings.model.text_dim else 'labels'}, no dropout; {'; '.join(names)}."
     )

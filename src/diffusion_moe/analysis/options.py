@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..evaluation.options import TextOptions
+
 
 @dataclass(frozen=True)
-class AnalyzeOptions:
+class AnalyzeOptions(TextOptions):
     """Where the report goes, and which runs are set beside this one."""
 
     output: Path | None = None

@@ -31,7 +31,8 @@ class RoutingCounts(NamedTuple):
     """What was recorded, on the host; every number is a count, int64.
 
     Row k of a class axis is class k; models that know "no class" have it as their last row, unconditional ones have one
-    row. Bin s of a time axis holds t from s / S to (s + 1) / S, 0 is noise and 1 is data, whatever the model's process.
+    row. Of a model with text and no classes row k is a kind of prompt (one, or as told), and the last one "no prompt".
+    Bin s of a time axis holds t from s / S to (s + 1) / S, 0 is noise and 1 is data, whatever the model's process.
     """
 
     served_LSKE: np.ndarray
@@ -46,6 +47,9 @@ class RoutingCounts(NamedTuple):
     """Assignments of the token at place p, summed over layers, places row by row. With `places`."""
     places_LEP: np.ndarray | None = None
     """Assignments of the tokens at place p, summed over times and classes. With `places`."""
+    others_SK: np.ndarray | None = None
+    """Assignments of the tokens before those of the image (its text's, class tokens), summed over layers. With
+    `places`."""
 
     @property
     def served_LSK(self) -> np.ndarray:
@@ -65,14 +69,14 @@ class LayerSums(NamedTuple):
     tokens_R: Tensor
     pairs_EE: Tensor | None
     compute_RQ: Tensor | None
-    """Column 0 is for class tokens, the others are places."""
+    """Column 0 is for text and class tokens, the others are places."""
     places_EQ: Tensor | None
 
 
 class RoutingRecord:
     """Running counts of what routers did. Made by `record_routing`."""
 
-    def __init__(self, model: nn.Module, time_bins: int, pairs: bool, places: bool) -> None:
+    def __init__(self, model: nn.Module, time_bins: int, pairs: bool, places: bool, kinds: int = 1) -> None:
         self.time_bins, self.pairs, self.places = time_bins, pairs, places
         self.routers = routers_of(model)
         experts = {router.config.num_experts for router in self.routers}
@@ -85,8 +89,15 @@ class RoutingRecord:
         self.rows = 1
         self.num_places: int | None = None
         """None: all tokens of an image, as the first pass shows."""
+        self.takes_prompts = settings is not None and settings.text_dim > 0 and settings.num_classes == 0
+        if kinds != 1 and not self.takes_prompts:
+            raise ValueError(f"kinds is {kinds}, but the model takes no prompts; leave it at 1")
+        self.kinds_B: Tensor | None = None
+        """Kind of prompt of each image of the passes to come, int64, below `kinds`; a pass may hold the images several
+        times, one round after another. None: all are of kind 0."""
         if settings is not None:
-            self.rows = max(1, settings.num_classes + int(settings.null_class and settings.num_classes > 0))
+            of_classes = max(1, settings.num_classes + int(settings.null_class and settings.num_classes > 0))
+            self.rows = kinds + 1 if self.takes_prompts else of_classes
             self.num_places = (settings.sample_size // settings.patch_size) ** 2
         self.is_ddpm = settings is not None and settings.process == "ddpm"
         self.clear()
@@ -134,6 +145,7 @@ class RoutingRecord:
             pairs_LEE=stacked("pairs_EE") if self.pairs else None,
             compute_SKP=stacked("compute_RQ").sum(0).reshape(S, K, -1)[..., 1:] if self.places else None,
             places_LEP=stacked("places_EQ")[..., 1:] if self.places else None,
+            others_SK=stacked("compute_RQ").sum(0).reshape(S, K, -1)[..., 0] if self.places else None,
         )
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -147,9 +159,22 @@ class RoutingRecord:
         t_B = given["timestep"].detach().float().expand(len(given["hidden_states"]))
         time_B = 1 - t_B / len(linear_schedule()) if self.is_ddpm else t_B
         bin_B = (time_B * self.time_bins + BIN_SLACK).long().clamp(0, self.time_bins - 1)
-        labels = given.get("class_labels")
+        labels = self._prompts_of(given) if self.takes_prompts else given.get("class_labels")
         self._row_B = bin_B if labels is None else bin_B * self.rows + labels.long()
         self._count_images(self._row_B)
+
+    def _prompts_of(self, given: dict[str, Any]) -> Tensor:
+        """The kind of each image's prompt, and the last row for no prompt, int64, (B,)."""
+        features, mask = given["encoder_hidden_states"], given.get("encoder_attention_mask")
+        kind_B = torch.zeros(len(features), dtype=torch.long, device=features.device)
+        if self.kinds_B is not None:
+            rounds, left = divmod(len(features), len(self.kinds_B))
+            if left:
+                raise ValueError(
+                    f"kinds_B has {len(self.kinds_B)} kinds for a pass of {len(features)}; give one an image"
+                )
+            kind_B = self.kinds_B.to(features.device).repeat(rounds)
+        return kind_B if mask is None else torch.where(mask.bool().any(dim=1), kind_B, self.rows - 1)
 
     def _count_images(self, row_B: Tensor) -> None:
         if self.images_R is None:
@@ -182,7 +207,7 @@ class RoutingRecord:
             sums.pairs_EE.add_(pairs_of(routing.token_A, expert_A, B * N, self.num_experts, times_A))
         if sums.compute_RQ is not None and sums.places_EQ is not None:
             width = sums.compute_RQ.shape[1]
-            # Class tokens come first and share column 0.
+            # Text and class tokens come first and share column 0.
             column_A = (routing.token_A - image_A * N - (N - width)).clamp(min=0)
             sums.compute_RQ.index_add_(0, row_B, tally(image_A, column_A, B, width, times_A))
             sums.places_EQ.add_(tally(expert_A, column_A, self.num_experts, width, times_A))
@@ -228,7 +253,7 @@ def pairs_of(token_A: Tensor, expert_A: Tensor, num_tokens: int, num_experts: in
 
 @contextmanager
 def record_routing(
-    model: nn.Module, time_bins: int = 20, pairs: bool = False, places: bool = False
+    model: nn.Module, time_bins: int = 20, pairs: bool = False, places: bool = False, kinds: int = 1
 ) -> Iterator[RoutingRecord]:
     """Count what the routers of `model` do while inside.
 
@@ -240,9 +265,10 @@ def record_routing(
         model: a model or a layer. time_bins: equal bins of t from 0 (noise) to 1 (data).
         pairs: count also which experts serve the same tokens (one product of (E, T) and (T, E) a layer).
         places: count also where in the image the served tokens lie.
+        kinds: rows for so many kinds of prompts, of a model with text; set `kinds_B` of the record before each pass.
 
     Raises:
-        ValueError: no bins, or layers of different numbers of experts.
+        ValueError: no bins, kinds of a model without text, or layers of different numbers of experts.
 
     Example:
         >>> with record_routing(model) as record:
@@ -254,7 +280,7 @@ def record_routing(
         raise ValueError(f"record_routing got a {type(model).__name__}; give a model, such as a pipeline's transformer")
     if time_bins < 1:
         raise ValueError(f"time_bins is {time_bins}; it must be positive")
-    record = RoutingRecord(model, time_bins, pairs, places)
+    record = RoutingRecord(model, time_bins, pairs, places, kinds)
 
     def hook_for(layer: int):  # type: ignore[no-untyped-def]
         def hook(router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> None:

@@ -113,6 +113,7 @@ def _numbers(findings: Findings, sampling: Sampling) -> str:
     dead, duplicates = dead_experts(share_LE), duplicate_experts(weights.experts_LEE)
     glance = {
         "experts a token, on average": f"{ratio(counts.served_LSK.sum(), counts.tokens_LSK.sum()):.3f}",
+        **_text_numbers(sampling),
         "busiest expert over mean load, worst layer": f"{imbalance(share_LE).max():.2f}",
         "dead experts (below 1 % of an even load)": f"{len(dead)} of {share_LE.size}",
         "pairs of duplicates (cosine above 0.9)": str(len(duplicates)),
@@ -148,10 +149,24 @@ def _numbers(findings: Findings, sampling: Sampling) -> str:
             "</tr></thead><tbody>",
             *rows,
             "</tbody></table></div>",
-            '<p class="soft">Loads are those of the evaluations with a class. Effective experts: exp of the entropy of '
-            "the loads. Closest pair: the highest cosine of two experts’ weights.</p>",
+            f'<p class="soft">Loads are those of the evaluations with a {findings.condition}. Effective experts: exp '
+            "of the entropy of the loads. Closest pair: the highest cosine of two experts’ weights.</p>",
         ]
     )
+
+
+def _text_numbers(sampling: Sampling) -> dict[str, str]:
+    """How much compute tokens of the image and of the text got, where both are routed."""
+    if sampling.text is None:
+        return {}
+    counts, text = sampling.counts, sampling.text
+    served, tokens = text.served_S.sum(), text.tokens_S.sum()
+    image = ratio(counts.served_LSK.sum() - served, counts.tokens_LSK.sum() - tokens)
+    return {
+        "experts an image token": f"{image:.3f}",
+        "experts a text token": f"{ratio(served, tokens):.3f}",
+        "text tokens’ share of all assignments": f"{ratio(served, counts.served_LSK.sum()):.1%}",
+    }
 
 
 def _off_diagonal(values_EE: np.ndarray) -> np.ndarray:

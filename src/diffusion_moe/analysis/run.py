@@ -35,7 +35,7 @@ def analyze(source: Source, settings: EvaluationConfig, options: AnalyzeOptions,
     folder = options.output or source.path / "figures"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {folder}, which is a file; give a folder")
-    findings = collect(source, settings, options.compared(), say)
+    findings = collect(source, settings, options.compared(), say, options)
     files = report_files(findings)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

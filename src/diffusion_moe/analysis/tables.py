@@ -55,7 +55,7 @@ def _routing_tables(findings: Findings, sampling: Sampling) -> dict[str, Columns
         "layer": layer + 1,
         "t": s / S,
         "class": np.where(k < K, k, -1),
-        "class_name": np.array([*findings.class_names, "no class"])[k],
+        "class_name": np.array([*findings.class_names, f"no {findings.condition}"])[k],
         "expert": e,
         "served": served_LSKE[layer, s, k, e],
         "tokens": tokens_LSK[layer, s, k],
@@ -67,7 +67,7 @@ def _routing_tables(findings: Findings, sampling: Sampling) -> dict[str, Columns
     found["places"] = _flat(layer=layer + 1, expert=e, row=p // side, column=p % side, served=counts.places_LEP)
     examples = sampling.examples
     i, s, p = _indices(examples.compute_ISP.shape)
-    label = np.array(examples.classes_I)[i] if findings.model.num_classes else np.full(i.shape, -1)
+    label = np.array(examples.classes_I)[i] if len(findings.class_names) > 1 else np.full(i.shape, -1)
     S = examples.compute_ISP.shape[1]
     maps = _flat(image=i, label=label, t=s / S, row=p // side, column=p % side, experts=examples.compute_ISP)
     return found | {"maps": maps}

@@ -10,6 +10,7 @@ tokens each caption. Number 00000 belongs to the latents' first shard; `captions
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -127,6 +128,9 @@ class CachedCaptions(CaptionFeatures):
 
     Args:
         rows: the stored image of each index. ends: of each shard, the stored images up to its end.
+
+    Attributes:
+        sha256: a hash of the captions and of which images they belong to.
     """
 
     def __init__(self, folder: Path, rows: np.ndarray, ends: np.ndarray) -> None:
@@ -136,6 +140,7 @@ class CachedCaptions(CaptionFeatures):
             if header["version"] != VERSION:
                 raise ValueError(f"its version is {header['version']}, and this library reads {VERSION}")
             self.space = TextSpace.from_dict(header["space"])
+            self.sha256 = hashlib.sha256(str(header["captions_sha256"]).encode() + rows.tobytes()).hexdigest()
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / HEADER} cannot be read ({error!r}); encode the captions anew") from error
         records = [read_record(folder, f"{shard:05d}", self.space) for shard in range(len(ends))]

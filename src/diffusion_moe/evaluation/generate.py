@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,17 @@ class Prompts(NamedTuple):
     def rows(self, places: Tensor, device: torch.device) -> Prompts:
         """Of some of the images, on a device."""
         return Prompts(self.text.rows(places).to(device), self.negative.rows(places).to(device))
+
+    def padded_to(self, length: int) -> Prompts:
+        """With room for at least so many tokens each."""
+        return Prompts(*(text.padded_to(max(length, text.mask.shape[1])) for text in self))
+
+
+class PromptRows(Protocol):
+    """Anything that knows what each image shows."""
+
+    def rows(self, places: Tensor, device: torch.device) -> Prompts:
+        """Of some of the images, by their numbers."""
 
 
 @dataclass
@@ -112,8 +123,9 @@ def generate_batches(
     usage: Usage | None = None,
     first: int = 0,
     *,
-    prompts: Prompts | None = None,
+    prompts: PromptRows | None = None,
     size: tuple[int, int] | None = None,
+    network: Network | None = None,
 ) -> Iterator[Tensor]:
     """Generate images `first` to num_samples - 1, a batch at a time.
 
@@ -121,6 +133,7 @@ def generate_batches(
         model: in eval mode; its device is used. labels: class of each image, int64, (S,).
         vae: decodes what the model generates. usage: filled with what it cost.
         prompts: of each image, for a model with text. size: height and width in the model's space; None: sample_size.
+        network: what `accelerated` made of this model and these settings, to be used again; None: made here.
 
     Yields:
         NCHW, float32, [-1, 1] by convention but not clipped, on the CPU.
@@ -132,13 +145,15 @@ def generate_batches(
     check_solver(config, settings)
     if (prompts is None) == bool(config.text_dim):
         raise ValueError(f"prompts are {'missing' if prompts is None else 'given'}, but text_dim is {config.text_dim}")
-    network = accelerated(model, settings)
+    network = network or accelerated(model, settings)
     scale_thresholds(model, settings.threshold_scale)
     limit_capacity(model, settings.capacity_limit)
     try:
         for samples in torch.arange(first, num_samples).split(settings.batch_size):
             classes = None if labels is None else labels[samples].to(model.device)
             asked = None if prompts is None else prompts.rows(samples, model.device)
+            # The model would pad them too; a captured graph then meets one length.
+            asked = asked and asked.padded_to(config.text_length)
             x = _solve(model, network, classes, samples.to(model.device), settings, usage, asked, size)
             yield (x if vae is None else decode(vae, x)).float().cpu()
     finally:
@@ -239,7 +254,7 @@ def generate(
     vae: AutoencoderKL | None = None,
     usage: Usage | None = None,
     *,
-    prompts: Prompts | None = None,
+    prompts: PromptRows | None = None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
     """All images of `generate_batches` as one tensor."""

@@ -9,6 +9,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch import Tensor
 from ..config import EvaluationConfig
 from ..data import ImageDataset
 from ..data.table import resize_and_crop
+from .acceleration import Network, accelerated
 from .features import HASH_DIGITS, fingerprint
 from .generate import Usage, class_schedule, generate_batches, to_uint8
+from .shown import Shown
 from .source import Loaded
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -175,10 +178,14 @@ class DatasetImages(Images):
 
 
 class GeneratedImages(Images):
-    """Images of a model: number i is a function of (seed, i); classes take turns."""
+    """Images of a model: number i is a function of (seed, i); classes take turns, or it shows prompt i.
 
-    def __init__(self, loaded: Loaded, settings: EvaluationConfig, name: str) -> None:
-        self.loaded, self.settings, self.name = loaded, settings, name
+    Args:
+        shown: the prompts, of a model with text.
+    """
+
+    def __init__(self, loaded: Loaded, settings: EvaluationConfig, name: str, shown: Shown | None = None) -> None:
+        self.loaded, self.settings, self.name, self.shown = loaded, settings, name, shown
         self.count = settings.num_samples
         config, vae = loaded.model.settings, loaded.vae
         self.labels = class_schedule(self.count, config.num_classes)
@@ -186,14 +193,23 @@ class GeneratedImages(Images):
         self.size = (config.sample_size * scale, config.sample_size * scale)
 
     def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
-        model, vae = self.loaded
-        batches = generate_batches(model, self.labels, numbers.stop, self.settings, vae, usage, numbers.start)
-        yield from map(to_uint8, batches)
+        (model, vae), first, stop = self.loaded, numbers.start, numbers.stop
+        options: dict[str, Any] = {"prompts": self.shown, "network": self._network}
+        for images in generate_batches(model, self.labels, stop, self.settings, vae, usage, first, **options):
+            if not images.isfinite().all():
+                raise ValueError(f"{self.name} draws images whose values are not finite; its weights are of no use")
+            yield to_uint8(images)
+
+    @cached_property
+    def _network(self) -> Network:
+        """The same for all images, so that a graph is captured once for each shape."""
+        return accelerated(self.loaded.model, self.settings)
 
     def identity(self) -> dict[str, Any]:
         model, vae = self.loaded
         settings = json.loads(json.dumps(vars(self.settings)))
-        return {"model": fingerprint(model), "vae": vae and fingerprint(vae), "settings": settings}
+        prompts = {} if self.shown is None else self.shown.identity()
+        return {"model": fingerprint(model), "vae": vae and fingerprint(vae), "settings": settings} | prompts
 
 
 def open_images(path: Path, channels: int = 3, image_size: int | None = None) -> Images:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from ..config import DataConfig
@@ -35,12 +37,39 @@ OWN_DATA_LIMIT = 2**28
 """Numbers in the pixels of a run's data, up to which a classifier of it is trained."""
 
 
+class Judge(ABC):
+    """Scores images by what an extractor says of them."""
+
+    extractor: Extractor
+
+    @property
+    @abstractmethod
+    def reference_sha256(self) -> str:
+        """Start of a hash of what they are compared with; empty for a run's own data."""
+
+    @abstractmethod
+    def scores(self, found: Collected, labels: Tensor | None) -> dict[str, Any]:
+        """The scores, and what they depend on.
+
+        Raises:
+            ValueError: the images cannot be scored.
+        """
+
+    def picture(self, found: Collected) -> Image.Image | None:
+        """What a reader should see beside the scores, if anything."""
+        return None
+
+
 @dataclass(frozen=True)
-class Judge:
+class FeatureJudge(Judge):
     """Scores images by their features against a reference."""
 
     extractor: Extractor
     reference: Reference
+
+    @property
+    def reference_sha256(self) -> str:
+        return self.reference.sha256
 
     def scores(self, found: Collected, labels: Tensor | None) -> dict[str, Any]:
         """All that the features and the reference allow; null where the reference lacks what a score needs.
@@ -94,14 +123,14 @@ def _moments(features_SD: Tensor) -> Moments:
 
 
 @dataclass(frozen=True)
-class OwnJudge(Judge):
+class OwnJudge(FeatureJudge):
     """A classifier of a run's own data judges, and pixels are compared with the training images'."""
 
     real: dict[str, Any]
     """Scores of real images under the same names with `_real`, and how many there are."""
 
     def scores(self, found: Collected, labels: Tensor | None) -> dict[str, Any]:
-        """As `Judge`, and two more.
+        """As `FeatureJudge`, and two more.
 
         recognised: share of images that the classifier puts into their class (null without classes); nearest_neighbour:
         mean pixel distance to the nearest training image (copies would be nearer than real ones are).
@@ -149,7 +178,7 @@ def make_judge(
     made_by = reference.extractor.name if reference.extractor is not None else INCEPTION
     extractor = make_extractor(options.extractor or made_by, options.inception, reference)
     reference.check(extractor, image_size)
-    return Judge(extractor, with_features(reference, extractor, 50, beside, say))
+    return FeatureJudge(extractor, with_features(reference, extractor, 50, beside, say))
 
 
 def with_features(reference: Reference, extractor: Extractor, batch_size: int, beside: Path, say: Say) -> Reference:
@@ -175,6 +204,11 @@ def own_judge(data: DataConfig) -> OwnJudge:
         raise ValueError("data.test_fraction is 0, so there are no held-out images to compare with")
     training, test = load_dataset(data, "train"), load_dataset(data, "test")
     check_small(training)
+    if not training.class_names:
+        raise ValueError(
+            "the data has no classes for a small classifier to learn; give --reference FILE, as made by "
+            "`diffusion-moe stats DATA`"
+        )
     seen, held_out = training.everything(), test.everything()
     extractor = OwnFeatures(shared_classifier(training), seen.images)
     real, of_training = extractor(to_uint8(held_out.images)), extractor(to_uint8(seen.images))

@@ -20,7 +20,8 @@ class ReferenceOptions:
 
     reference: Path | None = None
     """Statistics of real images: a file of `diffusion-moe stats`, ADM's reference batch, or another .npz with mu and
-    sigma of Inception. A run may leave it out: a small classifier of its own data then judges it."""
+    sigma of Inception. A run may leave it out: a small classifier of its own data then judges it, and coloured shapes
+    are judged by what they show."""
     extractor: str | None = None
     """inception, classifier, or the hub id or folder of a transformers vision model such as facebook/dinov2-large; the
     one that made the reference unless given."""
@@ -29,7 +30,18 @@ class ReferenceOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(ReferenceOptions):
+class TextOptions:
+    """What images show, of a model with text."""
+
+    prompts: Path | None = None
+    """A text file of prompts, a line each, which images show in turn; unless given, the first captions of a run's
+    held-out images, or of coloured shapes questions of every category."""
+    text_encoder: str | None = None
+    """Hub id or folder of the text encoder, where it is not where training left it."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(TextOptions, ReferenceOptions):
     """How a model's images are scored."""
 
     weights: Weights = "ema"
@@ -84,7 +96,7 @@ class StatsOptions:
 
 
 @dataclass(frozen=True)
-class SweepOptions(ReferenceOptions):
+class SweepOptions(TextOptions, ReferenceOptions):
     """The settings that a sweep combines: each one value or a comma list."""
 
     grid: Path | None = None

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DataConfig, EvaluationConfig
-from ..run_folder import RunFolder, write_atomically
+from ..run_folder import EVALUATION, RunFolder, replace_atomically, write_atomically
 from .collect import Say, collected
 from .draw import settings_name
 from .generate import check_solver, provenance
 from .images import GeneratedImages, Images, open_images
 from .judge import Judge, OwnJudge, make_judge
+from .judge_shapes import ShapesJudge
 from .metrics import NEIGHBOURS
-from .options import EvaluateOptions, ImagesOptions
+from .options import EvaluateOptions, ImagesOptions, SweepOptions
+from .shapes.report import as_table
+from .shown import Questions, Shown, what_is_shown
 from .source import Loaded, Source
 
 FOLDER = "evaluations"
@@ -30,28 +33,66 @@ def evaluate_model(source: Source, settings: EvaluationConfig, options: Evaluate
     """
     source.check_images()
     check_solver(source.config, settings)
+    shown = what_is_shown(source, settings, options, own_data(source, options), say)
     loaded = source.load()
     beside = source.path / FOLDER if options.output is None else options.output.parent
-    judge = make_judge(options, own_data(source), GeneratedImages(loaded, settings, "").size, beside, say)
-    path = options.output or _place(source, settings, judge)
-    result = score_model(source, loaded, settings, judge, path, say)
+    judge = judge_of(source, loaded, settings, options, shown, beside, say)
+    path = options.output or _place(source, settings, judge, None if options.prompts is None else shown)
+    result = score_model(source, loaded, settings, judge, path, say, shown)
     if result is not None:
         tell(result, say)
-        say(f"wrote {path}")
+        for file in (path, _picture(path)):
+            if file.is_file():
+                say(f"wrote {file}")
     return path if result is not None else None
 
 
-def own_data(source: Source) -> DataConfig | None:
-    """The data of a run's recipe, if its model generates such images itself; else None."""
+def own_data(source: Source, options: EvaluateOptions | SweepOptions) -> DataConfig | None:
+    """The data of a run that judges its images itself; None with a reference, or of a model that draws latents."""
     run = RunFolder(source.path)
-    return run.read_recipe().data if run.recipe.is_file() and source.vae is None else None
+    judges = options.reference is None and run.recipe.is_file() and source.vae is None
+    return run.read_recipe().data if judges else None
+
+
+def judge_of(
+    source: Source,
+    loaded: Loaded,
+    settings: EvaluationConfig,
+    options: EvaluateOptions | SweepOptions,
+    shown: Shown | None,
+    beside: Path,
+    say: Say,
+) -> Judge:
+    """Who judges a model's images.
+
+    Args:
+        shown: what they show. beside: where unfinished work is kept.
+
+    Raises:
+        ValueError: see `make_judge`.
+    """
+    size = GeneratedImages(loaded, settings, "").size
+    if isinstance(shown, Questions) and options.extractor is None and options.inception is None:
+        return ShapesJudge(shown, size, settings.seed)
+    own = None if shown is not None else own_data(source, options)  # a classifier knows classes, no prompts
+    return make_judge(options, own, size, beside, say)
 
 
 def score_model(
-    source: Source, loaded: Loaded, settings: EvaluationConfig, judge: Judge, path: Path, say: Say
+    source: Source,
+    loaded: Loaded,
+    settings: EvaluationConfig,
+    judge: Judge,
+    path: Path,
+    say: Say,
+    shown: Shown | None = None,
 ) -> Result | None:
-    """The scores of a loaded model's images, written to `path`; None on other processes than the main one."""
-    images = GeneratedImages(loaded, settings, str(source.path))
+    """The scores of a loaded model's images, written to `path`; None on other processes than the main one.
+
+    Args:
+        shown: their prompts, of a model with text.
+    """
+    images = GeneratedImages(loaded, settings, str(source.path), shown)
     _check_count(images)
     with collected(images, judge.extractor, settings.batch_size, path.parent, say) as found:
         if found is None:
@@ -61,10 +102,21 @@ def score_model(
             judge.scores(found, images.labels)
             | provenance(settings, found.usage)
             | ({"batch_size": settings.batch_size} if pools else {})  # images then depend on their batch
+            | ({} if shown is None else shown.record())
             | {"weights": source.weights}
             | source.origin()
         )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = judge.picture(found)
+        if picture is not None:
+            with replace_atomically(_picture(path)) as file:
+                picture.save(file, format="PNG")
         return _write(result, path)
+
+
+def _picture(scores: Path) -> Path:
+    """Where the picture that belongs to scores lies: in a run's own folder prompts.png, elsewhere under their name."""
+    return scores.with_name("prompts.png") if scores.name == EVALUATION else scores.with_suffix(".png")
 
 
 def evaluate_images(source: Path, options: ImagesOptions, say: Say) -> Path | None:
@@ -106,17 +158,18 @@ def _write(result: Result, path: Path) -> Result:
     return result
 
 
-def _place(source: Source, settings: EvaluationConfig, judge: Judge) -> Path:
-    """Where scores go unless told otherwise: names tell settings, extractors and references apart."""
-    if isinstance(judge, OwnJudge):
+def _place(source: Source, settings: EvaluationConfig, judge: Judge, asked: Shown | None) -> Path:
+    """Where scores go unless told otherwise: names tell settings, extractors, references and given prompts apart."""
+    if isinstance(judge, OwnJudge | ShapesJudge):
         return RunFolder(source.path).evaluation
     parts = [_short(judge), f"n{settings.num_samples}", *([] if source.weights == "ema" else [source.weights])]
+    parts += [] if asked is None else [f"prompts{asked.sha256[:8]}"]
     name = "-".join([*parts, settings_name(settings, source.origin().get("training_steps"))])
     return source.path / FOLDER / f"{name}.json"
 
 
 def _short(judge: Judge) -> str:
-    return f"{judge.extractor.identity.name.rstrip('/').split('/')[-1]}-{judge.reference.sha256[:8]}"
+    return f"{judge.extractor.identity.name.rstrip('/').split('/')[-1]}-{judge.reference_sha256[:8]}"
 
 
 TITLES = {
@@ -136,14 +189,28 @@ TITLES = {
 
 def tell(result: Result, say: Say) -> None:
     """The scores as a small table, generated beside real where both are known, then what they depend on."""
+    if "categories" in result:
+        for line in as_table(result).splitlines():
+            say(line)
+        _tell_what_they_depend_on(result, say)
+        return
     say(f"{'':40}{'generated':>12}" + (f"{'real':>12}" if "recognised_real" in result else ""))
     for key, (title, form) in TITLES.items():
         if key in result:
             values = [result[key], *([result[f"{key}_real"]] if f"{key}_real" in result else [])]
             say(f"{title:40}" + "".join(f"{'-' if v is None else form.format(v):>12}" for v in values))
+    _tell_what_they_depend_on(result, say)
+
+
+def _tell_what_they_depend_on(result: Result, say: Say) -> None:
     say(summary(result))
     for line in result["warnings"]:
         say(f"warning: {line}")
+
+
+def number_of(score: Any) -> Any:
+    """A score as one number: of coloured shapes the share that is right, without its chance."""
+    return score["score"] if isinstance(score, dict) else score
 
 
 def summary(result: Result) -> str:

@@ -17,15 +17,18 @@ from .collect import Say
 from .features import fingerprint
 from .generate import check_solver
 from .grid import Point
-from .images import GeneratedImages
-from .judge import Judge, make_judge
+from .judge import Judge
 from .options import SweepOptions
-from .score import Result, own_data, score_model, summary
+from .score import Result, judge_of, number_of, own_data, score_model, summary
+from .shown import Shown, what_is_shown
 from .source import Loaded, Source
 
 FOLDER = "sweep"
 """In a run or model folder."""
 SCORES = (
+    "overall",
+    "seen",
+    "held_out",
     "fid",
     "sfid",
     "inception_score",
@@ -62,6 +65,7 @@ def sweep(source: Source, points: Sequence[Point], options: SweepOptions, say: S
     source.check_images()
     for point in points:
         check_point(source, point)
+    shown = what_is_shown(source, points[0].settings, options, own_data(source, options), say)
     folder = options.output or source.path / FOLDER
     judge: Judge | None = None
     outcomes = []
@@ -74,13 +78,12 @@ def sweep(source: Source, points: Sequence[Point], options: SweepOptions, say: S
             loaded = current.load()
             digest = fingerprint(loaded.model) if is_main() else ""
         if judge is None:
-            size = GeneratedImages(loaded, point.settings, "").size
-            judge = make_judge(options, own_data(source), size, folder, say)
-        path = _file(folder, point, digest, judge)
+            judge = judge_of(source, loaded, point.settings, options, shown, folder, say)
+        path = _file(folder, point, digest, judge, shown)
         done = from_main(_read(path))
         if done is None:
             say(f"{i} of {len(points)}: {point.title()}")
-            done = score_model(current, loaded, point.settings, judge, path, say)
+            done = score_model(current, loaded, point.settings, judge, path, say, shown)
         if is_main():
             assert done is not None
             outcomes.append(Outcome(point, done))
@@ -99,22 +102,22 @@ def check_point(source: Source, point: Point) -> None:
     scale = point.settings.threshold_scale
     if scale != 1 and source.config.router != "diffmoe":
         raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; leave it at 1")
-    if source.config.num_classes == 0 and point.settings.guidance_scale != 1:
+    if source.config.num_classes == 0 and source.config.text_dim == 0 and point.settings.guidance_scale != 1:
         raise ValueError(
             f"guidance_scale is {point.settings.guidance_scale}, but the model is unconditional; leave it out"
         )
     replace(source, weights=point.weights).origin()
 
 
-def _file(folder: Path, point: Point, model: str, judge: Judge) -> Path:
-    """Where a point's scores lie: another model, setting, extractor or reference has another name."""
+def _file(folder: Path, point: Point, model: str, judge: Judge, shown: Shown | None) -> Path:
+    """Where a point's scores lie: another model, setting, extractor, reference or prompt has another name."""
     about = {
         "model": model,
         "weights": point.weights,
         "settings": asdict(point.settings),
         "extractor": asdict(judge.extractor.identity),
-        "reference": judge.reference.sha256,
-    }
+        "reference": judge.reference_sha256,
+    } | ({} if shown is None else shown.identity())
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     return folder / "points" / f"{digest}.json"
 
@@ -144,7 +147,7 @@ def row(outcome: Outcome) -> dict[str, Any]:
     """One line of the table: settings, costs, scores, and what they depend on."""
     result = outcome.result
     values = {key: result.get(key) for key in (*SETTINGS, *COSTS)}
-    values |= {key: result[key] for key in SCORES if key in result}
+    values |= {key: number_of(result[key]) for key in SCORES if key in result}
     values |= {key: result.get(key) for key in RECORDED}
     values["guidance_interval"] = "{:g}:{:g}".format(*result["guidance_interval"])
     return values | {
@@ -191,6 +194,7 @@ def _heading(key: str) -> str:
         "kid": "KID",
         "kernel_distance": "kernel",
         "nearest_neighbour": "nearest",
+        "held_out": "held out",
     }
     return short.get(key, key)
 

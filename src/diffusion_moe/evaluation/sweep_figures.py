@@ -1,9 +1,11 @@
-"""Figures of a sweep: distance against guidance, against average capacity and against time."""
+"""Figures of a sweep: quality against guidance, against average capacity and against time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .score import number_of
 
 if TYPE_CHECKING:
     from .sweep import Outcome
@@ -37,6 +39,8 @@ FIGURES = (
 )
 LEGEND_INSIDE = 6
 """Lines of which the names fit into the picture."""
+QUALITIES = {"overall": "share of prompts that are right", "fid": "FID", "frechet": "Fréchet distance"}
+"""Scores that may stand on the vertical axis, the first one that there is, and their names."""
 SETTINGS = ("weights", "solver", "steps", "guidance_interval", "threshold_scale", "guidance_scale")
 
 
@@ -57,17 +61,18 @@ def _draw(results: list[dict[str, Any]], figure: Figure, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    quality, first = "fid" if "fid" in results[0] else "frechet", results[0]
+    first = results[0]
+    quality = next(key for key in QUALITIES if key in first)
     lines = lines_of(results, next((key for key in figure.along if _varies(results, key)), figure.along[0]))
     many = len(lines) > LEGEND_INSIDE
     canvas, axes = plt.subplots(figsize=(8.4 if many else 6.4, 4), layout="constrained")
     axes.set_prop_cycle(color=plt.get_cmap("viridis")([i / max(1, len(lines) - 1) * 0.9 for i in range(len(lines))]))
     for title, members in lines.items():
         known = [result for result in members if result.get(figure.key) is not None]
-        x, y = ([result[key] for result in known] for key in (figure.key, quality))
+        x, y = [result[figure.key] for result in known], [number_of(result[quality]) for result in known]
         axes.plot(x, y, "o-", label=title, markersize=4)
     axes.set_xlabel(figure.label)
-    axes.set_ylabel("FID" if quality == "fid" else "Fréchet distance")
+    axes.set_ylabel(QUALITIES[quality])
     extractor = first["extractor"]
     axes.set_title(f"{first['num_samples']:,} samples, {extractor['name']} {extractor['weights']}", fontsize=9)
     axes.grid(alpha=0.3)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from statistics import fmean
 from typing import Any
@@ -92,6 +93,7 @@ def score(prompts: Sequence[Prompt], images: Tensor, seed: int = 0) -> Report:
     return Report(tallies, tuple(verdicts))
 
 
+@lru_cache(maxsize=len(CATEGORIES))  # a sweep asks for the same at every point
 def chance_pool(category: Category, size: int, seed: int) -> list[list[Found]]:
     """What is found in at least POOL true images of a category: of each of its questions, seen or held out, as many."""
     asked = [
@@ -110,8 +112,12 @@ def _pooled(tallies: Sequence[Tally]) -> dict[str, float]:
 
 def table(report: Report) -> str:
     """The report as a Markdown table."""
+    return as_table(report.as_dict())
+
+
+def as_table(values: Mapping[str, Any]) -> str:
+    """The same of `Report.as_dict`'s values."""
     rows = ["| category | split | n | score | chance | true images |", "| --- | --- | ---: | ---: | ---: | ---: |"]
-    values = report.as_dict()
     parts = [(name, split, row) for name, splits in values["categories"].items() for split, row in splits.items()]
     parts += [("mean", part, values[part] | {"n": ""}) for part in ("overall", *SPLITS) if part in values]
     for name, split, row in parts:
