@@ -55,24 +55,26 @@ def training_examples(seed: int, step: int, count: int, masked: float = MASKED) 
 def held_out_examples(seed: int) -> list[Example]:
     """Everything that is held out, said in every way of mentioning it that no seen content shares."""
     draw = random.Random(derive_seed(seed, "text/held-out"))
-    said = {_plain(content, mention) for content in seen_contents() for mention in MENTIONS[content.kind]}
+    said = {in_one_way(content, mention) for content in seen_contents() for mention in MENTIONS[content.kind]}
     fresh = {
-        _plain(content, mention): (content, mention)
+        in_one_way(content, mention): (content, mention)
         for content in contents()
         if held_out(content)
         for mention in MENTIONS[content.kind]
     }
-    return [example(*pair, draw) for plain, pair in fresh.items() if plain not in said]
+    return [example(*pair, draw) for text, pair in fresh.items() if text not in said]
 
 
-def _plain(content: Content, mention: Mention) -> str:
+def in_one_way(content: Content, mention: Mention) -> str:
+    """The same text for contents of which the same is said."""
     return describe(content, mention, random.Random(0))
 
 
 def example(content: Content, mention: Mention, draw: random.Random, masked: float = 0.0) -> Example:
     """A caption and its facts; the shape and the colour of each object are unknown words with probability `masked`."""
     words = describe(content, mention, draw).split(" ")
-    hidden = {i for i, word in enumerate(words) if word in _SHAPE_OF or word in COLOURS if draw.random() < masked}
+    maskable = [i for i, word in enumerate(words) if word in _SHAPE_OF or word in COLOURS]
+    hidden = {i for i in maskable if draw.random() < masked}
     nouns = {_SHAPE_OF[word]: i for i, word in enumerate(words) if word in _SHAPE_OF}
     facts = [(IGNORED,) * len(FACTS)] * len(words)
     for shape, place in nouns.items():
@@ -88,7 +90,7 @@ def _facts(content: Content, mention: Mention, shape: str) -> dict[str, str]:
     """What a caption says of the object of a shape; the two of a pair differ in it."""
     (own,) = {look for look in content.looks if look.shape == shape}
     relation = content.relation if mention.relation else None
-    if relation is not None and own is not content.looks[0]:
+    if relation is not None and own != content.looks[0]:
         relation = CONVERSE[relation]
     return {
         "shape": own.shape,

@@ -21,7 +21,7 @@ class TextEncoderOptions:
     """Optimizer steps."""
     batch_size: int = 128
     """Captions a step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Peak, after a warm-up over the first tenth of the steps; then a cosine down to 0."""
     seed: int = 0
     """Of the initial weights and the captions."""

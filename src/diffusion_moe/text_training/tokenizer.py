@@ -14,9 +14,7 @@ def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """One token a word, in lower case, without punctuation; `</s>` ends a text, and other words are `<unk>`."""
     vocabulary = {word: number for number, word in enumerate((PAD, EOS, UNKNOWN, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])]

@@ -73,7 +73,9 @@ class FactReader(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy in nats, summed over the facts of an object, mean over objects."""
         pairs = zip(self(batch), batch.facts_BLF.unbind(-1))
-        losses = [F.cross_entropy(logits.flatten(0, 1), truth.flatten(), ignore_index=IGNORED) for logits, truth in pairs]
+        losses = [
+            F.cross_entropy(logits.flatten(0, 1), truth.flatten(), ignore_index=IGNORED) for logits, truth in pairs
+        ]
         return torch.stack(losses).sum()
 
     @torch.no_grad()
