@@ -43,7 +43,7 @@ def run_one(model: str, seed: int, folder: Path) -> dict:
         command("evaluate", str(run))
     scores = json.loads((run / "evaluation.json").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores["loss"] = statistics.mean(row["loss"] for row in rows[-10:])
+    scores["loss"] = statistics.mean([row["loss"] for row in rows if "loss" in row][-10:])
     print(f"{run.name}: seen {scores['seen']['score']:.1%}, held out {scores['held_out']['score']:.1%}", flush=True)
     return scores
 
