@@ -115,20 +115,37 @@ TINY_SHAPES = [
 
 
 @pytest.fixture(scope="session")
-def shapes_run(tmp_path_factory, tiny_options, text_encoder_folder):
-    """A finished run of a tiny text-to-image DiffMoE on a hundred scenes of coloured shapes.
+def make_shapes_run(tmp_path_factory, tiny_options, text_encoder_folder):
+    """Trains a tiny text-to-image DiffMoE, or with options another one, on a hundred scenes of coloured shapes.
 
-    Noise on its weights makes images depend on prompts and guidance, as after two steps they would not.
+    Noise on its weights makes images and routing heed prompts and guidance, as after two steps they would not.
     """
+
+    def make(*more):
+        folder = tmp_path_factory.mktemp("runs") / "shapes"
+        options = [*tiny_options, *TINY_SHAPES, f"--data.text_encoder={text_encoder_folder}", *more]
+        return _train_and_stir(folder, options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shapes_run(make_shapes_run):
+    """Such a run without further options."""
+    return make_shapes_run()
+
+
+def _train_and_stir(folder, options):
     from diffusion_moe.cli import main
     from diffusion_moe.models import load_model
 
-    folder = tmp_path_factory.mktemp("runs") / "shapes"
-    options = [*tiny_options, *TINY_SHAPES, f"--data.text_encoder={text_encoder_folder}"]
     assert main(["train", "digits", "--output_dir", str(folder), *options]) == 0
     torch.manual_seed(0)
     model = load_model(folder / "model")
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if name.endswith("threshold"):
+            buffer.fill_(0.5)
     model.save_pretrained(folder / "model")
     return folder

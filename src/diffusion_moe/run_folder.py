@@ -17,6 +17,8 @@ ORIGIN = "training.json"
 DATA = "data.json"
 """In the model's folder: names of the classes, and which latents it draws."""
 
+AVERAGE = "model-ema-"
+"""How folders of further averages begin; their decay follows."""
 EVALUATION = "evaluation.json"
 """In a run: its scores by its own data."""
 
@@ -69,7 +71,7 @@ class RunFolder:
 
     def average(self, decay: float) -> Path:
         """Where a further average's model lies."""
-        return self.path / f"model-ema-{decay}"
+        return self.path / f"{AVERAGE}{decay}"
 
     @property
     def previews(self) -> Path:

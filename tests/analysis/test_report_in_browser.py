@@ -35,11 +35,14 @@ def browser(tmp_path_factory):
         yield browser
 
 
-@pytest.fixture(scope="module")
-def report(run_of, tmp_path_factory):
+@pytest.fixture(scope="module", params=["classes", "prompts"])
+def report(request, run_of, make_shapes_run, tmp_path_factory):
     output = tmp_path_factory.mktemp("browser")
-    options = ["--num_samples=20", "--steps=4", f"--compare={run_of('dsmoe')}"]
-    assert main(["analyze", str(run_of("diffmoe")), "--output", str(output), *options]) == 0
+    if request.param == "prompts":
+        run, options = make_shapes_run("--model.text_conditioning=joint"), []
+    else:
+        run, options = run_of("diffmoe"), [f"--compare={run_of('dsmoe')}"]
+    assert main(["analyze", str(run), "--output", str(output), "--num_samples=20", "--steps=4", *options]) == 0
     return output / "report.html"
 
 

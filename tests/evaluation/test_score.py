@@ -282,7 +282,9 @@ def test_weights_that_are_not_averaged_can_be_scored(capsys, run_folder, classif
     assert run(capsys, "evaluate", run_folder, "--reference", classifier_reference, *options)[0] == 0
     raw = json.loads(output.read_text())
     assert (raw["weights"], raw["ema_decay"], raw["training_steps"]) == ("model", None, 40)
-    averaged = json.loads(next((run_folder / "evaluations").iterdir()).read_text())
+    averaged = ["--output", tmp_path / "averaged.json", *OPTIONS]
+    assert run(capsys, "evaluate", run_folder, "--reference", classifier_reference, *averaged)[0] == 0
+    averaged = json.loads((tmp_path / "averaged.json").read_text())
     assert raw["images_sha256"] != averaged["images_sha256"]
     status, _, err = run(capsys, "evaluate", run_folder / "model", "--reference", classifier_reference, *options)
     assert status == 2 and "has no checkpoint, so its weights are known as published only" in err

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -165,3 +166,21 @@ def test_lines_of_a_figure_differ_in_one_name():
         "4 steps": [1, 3],
         "9 steps": [1, 3],
     }
+
+
+def test_further_averages_are_weights_too(capsys, tmp_path, tiny):
+    folder, small = tmp_path / "run", ["--num_samples=10", "--steps=1"]
+    options = ["--training.steps=4", "--training.more_ema_decays=[0.5]", "--training.ema_decay=0.9"]
+    assert run(capsys, "train", "digits", "--output_dir", folder, *tiny, *options)[0] == 0
+    assert run(capsys, "sweep", folder, *small, "--weights=ema,0.5,model")[0] == 0
+    rows = list(csv.DictReader((folder / "sweep" / "sweep.csv").read_text().splitlines()))
+    assert [(row["weights"], row["ema_decay"]) for row in rows] == [("ema", "0.9"), ("0.5", "0.5"), ("model", "")]
+    assert len({row["images_sha256"] for row in rows}) == 3
+    shutil.rmtree(folder / "model")
+    (folder / "model-ema-0.5").rename(folder / "model")
+    assert run(capsys, "evaluate", folder, *small)[0] == 0
+    assert json.loads((folder / "evaluation.json").read_text())["images_sha256"] == rows[1]["images_sha256"]
+    for verb in ("sweep", "evaluate"):
+        status, _, err = run(capsys, verb, folder, *small, "--weights=0.7")
+        assert status == 2 and "has no such average; choose ema or model: it has no further averages" in err
+    assert "weights is best; choose ema or model" in run(capsys, "evaluate", folder, *small, "--weights=best")[2]

@@ -168,7 +168,8 @@ def compute_maps(findings: Findings, sampling: Sampling) -> Panel:
     known = [s for s in range(S) if np.isfinite(examples.compute_ISP[:, s]).all()]
     times = [known[i] for i in spread_out(len(known), SHOWN_TIMES)]
     named = len(findings.class_names) > 1
-    rows = [shorten(findings.class_names[k], 8) if named else str(k) for k in examples.classes_I]
+    letters = 8 if findings.kind == "class" else 13
+    rows = [shorten(findings.class_names[k], letters) if named else str(k) for k in examples.classes_I]
     figure = new_figure(1.0 + 0.53 * count)
     pictures, axes = figure.subplots(1, 2, width_ratios=(1, len(times)))
     tiles = examples.compute_ISP[:, times].reshape(count, len(times), side, side, 1)

@@ -37,7 +37,8 @@ def training_loss(findings: Findings) -> Panel:
     if len(findings.curves) > 1:
         legend_above(axes)
     caption = (
-        "Loss of the model in training (not of the averaged weights), label dropout included: thin as logged, thick "
+        "Loss of the model in training (not of the averaged weights), "
+        f"{'caption' if findings.model.text_dim else 'label'} dropout included: thin as logged, thick "
         "the mean of the last twentieth of the logged steps. The highest 2 % may lie above the figure. "
         f"{'; '.join(curves.about for curves in findings.curves)}."
     )

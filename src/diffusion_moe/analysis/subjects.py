@@ -63,9 +63,8 @@ def subjects_of(source: Source, settings: EvaluationConfig, options: TextOptions
             return Subjects(shown, torch.arange(count) % len(texts), list(texts), "prompt")
         return Subjects(shown, torch.zeros(count, dtype=torch.long), ["all"], "prompt")
     if run.recipe.is_file() and run.read_recipe().data.kind == "shapes":
-        asked = in_turn(count, settings.seed)
-        origin = f"coloured shapes, their categories in turn, seed {settings.seed}"
-        questions = Questions(asked, origin, source.load_text_encoder(options.text_encoder, warn))
+        asked, encoder = in_turn(count, settings.seed), source.load_text_encoder(options.text_encoder, warn)
+        questions = Questions(asked, "coloured shapes, their categories in turn", encoder)
         kinds = torch.tensor([CATEGORIES.index(prompt.category) for prompt in asked])
         return Subjects(questions, kinds, [name.replace("_", " ") for name in CATEGORIES], "category")
     captions = held_out_captions(source, count, options.text_encoder, warn)

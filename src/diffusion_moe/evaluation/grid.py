@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from ..config import EvaluationConfig
 from ..parsing import read_yaml, unknown_name
@@ -98,7 +98,7 @@ def _as_list(axis: str, listed: Any) -> list[Any]:
 
 def _value(axis: str, text: str) -> Any:
     kinds: dict[str, tuple[Callable[[str], Any], str]] = {
-        "weights": (_weights, " or ".join(get_args(Weights))),
+        "weights": (_weights, "ema or model or the decay of a further average"),
         "solver": (str, "a solver"),
         "steps": (int, "a whole number"),
         "guidance_interval": (_interval, "two times with a colon, as 0.1:1"),
@@ -113,9 +113,7 @@ def _value(axis: str, text: str) -> Any:
 
 
 def _weights(text: str) -> str:
-    if text not in get_args(Weights):
-        raise ValueError(text)
-    return text
+    return text if text in ("ema", "model") else str(float(text))
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -9,7 +9,9 @@ from typing import Literal
 from ..model_config import require
 
 Split = Literal["train", "test"]
-Weights = Literal["ema", "model"]
+Weights = str
+"""ema: as the folder publishes them; model: of a run's newest checkpoint, not averaged; or the decay of a further
+average that the run has kept, as 0.999."""
 REFERENCE_FEATURES = 10_000
 """As many images as ADM's reference batches hold."""
 
@@ -45,7 +47,8 @@ class EvaluateOptions(TextOptions, ReferenceOptions):
     """How a model's images are scored."""
 
     weights: Weights = "ema"
-    """A run's averaged weights (ema), or those of its newest checkpoint that are not averaged (model)."""
+    """A run's averaged weights (ema), those of its newest checkpoint that are not averaged (model), or a further
+    average (training.more_ema_decays) by its decay, as 0.999."""
     vae: str | None = None
     """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
     output: Path | None = None
@@ -106,7 +109,8 @@ class SweepOptions(TextOptions, ReferenceOptions):
     guidance_interval: str | None = None
     """Pairs of times between which guidance is on, as 0:1,0.1:1."""
     weights: str | None = None
-    """ema, model or both: averaged weights, or those of a run's newest checkpoint that are not averaged."""
+    """As ema,0.999,model: averaged weights, further averages by their decay, or those of a run's newest checkpoint that
+    are not averaged."""
     steps: str | None = None
     """Solver steps, as 25,50."""
     solver: str | None = None

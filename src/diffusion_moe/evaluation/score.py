@@ -32,6 +32,7 @@ def evaluate_model(source: Source, settings: EvaluationConfig, options: Evaluate
         ValueError: model, settings, reference or output do not fit.
     """
     source.check_images()
+    source.origin()  # there are such weights
     check_solver(source.config, settings)
     shown = what_is_shown(source, settings, options, own_data(source, options), say)
     loaded = source.load()
@@ -162,7 +163,8 @@ def _place(source: Source, settings: EvaluationConfig, judge: Judge, asked: Show
     """Where scores go unless told otherwise: names tell settings, extractors, references and given prompts apart."""
     if isinstance(judge, OwnJudge | ShapesJudge):
         return RunFolder(source.path).evaluation
-    parts = [_short(judge), f"n{settings.num_samples}", *([] if source.weights == "ema" else [source.weights])]
+    weights = {"ema": [], "model": ["model"]}.get(source.weights, [f"ema{source.weights}"])
+    parts = [_short(judge), f"n{settings.num_samples}", *weights]
     parts += [] if asked is None else [f"prompts{asked.sha256[:8]}"]
     name = "-".join([*parts, settings_name(settings, source.origin().get("training_steps"))])
     return source.path / FOLDER / f"{name}.json"

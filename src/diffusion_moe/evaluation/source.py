@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import EvaluationConfig, ModelConfig
-from ..run_folder import DATA, ORIGIN, RunFolder
+from ..run_folder import AVERAGE, DATA, ORIGIN, RunFolder
 from .options import Weights
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Source:
     latent_space: LatentSpace | None = None
     """Of a run on a latent cache: whatever VAE decodes has to have its encoder, and scales latents as it says."""
     weights: Weights = "ema"
-    """ema: as the folder publishes them; model: of a run's newest checkpoint, not averaged."""
+    """See `options.Weights`."""
 
     def with_vae(self, vae: str | None) -> Source:
         """With a VAE from elsewhere, if one is given.
@@ -90,7 +90,7 @@ class Source:
         from ..models import load_model
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(self.model_folder)
+        model = load_model(self._weights_folder())
         if self.weights == "model":
             _load_not_averaged(model, self._checkpoint())
         model = model.to(device)
@@ -149,10 +149,25 @@ class Source:
         """How the weights came to be: training steps and average, or the published file they were converted from."""
         if self.weights == "model":
             return {"training_steps": int(self._checkpoint().name.removeprefix("step-")), "ema_decay": None}
-        for file in (self.model_folder / ORIGIN, self.path / CONVERSION):
+        for file in (self._weights_folder() / ORIGIN, self.path / CONVERSION):
             if file.is_file():
                 return json.loads(file.read_text())
         return {}
+
+    def _weights_folder(self) -> Path:
+        """The model's, or that of a further average."""
+        if self.weights in ("ema", "model"):
+            return self.model_folder
+        run, remedy = RunFolder(self.path), "choose ema or model"
+        try:
+            folder = run.average(float(self.weights))
+        except ValueError as error:
+            raise ValueError(f"weights is {self.weights}; {remedy}, or the decay of a further average") from error
+        if not folder.is_dir():
+            kept = sorted(found.name.removeprefix(AVERAGE) for found in self.path.glob(f"{AVERAGE}*"))
+            more = f", or of its further averages {' or '.join(kept)}" if kept else ": it has no further averages"
+            raise ValueError(f"weights is {self.weights}, but {self.path} has no such average; {remedy}{more}")
+        return folder
 
     def _checkpoint(self) -> Path:
         """The folder of a run's newest checkpoint."""
