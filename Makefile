@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-slow test-gpu check format compare bench bench-gpu gpu clean
+.PHONY: demo demo-t2i test test-slow test-gpu check format compare compare-t2i bench bench-gpu gpu clean
 
 # Train a small DSMoE on real handwritten digits, then sample, score and draw it.
 demo: $(STAMP)
@@ -13,6 +13,14 @@ demo: $(STAMP)
 	$(BIN)/diffusion-moe sample runs/digits
 	$(BIN)/diffusion-moe analyze runs/digits
 	$(BIN)/diffusion-moe evaluate runs/digits
+
+# From nothing, offline: train a text encoder and a small DiffMoE on drawn scenes of coloured shapes; draw and score
+# prompts (about 20 minutes on one core).
+demo-t2i: $(STAMP)
+	$(BIN)/diffusion-moe text-encoder runs/shapes-text
+	$(BIN)/diffusion-moe train shapes-t2i --output_dir runs/shapes-t2i
+	$(BIN)/diffusion-moe sample runs/shapes-t2i --prompts examples/shapes-prompts.txt --per_class 6
+	$(BIN)/diffusion-moe evaluate runs/shapes-t2i
 
 test: $(STAMP)
 	$(BIN)/pytest
@@ -37,6 +45,10 @@ format: $(STAMP)
 # Five routing rules on digits, three seeds each, into docs/digits.md (about an hour on two cores).
 compare: $(STAMP)
 	$(BIN)/python benchmarks/compare_digits.py
+
+# DiffMoE and dense of equal activated parameters on coloured shapes, into docs/shapes.md (a good half hour on two cores).
+compare-t2i: $(STAMP)
+	$(BIN)/python benchmarks/compare_shapes.py
 
 # Speed and memory against a naive loop, into benchmarks/results and docs/performance.md (minutes on two cores).
 bench: $(STAMP)

@@ -42,10 +42,17 @@ def write_tables(page: Path, machine: str, records: Sequence[dict]) -> None:
         (f"scaling-{machine}", exponents, scaling_table),
     ):
         if rows:
-            lines = "\n".join(table(rows))
-            text = re.sub(
-                _between(name), lambda marks, lines=lines: f"{marks[1]}\n{lines}\n{marks[2]}", text, flags=re.S
-            )
+            text = put_between(text, name, table(rows))
+    replace_page(page, text)
+
+
+def put_between(text: str, name: str, lines: Sequence[str]) -> str:
+    """A page with these lines between the marks of a name."""
+    return re.sub(_between(name), lambda marks: "\n".join((marks[1], *lines, marks[2])), text, flags=re.S)
+
+
+def replace_page(page: Path, text: str) -> None:
+    """Write a page whole or not at all."""
     partial = page.with_name(f".{page.name}.partial")
     partial.write_text(text)
     partial.replace(page)

@@ -31,6 +31,7 @@ from .parsing import (
 )
 from .planning.options import PlanOptions
 from .run_folder import RunFolder
+from .text_training.options import TextEncoderOptions
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -200,6 +201,19 @@ _NOT_OF_IMAGES = {
     *("caption_column", "text_encoder", "text_length", "text_precision"),
 }
 """Fields of `DataConfig` that `encode` has no use for, or options of its own."""
+
+
+def text_encoder(arguments: Sequence[str]) -> int:
+    """Make a small text encoder and tokenizer for the coloured shapes, from nothing, in a minute."""
+    parser = make_parser("text-encoder", text_encoder.__doc__ or "")
+    parser.add_argument("output", type=Path, help="its folder; one that is there already stays")
+    parser.add_class_arguments(TextEncoderOptions)
+    _, _ = _positional(parser, arguments, "folder", "diffusion-moe text-encoder FOLDER")
+    parsed = parse(parser, arguments)
+    from .text_training.train import make_text_encoder
+
+    make_text_encoder(parsed.output, _of(TextEncoderOptions, parsed), say)
+    return 0
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -418,6 +432,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": sample,
     "convert": convert,
     "encode": encode,
+    "text-encoder": text_encoder,
     "evaluate": evaluate,
     "stats": stats,
     "sweep": sweep,
@@ -427,13 +442,13 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-COMPUTING = {"train", "sample", "encode", "evaluate", "stats", "sweep", "analyze", "bench"}
+COMPUTING = {"train", "sample", "encode", "text-encoder", "evaluate", "stats", "sweep", "analyze", "bench"}
 """Verbs that run a model."""
 
 
 def usage() -> str:
     """What `diffusion-moe --help` prints."""
-    lines = [f"  {name:10}{(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    lines = [f"  {name:14}{(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "usage: diffusion-moe VERB ...",

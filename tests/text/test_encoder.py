@@ -95,3 +95,15 @@ def test_features_of_batches():
     assert one.dropped(torch.tensor([True, False])).mask.tolist() == [[False, False], [True, False]]
     assert not one.nothing().mask.any() and torch.equal(one.nothing().features, one.features)
     assert both.rows(torch.tensor([1])).features.tolist() == [[[1.0] * 3, [0.0] * 3]]
+
+
+def test_unknown_words_are_named(encoders):
+    said = []
+    encoder = load_encoder(str(encoders["t5"]), 12, warn=said.append)
+    out = encoder.encode(["a red circle", "a pink circle of mauve"])
+    assert out.mask.sum(dim=1).tolist() == [4, 6]
+    assert len(said) == 1 and said[0].endswith("does not know 'mauve', 'pink'")
+    said.clear()
+    clip = load_encoder(str(encoders["clip"]), 12, warn=said.append)
+    clip.encode(["a red circle", "large"])
+    assert said == []

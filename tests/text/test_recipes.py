@@ -1,13 +1,19 @@
 """The shipped text-to-image recipes, and what the page says of them."""
 
 import dataclasses
+import random
 import re
 from pathlib import Path
 
 import pytest
 
+from diffusion_moe.data.shapes import WORDS
+from diffusion_moe.data.shapes.captions import MENTIONS, describe
+from diffusion_moe.data.shapes.scene import contents
 from diffusion_moe.models.sizes import PAPER_MILLION, model_size
 from diffusion_moe.parsing import read_recipe, recipe_names
+from diffusion_moe.text_training.options import TextEncoderOptions
+from diffusion_moe.text_training.tokenizer import make_tokenizer
 
 NAMES = ["t2i-diffmoe-l-e16", "t2i-dit-l", "t2i-dsmoe-l-e48", "t2i-dsmoe-s-e16"]
 PAGE = Path(__file__).parents[2] / "docs" / "text-to-image.md"
@@ -31,3 +37,12 @@ def test_the_documented_sizes_are_those_of_the_models():
     for name, *documented in rows:
         size = model_size(read_recipe(name).model)
         assert documented == [f"{count / PAPER_MILLION:.1f}" for count in (size.total, size.activated)], name
+
+
+def test_the_shapes_recipe_takes_the_encoder_s_features_and_every_caption():
+    recipe = read_recipe("shapes-t2i")
+    assert recipe.model.text_dim == TextEncoderOptions().width
+    draw, tokenizer = random.Random(0), make_tokenizer(WORDS)
+    said = [describe(content, m, draw) for content in contents() for m in MENTIONS[content.kind] for _ in range(4)]
+    longest = max(len(ids) for ids in tokenizer(said)["input_ids"])
+    assert longest == 14 <= recipe.data.text_length == recipe.model.text_length

@@ -70,23 +70,37 @@ class EncodedCaptions(CaptionFeatures):
         self.space = self.encoder.space()
 
     @cached_property
-    def texts(self) -> dict[str, TextFeatures]:
-        """Features of each distinct caption, (1, L, W), float16."""
-        distinct = sorted({text for index in range(self.images) for text in self.captions(index)} | {""})
+    def table(self) -> _Table:
+        """Features of each distinct caption, float16, and which captions an image has."""
+        numbers: dict[str, int] = {"": 0}
+        rows = [[numbers.setdefault(text, len(numbers)) for text in self.captions(i)] for i in range(self.images)]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        features = self.encoder.to(device).encode_all(distinct)
+        features = self.encoder.to(device).encode_all(list(numbers))
         del self.encoder  # loading processes get what it said, not itself
-        return {text: _narrow(feature) for text, feature in zip(distinct, features)}
+        first = np.concatenate(([0], np.cumsum([len(row) for row in rows], dtype=np.int64)))
+        return _Table([_narrow(text) for text in features], first, np.array([n for row in rows for n in row]))
 
     def counts(self, indices: Tensor) -> Tensor:
-        return torch.tensor([len(self.captions(index)) for index in indices.tolist()])
+        return torch.from_numpy(np.diff(self.table.first)[indices.numpy()])
 
     def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
-        places = zip(indices.tolist(), numbers.tolist())
-        return TextFeatures.together([self.texts[self.captions(index)[number]] for index, number in places])
+        table = self.table
+        places = table.captions[table.first[indices.numpy()] + numbers.numpy()]
+        return TextFeatures.together([table.features[place] for place in places.tolist()])
 
     def empty(self) -> TextFeatures:
-        return self.texts[""]
+        return self.table.features[0]
+
+
+class _Table(NamedTuple):
+    """Encoded captions of all images."""
+
+    features: list[TextFeatures]
+    """Of each distinct caption, (1, L, W); the first is the empty prompt."""
+    first: np.ndarray
+    """Of each image, its first place in `captions`, and one past the last, int64."""
+    captions: np.ndarray
+    """Of one image after another, places in `features`, int64."""
 
 
 def _narrow(text: TextFeatures) -> TextFeatures:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .features import Precision, TextFeatures, TextSpace
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 Warn = Callable[[str], None]
 NAMED = 3
@@ -72,6 +72,7 @@ class TextEncoder:
             list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         )
         self._tell_cut(prompts)
+        self._tell_unknown(prompts, tokens)
         ids, mask = tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
         out = self.model(input_ids=ids, attention_mask=mask)
         pooled = pooled_feature(out)
@@ -126,6 +127,21 @@ class TextEncoder:
             named = ", ".join(f"{prompt[:40]!r}... ({count})" for prompt, count in cut[:NAMED])
             more = f" and {len(cut) - NAMED} more" if len(cut) > NAMED else ""
             self.warn(f"prompts of more than {self.length} tokens are cut to that: {named}{more}")
+
+    def _tell_unknown(self, prompts: Sequence[str], tokens: BatchEncoding) -> None:
+        unknown, tokenizer = self.tokenizer.unk_token_id, self.tokenizer
+        if unknown in (None, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):  # as CLIP's
+            return
+        if not bool((tokens["input_ids"] == unknown).any()):
+            return
+        words = [
+            prompt[first:end]
+            for prompt, encoding in zip(prompts, tokens.encodings or [])
+            for number, (first, end) in zip(encoding.ids, encoding.offsets)
+            if number == unknown
+        ]
+        named = ", ".join(repr(word) for word in sorted(set(words))[:NAMED])
+        self.warn(f"the text encoder {self.name} does not know {named or 'some words of the prompts'}")
 
 
 def pooled_feature(output: Any) -> Tensor | None:

@@ -1,0 +1,60 @@
+"""`benchmarks/compare_shapes.py`: models of equal size, and the table it writes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusion_moe.evaluation.shapes import CATEGORIES
+from diffusion_moe.models.sizes import model_size
+from diffusion_moe.parsing import read_recipe
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import compare_shapes
+
+    yield compare_shapes
+    for name in ("compare_shapes", "tables"):
+        sys.modules.pop(name, None)
+
+
+def test_both_models_activate_as_much(compare):
+    activated = [model_size(read_recipe("shapes-t2i", options).model).activated for options in compare.MODELS.values()]
+    assert max(activated) / min(activated) < 1.001
+
+
+def tally(score):
+    return {"n": 50, "score": score, "chance": 0.1, "true": 1.0}
+
+
+def scores(value):
+    categories = {name: {"seen": tally(value), "held_out": tally(value / 2)} for name in CATEGORIES}
+    settings = {"num_samples": 600, "solver": "euler", "steps": 20, "guidance_scale": 2.0}
+    return settings | {"categories": categories, "seen": tally(value), "held_out": tally(value / 2)}
+
+
+def test_the_table_is_written_from_finished_runs(compare, monkeypatch, tmp_path):
+    """No run is repeated that is there."""
+    page = tmp_path / "shapes.md"
+    page.write_text("before\n<!-- compare -->\nold\n<!-- end compare -->\nafter\n")
+    for name, values in {"diffmoe": (0.8, 0.9), "dense": (0.5, 0.5)}.items():
+        for seed, value in enumerate(values):
+            run = tmp_path / "runs" / f"{name}-seed{seed}"
+            run.mkdir(parents=True)
+            (run / "evaluation.json").write_text(json.dumps(scores(value)))
+            (run / "metrics.jsonl").write_text("".join(json.dumps({"loss": 0.1 * value}) + "\n" for _ in range(12)))
+    called = []
+    monkeypatch.setattr(compare, "command", lambda *arguments: called.append(arguments[0]))
+    monkeypatch.setattr(compare, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["compare_shapes.py", f"--runs={tmp_path / 'runs'}", "--seeds=2"])
+    compare.main()
+    text = page.read_text()
+    assert called == ["text-encoder"] and "old" not in text and text.startswith("before\n<!-- compare -->\n4500 steps")
+    assert "DiffMoE 0.0850; dense 0.0500" in text
+    assert "| counting | held out | 10.0 % | 100.0 % | 42.5 ± 3.5 % | 25.0 ± 0.0 % |" in text
+    assert text.count("\n| ") == 2 + 12 + 2 and text.endswith("<!-- end compare -->\nafter\n")
