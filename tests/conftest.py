@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import subprocess
 
 # Small products on several threads are slower than on one, and threads that wait by spinning disturb their neighbours.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -40,6 +41,26 @@ def tiny(tiny_options: tuple[str, ...]) -> list[str]:
 def seeded() -> None:
     """Tests do not depend on their order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_disk(tmp_path):
+    """Makes a folder on a disk of its own, of so many megabytes."""
+    places = []
+
+    def make(megabytes):
+        place = tmp_path / f"disk{len(places)}"
+        place.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)]
+        made = subprocess.run(mount, capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"mounting a small tmpfs is not allowed here: {made.stderr.strip()}")
+        places.append(place)
+        return place
+
+    yield make
+    for place in places:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 WORDS = "a red green blue small large circle square photo of dark bright the left right image"

@@ -399,15 +399,6 @@ def _source_options(
     return source, options and options(**{name: parsed[name] for name in _fields(options)}), settings
 
 
-def _run_of(source: Source, verb: str) -> RunFolder:
-    run = RunFolder(source.path)
-    if not run.recipe.is_file():
-        raise ValueError(
-            f"{source.path} is no run, so it has no data of its own to {verb} with; give the folder of a run"
-        )
-    return run
-
-
 def _of(section: type[Section], parsed: Any) -> Section:
     """A dataclass out of parsed arguments that stand at the top."""
     return section(**{name: parsed[name] for name in _fields(section)})

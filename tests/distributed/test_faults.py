@@ -16,13 +16,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from run_state import final_state
 
 from diffusion_moe.cli import main
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.storage import checkpoints_in
 from diffusion_moe.storage.writing import step_of
-from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
-from diffusion_moe.training.step import make_state
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 STEPS, EVERY = 16, 4
@@ -80,17 +78,6 @@ def fault(do, step, more=None, *, rank=None, at="step"):
     return {"do": do, "step": step, "more": more, "rank": rank, "at": at}
 
 
-def final_state(folder):
-    """All tensors of the last checkpoint, in one piece."""
-    recipe = read_recipe(folder / "recipe.yaml")
-    state = make_state(recipe, torch.device("cpu"))
-    checkpoints = Checkpoints(folder / "checkpoints", recipe.training)
-    path, problems = checkpoints.load_latest(state)
-    checkpoints.close()
-    assert (path.name, problems) == (f"step-{STEPS:08d}", [])
-    return {name: tensor.clone() for name, tensor in state_tensors(state).items()}
-
-
 def metrics(folder, names=NUMBERS):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [[row["step"], *(row[name] for name in names)] for row in rows]
@@ -98,7 +85,7 @@ def metrics(folder, names=NUMBERS):
 
 def assert_same(folder, expected):
     """Weights, averages, moments, numbers and the published model are bit for bit those of another run."""
-    found, others = final_state(folder), final_state(expected)
+    found, others = final_state(folder, STEPS), final_state(expected, STEPS)
     assert found.keys() == others.keys()
     assert not [name for name in others if not torch.equal(found[name], others[name])]
     assert metrics(folder) == metrics(expected)
@@ -127,7 +114,7 @@ def test_a_process_is_killed_and_all_start_again(torchrun, options, tmp_path):
     assert ended.status == 0 and "Traceback" not in ended.said
     assert ended.said.count("resuming from") == 1
     assert main(["train", "digits", *options, "--parallel.experts=1", "--output_dir", str(tmp_path / "alone")]) == 0
-    found, expected = final_state(tmp_path / "run"), final_state(tmp_path / "alone")
+    found, expected = final_state(tmp_path / "run", STEPS), final_state(tmp_path / "alone", STEPS)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-6, msg=lambda text, name=name: name + text)
@@ -197,18 +184,6 @@ def test_a_shard_of_the_newest_checkpoint_is_cut_off(torchrun, undisturbed, tmp_
     assert_same(tmp_path / "run", undisturbed)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True)
-    if mount.returncode:
-        pytest.skip(f"mounting a small tmpfs is not allowed here: {mount.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "step", "what"),
@@ -218,7 +193,8 @@ def small_disk(tmp_path):
     ],
     ids=["metrics", "checkpoint"],
 )
-def test_the_disk_is_full(torchrun, undisturbed, tmp_path, small_disk, every, step, what):
+def test_the_disk_is_full(torchrun, undisturbed, tmp_path, make_disk, every, step, what):
+    small_disk = make_disk(megabytes=64)
     run = small_disk / "run"
     full = fault("fill_disk", step, str(small_disk / "filler"), rank=0)
     ended = torchrun(run, full, more=[f"--logging.every={every}"])
@@ -230,7 +206,7 @@ def test_the_disk_is_full(torchrun, undisturbed, tmp_path, small_disk, every, st
     (small_disk / "filler").unlink()
     again = torchrun(run, more=["--logging.every=1"])
     assert (again.status, again.ours) == (0, [])
-    found, expected = final_state(run), final_state(undisturbed)
+    found, expected = final_state(run, STEPS), final_state(undisturbed, STEPS)
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
     if every == 1:
         assert_same(run, undisturbed)

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_state import final_state
 
 from diffusion_moe import DiT
 from diffusion_moe.cli import main
-from diffusion_moe.parsing import read_recipe
-from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
-from diffusion_moe.training.step import make_state
 
 STEPS = 8
 EXPERTS, SHARD, REPLICATE = ([f"--parallel.{axis}=2"] for axis in ("experts", "shard", "replicate"))
@@ -51,24 +49,13 @@ def run(options, tmp_path, run_processes):
     return run
 
 
-def final_state(folder, step=STEPS):
-    """All tensors of the last checkpoint, in one piece."""
-    recipe = read_recipe(folder / "recipe.yaml")
-    state = make_state(recipe, torch.device("cpu"))
-    checkpoints = Checkpoints(folder / "checkpoints", recipe.training)
-    path, problems = checkpoints.load_latest(state)
-    checkpoints.close()
-    assert (path.name, problems) == (f"step-{step:08d}", [])
-    return {name: tensor.clone() for name, tensor in state_tensors(state).items()}
-
-
 def metrics(folder, names=("loss", "grad_norm", "val_loss", "val_loss_ema_0.9", "val_loss_ema_0.5")):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {(row["step"], name): row[name] for row in rows for name in names if name in row}
 
 
 def assert_same(one, other, tolerance=0.0):
-    expected, found = final_state(one), final_state(other)
+    expected, found = final_state(one, STEPS), final_state(other, STEPS)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=lambda text, name=name: name + text)

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_state import final_state
 
 from diffusion_moe.cli import main
-from diffusion_moe.parsing import read_recipe
-from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
-from diffusion_moe.training.step import make_state
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 STEPS = 12
@@ -59,19 +57,10 @@ def start(tmp_path, options, monkeypatch):
             continue
 
 
-def final_state(folder):
-    recipe = read_recipe(folder / "recipe.yaml")
-    state = make_state(recipe, torch.device("cpu"))
-    checkpoints = Checkpoints(folder / "checkpoints", recipe.training)
-    assert checkpoints.load_latest(state).problems == []
-    assert state.step == STEPS
-    return state_tensors(state)
-
-
 def assert_as_alone(options, tmp_path):
     """One process ends with the same within the rounding of sums in another order."""
     assert main(["train", "digits", *options, "--output_dir", str(tmp_path / "alone")]) == 0
-    found, expected = final_state(tmp_path / "nodes"), final_state(tmp_path / "alone")
+    found, expected = final_state(tmp_path / "nodes", STEPS), final_state(tmp_path / "alone", STEPS)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-6, msg=lambda text, name=name: name + text)
