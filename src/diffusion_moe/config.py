@@ -47,9 +47,13 @@ class DiffusionConfig:
         )
 
 
+ShapesLayout = Literal["free", "grid"]
+"""Where scenes of coloured shapes have their objects."""
+
 _OF_ONE_KIND = {
     **dict.fromkeys(("split", "subset", "revision", "image_column", "label_column"), "huggingface"),
     "normalize": "latents",
+    "shapes_layout": "shapes",
 }
 """Fields of `DataConfig` that one kind alone reads."""
 
@@ -91,6 +95,9 @@ class DataConfig:
     buckets: tuple[str, ...] = ()
     """Sizes HEIGHTxWIDTH in pixels, in place of image_size: each image is resized and cropped to the one of the nearest
     aspect ratio, and a batch is of one size (kind: folder, huggingface, webdataset)."""
+    shapes_layout: ShapesLayout = "free"
+    """free: shapes anywhere, of a range of sizes; grid: at nine places, small or large and nothing between, which is
+    learned several times as fast (kind: shapes)."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour (kind: folder, huggingface, webdataset, shapes)."""
     normalize: Literal["scaling", "channel"] = "scaling"

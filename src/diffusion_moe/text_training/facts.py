@@ -1,6 +1,7 @@
 """What the text encoder learns: what a caption says of each object that it names, at the word that names it.
 
-Of "a red circle left of a square" the word "circle" has to tell: a circle, red, one of them, left of a square. The
+Of "a red circle left of a square" the word "circle" has to tell: a circle, red, one of them, left of a square. The mean
+over all words, which models take for the whole prompt, has to tell as much of the first object and of the second. The
 words of training captions are sometimes unknown, so that each fact is learned from the words that say it and not from
 the company they keep. Training shows only what scenes of the training split may show.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from ..data.shapes.captions import MENTIONS, NUMBERS, PLURALS, Mention, describe
@@ -26,6 +28,8 @@ FACTS: dict[str, tuple[str, ...]] = {
     "relation": (NONE, *RELATIONS),
 }
 """Of an object; the relation is its own to the other one."""
+OBJECTS = 2
+"""Most that a caption names; copies are one."""
 IGNORED = -100
 """Class of a fact that cannot be known, and of words that name no object."""
 MASKED = 0.15
@@ -40,6 +44,9 @@ class Example(NamedTuple):
     words: tuple[str, ...]
     facts: tuple[tuple[int, ...], ...]
     """Of each word: for each of FACTS the number of its value, or IGNORED."""
+    objects: tuple[int, ...]
+    """The same of the whole caption: the facts of the object named first, then of the second; `len(values)`: there is
+    none."""
 
 
 def training_examples(seed: int, step: int, count: int, masked: float = MASKED) -> list[Example]:
@@ -83,7 +90,11 @@ def example(content: Content, mention: Mention, draw: random.Random, masked: flo
         facts[place] = tuple(
             IGNORED if unknown.get(name) in hidden else values.index(said[name]) for name, values in FACTS.items()
         )
-    return Example(tuple(UNKNOWN if i in hidden else word for i, word in enumerate(words)), tuple(facts))
+    named = [facts[place] for place in sorted(nouns.values())]
+    named += [tuple(len(values) for values in FACTS.values())] * (OBJECTS - len(named))
+    return Example(
+        tuple(UNKNOWN if i in hidden else word for i, word in enumerate(words)), tuple(facts), tuple(chain(*named))
+    )
 
 
 def _facts(content: Content, mention: Mention, shape: str) -> dict[str, str]:

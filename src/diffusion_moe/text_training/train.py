@@ -1,4 +1,4 @@
-"""Training the text encoder: T5's encoder, and a linear layer a fact that reads it off the words, which is not kept.
+"""Training the text encoder: T5's encoder, and linear layers that read facts off it, which are not kept.
 
 Shape suffixes: B captions, L tokens of a caption, W width of features, F facts.
 """
@@ -22,13 +22,15 @@ from transformers.utils import logging
 
 from ..data.shapes import WORDS
 from ..randomness import derive_seed
-from .facts import FACTS, IGNORED, Example, held_out_examples, texts, training_examples
+from .facts import FACTS, IGNORED, OBJECTS, Example, held_out_examples, texts, training_examples
 from .options import TextEncoderOptions
 from .tokenizer import make_tokenizer
 
 Say = Callable[[str], None]
 RECORD = "training.json"
 """In the encoder's folder: its options, and what it reached."""
+VERSION = 2
+"""Of what encoders learn; folders of another one hold something else."""
 LINES = 5
 """Of progress."""
 SEEN = 500
@@ -44,6 +46,17 @@ class Batch(NamedTuple):
     """(B, L), int64."""
     facts_BLF: Tensor
     """Classes, int64, or IGNORED."""
+    objects_BF: Tensor
+    """The same of the whole captions, the facts of one object after those of the other."""
+
+
+class Read(NamedTuple):
+    """Logits, of each fact."""
+
+    words: list[Tensor]
+    """(B, L, classes)."""
+    whole: list[Tensor]
+    """(B, classes + 1)."""
 
 
 class FactReader(nn.Module):
@@ -63,34 +76,49 @@ class FactReader(nn.Module):
             eos_token_id=tokenizer.eos_token_id,
         )
         self.encoder = T5EncoderModel(config)
-        self.readers = nn.ModuleList(nn.Linear(options.width, len(values)) for values in FACTS.values())
+        classes = [len(values) for values in FACTS.values()]
+        self.of_words = nn.ModuleList(nn.Linear(options.width, count) for count in classes)
+        self.of_whole = nn.ModuleList(nn.Linear(options.width, count + 1) for count in OBJECTS * classes)
 
-    def forward(self, batch: Batch) -> list[Tensor]:
-        """Logits of each fact, (B, L, classes)."""
+    def forward(self, batch: Batch) -> Read:
+        """What every word tells, and what their mean does."""
         out = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        return [reader(out.last_hidden_state) for reader in self.readers]
+        x_BLW = out.last_hidden_state
+        mask_BL1 = batch.attention_mask[..., None].to(x_BLW.dtype)
+        # As `models.text.TextEmbedder` takes it: normalised, then the mean.
+        mean_BW = (F.layer_norm(x_BLW, x_BLW.shape[-1:]) * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
+        return Read([reader(x_BLW) for reader in self.of_words], [reader(mean_BW) for reader in self.of_whole])
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy in nats, summed over the facts of an object, mean over objects."""
-        pairs = zip(self(batch), batch.facts_BLF.unbind(-1))
+        """Cross-entropy in nats, summed over the facts of an object, mean over objects; of words and whole together."""
+        read = self(batch)
+        pairs = [*zip(read.words, batch.facts_BLF.unbind(-1)), *zip(read.whole, batch.objects_BF.unbind(-1))]
         losses = [
-            F.cross_entropy(logits.flatten(0, 1), truth.flatten(), ignore_index=IGNORED) for logits, truth in pairs
+            F.cross_entropy(logits.flatten(0, -2), truth.flatten(), ignore_index=IGNORED) for logits, truth in pairs
         ]
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def accuracy(self, batch: Batch) -> float:
-        """Share of captions all of whose facts are read right."""
-        read_BLF = torch.stack([logits.argmax(dim=-1) for logits in self(batch)], dim=-1)
-        right_BLF = (read_BLF == batch.facts_BLF) | (batch.facts_BLF == IGNORED)
-        return right_BLF.flatten(1).all(dim=1).float().mean().item()
+    def accuracy(self, batch: Batch) -> dict[str, float]:
+        """Shares of captions all of whose facts are read right: off their words, and off their means."""
+        read = self(batch)
+        right = {
+            name: _right(torch.stack([logits.argmax(dim=-1) for logits in found], dim=-1), truth)
+            for name, found, truth in (("words", read.words, batch.facts_BLF), ("mean", read.whole, batch.objects_BF))
+        }
+        return {name: right_B.float().mean().item() for name, right_B in right.items()}
+
+
+def _right(read: Tensor, truth: Tensor) -> Tensor:
+    """Which captions are read right, (B,)."""
+    return ((read == truth) | (truth == IGNORED)).flatten(1).all(dim=1)
 
 
 def make_text_encoder(output: Path, options: TextEncoderOptions, say: Say = print) -> dict[str, Any]:
     """Train an encoder and save it with its tokenizer, whole or not at all; one that is there already stays.
 
     Returns:
-        What `training.json` says: options, last loss, and the shares of captions that are read right.
+        What `training.json` says: options, last loss, and the shares of captions that are read right (`accuracy`).
 
     Raises:
         ValueError: the folder holds something else.
@@ -108,9 +136,13 @@ def make_text_encoder(output: Path, options: TextEncoderOptions, say: Say = prin
     seen = to_batch(tokenizer, training_examples(options.seed, options.steps + 1, SEEN, masked=0.0))
     held_out = to_batch(tokenizer, held_out_examples(options.seed))
     read = {"seen": model.accuracy(seen), "held_out": model.accuracy(held_out)}
-    record = {"options": asdict(options), "loss": loss, "read_right": read}
+    record = {"version": VERSION, "options": asdict(options), "loss": loss, "read_right": read}
     _save(output, model, tokenizer, record)
-    say(f"wrote {output}: reads {read['seen']:.1%} of seen captions right, and {read['held_out']:.1%} of held-out ones")
+    said = "; ".join(
+        f"of {split.replace('_', '-')} captions {share['words']:.1%} by their words, {share['mean']:.1%} by the mean"
+        for split, share in read.items()
+    )
+    say(f"wrote {output}: reads right {said}")
     return record
 
 
@@ -146,7 +178,8 @@ def to_batch(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) ->
     facts_BLF = torch.full((*tokens["input_ids"].shape, len(FACTS)), IGNORED)
     for row, example in zip(facts_BLF, examples):
         row[: len(example.words)] = torch.tensor(example.facts)
-    return Batch(tokens["input_ids"], tokens["attention_mask"], facts_BLF)
+    objects_BF = torch.tensor([example.objects for example in examples])
+    return Batch(tokens["input_ids"], tokens["attention_mask"], facts_BLF, objects_BF)
 
 
 def _finished(output: Path, options: TextEncoderOptions) -> dict[str, Any] | None:
@@ -155,11 +188,11 @@ def _finished(output: Path, options: TextEncoderOptions) -> dict[str, Any] | Non
         return None
     try:
         record = json.loads((output / RECORD).read_text())
-        if record["options"] == asdict(options):
+        if (record["version"], record["options"]) == (VERSION, asdict(options)):
             return record
     except (OSError, KeyError, TypeError, ValueError):
         pass
-    raise ValueError(f"{output} holds something else, or an encoder of other options; give another folder")
+    raise ValueError(f"{output} holds something else, or an encoder of other options or version; give another folder")
 
 
 def _save(output: Path, model: FactReader, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ layers are sharded over shard x experts by FSDP2 and replicated over the rest; e
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,6 +86,8 @@ def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
     """Spread a model in place. Its forward pass is called as before, by all processes at the same time."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # Of head norms and pools, whose outputs nobody changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     bf16 = recipe.training.precision == "bf16"
     # Gathered in the dtype that autocast would cast to anyway; gradients are summed in float32.
     narrow = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)

@@ -97,10 +97,11 @@ def test_captions_of_a_scene_say_more_and_more():
             assert text in all_texts(content, mention, 200)
 
 
-def test_images_are_those_of_the_scenes():
-    data = load_dataset(config(image_size=32), "train")
+@pytest.mark.parametrize("layout", ["free", "grid"])
+def test_images_are_those_of_the_scenes(layout):
+    data = load_dataset(config(image_size=32, shapes_layout=layout), "train")
     batch = data.read([11, 3])
-    torch.testing.assert_close(batch.images, render(draw_scenes(0, "train", torch.tensor([11, 3])), 32))
+    torch.testing.assert_close(batch.images, render(draw_scenes(0, "train", torch.tensor([11, 3]), layout), 32))
     assert batch.labels.tolist() == [0, 0]
     again = data.__getitems__([Draw(3, 2, 5), Draw(11, 9, 6)])
     torch.testing.assert_close(again.images, batch.images.flip(0))

@@ -39,11 +39,13 @@ from diffusion_moe.data.shapes.scene import (
     stands,
 )
 
+LAYOUTS = pytest.mark.parametrize("layout", ["free", "grid"])
 
-def everything(repeats):
+
+def everything(repeats, layout="free"):
     """Every content, placed several times; the rows beside the scenes."""
     rows = torch.arange(len(contents())).repeat(repeats)
-    return rows.tolist(), place(rows, 0, "every", torch.arange(len(rows)))
+    return rows.tolist(), place(rows, 0, "every", torch.arange(len(rows)), layout)
 
 
 def test_numbers_of_contents_follow_from_the_choices():
@@ -86,12 +88,13 @@ def test_every_word_is_seen_in_training_in_other_combinations():
     assert {relation for _, relation, _ in said} == set(RELATIONS)
 
 
-def test_a_scene_is_a_function_of_seed_split_and_number():
+@LAYOUTS
+def test_a_scene_is_a_function_of_seed_split_and_number(layout):
     """Alone, in another order, in another batch."""
-    whole = draw_scenes(3, "train", torch.arange(50))
-    some = draw_scenes(3, "train", torch.tensor([40, 7]))
+    whole = draw_scenes(3, "train", torch.arange(50), layout)
+    some = draw_scenes(3, "train", torch.tensor([40, 7]), layout)
     assert [some.scene(0), some.scene(1)] == [whole.scene(40), whole.scene(7)]
-    for other in (draw_scenes(4, "train", torch.arange(50)), draw_scenes(3, "test", torch.arange(50))):
+    for other in (draw_scenes(4, "train", torch.arange(50), layout), draw_scenes(3, "test", torch.arange(50), layout)):
         assert sum(other.scene(i) == whole.scene(i) for i in range(50)) == 0
 
 
@@ -114,9 +117,10 @@ def test_kinds_come_in_their_shares_and_contents_of_a_kind_alike():
     assert counts[[row for row, content in enumerate(contents()) if held_out(content)]].sum() == 0
 
 
-def test_objects_keep_their_distance_and_their_sizes():
+@LAYOUTS
+def test_objects_keep_their_distance_and_their_sizes(layout):
     """Of every content: boxes stay EDGE inside the image and GAP apart along x or y."""
-    rows, scenes = everything(12)
+    rows, scenes = everything(12, layout)
     reach = scenes.radius * torch.tensor([REACH[shape] for shape in SHAPES])[scenes.shape]
     there = scenes.radius > 0
     assert there.sum(1).tolist() == [len(contents()[row].looks) for row in rows]
@@ -142,8 +146,29 @@ def test_objects_go_everywhere():
             assert z.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_scenes_show_their_contents():
-    rows, scenes = everything(3)
+def test_the_grid_has_nine_places_and_two_radii_and_all_are_used_alike():
+    """A lone small object is at each place as often; a large one within an eighth of the middle."""
+    _, scenes = everything(40, "grid")
+    there = scenes.radius > 0
+    assert scenes.radius[there].unique().tolist() == pytest.approx([0.15, 0.25])
+    for radius, steps in ((0.15, 4), (0.25, 8)):
+        lone = (there.sum(1) == 1) & (scenes.radius[:, 0] - radius).abs().lt(1e-6)
+        x, y = (steps * (z[lone, 0] - 0.5) for z in (scenes.x, scenes.y))
+        counts = torch.bincount(3 * (x.round().long() + 1) + y.round().long() + 1, minlength=9)
+        assert (x - x.round()).abs().amax() < 1e-6 and x.abs().amax() < 1.5 and y.abs().amax() < 1.5
+        assert counts.amin() > 0.75 * counts.sum() / 9 and len(counts) == 9
+
+
+def test_both_layouts_show_the_same_contents():
+    free, grid = (draw_scenes(0, "train", torch.arange(50), layout) for layout in ("free", "grid"))
+    for i in range(50):
+        looks = [[(item.shape, item.colour, item.size) for item in scenes.scene(i).items] for scenes in (free, grid)]
+        assert looks[0] == looks[1]
+
+
+@LAYOUTS
+def test_scenes_show_their_contents(layout):
+    rows, scenes = everything(3, layout)
     for s, row in enumerate(rows):
         content, items = contents()[row], scenes.scene(s).items
         assert [(item.shape, item.colour, item.size) for item in items] == [

@@ -35,13 +35,14 @@ class Shapes(ImageDataset):
             raise ValueError(f"data.channels is {config.channels}, but shapes have colours; set it to 3")
         tested = round(SCENES * config.test_fraction)
         self.size, self.stream = config.image_size, f"shapes/{split}"
+        self.layout = config.shapes_layout
         self.labels = np.zeros(tested if split == "test" else SCENES - tested, dtype="int64")
         self.class_names: list[str] = []
         self.contents = draw_contents(SEED, self.stream, torch.arange(len(self)))
 
     def read(self, indices: Sequence[int]) -> Batch:
         numbers = torch.as_tensor(list(indices), dtype=torch.int64)
-        scenes = place(self.contents[numbers], SEED, self.stream, numbers)
+        scenes = place(self.contents[numbers], SEED, self.stream, numbers, self.layout)
         return Batch(render(scenes, self.size), torch.zeros(len(numbers), dtype=torch.int64))
 
     def content(self, index: int) -> Content:

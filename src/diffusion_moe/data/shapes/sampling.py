@@ -12,13 +12,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ...config import ShapesLayout
 from ...randomness import uniforms
-from .scene import COLOURS, MAX_COUNT, SHAPES, SIZES, Item, Scene, contents, held_out
+from .scene import COLOURS, LARGE_FROM, MAX_COUNT, SHAPES, SIZES, Item, Scene, contents, held_out
 
 EDGE, GAP = 1 / 32, 0.07
 """Least distance of an object's box to the image's edge and to another box, as a share of the side."""
 REACH = {"circle": 1.0, "square": 0.88, "triangle": 1.2, "cross": 1.05}
 """Of a shape of radius 1: greatest distance from the centroid along x or y."""
+GRID: dict[bool, float] = {False: 1 / 4, True: 1 / 8}
+"""Of the layout grid, by whether an object is large: how far apart places are, as a share of the side."""
+GRID_RADII: dict[bool, float] = {False: 0.15, True: 0.25}
+"""Of the layout grid: the only radii."""
 SLOPE = 0.5
 """Of two objects with a relation: greatest offset across its direction, over the offset along it."""
 KIND_SHARES = {"single": 0.3, "count": 0.25, "pair": 0.45}
@@ -134,23 +139,30 @@ def draw_contents(seed: int, stream: str, numbers: Tensor) -> Tensor:
     return rows
 
 
-def place(rows: Tensor, seed: int, stream: str, numbers: Tensor) -> Scenes:
+def place(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: ShapesLayout = "free") -> Scenes:
     """Scenes that show these contents.
 
-    Objects stand in two rows of at most two; rows, and objects in a row, share the free space at random, so no draw has
-    to be rejected. Half of the scenes are then turned about the diagonal; where a relation asks for it, always.
+    Objects stand in two rows of at most two. Free: rows, and objects in a row, share the free space at random, so no
+    draw has to be rejected. Grid: each at one of nine places, two in a row (or two rows) never next to each other. Half
+    of the scenes are then turned about the diagonal; where a relation asks for it, always.
 
     Args:
         rows: of `contents()`, int64, (S,). seed, stream: of the randomness. numbers: of the scenes, int64, (S,).
     """
     table = _table()
-    shape, least = table.shape[rows], table.least[rows]
+    shape = table.shape[rows]
     u = uniforms(seed, f"{stream}/places", 0, numbers, 18)
-    radius = least + u[:, :4] * (table.most[rows] - least)
-    reach = radius * torch.tensor([REACH[name] for name in SHAPES])[shape]
-    x, y = _spread_over_rows(reach, _slots(table.count[rows], u[:, 4]), u[:, 5:15])
+    slots = _slots(table.count[rows], u[:, 4])
     related, across, backwards = table.related[rows], table.across[rows], table.backwards[rows]
-    x = torch.where(related[:, None], _aligned(x, y, reach, u[:, 15]), x)
+    if layout == "free":
+        least = table.least[rows]
+        radius = least + u[:, :4] * (table.most[rows] - least)
+        reach = radius * torch.tensor([REACH[name] for name in SHAPES])[shape]
+        x, y = _spread_over_rows(reach, slots, u[:, 5:15])
+        x = torch.where(related[:, None], _aligned(x, y, reach, u[:, 15]), x)
+    else:
+        radius, x, y = _on_the_grid(table.least[rows], slots, u[:, 5:11])
+        x = torch.where(related[:, None], _aligned_on_the_grid(x), x)
     x, y = (torch.where(backwards[:, None], 1 - z, z) for z in (x, y))
     turned = (across | ~related & (u[:, 16] < 0.5))[:, None]
     x, y = torch.where(turned, y, x), torch.where(turned, x, y)
@@ -158,10 +170,10 @@ def place(rows: Tensor, seed: int, stream: str, numbers: Tensor) -> Scenes:
     return Scenes(shape, table.colour[rows], x.masked_fill(empty, 0), y.masked_fill(empty, 0), radius)
 
 
-def draw_scenes(seed: int, split: str, numbers: Tensor) -> Scenes:
+def draw_scenes(seed: int, split: str, numbers: Tensor, layout: ShapesLayout = "free") -> Scenes:
     """Scenes of a split by number, int64, (S,): a function of (seed, split, number), with nothing that is held out."""
     stream = f"shapes/{split}"
-    return place(draw_contents(seed, stream, numbers), seed, stream, numbers)
+    return place(draw_contents(seed, stream, numbers), seed, stream, numbers, layout)
 
 
 def _slots(count: Tensor, u: Tensor) -> Tensor:
@@ -194,3 +206,26 @@ def _aligned(x: Tensor, y: Tensor, reach: Tensor, u: Tensor) -> Tensor:
     offset = SLOPE * (y[:, 1] - y[:, 0]) * (2 * u - 1)
     second = (x[:, 0] + offset).clamp(EDGE + reach[:, 1], 1 - EDGE - reach[:, 1])
     return torch.stack((x[:, 0], second, x[:, 2], x[:, 3]), 1)
+
+
+def _on_the_grid(least: Tensor, slot: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Radii and centres x and y, (S, I), of objects of these least radii; u: uniform numbers, (S, 6)."""
+    there, large = least > 0, least >= LARGE_FROM
+    radius, step = (torch.where(large, by[True], by[False]).masked_fill(~there, 0) for by in (GRID_RADII, GRID))
+    taken = torch.zeros_like(there).scatter(1, slot, there).view(-1, 2, 2)  # (S, R, C)
+    lines = _on_three(taken.any(2), u[:, :2])
+    x = _on_three(taken, u[:, 2:].view(-1, 2, 2))
+    y = lines[:, :, None].expand_as(x)
+    x, y = (0.5 + step * z.flatten(1).gather(1, slot) for z in (x, y))
+    return radius, x, y
+
+
+def _on_three(taken: Tensor, u: Tensor) -> Tensor:
+    """-1, 0 or 1 for two neighbours in order, (..., 2), of which some are there: the outer ones, or one alone any."""
+    return torch.where(taken.all(-1, keepdim=True), torch.tensor([-1.0, 1.0]), (3 * u).floor() - 1)
+
+
+def _aligned_on_the_grid(x: Tensor) -> Tensor:
+    """x, (S, I), with the second object in the middle where it stood two places aside of the first."""
+    apart = (x[:, 1] - x[:, 0]).abs() > 1.5 * GRID[False]
+    return torch.stack((x[:, 0], torch.where(apart, 0.5, x[:, 1]), x[:, 2], x[:, 3]), 1)
