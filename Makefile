@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/diffusion-moe evaluate runs/digits
 
 # From nothing, offline: train a text encoder and a small DiffMoE on drawn scenes of coloured shapes; draw and score
-# prompts (about 20 minutes on one core).
+# prompts (about 14 minutes on two cores).
 demo-t2i: $(STAMP)
 	$(BIN)/diffusion-moe text-encoder runs/shapes-text
 	$(BIN)/diffusion-moe train shapes-t2i --output_dir runs/shapes-t2i

@@ -96,8 +96,8 @@ class DataConfig:
     """Sizes HEIGHTxWIDTH in pixels, in place of image_size: each image is resized and cropped to the one of the nearest
     aspect ratio, and a batch is of one size (kind: folder, huggingface, webdataset)."""
     shapes_layout: ShapesLayout = "free"
-    """free: shapes anywhere, of a range of sizes; grid: at nine places, small or large and nothing between, which is
-    learned several times as fast (kind: shapes)."""
+    """free: shapes anywhere, of a range of sizes; grid: centres an eighth of the side apart, small or large and nothing
+    between, which is learned faster (kind: shapes)."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour (kind: folder, huggingface, webdataset, shapes)."""
     normalize: Literal["scaling", "channel"] = "scaling"

@@ -54,7 +54,7 @@ def test_the_table_is_written_from_finished_runs(compare, monkeypatch, tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare_shapes.py", f"--runs={tmp_path / 'runs'}", "--seeds=2"])
     compare.main()
     text = page.read_text()
-    assert called == ["text-encoder"] and "old" not in text and text.startswith("before\n<!-- compare -->\n4500 steps")
+    assert called == ["text-encoder"] and "old" not in text and text.startswith("before\n<!-- compare -->\n9000 steps")
     assert "DiffMoE 0.0850; dense 0.0500" in text
     assert "| counting | held out | 10.0 % | 100.0 % | 42.5 ± 3.5 % | 25.0 ± 0.0 % |" in text
     assert text.count("\n| ") == 2 + 12 + 2 and text.endswith("<!-- end compare -->\nafter\n")

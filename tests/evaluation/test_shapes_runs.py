@@ -67,6 +67,15 @@ def test_a_run_is_judged_by_what_its_images_show(capsys, shapes_run, prompts):
     assert Image.open(shapes_run / "prompts.png").width > 300
 
 
+def test_scores_of_other_weights_stand_beside_those_of_the_average(capsys, shapes_run):
+    assert run(capsys, "evaluate", shapes_run, *OPTIONS)[0] == 0
+    averaged = (shapes_run / "evaluation.json").read_bytes()
+    assert run(capsys, "evaluate", shapes_run, "--weights=model", *OPTIONS)[0] == 0
+    assert (shapes_run / "evaluation.json").read_bytes() == averaged
+    assert json.loads((shapes_run / "evaluation-model.json").read_text())["weights"] == "model"
+    assert (shapes_run / "evaluation-model.png").is_file()
+
+
 def test_true_images_are_all_right(capsys, shapes_run, prompts, monkeypatch, tmp_path):
     """Were the prompts, the images or the pixels in another order, hardly one would be."""
     images = render(true_scenes(prompts, 7), 16)

@@ -161,9 +161,10 @@ def _write(result: Result, path: Path) -> Result:
 
 def _place(source: Source, settings: EvaluationConfig, judge: Judge, asked: Shown | None) -> Path:
     """Where scores go unless told otherwise: names tell settings, extractors, references and given prompts apart."""
-    if isinstance(judge, OwnJudge | ShapesJudge):
-        return RunFolder(source.path).evaluation
     weights = {"ema": [], "model": ["model"]}.get(source.weights, [f"ema{source.weights}"])
+    if isinstance(judge, OwnJudge | ShapesJudge):
+        own = RunFolder(source.path).evaluation
+        return own.with_stem("-".join([own.stem, *weights]))
     parts = [_short(judge), f"n{settings.num_samples}", *weights]
     parts += [] if asked is None else [f"prompts{asked.sha256[:8]}"]
     name = "-".join([*parts, settings_name(settings, source.origin().get("training_steps"))])

@@ -20,10 +20,12 @@ EDGE, GAP = 1 / 32, 0.07
 """Least distance of an object's box to the image's edge and to another box, as a share of the side."""
 REACH = {"circle": 1.0, "square": 0.88, "triangle": 1.2, "cross": 1.05}
 """Of a shape of radius 1: greatest distance from the centroid along x or y."""
-GRID: dict[bool, float] = {False: 1 / 4, True: 1 / 8}
-"""Of the layout grid, by whether an object is large: how far apart places are, as a share of the side."""
-GRID_RADII: dict[bool, float] = {False: 0.15, True: 0.25}
-"""Of the layout grid: the only radii."""
+GRID = 1 / 8
+"""Of the layout grid: all centres are this far apart, as a share of the side."""
+GRID_RADII, GRID_REACH = (0.15, 0.25), (2, 1)
+"""Of the layout grid, small and large: the only radii; steps from the middle to the outermost places."""
+NEIGHBOURS = ((-2, 1), (-1, 2), (-2, 2))
+"""Of the layout grid: where two in a row, or two rows, stand; in steps from the middle."""
 SLOPE = 0.5
 """Of two objects with a relation: greatest offset across its direction, over the offset along it."""
 KIND_SHARES = {"single": 0.3, "count": 0.25, "pair": 0.45}
@@ -143,7 +145,7 @@ def place(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: ShapesL
     """Scenes that show these contents.
 
     Objects stand in two rows of at most two. Free: rows, and objects in a row, share the free space at random, so no
-    draw has to be rejected. Grid: each at one of nine places, two in a row (or two rows) never next to each other. Half
+    draw has to be rejected. Grid: all centres are on a grid, two in a row (or two rows) three or four steps apart. Half
     of the scenes are then turned about the diagonal; where a relation asks for it, always.
 
     Args:
@@ -161,8 +163,7 @@ def place(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: ShapesL
         x, y = _spread_over_rows(reach, slots, u[:, 5:15])
         x = torch.where(related[:, None], _aligned(x, y, reach, u[:, 15]), x)
     else:
-        radius, x, y = _on_the_grid(table.least[rows], slots, u[:, 5:11])
-        x = torch.where(related[:, None], _aligned_on_the_grid(x), x)
+        radius, x, y = _on_the_grid(table.least[rows], slots, related, u[:, 5:12])
     x, y = (torch.where(backwards[:, None], 1 - z, z) for z in (x, y))
     turned = (across | ~related & (u[:, 16] < 0.5))[:, None]
     x, y = torch.where(turned, y, x), torch.where(turned, x, y)
@@ -208,24 +209,27 @@ def _aligned(x: Tensor, y: Tensor, reach: Tensor, u: Tensor) -> Tensor:
     return torch.stack((x[:, 0], second, x[:, 2], x[:, 3]), 1)
 
 
-def _on_the_grid(least: Tensor, slot: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Radii and centres x and y, (S, I), of objects of these least radii; u: uniform numbers, (S, 6)."""
-    there, large = least > 0, least >= LARGE_FROM
-    radius, step = (torch.where(large, by[True], by[False]).masked_fill(~there, 0) for by in (GRID_RADII, GRID))
+def _on_the_grid(least: Tensor, slot: Tensor, related: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Radii and centres x and y, (S, I), of objects of these least radii; u: uniform numbers, (S, 7)."""
+    there, large = least > 0, (least >= LARGE_FROM).long()
     taken = torch.zeros_like(there).scatter(1, slot, there).view(-1, 2, 2)  # (S, R, C)
-    lines = _on_three(taken.any(2), u[:, :2])
-    x = _on_three(taken, u[:, 2:].view(-1, 2, 2))
-    y = lines[:, :, None].expand_as(x)
-    x, y = (0.5 + step * z.flatten(1).gather(1, slot) for z in (x, y))
-    return radius, x, y
+    outermost = torch.tensor(GRID_REACH)[large[:, :1]]  # a large object is alone
+    rows = _places(taken.any(2), outermost, u[:, :2])
+    x = _places(taken, outermost[:, :, None], u[:, 2:6].view(-1, 2, 2))
+    y = rows[:, :, None].expand_as(x)
+    x, y = (z.flatten(1).gather(1, slot) for z in (x, y))
+    aside = _whole(((y[:, 1] - y[:, 0]) * SLOPE).floor(), u[:, 6])
+    x[:, 1] = torch.where(related, (x[:, 0] + aside).clamp(-GRID_REACH[0], GRID_REACH[0]), x[:, 1])
+    radius = torch.tensor(GRID_RADII)[large].masked_fill(~there, 0)
+    return radius, 0.5 + GRID * x, 0.5 + GRID * y
 
 
-def _on_three(taken: Tensor, u: Tensor) -> Tensor:
-    """-1, 0 or 1 for two neighbours in order, (..., 2), of which some are there: the outer ones, or one alone any."""
-    return torch.where(taken.all(-1, keepdim=True), torch.tensor([-1.0, 1.0]), (3 * u).floor() - 1)
+def _places(taken: Tensor, outermost: Tensor, u: Tensor) -> Tensor:
+    """Steps from the middle of two places in order, (..., 2): of NEIGHBOURS where both are taken, else any."""
+    both = torch.tensor(NEIGHBOURS, dtype=u.dtype)[(len(NEIGHBOURS) * u[..., 0]).long()]
+    return torch.where(taken.all(-1, keepdim=True), both, _whole(outermost, u))
 
 
-def _aligned_on_the_grid(x: Tensor) -> Tensor:
-    """x, (S, I), with the second object in the middle where it stood two places aside of the first."""
-    apart = (x[:, 1] - x[:, 0]).abs() > 1.5 * GRID[False]
-    return torch.stack((x[:, 0], torch.where(apart, 0.5, x[:, 1]), x[:, 2], x[:, 3]), 1)
+def _whole(most: Tensor, u: Tensor) -> Tensor:
+    """Whole numbers from -most to most by uniform ones."""
+    return ((2 * most + 1) * u).floor() - most
