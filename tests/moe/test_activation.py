@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from diffusion_moe.moe import activation as module
-from diffusion_moe.moe.activation import activate, weighted_activation, weighted_activation_backward_
+from diffusion_moe.moe.activation import (
+    activate,
+    gelu,
+    gelu_and_slope,
+    weighted_activation,
+    weighted_activation_backward_,
+)
 
 
 def backward(h_AH, weight_A, grad_AF, kind):
@@ -47,3 +53,16 @@ def test_operators_keep_their_promises(kind):
     h_AH, weight_A, grad = torch.randn(5, 8), torch.rand(5), torch.randn(5, 4 if kind == "swiglu" else 8)
     torch.library.opcheck(weighted_activation, (h_AH, weight_A, kind))
     torch.library.opcheck(weighted_activation_backward_, (h_AH, weight_A, grad, kind))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+def test_gelu_by_a_sigmoid_is_gelu_by_a_tanh(dtype, tolerance):
+    """Value and derivative, also where one of the two is all but zero, and for numbers whose cube is not finite."""
+    h = torch.cat((torch.linspace(-12, 12, 4001), torch.tensor([-1e4, 1e4, -1e13, 1e13, 0.0]))).to(dtype)
+    h.requires_grad_()
+    expected = torch.nn.functional.gelu(h, approximate="tanh")
+    (slope,) = torch.autograd.grad(expected.sum(), h)
+    with torch.no_grad():
+        for found in (gelu(h), gelu_and_slope(h)[0]):
+            torch.testing.assert_close(found, expected.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(gelu_and_slope(h)[1], slope, rtol=tolerance, atol=2 * tolerance)

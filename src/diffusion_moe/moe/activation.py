@@ -7,6 +7,7 @@ rows, F expert width, H columns of the first projection (F for GELU, 2F for SwiG
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from .backend import takes_triton
 
 ExpertActivation = Literal["gelu", "swiglu"]
+GELU_LINE = 2 * math.sqrt(2 / math.pi)
+GELU_CUBE = 0.044715 * GELU_LINE
 BLOCK = 2**18
 """Numbers of width F in a block on a CPU: with its temporaries about a core's second-level cache."""
 
@@ -45,7 +48,9 @@ def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str) -> Tens
         kernel.weighted_activation(h_AH, weight_A, activation, out_AF)
         return out_AF
     for rows in _blocks(out_AF):
-        out_AF[rows] = activate(_wide(h_AH[rows]), activation).mul_(weight_A[rows, None])
+        h = _wide(h_AH[rows])
+        a = gelu(h) if activation == "gelu" else activate(h, activation)
+        out_AF[rows] = a.mul_(weight_A[rows, None])
     return out_AF
 
 
@@ -71,10 +76,10 @@ def weighted_activation_backward_(
     for rows in _blocks(grad_AF):
         h, grad, weight = _wide(h_AH[rows]), _wide(grad_AF[rows]), weight_A[rows, None]
         if activation == "gelu":
-            a = F.gelu(h, approximate="tanh")
+            a, slope = gelu_and_slope(h)
             dweight_A[rows] = torch.linalg.vecdot(grad, a).to(weight_A.dtype)
             grad_AF[rows] = a.mul_(weight)
-            dh_AH[rows] = torch.ops.aten.gelu_backward(grad.mul_(weight), h, approximate="tanh")
+            dh_AH[rows] = grad.mul_(weight).mul_(slope)
         else:
             gate, value = h.chunk(2, dim=-1)
             gated = F.silu(gate)
@@ -85,6 +90,23 @@ def weighted_activation_backward_(
             dh_AH[rows, width:] = gated.mul_(grad)
             dh_AH[rows, :width] = torch.ops.aten.silu_backward(grad.mul_(value), gate)
     return dh_AH, dweight_A
+
+
+def gelu(h: Tensor) -> Tensor:
+    """tanh-GELU, as h sigmoid(z) with z = 2 sqrt(2 / pi) (h + 0.044715 h^3): the same, for 1 + tanh(z / 2) is
+    2 sigmoid(z), and on a CPU several times as fast as a tanh."""
+    z = h.square().mul_(GELU_CUBE).add_(GELU_LINE).mul_(h)
+    return z.sigmoid_().mul_(h)
+
+
+def gelu_and_slope(h: Tensor) -> tuple[Tensor, Tensor]:
+    """`gelu` and its derivative, sigmoid(z) + h sigmoid(z) (1 - sigmoid(z)) dz/dh."""
+    square = h.square()
+    z = torch.mul(square, GELU_CUBE).add_(GELU_LINE).mul_(h)
+    gate = z.sigmoid_()
+    a = h * gate
+    slope_of_z = square.mul_(3 * GELU_CUBE).add_(GELU_LINE)
+    return a, torch.addcmul(a, a, gate, value=-1).mul_(slope_of_z).add_(gate)
 
 
 def _width(h_AH: Tensor, activation: str) -> int:
