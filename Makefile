@@ -46,7 +46,7 @@ format: $(STAMP)
 compare: $(STAMP)
 	$(BIN)/python benchmarks/compare_digits.py
 
-# DiffMoE and dense of equal activated parameters on coloured shapes, into docs/shapes.md (a good half hour on two cores).
+# DiffMoE and dense of equal activated parameters on coloured shapes, into docs/shapes.md (20 minutes on two cores).
 compare-t2i: $(STAMP)
 	$(BIN)/python benchmarks/compare_shapes.py
 
