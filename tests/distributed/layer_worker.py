@@ -4,6 +4,7 @@ Shape suffixes: T tokens of this process, D width, E experts, K experts a token,
 """
 
 import itertools
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -120,9 +121,26 @@ def compare_in_bf16():
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
 
 
+def check_that_no_graph_travels():
+    """A graph holds the group: in the hands of the group's own threads it would keep them beyond the group's end."""
+    travelled, real = [], dist.all_to_all_single
+
+    def watch(received, sent, *args, **kwargs):
+        travelled.extend((received, sent))
+        return real(received, sent, *args, **kwargs)
+
+    generator = torch.Generator().manual_seed(rank())
+    x_TD = torch.randn(16, D, generator=generator).requires_grad_()
+    with mock.patch.object(dist, "all_to_all_single", watch):
+        out_TD = held(GroupedExperts(D, F, E))(x_TD * 2, ROUTINGS["any"](16, generator))
+        assert out_TD.requires_grad and len(travelled) == 8  # numbers of rows, rows, weights, answers
+        assert not any(tensor.requires_grad for tensor in travelled)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with torchrun_processes():
+        check_that_no_graph_travels()
         for name, case, dtype in itertools.product(ROUTINGS, CASES, TOLERANCE):
             if dtype == torch.float64 and case != CASES[-1]:
                 continue

@@ -117,7 +117,10 @@ def _announce(offsets_E: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Spli
 
 def _all_to_all(rows_AD: Tensor, splits: Splits, group: dist.ProcessGroup) -> Tensor:
     received = rows_AD.new_empty(sum(splits.received), *rows_AD.shape[1:])
-    dist.all_to_all_single(received, rows_AD.contiguous(), splits.received, splits.sent, group=group)
+    # Gloo's thread lets go of what it sent later than it says, and a graph holds the group and so the thread itself:
+    # with the graph in its hands it may live to the interpreter's end, and die of it.
+    sent = rows_AD.detach().contiguous()
+    dist.all_to_all_single(received.detach(), sent, splits.received, splits.sent, group=group)
     return received
 
 
