@@ -22,7 +22,7 @@ from diffusion_moe.parsing import read_recipe
 
 MODELS = {
     "DiffMoE": [],
-    "dense": ["--model.router=dense", "--model.mlp_dim=412"],  # wider, to make up for gates and predictors
+    "dense": ["--model.router=dense", "--model.mlp_dim=276"],  # wider, to make up for gates and predictors
 }
 PAGE = Path(__file__).parents[1] / "docs" / "shapes.md"
 

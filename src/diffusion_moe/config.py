@@ -27,6 +27,9 @@ class DiffusionConfig:
     loss: Prediction | None = None
     """What the mean squared error compares, after converting to it: velocity, x or epsilon; null: what the model
     predicts. JiT predicts x and compares velocities."""
+    loss_min_gap: float | None = None
+    """The least 1 - t (out of x) or t (out of epsilon) that this conversion divides by; null: model.min_gap. Velocities
+    weigh errors of x by 1 / max(1 - t, loss_min_gap)^2: with 0.4, late ones 6 times as much as early ones."""
     time: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of the training time t in [0, 1] (0 is noise, 1 is data); of ddpm's step, uniform only."""
     time_mean: float = 0.0
@@ -40,6 +43,8 @@ class DiffusionConfig:
     the same draw as class_dropout."""
 
     def __post_init__(self) -> None:
+        gap = self.loss_min_gap
+        require(gap is None or 0 < gap <= 1, f"diffusion.loss_min_gap is {gap}; it must be above 0 and at most 1")
         require(self.time_std > 0, f"diffusion.time_std is {self.time_std}; it must be positive")
         require(0 <= self.class_dropout <= 1, f"diffusion.class_dropout is {self.class_dropout}; choose from 0 to 1")
         require(
@@ -96,8 +101,7 @@ class DataConfig:
     """Sizes HEIGHTxWIDTH in pixels, in place of image_size: each image is resized and cropped to the one of the nearest
     aspect ratio, and a batch is of one size (kind: folder, huggingface, webdataset)."""
     shapes_layout: ShapesLayout = "free"
-    """free: shapes anywhere, of a range of sizes; grid: centres an eighth of the side apart, small or large and nothing
-    between, which is learned faster (kind: shapes)."""
+    """free: shapes anywhere; grid: each at one of nine places, which is learned faster (kind: shapes)."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour (kind: folder, huggingface, webdataset, shapes)."""
     normalize: Literal["scaling", "channel"] = "scaling"
@@ -422,10 +426,23 @@ class Recipe:
                 self.diffusion.time == "uniform",
                 f"diffusion.time is {self.diffusion.time!r}, but model.process ddpm draws uniform steps; leave it out",
             )
+        loss = self.diffusion.loss or self.model.prediction
+        divides = self.model.process == "flow" and self.model.prediction != "velocity" and loss != self.model.prediction
+        require(
+            divides or self.diffusion.loss_min_gap is None,
+            f"diffusion.loss_min_gap is {self.diffusion.loss_min_gap}, but from {self.model.prediction} to {loss} "
+            "nothing is divided; leave it out",
+        )
         require(
             self.model.null_class or self.diffusion.class_dropout == 0 or self.model.num_classes == 0,
             f"diffusion.class_dropout is {self.diffusion.class_dropout}, but model.null_class is false; set it to 0",
         )
+
+    @property
+    def loss_min_gap(self) -> float:
+        """The least 1 - t or t that the loss divides by."""
+        gap = self.diffusion.loss_min_gap
+        return self.model.min_gap if gap is None else gap
 
 
 SECTIONS: dict[str, type] = {name: value.default_factory for name, value in Recipe.__dataclass_fields__.items()}  # type: ignore[misc]

@@ -152,6 +152,7 @@ OBJECTIVES = {
     "ddpm": ["--model.process=ddpm", "--model.prediction=epsilon", "--model.learn_sigma=true"],
     "ddpm, fixed variance": ["--model.process=ddpm", "--model.prediction=epsilon"],
     "x as velocity": ["--model.prediction=x", "--diffusion.loss=velocity", "--model.noise_scale=2.0"],
+    "x as velocity, bounded": ["--model.prediction=x", "--diffusion.loss=velocity", "--diffusion.loss_min_gap=0.4"],
     "x": ["--model.prediction=x"],
     "epsilon as velocity": ["--model.prediction=epsilon", "--diffusion.loss=velocity"],
     "velocity as x": ["--diffusion.loss=x", "--diffusion.time=logit_normal"],
@@ -184,7 +185,8 @@ def test_the_loss_of_every_objective_is_its_formula(tiny, options):
             t = draw_times(recipe.diffusion, recipe.training.seed, 3, rows).view(-1, 1, 1, 1)
             z = t * x + (1 - t) * noise
             out = state.model(z, t.flatten(), batch.labels).sample
-            gap, gap_t = (1 - t).clamp_min(0.05), t.clamp_min(0.05)
+            least = recipe.diffusion.loss_min_gap or 0.05
+            gap, gap_t = (1 - t).clamp_min(least), t.clamp_min(least)
             pairs = {
                 ("x", "velocity"): ((out - z) / gap, (x - z) / gap),
                 ("x", "x"): (out, x),
@@ -194,6 +196,22 @@ def test_the_loss_of_every_objective_is_its_formula(tiny, options):
             answer, truth = pairs[config.prediction, recipe.diffusion.loss or config.prediction]
             expected = (answer - truth).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--diffusion.loss_min_gap=0"], "loss_min_gap is 0.0; it must be above 0 and at most 1"),
+        (["--diffusion.loss_min_gap=0.4"], "loss_min_gap is 0.4, but from velocity to velocity nothing is divided"),
+        (["--diffusion.loss_min_gap=0.4", "--model.prediction=x"], "but from x to x nothing is divided; leave it out"),
+        (["--diffusion.loss_min_gap=0.4", "--diffusion.loss=x"], "but from velocity to x nothing is divided"),
+        (["--diffusion.loss_min_gap=0.4", *OBJECTIVES["ddpm"]], "but from epsilon to epsilon nothing is divided"),
+        (["--diffusion.loss=x", *OBJECTIVES["ddpm"]], "loss is 'x', but model.process ddpm compares epsilon"),
+    ],
+)
+def test_losses_that_mean_nothing_are_refused(tiny, options, expected):
+    with pytest.raises(ValueError, match=expected):
+        read_recipe("digits", [*tiny, *options])
 
 
 def test_dropout_repeats_itself_step_by_step_and_leaves_torchs_generator_alone(tiny):

@@ -154,4 +154,4 @@ def _losses(
     t_B = torch.full((len(images),), time, device=model.device)
     point = rectified_flow(images, recipe.model.noise_scale * noise, t_B)
     out = model(point.x_t, t_B, labels, **prompt)
-    return flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.model.min_gap)
+    return flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.loss_min_gap)

@@ -222,7 +222,7 @@ def loss_at(
     else:
         point = rectified_flow(images, recipe.model.noise_scale * noise, t)
         out, time = answer(point.x_t), t
-        loss = flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.model.min_gap)
+        loss = flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.loss_min_gap)
     names = sorted({name for report in out.routing for name in report.losses})
     routers = {name: torch.stack([r.losses[name] for r in out.routing if name in r.losses]).sum() for name in names}
     return LossParts(loss, time, routers, out.routing)

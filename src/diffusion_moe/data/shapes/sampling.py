@@ -20,15 +20,11 @@ EDGE, GAP = 1 / 32, 0.07
 """Least distance of an object's box to the image's edge and to another box, as a share of the side."""
 REACH = {"circle": 1.0, "square": 0.88, "triangle": 1.2, "cross": 1.05}
 """Of a shape of radius 1: greatest distance from the centroid along x or y."""
-GRID = 1 / 8
-"""Of the layout grid: all centres are this far apart, as a share of the side."""
-GRID_RADII, GRID_REACH = (0.15, 0.25), (2, 1)
-"""Of the layout grid, small and large: the only radii; steps from the middle to the outermost places."""
-NEIGHBOURS = ((-2, 1), (-1, 2), (-2, 2))
-"""Of the layout grid: where two in a row, or two rows, stand; in steps from the middle."""
+GRID = (1 / 4, 1 / 8)
+"""Of the layout grid, small and large objects: centres are at most one such step from the middle, along x and y."""
 SLOPE = 0.5
 """Of two objects with a relation: greatest offset across its direction, over the offset along it."""
-KIND_SHARES = {"single": 0.3, "count": 0.25, "pair": 0.45}
+KIND_SHARES = {"single": 0.2, "count": 0.2, "pair": 0.6}
 """Of the training scenes."""
 
 
@@ -145,8 +141,8 @@ def place(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: ShapesL
     """Scenes that show these contents.
 
     Objects stand in two rows of at most two. Free: rows, and objects in a row, share the free space at random, so no
-    draw has to be rejected. Grid: all centres are on a grid, two in a row (or two rows) three or four steps apart. Half
-    of the scenes are then turned about the diagonal; where a relation asks for it, always.
+    draw has to be rejected. Grid: every centre is one of nine places, and two in a row (or two rows) stand at its two
+    ends. Half of the scenes are then turned about the diagonal; where a relation asks for it, always.
 
     Args:
         rows: of `contents()`, int64, (S,). seed, stream: of the randomness. numbers: of the scenes, int64, (S,).
@@ -156,14 +152,14 @@ def place(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: ShapesL
     u = uniforms(seed, f"{stream}/places", 0, numbers, 18)
     slots = _slots(table.count[rows], u[:, 4])
     related, across, backwards = table.related[rows], table.across[rows], table.backwards[rows]
+    least = table.least[rows]
+    radius = least + u[:, :4] * (table.most[rows] - least)
     if layout == "free":
-        least = table.least[rows]
-        radius = least + u[:, :4] * (table.most[rows] - least)
         reach = radius * torch.tensor([REACH[name] for name in SHAPES])[shape]
         x, y = _spread_over_rows(reach, slots, u[:, 5:15])
         x = torch.where(related[:, None], _aligned(x, y, reach, u[:, 15]), x)
     else:
-        radius, x, y = _on_the_grid(table.least[rows], slots, related, u[:, 5:12])
+        x, y = _on_the_grid(radius, slots, related, u[:, 5:12])
     x, y = (torch.where(backwards[:, None], 1 - z, z) for z in (x, y))
     turned = (across | ~related & (u[:, 16] < 0.5))[:, None]
     x, y = torch.where(turned, y, x), torch.where(turned, x, y)
@@ -209,27 +205,25 @@ def _aligned(x: Tensor, y: Tensor, reach: Tensor, u: Tensor) -> Tensor:
     return torch.stack((x[:, 0], second, x[:, 2], x[:, 3]), 1)
 
 
-def _on_the_grid(least: Tensor, slot: Tensor, related: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Radii and centres x and y, (S, I), of objects of these least radii; u: uniform numbers, (S, 7)."""
-    there, large = least > 0, (least >= LARGE_FROM).long()
-    taken = torch.zeros_like(there).scatter(1, slot, there).view(-1, 2, 2)  # (S, R, C)
-    outermost = torch.tensor(GRID_REACH)[large[:, :1]]  # a large object is alone
-    rows = _places(taken.any(2), outermost, u[:, :2])
-    x = _places(taken, outermost[:, :, None], u[:, 2:6].view(-1, 2, 2))
+def _on_the_grid(radius: Tensor, slot: Tensor, related: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres x and y, (S, I), of objects of these radii; u: uniform numbers, (S, 7)."""
+    taken = torch.zeros_like(radius, dtype=torch.bool).scatter(1, slot, radius > 0).view(-1, 2, 2)  # (S, R, C)
+    rows = _places(taken.any(2), u[:, :2])
+    x = _places(taken, u[:, 2:6].view(-1, 2, 2))
     y = rows[:, :, None].expand_as(x)
     x, y = (z.flatten(1).gather(1, slot) for z in (x, y))
-    aside = _whole(((y[:, 1] - y[:, 0]) * SLOPE).floor(), u[:, 6])
-    x[:, 1] = torch.where(related, (x[:, 0] + aside).clamp(-GRID_REACH[0], GRID_REACH[0]), x[:, 1])
-    radius = torch.tensor(GRID_RADII)[large].masked_fill(~there, 0)
-    return radius, 0.5 + GRID * x, 0.5 + GRID * y
+    aside = _step(u[:, 6])  # the rows are two steps apart: SLOPE allows one
+    x[:, 1] = torch.where(related, (x[:, 0] + aside).clamp(-1, 1), x[:, 1])
+    large = (radius[:, :1] >= LARGE_FROM).long()  # then it is alone
+    step = torch.tensor(GRID)[large]
+    return 0.5 + step * x, 0.5 + step * y
 
 
-def _places(taken: Tensor, outermost: Tensor, u: Tensor) -> Tensor:
-    """Steps from the middle of two places in order, (..., 2): of NEIGHBOURS where both are taken, else any."""
-    both = torch.tensor(NEIGHBOURS, dtype=u.dtype)[(len(NEIGHBOURS) * u[..., 0]).long()]
-    return torch.where(taken.all(-1, keepdim=True), both, _whole(outermost, u))
+def _places(taken: Tensor, u: Tensor) -> Tensor:
+    """Steps from the middle of two places in order, (..., 2): both ends where both are taken, else any."""
+    return torch.where(taken.all(-1, keepdim=True), torch.tensor([-1.0, 1.0]), _step(u))
 
 
-def _whole(most: Tensor, u: Tensor) -> Tensor:
-    """Whole numbers from -most to most by uniform ones."""
-    return ((2 * most + 1) * u).floor() - most
+def _step(u: Tensor) -> Tensor:
+    """-1, 0 or 1 by uniform numbers."""
+    return (3 * u).floor() - 1
