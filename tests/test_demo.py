@@ -29,6 +29,6 @@ def test_the_shapes_recipe_draws_what_prompts_ask(tmp_path):
     scores = json.loads((tmp_path / "shapes-t2i" / "evaluation.json").read_text())
     for category, splits in scores["categories"].items():
         assert splits["seen"]["true"] == 1.0
-        assert splits["seen"]["score"] > splits["seen"]["chance"] + 0.1, category
-    assert scores["seen"]["score"] > scores["seen"]["chance"] + 0.35
-    assert scores["held_out"]["score"] > scores["held_out"]["chance"] + 0.03
+        assert splits["seen"]["score"] > splits["seen"]["chance"] + 0.4, category
+    assert scores["seen"]["score"] > scores["seen"]["chance"] + 0.6
+    assert scores["held_out"]["score"] > scores["held_out"]["chance"] + 0.05

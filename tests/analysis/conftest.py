@@ -15,6 +15,7 @@ KINDS = {
     "class-free": ["--model.num_classes=0", "--model.router=diffmoe"],
     "ddpm": ["--model.process=ddpm", "--model.prediction=epsilon", "--evaluation.solver=ddim"],
     "jit": ["--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6", "--model.class_tokens=3"],
+    "bounded": ["--model.prediction=x", "--diffusion.loss=velocity", "--diffusion.loss_min_gap=0.4"],
 }
 
 

@@ -82,6 +82,18 @@ def test_a_model_that_answers_zero_costs_the_mean_square_of_the_truth(tiny, opti
         np.testing.assert_allclose(found.loss_IS[:, s], truth.square().mean((1, 2, 3)), rtol=1e-5)
 
 
+def test_a_bound_of_the_loss_weighs_times(tiny, monkeypatch):
+    """An answer of zero in place of x, in velocities: x over 1 - t, or over the bound."""
+    options = [*tiny, "--model.prediction=x", "--diffusion.loss=velocity"]
+    recipe, bounded = (read_recipe("digits", [*options, *more]) for more in ([], ["--diffusion.loss_min_gap=0.4"]))
+    data = load_dataset(recipe.data, "test")
+    model = make_model(recipe.model).eval()
+    monkeypatch.setattr(model, "forward", lambda x, t, labels: DiTOutput(sample=torch.zeros_like(x)))
+    free, held = (held_out_loss(model, r, data, "run", 4, seed=3) for r in (recipe, bounded))
+    weight_S = ((1 - free.times_S) / np.maximum(1 - free.times_S, 0.4)) ** 2
+    np.testing.assert_allclose(held.loss_IS, free.loss_IS * weight_S, rtol=1e-5)
+
+
 def test_what_the_network_is_told(tiny, monkeypatch):
     """The middle of each bin, counted from noise; the classes; noisy images of the right mixture."""
     for options, times in (([], lambda t: t), (["--model.process=ddpm", "--model.prediction=epsilon"], None)):

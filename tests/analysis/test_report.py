@@ -252,6 +252,7 @@ def test_load_and_loss_levels_are_drawn_where_they_are_logged(run_of):
     [
         ("dsmoe", "ddpm", "model.process ddpm"),
         ("dsmoe", "jit", "diffusion.loss x"),
+        ("dsmoe", "bounded", "diffusion.loss_min_gap 0.4"),
         ("dsmoe", "class-free", "model.num_classes 0"),
         ("dsmoe", "nothing", "there is no folder"),
     ],
