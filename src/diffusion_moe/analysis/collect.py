@@ -201,7 +201,7 @@ def _comparable(source: Source, path: Path) -> Source:
         data = {f"data.{name}": getattr(recipe.data, name) for name in ("kind", "path", "image_size", "channels")}
         loss = recipe.diffusion.loss or recipe.model.prediction
         model = {f"model.{name}": getattr(recipe.model, name) for name in ("process", "noise_scale", "num_classes")}
-        how = {"diffusion.loss": loss, "diffusion.loss_min_gap": recipe.loss_min_gap}
+        how = {"diffusion.loss": loss, "diffusion.loss_min_gap": recipe.diffusion.loss_min_gap}
         return data | model | how | {"data.test_fraction": recipe.data.test_fraction}
 
     for name, value in meaning(mine).items():
