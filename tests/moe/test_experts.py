@@ -9,10 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_moe.benchmarks.measure import saved_bytes
-from diffusion_moe.moe import GroupedExperts, experts_loop, route_by_expert, route_by_mask, route_by_token
+from diffusion_moe.moe import GroupedExperts, experts_loop, products, route_by_expert, route_by_mask, route_by_token
 from diffusion_moe.moe.activation import activate
 
 KINDS = list(itertools.product(["swiglu", "gelu"], [True, False]))
+WAYS = {"grouped": ("MAX_PRODUCT", -1), "sorted": ("MIN_EXPERTS", 0)}
+"""What makes experts with uneven rows be multiplied in that way."""
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """How experts with uneven rows are multiplied."""
+    monkeypatch.setattr(products, *WAYS[request.param])
+    return request.param
 
 
 def make_experts(dim, expert_dim, num_experts, activation="swiglu", bias=True) -> GroupedExperts:
@@ -47,7 +56,7 @@ def route(expert_TK, num_experts):
 
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
-def test_equals_the_loop(activation, bias):
+def test_equals_the_loop(activation, bias, way):
     experts = make_experts(8, 12, 5, activation, bias)
     routing, weight = route(torch.rand(23, 5).argsort(1)[:, :2], 5)  # 23 tokens do not divide by 5 experts
     assert_equals_loop(experts, torch.randn(23, 8, requires_grad=True), routing, weight)
@@ -55,7 +64,7 @@ def test_equals_the_loop(activation, bias):
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 @pytest.mark.parametrize("chosen", [[2, 4], [1]], ids=["some experts idle", "one expert has all"])
-def test_equals_the_loop_with_idle_experts(activation, bias, chosen):
+def test_equals_the_loop_with_idle_experts(activation, bias, chosen, way):
     experts = make_experts(8, 12, 5, activation, bias)
     routing, weight = route(torch.tensor(chosen).expand(9, -1), 5)
     assert [e for e, n in enumerate(routing.report.counts_E.tolist()) if n] == chosen
@@ -69,7 +78,7 @@ def test_equals_the_loop_with_idle_experts(activation, bias, chosen):
 
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
-def test_a_token_without_experts_gets_exactly_zero(activation, bias):
+def test_a_token_without_experts_gets_exactly_zero(activation, bias, way):
     experts = make_experts(8, 12, 3, activation, bias)
     chosen_TE = torch.rand(10, 3) < 0.4
     chosen_TE[4], chosen_TE[0] = False, True
@@ -82,7 +91,7 @@ def test_a_token_without_experts_gets_exactly_zero(activation, bias):
     assert torch.equal(experts(x_TD, nothing), torch.zeros(10, 8))
 
 
-def test_one_assignment_is_the_plain_formula():
+def test_one_assignment_is_the_plain_formula(way):
     """SwiGLU takes gates first, then values; GELU is the tanh form; the weight multiplies the whole output."""
     x = torch.randn(1, 4)
     for activation in ("swiglu", "gelu"):
@@ -96,7 +105,7 @@ def test_one_assignment_is_the_plain_formula():
 
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
-def test_autocast_stays_within_bfloat16_of_float32(activation, bias):
+def test_autocast_stays_within_bfloat16_of_float32(activation, bias, way):
     experts = make_experts(32, 32, 4, activation, bias)
     routing, weight = route(torch.rand(64, 4).argsort(1)[:, :2], 4)
     x_TD = torch.randn(64, 32, requires_grad=True)
@@ -109,7 +118,7 @@ def test_autocast_stays_within_bfloat16_of_float32(activation, bias):
         assert 1e-4 < error < 4 * 2.0**-8, f"relative error {error}: bfloat16 rounds to 2^-8, four roundings on the way"
 
 
-def test_the_sum_over_experts_runs_in_float32_under_autocast():
+def test_the_sum_over_experts_runs_in_float32_under_autocast(way):
     """1 + 2^-8 + 2^-8 is lost when partial sums are rounded to bfloat16, in the output and in the input's gradient."""
     experts = make_experts(8, 8, 3, "gelu", bias=False)
     parts = torch.tensor([1.0, 2.0**-8, 2.0**-8])[:, None, None]
@@ -133,8 +142,10 @@ def test_equals_the_loop_for_any_sizes(data):
     activation, bias = data.draw(st.sampled_from(KINDS))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     routing, weight = route(torch.rand(tokens, experts).argsort(1)[:, :top_k], experts)
-    grouped = make_experts(dim, width, experts, activation, bias)
-    assert_equals_loop(grouped, torch.randn(tokens, dim, requires_grad=True), routing, weight)
+    layer = make_experts(dim, width, experts, activation, bias)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, *WAYS[data.draw(st.sampled_from(sorted(WAYS)))])
+        assert_equals_loop(layer, torch.randn(tokens, dim, requires_grad=True), routing, weight)
 
 
 def test_experts_are_initialised_one_by_one():
@@ -148,7 +159,7 @@ def test_experts_are_initialised_one_by_one():
     assert not torch.equal(experts.w_in[0], experts.w_in[1])
 
 
-def test_gradcheck_in_float64():
+def test_gradcheck_in_float64(way):
     """Every input's gradient against finite differences, with both kinds of grouping."""
     for activation, bias in KINDS:
         experts = make_experts(4, 6, 3, activation, bias).double()
@@ -171,7 +182,7 @@ def test_gradcheck_in_float64():
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 @pytest.mark.parametrize("keep", [0, 10**9])
-def test_bfloat16_is_close_to_float32_whether_casts_are_kept_or_made_again(activation, bias, keep, monkeypatch):
+def test_bfloat16_is_close_to_float32_whether_casts_are_kept_or_made_again(activation, bias, keep, monkeypatch, way):
     monkeypatch.setattr("diffusion_moe.moe.expert_autograd.KEEP_CAST_BELOW", keep)
     experts = make_experts(32, 48, 4, activation, bias)
     routing, weight = route(torch.rand(64, 4).argsort(1)[:, :2], 4)
@@ -206,7 +217,7 @@ def test_only_input_first_projection_and_routing_are_kept(activation):
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 @pytest.mark.parametrize("pool", [True, False])
-def test_making_the_first_projection_again_changes_nothing_and_keeps_less(activation, bias, pool):
+def test_making_the_first_projection_again_changes_nothing_and_keeps_less(activation, bias, pool, way):
     T, D, F_, E, K = 64, 8, 16, 4, 2
     experts = make_experts(D, F_, E, activation, bias)
     weight = torch.rand((E, 5) if pool else (T, K), requires_grad=True)
@@ -218,12 +229,14 @@ def test_making_the_first_projection_again_changes_nothing_and_keeps_less(activa
     before, kept = outputs_and_gradients(experts, experts, x_TD, routing, weight), kept_bytes(experts, x_TD, routing)
     experts.recompute = True
     assert all(map(torch.equal, outputs_and_gradients(experts, experts, x_TD, routing, weight), before))
-    first_projection = 4 * len(routing.token_A) * experts.w_in.shape[2]
+    A = len(routing.token_A)
+    rows = products.products_of(routing.offsets_E, A, pool, 1).spread(torch.arange(A))
+    first_projection = 4 * len(rows) * experts.w_in.shape[2]
     assert kept_bytes(experts, x_TD, routing) == kept - first_projection
 
 
 @pytest.mark.parametrize("pool", [True, False])
-def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch):
+def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch, way):
     experts = make_experts(16, 24, 5, "swiglu", bias=False)
     weight = torch.rand((5, 6) if pool else (30, 2), requires_grad=True)
     if pool:
@@ -232,7 +245,7 @@ def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch)
         routing = route_by_token(torch.tensor([[0, 3]]).expand(30, 2), weight, 5)  # experts 1, 2 and 4 are idle
 
     def gradients(block):
-        monkeypatch.setattr("diffusion_moe.moe.ops.CAST_BLOCK", block)
+        monkeypatch.setattr("diffusion_moe.moe.products.CAST_BLOCK", block)
         with torch.autocast("cpu", torch.bfloat16):
             out = experts(torch.linspace(-1, 1, 30 * 16).view(30, 16), routing)
         return torch.autograd.grad(out.float().square().sum(), (experts.w_in, experts.w_out), retain_graph=True)

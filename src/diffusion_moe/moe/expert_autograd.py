@@ -3,7 +3,7 @@
 Kept are the input, the first projection's result (unless that too is to be made again) and the routing: no gathered
 rows, no activations, no expanded outputs. A routing weight multiplies the activation instead of the output, which is
 the same product; so its gradient comes of numbers that the backward pass has anyway. Shape suffixes as in
-`experts.py`, T tokens, K experts a token.
+`products.py`, T tokens, K experts a token.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activation import ExpertActivation, weighted_activation, weighted_activation_backward_
-from .ops import expert_blocks, gmm, gmm_wgrad, sum_rows
+from .ops import sum_rows
 from .precision import full_precision
+from .products import products_of
 from .routing import Routing, expert_of_rows
 
 KEEP_CAST_BELOW = 512
 """Rows an expert below which the weights' casts are kept for the backward pass."""
-ONES = 8
-"""Columns of ones whose product gives sums of rows; as many as grouped_mm's alignment asks for."""
 
 
 class ByToken(NamedTuple):
@@ -74,87 +73,62 @@ class ExpertFunction(torch.autograd.Function):
         recompute: bool,
     ) -> Tensor:
         """(T, D), in `dtype`. row_A, start_T, per_token: see `ByToken`. equal: see `Routing`. recompute: keep no h."""
+        products = products_of(offsets_E, len(token_A), equal, w_in[0].numel())
         with full_precision(x_TD):
-            x_AD = x_TD.to(dtype).index_select(0, token_A)
-            cast_in, cast_out = w_in.to(dtype), w_out.to(dtype)
-            h_AH = product(x_AD, cast_in, offsets_E, equal, None if b_in is None else b_in.to(dtype))
-            a_AF = weighted_activation(h_AH, weight_A, activation)
-            out_TD = sum_rows(product(a_AF, cast_out, offsets_E, equal), row_A, start_T, per_token)
+            x_PD = x_TD.to(dtype).index_select(0, products.spread(token_A))
+            cast_in, cast_out = products.cast(w_in, dtype), products.cast(w_out, dtype)
+            h_PH = products.product(x_PD, cast_in, None if b_in is None else products.cast(b_in, dtype))
+            a_PF = weighted_activation(h_PH, products.spread(weight_A), activation)
+            out_TD = sum_rows(products.product(a_PF, cast_out), products.places(row_A), start_T, per_token)
             if b_out is not None:
                 weight_TE = _by_token_and_expert(weight_A, token_A, offsets_E, len(x_TD))
                 out_TD += (weight_TE @ b_out.to(weight_TE.dtype)).to(dtype)
-        ctx.activation, ctx.per_token, ctx.equal = activation, per_token, equal
+        ctx.activation, ctx.per_token, ctx.products = activation, per_token, products
         ctx.dtype, ctx.weight_dtype = dtype, w_in.dtype
-        if len(token_A) < KEEP_CAST_BELOW * len(w_in):
+        ctx.keeps_cast = dtype != w_in.dtype and len(token_A) < KEEP_CAST_BELOW * len(w_in)
+        if ctx.keeps_cast:
             w_in, w_out = cast_in, cast_out
-        kept_AH = None if recompute else h_AH
-        ctx.save_for_backward(x_TD, weight_A, kept_AH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T)
+        kept_PH = None if recompute else h_PH
+        ctx.save_for_backward(x_TD, weight_A, kept_PH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x_TD, weight_A, w_in, w_out, b_in and b_out."""
-        x_TD, weight_A, h_AH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T = ctx.saved_tensors
-        dtype, equal = ctx.dtype, ctx.equal
+        x_TD, weight_A, h_PH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T = ctx.saved_tensors
+        dtype, products = ctx.dtype, ctx.products
         dx_TD = db_in = db_out = None
         with full_precision(x_TD):
-            if h_AH is None:
-                bias = None if b_in is None else b_in.to(dtype)
-                h_AH = product(x_TD.to(dtype).index_select(0, token_A), w_in.to(dtype), offsets_E, equal, bias)
-            dy_AD = dout_TD.to(dtype).index_select(0, token_A)  # of the rows, not yet weighted
-            a_AF = product(dy_AD, w_out.to(dtype).transpose(1, 2), offsets_E, equal)  # till now its gradient
-            dh_AH, dweight_A = weighted_activation_backward_(h_AH, weight_A, a_AF, ctx.activation)
-            dw_out = product_wgrad(a_AF, dy_AD, offsets_E, equal, ctx.weight_dtype)
-            del a_AF, dy_AD
+            token_P = products.spread(token_A)
+
+            def cast(w: Tensor) -> Tensor:
+                return w if ctx.keeps_cast else products.cast(w, dtype)
+
+            if h_PH is None:
+                bias = None if b_in is None else products.cast(b_in, dtype)
+                h_PH = products.product(x_TD.to(dtype).index_select(0, token_P), cast(w_in), bias)
+            dy_PD = dout_TD.to(dtype).index_select(0, token_P)  # of the rows, not yet weighted
+            a_PF = products.product(dy_PD, cast(w_out).transpose(1, 2))  # till now its gradient
+            dh_PH, dweight_P = weighted_activation_backward_(h_PH, products.spread(weight_A), a_PF, ctx.activation)
+            dweight_A = products.collect(dweight_P)
+            dw_out = products.wgrad(a_PF, dy_PD, ctx.weight_dtype)
+            del a_PF, dy_PD
             if b_out is not None:
                 weight_TE = _by_token_and_expert(weight_A, token_A, offsets_E, len(x_TD))
                 dout = dout_TD.to(weight_TE.dtype)
                 db_out = (weight_TE.T @ dout).to(b_out.dtype)
                 along_TE = dout @ b_out.to(dout.dtype).T
                 dweight_A = dweight_A + along_TE[token_A, expert_of_rows(token_A, offsets_E)]
-            x_AD = x_TD.to(dtype).index_select(0, token_A)
-            dw_in = product_wgrad(x_AD, dh_AH, offsets_E, equal, ctx.weight_dtype)
-            del x_AD
+            x_PD = x_TD.to(dtype).index_select(0, token_P)
+            dw_in = products.wgrad(x_PD, dh_PH, ctx.weight_dtype)
+            del x_PD
             if b_in is not None:
-                db_in = sum_by_expert(dh_AH, offsets_E, equal).to(b_in.dtype)
+                db_in = products.sums(dh_PH).to(b_in.dtype)
             if ctx.needs_input_grad[0]:
-                dx_AD = product(dh_AH, w_in.to(dtype).transpose(1, 2), offsets_E, equal)
-                dx_TD = sum_rows(dx_AD, row_A, start_T, ctx.per_token).to(x_TD.dtype)
+                dx_PD = products.product(dh_PH, cast(w_in).transpose(1, 2))
+                dx_TD = sum_rows(dx_PD, products.places(row_A), start_T, ctx.per_token).to(x_TD.dtype)
         return dx_TD, dweight_A, dw_in, dw_out, db_in, db_out, *[None] * 9
-
-
-def product(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor, equal: bool, bias_EF: Tensor | None = None) -> Tensor:
-    """Every row times its expert's matrix, (A, F); one batched product where all experts have as many rows."""
-    if equal:
-        x_ECD = x_AD.view(len(w_EDF), -1, x_AD.shape[1])
-        y_ECF = x_ECD.bmm(w_EDF) if bias_EF is None else torch.baddbmm(bias_EF[:, None], x_ECD, w_EDF)
-        return y_ECF.flatten(0, 1)
-    y_AF = gmm(x_AD, w_EDF, offsets_E)
-    if bias_EF is not None:
-        y_AF += bias_EF.index_select(0, expert_of_rows(x_AD, offsets_E))
-    return y_AF
-
-
-def product_wgrad(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor, equal: bool, dtype: torch.dtype) -> Tensor:
-    """The gradient of `product` in the matrices, (E, D, F), in that dtype."""
-    if not equal:
-        return gmm_wgrad(x_AD, y_AF, offsets_E, dtype)
-    E, D, F = len(offsets_E), x_AD.shape[1], y_AF.shape[1]
-    x_EDC, y_ECF = x_AD.view(E, -1, D).transpose(1, 2), y_AF.view(E, -1, F)
-    if dtype == x_AD.dtype:
-        return x_EDC.bmm(y_ECF)
-    wide_EDF = x_AD.new_empty(E, D, F, dtype=dtype)
-    for experts in expert_blocks(wide_EDF):
-        wide_EDF[experts] = x_EDC[experts].bmm(y_ECF[experts])
-    return wide_EDF
-
-
-def sum_by_expert(y_AF: Tensor, offsets_E: Tensor, equal: bool) -> Tensor:
-    """The sum of each expert's rows, (E, F)."""
-    if equal:
-        return y_AF.view(len(offsets_E), -1, y_AF.shape[1]).sum(1)
-    return gmm_wgrad(y_AF.new_ones(len(y_AF), ONES), y_AF, offsets_E)[:, 0]
 
 
 def _by_token_and_expert(weight_A: Tensor, token_A: Tensor, offsets_E: Tensor, num_tokens: int) -> Tensor:

@@ -8,7 +8,6 @@ Shape suffixes: A rows, T tokens, E experts, D and F widths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backend import takes_triton
 
-CAST_BLOCK = 2**22
-"""Numbers in a block of matrices that is cast at a time."""
 _ALIGNMENT = 16  # bytes; grouped_mm wants every stride but the unit one to be a multiple of it
 
 
@@ -60,33 +57,13 @@ def gmm(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("diffusion_moe::gmm_wgrad", mutates_args=())
-def gmm_wgrad(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Expert e's rows of x_AD, transposed, times its rows of y_AF: the gradient of `gmm` in w_EDF, (E, D, F).
-
-    Args:
-        dtype: of the answer; None: that of x_AD.
-    """
-    dtype = dtype or x_AD.dtype
+def gmm_wgrad(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor) -> Tensor:
+    """Expert e's rows of x_AD, transposed, times its rows of y_AF: the gradient of `gmm` in w_EDF, (E, D, F)."""
     if len(x_AD) == 0:
-        return x_AD.new_zeros(len(offsets_E), x_AD.shape[1], y_AF.shape[1], dtype=dtype)
-    if not (_takes_grouped_mm(x_AD, y_AF) and _aligned(y_AF.shape[1], y_AF)):
-        return gmm_wgrad_loop(x_AD, y_AF, offsets_E).to(dtype)
-    if dtype == x_AD.dtype or x_AD.device.type != "cpu":
-        return F.grouped_mm(x_AD.T, y_AF, offs=offsets_E).to(dtype)
-    wide_EDF = x_AD.new_empty(len(offsets_E), x_AD.shape[1], y_AF.shape[1], dtype=dtype)
-    ends, start = offsets_E.tolist(), 0
-    for experts in expert_blocks(wide_EDF):
-        rows = slice(start, ends[experts][-1])
-        wide_EDF[experts] = F.grouped_mm(x_AD[rows].T, y_AF[rows], offs=offsets_E[experts] - start)
-        start = rows.stop
-    return wide_EDF
-
-
-def expert_blocks(wide_EDF: Tensor) -> Iterator[slice]:
-    """Slices of experts: on a CPU small ones, so that a narrow and a wide copy of all never live side by side."""
-    size = max(1, CAST_BLOCK // wide_EDF[0].numel()) if wide_EDF.device.type == "cpu" else len(wide_EDF)
-    for start in range(0, len(wide_EDF), size):
-        yield slice(start, start + size)
+        return x_AD.new_zeros(len(offsets_E), x_AD.shape[1], y_AF.shape[1])
+    if _takes_grouped_mm(x_AD, y_AF) and _aligned(y_AF.shape[1], y_AF):
+        return F.grouped_mm(x_AD.T, y_AF, offs=offsets_E)
+    return gmm_wgrad_loop(x_AD, y_AF, offsets_E)
 
 
 @torch.library.custom_op("diffusion_moe::sum_rows", mutates_args=())
@@ -126,8 +103,8 @@ def _(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 @gmm_wgrad.register_fake
-def _(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return x_AD.new_empty(offsets_E.shape[0], x_AD.shape[1], y_AF.shape[1], dtype=dtype or x_AD.dtype)
+def _(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_AD.new_empty(offsets_E.shape[0], x_AD.shape[1], y_AF.shape[1])
 
 
 @sum_rows.register_fake
@@ -136,7 +113,7 @@ def _(y_AD: Tensor, row_A: Tensor, start_T: Tensor, per_token: int = 0) -> Tenso
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    ctx.save_for_backward(*inputs)
 
 
 def _gmm_backward(ctx: Any, dy_AF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -147,12 +124,12 @@ def _gmm_backward(ctx: Any, dy_AF: Tensor) -> tuple[Tensor | None, Tensor | None
     return dx_AD, dw_EDF, None
 
 
-def _gmm_wgrad_backward(ctx: Any, dw_EDF: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _gmm_wgrad_backward(ctx: Any, dw_EDF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x_AD, y_AF, offsets_E = ctx.saved_tensors
-    dw_EDF = dw_EDF.to(x_AD.dtype).contiguous()
+    dw_EDF = dw_EDF.contiguous()
     dx_AD = gmm(y_AF, dw_EDF.transpose(1, 2), offsets_E) if ctx.needs_input_grad[0] else None
     dy_AF = gmm(x_AD, dw_EDF, offsets_E) if ctx.needs_input_grad[1] else None
-    return dx_AD, dy_AF, None, None
+    return dx_AD, dy_AF, None
 
 
 gmm.register_autograd(_gmm_backward, setup_context=_save)
