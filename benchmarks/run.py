@@ -62,18 +62,18 @@ OPTIONAL = ("transformers", "scattermoe", "sonicmoe")
 """Held against where they are installed and suit the machine; else left out."""
 
 CPU = [
-    Case("layer", "dsmoe-s-e48", 4096, 1.5, "loop"),
-    Case("layer", "dsmoe-b-e48", 4096, 1.5, "loop"),
-    Case("layer", "diffmoe-s-e16", 4096, 1.5, "loop"),
-    Case("layer", "diffmoe-b-e16", 4096, 1.5, "loop"),
-    Case("layer", "dsmoe-s-e16", 4096, 1.5, "loop"),
-    Case("layer", "dsmoe-b-e16", 2048, 1.5, "loop"),
-    Case("layer", "dsmoe-s-e48", 4096, 1.5, "transformers"),
-    Case("step", "dsmoe-s-e16", 8192, 6, "dense"),
-    Case("step", "dsmoe-s-e48", 1024, 3, "loop"),
-    Case("sample", "dsmoe-s-e48", 512, 3, "loop"),
+    Case("layer", "dsmoe-s-e48", 4096, 1.2, "loop"),
+    Case("layer", "dsmoe-b-e48", 4096, 1.2, "loop"),
+    Case("layer", "diffmoe-s-e16", 4096, 1.2, "loop"),
+    Case("layer", "diffmoe-b-e16", 4096, 1.2, "loop"),
+    Case("layer", "dsmoe-s-e16", 4096, 1.2, "loop"),
+    Case("layer", "dsmoe-b-e16", 2048, 1.2, "loop"),
+    Case("layer", "dsmoe-s-e48", 4096, 1.2, "transformers"),
+    Case("step", "dsmoe-s-e16", 6144, 4, "dense"),
+    Case("step", "dsmoe-s-e48", 1024, 2, "loop"),
+    Case("sample", "dsmoe-s-e48", 512, 2, "loop"),
     Case("products", "dsmoe-s-e48", 4096, 0.2),
-    Case("scaling", "dsmoe-s-e48", 2048, 2.5),
+    Case("scaling", "dsmoe-s-e48", 2048, 1.5),
 ]
 
 SMALL_EXPERTS = ("dsmoe-s-e48", "dsmoe-b-e48", "dsmoe-l-e48")

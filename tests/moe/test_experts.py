@@ -13,7 +13,7 @@ from diffusion_moe.moe import GroupedExperts, experts_loop, products, route_by_e
 from diffusion_moe.moe.activation import activate
 
 KINDS = list(itertools.product(["swiglu", "gelu"], [True, False]))
-WAYS = {"grouped": ("MAX_PRODUCT", -1), "sorted": ("MIN_EXPERTS", 0)}
+WAYS = {"grouped": ("MAX_ROWS", -1), "sorted": ("MIN_EXPERTS", 0)}
 """What makes experts with uneven rows be multiplied in that way."""
 
 

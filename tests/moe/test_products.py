@@ -97,7 +97,7 @@ def chosen(counts, numbers=64, equal=False):
     return type(products_of(offsets(counts), sum(counts), equal, numbers))
 
 
-def test_experts_share_products_where_many_have_about_as_many_rows_and_products_are_small(monkeypatch):
+def test_experts_share_products_where_many_have_about_as_many_rows_and_not_too_many(monkeypatch):
     alike_rows = [100, 99, 98, 97, 100, 99, 98, 97]
     assert chosen([6] * 4, equal=True) is Batched
     assert chosen(alike_rows) is Sorted
@@ -106,9 +106,9 @@ def test_experts_share_products_where_many_have_about_as_many_rows_and_products_
     assert chosen([0, 0, 0, 0]) is Sorted
     assert chosen(alike_rows, numbers=products.CAST_BLOCK // 4) is Sorted
     assert chosen(alike_rows, numbers=products.CAST_BLOCK // 3) is Grouped  # no more than three fit in a block
-    monkeypatch.setattr(products, "MAX_PRODUCT", 98.5 * 64)
-    assert chosen(alike_rows, numbers=64) is Sorted
-    assert chosen(alike_rows, numbers=65) is Grouped
+    monkeypatch.setattr(products, "MAX_ROWS", 98.5)  # as many as they have
+    assert chosen(alike_rows) is Sorted
+    assert chosen([*alike_rows[:-1], 98]) is Grouped
 
 
 def test_whoever_has_to_wait_for_the_counts_groups():

@@ -18,16 +18,16 @@ from torch import Tensor
 from .ops import gmm, gmm_wgrad
 from .routing import expert_of_rows
 
-CAST_BLOCK = 2**22
+CAST_BLOCK = 2**23
 """Numbers in a block of gradients that is cast at a time on a CPU."""
-MAX_PRODUCT = 2**28
-"""Multiplications that an expert's product may have, on average, for experts to share one."""
+MAX_ROWS = 1024
+"""Rows that experts may have on average to share products: with more, a product an expert costs little beside."""
 MAX_FILLED = 1 / 16
 """Rows filled in, as a share of a batched product's."""
 MIN_EXPERTS = 4
 """Experts a batched product, on average, that make sorting and filling worth their while."""
-MULTIPLE = 8
-"""Of which an expert's rows in a batched product are one: a product is compiled for every number."""
+MULTIPLE = 16
+"""Of which an expert's rows in a batched product are one: a product is compiled for every number (docs/log.md)."""
 ONES = 8
 """Columns of ones whose product gives sums of rows; as many as grouped_mm's alignment asks for."""
 
@@ -176,7 +176,7 @@ def products_of(offsets_E: Tensor, num_rows: int, equal: bool, numbers: int) -> 
     """
     if equal:
         return Batched(offsets_E)
-    if not _known_on_host(offsets_E) or num_rows * numbers > MAX_PRODUCT * len(offsets_E):
+    if not _known_on_host(offsets_E) or num_rows > MAX_ROWS * len(offsets_E):
         return Grouped(offsets_E)
     counts = [end - start for start, end in pairwise([0, *offsets_E.tolist()])]
     batches = list(alike(counts, max(1, CAST_BLOCK // numbers)))
