@@ -104,8 +104,8 @@ def test_experts_share_products_where_many_have_about_as_many_rows_and_not_too_m
     assert chosen([1, 2, 4, 8, 16, 32, 64, 128]) is Grouped  # no two alike
     assert chosen(alike_rows[:3]) is Grouped  # fewer than four a product
     assert chosen([0, 0, 0, 0]) is Sorted
-    assert chosen(alike_rows, numbers=products.CAST_BLOCK // 4) is Sorted
-    assert chosen(alike_rows, numbers=products.CAST_BLOCK // 3) is Grouped  # no more than three fit in a block
+    assert chosen(alike_rows, numbers=products.MAX_NUMBERS // 4) is Sorted
+    assert chosen(alike_rows, numbers=products.MAX_NUMBERS // 3) is Grouped  # no more than three share one
     monkeypatch.setattr(products, "MAX_ROWS", 98.5)  # as many as they have
     assert chosen(alike_rows) is Sorted
     assert chosen([*alike_rows[:-1], 98]) is Grouped

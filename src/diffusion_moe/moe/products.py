@@ -22,11 +22,13 @@ CAST_BLOCK = 2**23
 """Numbers in a block of gradients that is cast at a time on a CPU."""
 MAX_ROWS = 1024
 """Rows that experts may have on average to share products: with more, a product an expert costs little beside."""
+MAX_NUMBERS = 2**22
+"""Numbers in the matrices of the first projection that share a product."""
 MAX_FILLED = 1 / 16
 """Rows filled in, as a share of a batched product's."""
 MIN_EXPERTS = 4
 """Experts a batched product, on average, that make sorting and filling worth their while."""
-MULTIPLE = 16
+MULTIPLE = 8
 """Of which an expert's rows in a batched product are one: a product is compiled for every number (docs/log.md)."""
 ONES = 8
 """Columns of ones whose product gives sums of rows; as many as grouped_mm's alignment asks for."""
@@ -179,7 +181,7 @@ def products_of(offsets_E: Tensor, num_rows: int, equal: bool, numbers: int) -> 
     if not _known_on_host(offsets_E) or num_rows > MAX_ROWS * len(offsets_E):
         return Grouped(offsets_E)
     counts = [end - start for start, end in pairwise([0, *offsets_E.tolist()])]
-    batches = list(alike(counts, max(1, CAST_BLOCK // numbers)))
+    batches = list(alike(counts, max(1, MAX_NUMBERS // numbers)))
     return Grouped(offsets_E) if len(counts) < MIN_EXPERTS * len(batches) else Sorted(offsets_E, batches)
 
 
