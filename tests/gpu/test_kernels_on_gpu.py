@@ -59,7 +59,7 @@ def test_activation(kind, rows, width, dtype):
     """One rounding apart at most; the weights' gradient is a sum of `width` float32 products."""
     h_AH = torch.randn(rows, 2 * width if kind == "swiglu" else width, device=DEVICE).to(dtype)
     weight_A, grad_AF = torch.rand(rows, device=DEVICE), torch.randn(rows, width, device=DEVICE).to(dtype)
-    close(*both(lambda: (weighted_activation(h_AH, weight_A, kind),)), dtype)
+    close(*both(lambda: (weighted_activation(h_AH, weight_A, kind, dtype),)), dtype)
     kernel, oracle = both(lambda: backward(h_AH, weight_A, grad_AF, kind))
     close(kernel[:2], oracle[:2], dtype)
     torch.testing.assert_close(kernel[2], oracle[2], rtol=1e-4, atol=1e-5 * width**0.5)

@@ -7,11 +7,19 @@ import torch
 from torch import Tensor
 
 from diffusion_moe.moe import Routing
+from diffusion_moe.moe.precision import VARIABLE
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["narrow", "float32"])
+def cpu_products(request, monkeypatch) -> str:
+    """In what products run that are asked for in bfloat16: both ways, whatever is faster on this processor."""
+    monkeypatch.setenv(VARIABLE, request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_forward_and_backward_are_those_of_the_formula(kind, block, dtype, monke
     expected = activate(exact_h, kind) * exact_w[:, None]
     gradients = torch.autograd.grad(expected, (exact_h, exact_w), grad_AF.double())
     bound = {"rtol": 4e-3 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-6}
-    forward = weighted_activation(h_AH, weight_A, kind)
+    forward = weighted_activation(h_AH, weight_A, kind, h_AH.dtype)
     again, dh_AH, dweight_A = backward(h_AH, weight_A, grad_AF, kind)
     assert forward.dtype == dh_AH.dtype == dtype and torch.equal(again, forward)
     torch.testing.assert_close(forward.double(), expected, **bound)
@@ -41,9 +41,22 @@ def test_forward_and_backward_are_those_of_the_formula(kind, block, dtype, monke
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+def test_what_is_kept_narrow_gives_what_is_wide(kind):
+    """h in bfloat16 and all else in float32: only h is rounded."""
+    F = 6
+    h_AH = torch.randn(23, 2 * F if kind == "swiglu" else F).bfloat16()
+    weight_A, grad_AF = torch.rand(23), torch.randn(23, F)
+    expected = backward(h_AH.float(), weight_A, grad_AF, kind)
+    assert all(map(torch.equal, backward(h_AH, weight_A, grad_AF, kind), expected))
+    assert torch.equal(weighted_activation(h_AH, weight_A, kind, torch.float32), expected[0])
+    torch.library.opcheck(weighted_activation, (h_AH, weight_A, kind, torch.float32))
+    torch.library.opcheck(weighted_activation_backward_, (h_AH, weight_A, grad_AF, kind))
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
 def test_no_rows_are_no_rows(kind):
     h_AH = torch.empty(0, 8)
-    assert weighted_activation(h_AH, torch.empty(0), kind).shape == (0, 4 if kind == "swiglu" else 8)
+    assert weighted_activation(h_AH, torch.empty(0), kind, h_AH.dtype).shape == (0, 4 if kind == "swiglu" else 8)
     grad = torch.empty(0, 4 if kind == "swiglu" else 8)
     assert [x.shape[0] for x in backward(h_AH, torch.empty(0), grad, kind)] == [0, 0, 0]
 
@@ -51,7 +64,7 @@ def test_no_rows_are_no_rows(kind):
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
 def test_operators_keep_their_promises(kind):
     h_AH, weight_A, grad = torch.randn(5, 8), torch.rand(5), torch.randn(5, 4 if kind == "swiglu" else 8)
-    torch.library.opcheck(weighted_activation, (h_AH, weight_A, kind))
+    torch.library.opcheck(weighted_activation, (h_AH, weight_A, kind, torch.float32))
     torch.library.opcheck(weighted_activation_backward_, (h_AH, weight_A, grad, kind))
 
 

@@ -11,17 +11,25 @@ from hypothesis import strategies as st
 from diffusion_moe.benchmarks.measure import saved_bytes
 from diffusion_moe.moe import GroupedExperts, experts_loop, products, route_by_expert, route_by_mask, route_by_token
 from diffusion_moe.moe.activation import activate
+from diffusion_moe.moe.precision import VARIABLE
 
 KINDS = list(itertools.product(["swiglu", "gelu"], [True, False]))
-WAYS = {"grouped": ("MAX_ROWS", -1), "sorted": ("MIN_EXPERTS", 0)}
+WAYS = {"grouped": {"MAX_ROWS": -1}, "sorted": {"MIN_EXPERTS": 0, "MAX_BYTES": 8}}
 """What makes experts with uneven rows be multiplied in that way."""
 
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """How experts with uneven rows are multiplied."""
-    monkeypatch.setattr(products, *WAYS[request.param])
+    for name, value in WAYS[request.param].items():
+        monkeypatch.setattr(products, name, value)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch):
+    """bfloat16 is multiplied as it is, whatever is faster on this processor, but where a test asks for both."""
+    monkeypatch.setenv(VARIABLE, "narrow")
 
 
 def make_experts(dim, expert_dim, num_experts, activation="swiglu", bias=True) -> GroupedExperts:
@@ -105,7 +113,7 @@ def test_one_assignment_is_the_plain_formula(way):
 
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
-def test_autocast_stays_within_bfloat16_of_float32(activation, bias, way):
+def test_autocast_stays_within_bfloat16_of_float32(activation, bias, way, cpu_products):
     experts = make_experts(32, 32, 4, activation, bias)
     routing, weight = route(torch.rand(64, 4).argsort(1)[:, :2], 4)
     x_TD = torch.randn(64, 32, requires_grad=True)
@@ -115,10 +123,11 @@ def test_autocast_stays_within_bfloat16_of_float32(activation, bias, way):
     assert actual[0].dtype == torch.float32
     for a, e in zip(actual, expected):
         error = float(((a - e).norm() / e.norm()).detach())
-        assert 1e-4 < error < 4 * 2.0**-8, f"relative error {error}: bfloat16 rounds to 2^-8, four roundings on the way"
+        assert error < 4 * 2.0**-8, f"relative error {error}: bfloat16 rounds to 2^-8, four roundings on the way"
+        assert error > 1e-4 or cpu_products == "float32"
 
 
-def test_the_sum_over_experts_runs_in_float32_under_autocast(way):
+def test_the_sum_over_experts_runs_in_float32_under_autocast(way, cpu_products):
     """1 + 2^-8 + 2^-8 is lost when partial sums are rounded to bfloat16, in the output and in the input's gradient."""
     experts = make_experts(8, 8, 3, "gelu", bias=False)
     parts = torch.tensor([1.0, 2.0**-8, 2.0**-8])[:, None, None]
@@ -144,7 +153,8 @@ def test_equals_the_loop_for_any_sizes(data):
     routing, weight = route(torch.rand(tokens, experts).argsort(1)[:, :top_k], experts)
     layer = make_experts(dim, width, experts, activation, bias)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, *WAYS[data.draw(st.sampled_from(sorted(WAYS)))])
+        for name, value in WAYS[data.draw(st.sampled_from(sorted(WAYS)))].items():
+            patch.setattr(products, name, value)
         assert_equals_loop(layer, torch.randn(tokens, dim, requires_grad=True), routing, weight)
 
 
@@ -182,7 +192,9 @@ def test_gradcheck_in_float64(way):
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 @pytest.mark.parametrize("keep", [0, 10**9])
-def test_bfloat16_is_close_to_float32_whether_casts_are_kept_or_made_again(activation, bias, keep, monkeypatch, way):
+def test_bfloat16_is_close_to_float32_whether_casts_are_kept_or_made_again(
+    activation, bias, keep, monkeypatch, way, cpu_products
+):
     monkeypatch.setattr("diffusion_moe.moe.expert_autograd.KEEP_CAST_BELOW", keep)
     experts = make_experts(32, 48, 4, activation, bias)
     routing, weight = route(torch.rand(64, 4).argsort(1)[:, :2], 4)
@@ -230,13 +242,13 @@ def test_making_the_first_projection_again_changes_nothing_and_keeps_less(activa
     experts.recompute = True
     assert all(map(torch.equal, outputs_and_gradients(experts, experts, x_TD, routing, weight), before))
     A = len(routing.token_A)
-    rows = products.products_of(routing.offsets_E, A, pool, 1).spread(torch.arange(A))
+    rows = products.products_of(routing.offsets_E, A, pool, 1, torch.float32).spread(torch.arange(A))
     first_projection = 4 * len(rows) * experts.w_in.shape[2]
     assert kept_bytes(experts, x_TD, routing) == kept - first_projection
 
 
 @pytest.mark.parametrize("pool", [True, False])
-def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch, way):
+def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch, way, cpu_products):
     experts = make_experts(16, 24, 5, "swiglu", bias=False)
     weight = torch.rand((5, 6) if pool else (30, 2), requires_grad=True)
     if pool:

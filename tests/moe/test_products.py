@@ -93,14 +93,15 @@ def test_batches_hold_every_expert_once_with_little_filled_in(counts, largest):
     assert torch.equal(expert_P[way.place_A], torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)))
 
 
-def chosen(counts, numbers=64, equal=False):
-    return type(products_of(offsets(counts), sum(counts), equal, numbers))
+def chosen(counts, numbers=64, equal=False, dtype=torch.bfloat16):
+    return type(products_of(offsets(counts), sum(counts), equal, numbers, dtype))
 
 
 def test_experts_share_products_where_many_have_about_as_many_rows_and_not_too_many(monkeypatch):
     alike_rows = [100, 99, 98, 97, 100, 99, 98, 97]
     assert chosen([6] * 4, equal=True) is Batched
     assert chosen(alike_rows) is Sorted
+    assert chosen(alike_rows, dtype=torch.float32) is Grouped
     assert chosen([1, 2, 4, 8, 16, 32, 64, 128]) is Grouped  # no two alike
     assert chosen(alike_rows[:3]) is Grouped  # fewer than four a product
     assert chosen([0, 0, 0, 0]) is Sorted
@@ -113,14 +114,14 @@ def test_experts_share_products_where_many_have_about_as_many_rows_and_not_too_m
 
 def test_whoever_has_to_wait_for_the_counts_groups():
     counts = torch.full((8,), 10).cumsum(0).to(torch.int32)
-    assert type(products_of(counts, 80, False, 64)) is Sorted
-    assert type(products_of(counts.to("meta"), 80, False, 64)) is Grouped
+    assert type(products_of(counts, 80, False, 64, torch.bfloat16)) is Sorted
+    assert type(products_of(counts.to("meta"), 80, False, 64, torch.bfloat16)) is Grouped
     with torch._subclasses.FakeTensorMode() as mode:
-        assert type(products_of(mode.from_tensor(counts), 80, False, 64)) is Grouped
+        assert type(products_of(mode.from_tensor(counts), 80, False, 64, torch.bfloat16)) is Grouped
     seen = []
 
     def traced(x):
-        seen.append(type(products_of(counts, 80, False, 64)).__name__)
+        seen.append(type(products_of(counts, 80, False, 64, torch.bfloat16)).__name__)
         return x + 1
 
     torch.compile(traced, backend="eager")(torch.ones(1))
@@ -130,7 +131,7 @@ def test_whoever_has_to_wait_for_the_counts_groups():
 def test_a_grouped_product_asks_nothing_of_a_host_that_would_wait(monkeypatch):
     monkeypatch.setattr(products, "_known_on_host", lambda offsets_E: False)
     monkeypatch.setattr(torch.Tensor, "tolist", None)
-    way = products_of(offsets([8] * 4), 32, False, 64)
+    way = products_of(offsets([8] * 4), 32, False, 64, torch.bfloat16)
     x, y, w = torch.randn(32, 8).bfloat16(), torch.randn(32, 16).bfloat16(), torch.randn(4, 8, 16)
     assert type(way) is Grouped and way.product(x, way.cast(w, x.dtype)).shape == (32, 16)
     dw = way.wgrad(x, y, torch.float32)

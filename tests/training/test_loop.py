@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_moe.parsing import read_recipe
+from diffusion_moe.training import loop
 from diffusion_moe.training.loop import train
 
 STEPS = 12
@@ -240,3 +241,14 @@ def test_an_unreadable_image_ends_the_run_with_one_line(tiny, tmp_path, images, 
     with pytest.raises(ValueError, match=r"cannot read image .*a/5\.png") as caught:
         train(recipe, tmp_path / "run", say=quietly)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("precision", "slow"), [("bf16", True), ("bf16", False), ("fp32", True)])
+def test_a_processor_that_is_slow_in_bfloat16_is_told_of(precision, slow, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SLOW_DTYPES", frozenset({torch.bfloat16} if slow else ()))
+    lines = []
+    recipe = read_recipe("digits", [*tiny, "--training.steps=1", f"--training.precision={precision}"])
+    train(recipe, tmp_path / "run", say=lines.append)
+    warnings = [line for line in lines if line.startswith("warning")]
+    told = ["warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster"]
+    assert warnings == (told if slow and precision == "bf16" else [])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..moe.precision import product_dtype
 from .contestants import Contestant
 from .counting import Run, kernels, peak_bytes, saved_bytes, work
 
@@ -110,7 +111,8 @@ def compare(
         record |= {f"{prefix}operators": done.operators, f"{prefix}waits": done.waits}
         record[f"{prefix}kernels"] = kernels(contestant.run, device)
         if not prefix:
-            record |= utilisation(done.flops, done.bytes, time_.median, device, dtype)
+            multiplied = product_dtype(torch.empty(0, device=device), dtype)
+            record |= utilisation(done.flops, done.bytes, time_.median, device, multiplied)
     if record.get("saved_bytes"):
         record["memory_ratio"] = record["against_saved_bytes"] / record["saved_bytes"]
     record["peak_ratio"] = record["against_peak_bytes"] / max(1, record["peak_bytes"])
@@ -118,9 +120,10 @@ def compare(
 
 
 def utilisation(flops: int, moved: int, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Speed of products and of memory, and their shares of the machine's ceilings."""
+    """Speed of products (in `dtype`) and of memory, and their shares of the machine's ceilings."""
     limits = ceilings(device, dtype)
     return {
+        "products": str(dtype).removeprefix("torch."),
         "flops": flops,
         "flops_per_second": flops / seconds,
         "utilisation": flops / seconds / limits.matmul_flops,

@@ -1,4 +1,4 @@
-"""A linear layer on an activation that is made again in the backward pass rather than kept."""
+"""Linear layers in the dtype that is fastest, and on an activation that is made again in the backward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .activation import activated
-from .precision import compute_dtype, full_precision
+from .precision import compute_dtype, full_precision, product_dtype
 
 
 class WideLinear(nn.Linear):
@@ -18,6 +18,40 @@ class WideLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def applied(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x); where a CPU multiplies wider than asked (`precision.product_dtype`), x is kept and y given as asked.
+
+    Where the layer is not the plain one (a hook, an adapter in its place), it is called as it is.
+    """
+    dtype = compute_dtype(x)
+    if product_dtype(x, dtype) == dtype or not _is_plain(linear):
+        return linear(x)
+    return _WideProduct.apply(x.to(dtype), linear.weight, linear.bias)
+
+
+class _WideProduct(torch.autograd.Function):
+    """A linear layer with its product in float32, whatever the dtype of x_TD, which is kept and the answer's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight)
+        with full_precision(x):
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        with full_precision(grad):
+            grad = grad.float()
+            flat = grad.flatten(0, -2)
+            dx = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+            dweight = (flat.T @ x.float().flatten(0, -2)).to(weight.dtype)
+            dbias = flat.sum(0).to(weight.dtype) if ctx.has_bias else None
+        return dx, dweight, dbias
 
 
 def activated_linear(linear: nn.Linear, activation: str, *inputs: Tensor) -> Tensor:
@@ -29,7 +63,7 @@ def activated_linear(linear: nn.Linear, activation: str, *inputs: Tensor) -> Ten
         activation: "gelu" (tanh form) or "silu" of one input, "swiglu" of a gate and a value.
     """
     if torch.compiler.is_compiling() or not _is_plain(linear):  # the compiler decides for itself what to make again
-        return linear(activated(activation, *inputs))
+        return applied(linear, activated(activation, *inputs))
     return _ActivatedLinear.apply(linear.weight, linear.bias, activation, compute_dtype(inputs[0]), *inputs)
 
 
@@ -43,11 +77,12 @@ class _ActivatedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype, *inputs: Tensor
     ) -> Tensor:
-        ctx.activation, ctx.dtype, ctx.has_bias = activation, dtype, bias is not None
+        wide = product_dtype(inputs[0], dtype)
+        ctx.activation, ctx.dtype, ctx.has_bias = activation, wide, bias is not None
         ctx.save_for_backward(weight, *inputs)
         with full_precision(inputs[0]):
-            hidden = activated(activation, *inputs).to(dtype)
-            return F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
+            hidden = activated(activation, *inputs).to(wide)
+            return F.linear(hidden, weight.to(wide), None if bias is None else bias.to(wide)).to(dtype)
 
     @staticmethod
     @once_differentiable

@@ -39,9 +39,9 @@ def activated(activation: str, *inputs: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("diffusion_moe::weighted_activation", mutates_args=())
-def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str) -> Tensor:
-    """activate(h) times each row's weight, (A, F), in the dtype of h_AH."""
-    out_AF = h_AH.new_empty(len(h_AH), _width(h_AH, activation))
+def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    """activate(h) times each row's weight, (A, F), in `dtype`."""
+    out_AF = h_AH.new_empty(len(h_AH), _width(h_AH, activation), dtype=dtype)
     if takes_triton(h_AH, weight_A):
         from .kernels import activation as kernel
 
@@ -64,9 +64,9 @@ def weighted_activation_backward_(
         grad_AF: the gradient of the weighted activation, contiguous; the weighted activation takes its place.
 
     Returns:
-        The gradient of h (A, H); that of the weights (A,).
+        The gradient of h (A, H), in the dtype of grad_AF; that of the weights (A,).
     """
-    dh_AH, dweight_A = (x.new_empty(x.shape) for x in (h_AH, weight_A))
+    dh_AH, dweight_A = grad_AF.new_empty(h_AH.shape), weight_A.new_empty(weight_A.shape)
     if takes_triton(h_AH, weight_A, grad_AF):
         from .kernels import activation as kernel
 
@@ -128,10 +128,10 @@ def _blocks(x_AF: Tensor) -> Iterator[slice]:
 
 
 @weighted_activation.register_fake
-def _(h_AH: Tensor, weight_A: Tensor, activation: str) -> Tensor:
-    return h_AH.new_empty(h_AH.shape[0], _width(h_AH, activation))
+def _(h_AH: Tensor, weight_A: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+    return h_AH.new_empty(h_AH.shape[0], _width(h_AH, activation), dtype=dtype)
 
 
 @weighted_activation_backward_.register_fake
 def _(h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    return h_AH.new_empty(h_AH.shape), weight_A.new_empty(weight_A.shape)
+    return grad_AF.new_empty(h_AH.shape), weight_A.new_empty(weight_A.shape)

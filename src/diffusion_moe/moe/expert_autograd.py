@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .activation import ExpertActivation, weighted_activation, weighted_activation_backward_
 from .ops import sum_rows
-from .precision import full_precision
+from .precision import full_precision, product_dtype
 from .products import products_of
 from .routing import Routing, expert_of_rows
 
@@ -48,9 +48,10 @@ def by_token(routing: Routing, num_tokens: int) -> ByToken:
 class ExpertFunction(torch.autograd.Function):
     """The weighted sum of each token's experts: see `experts.GroupedExperts`.
 
-    The products run in `dtype`. x_TD is kept as it came, for the router keeps that too, and weights of experts are cast
-    again in the backward pass rather than kept twice, unless the rows are few: then the casts are a large part of the
-    time, and activations small.
+    The products run in `dtype`, or wider where a CPU is faster so (`precision.product_dtype`); what is kept of them is
+    in `dtype`. x_TD is kept as it came, for the router keeps that too, and weights of experts are cast again in the
+    backward pass rather than kept twice, unless the rows are few: then the casts are a large part of the time, and
+    activations small.
     """
 
     @staticmethod
@@ -72,20 +73,24 @@ class ExpertFunction(torch.autograd.Function):
         dtype: torch.dtype,
         recompute: bool,
     ) -> Tensor:
-        """(T, D), in `dtype`. row_A, start_T, per_token: see `ByToken`. equal: see `Routing`. recompute: keep no h."""
-        products = products_of(offsets_E, len(token_A), equal, w_in[0].numel())
+        """(T, D), as products come. row_A, start_T, per_token: see `ByToken`. equal: see `Routing`.
+
+        dtype: asked of the products. recompute: keep no h.
+        """
+        wide = product_dtype(x_TD, dtype)
+        products = products_of(offsets_E, len(token_A), equal, w_in[0].numel(), wide)
         with full_precision(x_TD):
-            x_PD = x_TD.to(dtype).index_select(0, products.spread(token_A))
-            cast_in, cast_out = products.cast(w_in, dtype), products.cast(w_out, dtype)
-            h_PH = products.product(x_PD, cast_in, None if b_in is None else products.cast(b_in, dtype))
-            a_PF = weighted_activation(h_PH, products.spread(weight_A), activation)
+            x_PD = _rows(x_TD, products.spread(token_A), wide)
+            cast_in, cast_out = products.cast(w_in, wide), products.cast(w_out, wide)
+            h_PH = products.product(x_PD, cast_in, None if b_in is None else products.cast(b_in, wide)).to(dtype)
+            a_PF = weighted_activation(h_PH, products.spread(weight_A), activation, wide)
             out_TD = sum_rows(products.product(a_PF, cast_out), products.places(row_A), start_T, per_token)
             if b_out is not None:
                 weight_TE = _by_token_and_expert(weight_A, token_A, offsets_E, len(x_TD))
-                out_TD += (weight_TE @ b_out.to(weight_TE.dtype)).to(dtype)
+                out_TD += (weight_TE @ b_out.to(weight_TE.dtype)).to(wide)
         ctx.activation, ctx.per_token, ctx.products = activation, per_token, products
-        ctx.dtype, ctx.weight_dtype = dtype, w_in.dtype
-        ctx.keeps_cast = dtype != w_in.dtype and len(token_A) < KEEP_CAST_BELOW * len(w_in)
+        ctx.dtype, ctx.wide, ctx.weight_dtype = dtype, wide, w_in.dtype
+        ctx.keeps_cast = wide != w_in.dtype and len(token_A) < KEEP_CAST_BELOW * len(w_in)
         if ctx.keeps_cast:
             w_in, w_out = cast_in, cast_out
         kept_PH = None if recompute else h_PH
@@ -97,18 +102,18 @@ class ExpertFunction(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x_TD, weight_A, w_in, w_out, b_in and b_out."""
         x_TD, weight_A, h_PH, w_in, w_out, b_in, b_out, token_A, offsets_E, row_A, start_T = ctx.saved_tensors
-        dtype, products = ctx.dtype, ctx.products
+        wide, products = ctx.wide, ctx.products
         dx_TD = db_in = db_out = None
         with full_precision(x_TD):
             token_P = products.spread(token_A)
 
             def cast(w: Tensor) -> Tensor:
-                return w if ctx.keeps_cast else products.cast(w, dtype)
+                return w if ctx.keeps_cast else products.cast(w, wide)
 
             if h_PH is None:
-                bias = None if b_in is None else products.cast(b_in, dtype)
-                h_PH = products.product(x_TD.to(dtype).index_select(0, token_P), cast(w_in), bias)
-            dy_PD = dout_TD.to(dtype).index_select(0, token_P)  # of the rows, not yet weighted
+                bias = None if b_in is None else products.cast(b_in, wide)
+                h_PH = products.product(_rows(x_TD, token_P, wide), cast(w_in), bias).to(ctx.dtype)
+            dy_PD = _rows(dout_TD, token_P, wide)  # not yet weighted
             a_PF = products.product(dy_PD, cast(w_out).transpose(1, 2))  # till now its gradient
             dh_PH, dweight_P = weighted_activation_backward_(h_PH, products.spread(weight_A), a_PF, ctx.activation)
             dweight_A = products.collect(dweight_P)
@@ -120,7 +125,7 @@ class ExpertFunction(torch.autograd.Function):
                 db_out = (weight_TE.T @ dout).to(b_out.dtype)
                 along_TE = dout @ b_out.to(dout.dtype).T
                 dweight_A = dweight_A + along_TE[token_A, expert_of_rows(token_A, offsets_E)]
-            x_PD = x_TD.to(dtype).index_select(0, token_P)
+            x_PD = _rows(x_TD, token_P, wide)
             dw_in = products.wgrad(x_PD, dh_PH, ctx.weight_dtype)
             del x_PD
             if b_in is not None:
@@ -129,6 +134,13 @@ class ExpertFunction(torch.autograd.Function):
                 dx_PD = products.product(dh_PH, cast(w_in).transpose(1, 2))
                 dx_TD = sum_rows(dx_PD, products.places(row_A), start_T, ctx.per_token).to(x_TD.dtype)
         return dx_TD, dweight_A, dw_in, dw_out, db_in, db_out, *[None] * 9
+
+
+def _rows(x_TD: Tensor, token_P: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each row's token, (P, D): cast before they are many, or after where that makes them larger."""
+    if dtype.itemsize > x_TD.dtype.itemsize:
+        return x_TD.index_select(0, token_P).to(dtype)
+    return x_TD.to(dtype).index_select(0, token_P)
 
 
 def _by_token_and_expert(weight_A: Tensor, token_A: Tensor, offsets_E: Tensor, num_tokens: int) -> Tensor:

@@ -16,7 +16,7 @@ from .backend import chosen
 from .expert_autograd import ExpertFunction, by_token
 from .ops import gmm
 from .parallel import parallel_experts
-from .precision import compute_dtype
+from .precision import compute_dtype, product_dtype
 from .routing import Routing
 from .sonic import sonic_experts
 
@@ -77,7 +77,7 @@ class GroupedExperts(nn.Module):
         if chosen() == "sonic":
             return sonic_experts(self, x_TD.to(dtype), routing).to(x_TD.dtype)
         if self.dropout.p and self.training:
-            return self._with_dropout(x_TD.to(dtype), routing).to(x_TD.dtype)
+            return self._with_dropout(x_TD.to(product_dtype(x_TD, dtype)), routing).to(x_TD.dtype)
         weights = (self.w_in, self.w_out, self.b_in, self.b_out)
         groups = (routing.token_A, routing.offsets_E, *by_token(routing, len(x_TD)))
         return ExpertFunction.apply(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .activated_linear import activated_linear
+from .activated_linear import activated_linear, applied
 from .activation import activated
 from .precision import compute_dtype
 
@@ -53,7 +53,8 @@ class FeedForward(nn.Module):
     def compute(self, x: Tensor) -> Tensor:
         """The network itself."""
         x = x.to(compute_dtype(x))  # once for both projections
-        inputs = (self.up_proj(x),) if self.gate_proj is None else (self.gate_proj(x), self.up_proj(x))
+        linears = (self.up_proj,) if self.gate_proj is None else (self.gate_proj, self.up_proj)
+        inputs = [applied(linear, x) for linear in linears]
         if self.dropout.p and self.training:
-            return self.down_proj(self.dropout(activated(self.activation, *inputs)))
+            return applied(self.down_proj, self.dropout(activated(self.activation, *inputs)))
         return activated_linear(self.down_proj, self.activation, *inputs)

@@ -97,7 +97,7 @@ def parallel_experts(experts: GroupedExperts, x_TD: Tensor, routing: Routing, gr
     y_RD = ExpertFunction.apply(
         x_RD, weight_R.index_select(0, order_R), *weights, order_R, offsets_L, *one_each, *settings
     )
-    y_AD = Exchange.apply(y_RD, splits.back(), group)
+    y_AD = Exchange.apply(y_RD.to(dtype), splits.back(), group)
     return Combine.apply(y_AD, routing.token_A, *rows).to(x_TD.dtype)
 
 

@@ -1,19 +1,94 @@
-"""What autocast means for the layer: products in its dtype, routers always in full precision."""
+"""What autocast means for the layer: products in its dtype, routers always in full precision.
+
+What autocast asks for is fast on GPUs and on some processors. Others multiply bfloat16 slower than float32, by half
+where the instructions are there (Intel without AMX) and hundredfold where they are not. There the layer keeps and
+answers what it would, and multiplies in float32.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+CpuProducts = Literal["auto", "narrow", "float32"]
+VARIABLE = "DIFFUSION_MOE_CPU_PRODUCTS"
+"""Environment variable, for tensors on a CPU: auto (bfloat16 and float16 are multiplied in float32 where the processor
+is faster so), narrow (as they are) or float32."""
+
+_chosen: list[CpuProducts] = []  # by `use_products`, innermost last; backward passes run on other threads
+
+
+def slower_than_float32(cpuinfo: str) -> frozenset[torch.dtype]:
+    """The dtypes that a processor multiplies slower than float32.
+
+    Measured (docs/log.md): on an Intel Xeon with AVX512-BF16 but no AMX float32 is twice as fast as bfloat16, on an AMD
+    EPYC with AVX512-BF16 half as fast; without any of these bfloat16 is emulated, 5 to 200 times slower.
+
+    Args:
+        cpuinfo: the text of /proc/cpuinfo, of which the first processor counts. Nothing is known of processors that
+            list no x86 flags there; they are taken to be as fast.
+    """
+    fields = dict(line.replace("\t", "").partition(":")[::2] for line in cpuinfo.strip().split("\n\n")[0].splitlines())
+    flags = set(fields.get("flags", "").split())
+    if not flags:
+        return frozenset()
+    of_amd = fields.get("vendor_id", "").strip() in ("AuthenticAMD", "HygonGenuine")
+    fast = {
+        torch.bfloat16: "amx_bf16" in flags or ("avx512_bf16" in flags and of_amd),
+        torch.float16: bool({"amx_fp16", "avx512_fp16"} & flags),
+    }
+    return frozenset(dtype for dtype, is_fast in fast.items() if not is_fast)
+
+
+def _cpuinfo() -> str:
+    """As much as the first processor needs."""
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return file.read(2**14)
+    except OSError:
+        return ""
+
+
+SLOW_DTYPES = slower_than_float32(_cpuinfo())
+"""Of this machine's processor."""
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of `x` run in: autocast's where it is on, else its own."""
+    """The dtype that matrix products of `x` are asked for in: autocast's where it is on, else its own."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype to multiply in, on the device of `x`, what is asked for in `dtype`: that, or float32 on some CPUs.
+
+    Raises:
+        ValueError: the environment variable names no choice.
+    """
+    if x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    name = _chosen[-1] if _chosen else os.environ.get(VARIABLE) or "auto"
+    if name not in get_args(CpuProducts):
+        raise ValueError(f"{VARIABLE} is {name!r}; choose {', '.join(get_args(CpuProducts))}")
+    return torch.float32 if name == "float32" or (name == "auto" and dtype in SLOW_DTYPES) else dtype
+
+
+@contextmanager
+def use_products(name: CpuProducts) -> Iterator[None]:
+    """Choose for the products on a CPU that run inside, whatever the environment variable says."""
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:

@@ -1,9 +1,9 @@
 """How rows meet their experts' matrices: in a grouped product, in one batched product, or in several.
 
 Experts with as many rows each are one batched product. Others are one grouped product; but that is a product an expert
-on a CPU, which costs tens of microseconds whatever its size. There experts with about as many rows share a batched
-product: they are sorted by their rows, and the few that are missing are filled in with weight 0. Shape suffixes as in
-`experts.py`, P rows with those filled in.
+on a CPU, which in bfloat16 costs tens of microseconds whatever its size. There experts with about as many rows share a
+batched product: they are sorted by their rows, and the few that are missing are filled in with weight 0. Shape suffixes
+as in `experts.py`, P rows with those filled in.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ CAST_BLOCK = 2**23
 """Numbers in a block of gradients that is cast at a time on a CPU."""
 MAX_ROWS = 1024
 """Rows that experts may have on average to share products: with more, a product an expert costs little beside."""
+MAX_BYTES = 2
+"""Of a number, for experts to share products: in float32 a product an expert costs little beside, and no cast sorts the
+experts on its way (docs/log.md)."""
 MAX_NUMBERS = 2**22
 """Numbers in the matrices of the first projection that share a product."""
 MAX_FILLED = 1 / 16
@@ -170,15 +173,15 @@ class Sorted(Grouped):
         return sum_EF
 
 
-def products_of(offsets_E: Tensor, num_rows: int, equal: bool, numbers: int) -> Grouped:
-    """How to multiply the rows of a routing; no host synchronisation on a GPU.
+def products_of(offsets_E: Tensor, num_rows: int, equal: bool, numbers: int, dtype: torch.dtype) -> Grouped:
+    """How to multiply the rows of a routing in `dtype`; no host synchronisation on a GPU.
 
     Args:
         offsets_E, equal: see `Routing`. num_rows: A. numbers: in an expert's matrix of the first projection.
     """
     if equal:
         return Batched(offsets_E)
-    if not _known_on_host(offsets_E) or num_rows > MAX_ROWS * len(offsets_E):
+    if dtype.itemsize > MAX_BYTES or num_rows > MAX_ROWS * len(offsets_E) or not _known_on_host(offsets_E):
         return Grouped(offsets_E)
     counts = [end - start for start, end in pairwise([0, *offsets_E.tolist()])]
     batches = list(alike(counts, max(1, MAX_NUMBERS // numbers)))

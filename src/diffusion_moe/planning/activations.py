@@ -18,6 +18,7 @@ from ..models import Backbone
 from ..models.block import is_moe_block
 from ..models.sizes import blank_inputs
 from ..moe import recompute_experts
+from ..moe.precision import use_products
 from ..training.parallelize import stays_wide
 from ..training.start import make_prepared
 from .compute import rows_per_image
@@ -51,7 +52,7 @@ def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
         spread: FSDP2 gathers each block's weights in the dtype of the products, and frees them again, so that no casts
             are kept.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), use_products("narrow"):  # as a GPU has them
         model = make_prepared(recipe).train()
         recompute_experts(model, recipe.training.recompute == "experts")
         if spread and recipe.training.precision == "bf16":

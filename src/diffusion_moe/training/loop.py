@@ -22,6 +22,7 @@ from ..config import ModelConfig, Recipe
 from ..data import ImageDataset, SkippedLog, load_dataset
 from ..distributed import barrier, is_main, torchrun_processes
 from ..models import Backbone
+from ..moe.precision import SLOW_DTYPES
 from ..run_folder import DATA, ORIGIN, RunFolder, write_atomically
 from ..storage import checkpoints_in
 from .checkpoint import Checkpoints
@@ -205,6 +206,8 @@ class Trainer:
         barrier()
         for line in self.start_notes:
             say(line)
+        if recipe.training.precision == "bf16" and self.device.type == "cpu" and torch.bfloat16 in SLOW_DTYPES:
+            say("warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster")
         self.checkpoints = Checkpoints(run.checkpoints, recipe.training)
         self.pending: deque[StepResult] = deque()
         """Steps whose numbers have not been read."""

@@ -26,7 +26,8 @@ def inputs(kind, rows, width, dtype=torch.float32):
 )
 def test_equals_torch(both, kind, rows, width):
     h_AH, weight_A, grad_AF = inputs(kind, rows, width)
-    torch.testing.assert_close(*both(lambda: weighted_activation(h_AH, weight_A, kind)), rtol=1e-5, atol=1e-6)
+    kernel, oracle = both(lambda: weighted_activation(h_AH, weight_A, kind, h_AH.dtype))
+    torch.testing.assert_close(kernel, oracle, rtol=1e-5, atol=1e-6)
     kernel, oracle = both(lambda: backward(h_AH, weight_A, grad_AF, kind))
     torch.testing.assert_close(kernel[:2], oracle[:2], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(kernel[2], oracle[2], rtol=1e-5, atol=1e-4)  # a sum of up to 1100 products
@@ -74,12 +75,12 @@ def test_any_layout_and_no_rows(both, kind):
     with backend.use("triton"):
         nothing = backward(h_AH[:0], weight_A[:0], grad_AF[:0], kind)
         assert [x.shape for x in nothing] == [(0, 3), (0, h_AH.shape[1]), (0,)]
-        assert weighted_activation(h_AH[:0], weight_A[:0], kind).shape == (0, 3)
+        assert weighted_activation(h_AH[:0], weight_A[:0], kind, h_AH.dtype).shape == (0, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_operators_keep_their_promises(kind):
     h_AH, weight_A, grad_AF = inputs(kind, 5, 4)
     with backend.use("triton"):
-        torch.library.opcheck(weighted_activation, (h_AH, weight_A, kind))
+        torch.library.opcheck(weighted_activation, (h_AH, weight_A, kind, torch.float32))
         torch.library.opcheck(weighted_activation_backward_, (h_AH, weight_A, grad_AF, kind))
