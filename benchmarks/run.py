@@ -1,6 +1,7 @@
 """Run the benchmarks of this machine, keep their JSON lines, and write docs/performance.md's tables of them.
 
     python benchmarks/run.py cpu              # make bench: under five minutes on two cores
+    python benchmarks/run.py cpu --name amd   # into other results and tables: another machine's
     python benchmarks/run.py gpu              # make bench-gpu: under ten minutes on an H200
     python benchmarks/run.py gpu --dry-run    # the same list, small and on a CPU; nothing is kept
 
@@ -201,25 +202,27 @@ def main(arguments: list[str] | None = None, page: Path = PAGE, results: Path = 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("machine", choices=list(CASES))
     parser.add_argument("--dry-run", action="store_true", help="small models on a CPU; nothing is kept")
+    parser.add_argument("--name", help="of the results and of the marks in the page; the machine's unless given")
     parsed = parser.parse_args(arguments)
     machine, cases, begin = parsed.machine, CASES[parsed.machine], time.perf_counter()
-    check_page(page, machine)
+    name = parsed.name or machine
+    check_page(page, name)
     if parsed.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             records, failed = run(small_cases(cases, Path(folder)), "cpu", answer, Path(folder) / "partial.jsonl")
             copy = Path(folder) / "page.md"
             copy.write_text(page.read_text())
-            write_tables(copy, machine, records)
+            write_tables(copy, name, records)
     else:
-        partial = results / f"{machine}.partial.jsonl"
+        partial = results / f"{name}.partial.jsonl"
         with processes(each=machine == "cpu") as ask:
             records, failed = run(cases, "cuda" if machine == "gpu" else "cpu", ask, partial)
         if records:
-            partial.replace(results / f"{machine}.jsonl")
-            write_tables(page, machine, records)
+            partial.replace(results / f"{name}.jsonl")
+            write_tables(page, name, records)
     print(f"{len(records)} records in {time.perf_counter() - begin:.0f} s")
-    for name in failed:
-        print(f"failed: diffusion-moe {name}", file=sys.stderr)
+    for command in failed:
+        print(f"failed: diffusion-moe {command}", file=sys.stderr)
     return 1 if failed else 0
 
 

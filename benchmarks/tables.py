@@ -70,7 +70,7 @@ def _about(record: dict) -> str:
 
 def _ceilings(record: dict) -> str:
     return (
-        f"{record['matmul_ceiling'] / 1e9:.0f} GFLOP/s in a large {record['dtype']} product, "
+        f"{record['matmul_ceiling'] / 1e9:.0f} GFLOP/s in a large {record.get('products', record['dtype'])} product, "
         f"{record['copy_ceiling'] / 1e9:.1f} GB/s in a copy"
     )
 

@@ -146,6 +146,16 @@ def test_tables_hold_the_numbers(run, monkeypatch, page, tmp_path, capsys):
     assert not (tmp_path / "cpu.partial.jsonl").exists()
 
 
+def test_another_machines_results_have_a_name_of_their_own(run, monkeypatch, page, tmp_path):
+    fake(run, monkeypatch, [run.Case("layer", "x", 4096, 1)], {"layer": run.Answer([json.dumps(HELD)], None)})
+    assert run.main(["cpu", "--name", "cpu-amd"], page, tmp_path) == 0
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["cpu-amd.jsonl"]
+    before, after = PAGE.read_text().split("<!-- cpu-amd -->"), page.read_text().split("<!-- cpu-amd -->")
+    assert before[0] == after[0] and "A processor" in after[1].split("<!-- end cpu-amd -->")[0]
+    with pytest.raises(SystemExit, match="has no <!-- other -->"):
+        run.main(["cpu", "--name", "other"], page, tmp_path)
+
+
 def test_a_failed_case_costs_no_other_its_results(run, monkeypatch, page, tmp_path, capsys):
     answers = {
         "layer": run.Answer([json.dumps(HELD)], "out of memory"),

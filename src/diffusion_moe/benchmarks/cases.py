@@ -17,6 +17,7 @@ from ..model_config import ModelConfig
 from ..models import Backbone, make_model
 from ..models.block import make_moe
 from ..moe import MoEFeedForward, recompute_experts
+from ..moe.precision import product_dtype
 from ..parsing import read_recipe
 from ..training.step import state_of, train_step
 from .contestants import Contestant, layer_contestants
@@ -62,8 +63,10 @@ def measure(what: What, options: BenchOptions) -> Iterator[dict[str, Any]]:
     if what in ("products", "scaling"):
         if options.against is not None:
             raise ValueError(f"against is {options.against}, but {what} has no rivals; leave it out")
-        run = products if what == "products" else scaling
-        for record in run(setting.config, setting.images, setting.tokens_an_image, options.seconds, device, dtype):
+        run, taken = scaling, dtype
+        if what == "products":  # as the layer multiplies
+            run, taken = products, product_dtype(torch.empty(0, device=device), dtype)
+        for record in run(setting.config, setting.images, setting.tokens_an_image, options.seconds, device, taken):
             yield {"benchmark": what, **about, **record} | machine(device)
         return
     version = {"against_version": rival_version(setting.against)}

@@ -1,8 +1,8 @@
 """What autocast means for the layer: products in its dtype, routers always in full precision.
 
-What autocast asks for is fast on GPUs and on some processors. Others multiply bfloat16 slower than float32, by half
-where the instructions are there (Intel without AMX) and hundredfold where they are not. There the layer keeps and
-answers what it would, and multiplies in float32.
+What autocast asks for is fast on GPUs and on some processors. Others multiply bfloat16 at half the speed of float32
+(Intel without AMX) or at a hundredth (without AVX512). There the layer multiplies in float32, and keeps and answers in
+what was asked for.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _chosen: list[CpuProducts] = []  # by `use_products`, innermost last; backward p
 def slower_than_float32(cpuinfo: str) -> frozenset[torch.dtype]:
     """The dtypes that a processor multiplies slower than float32.
 
-    Measured (docs/log.md): on an Intel Xeon with AVX512-BF16 but no AMX float32 is twice as fast as bfloat16, on an AMD
-    EPYC with AVX512-BF16 half as fast; without any of these bfloat16 is emulated, 5 to 200 times slower.
+    Measured (docs/log.md): with AVX512-BF16 but no AMX float32 is twice as fast as bfloat16 on an Intel Xeon, and half
+    as fast on an AMD EPYC; without any of these bfloat16 is emulated, 5 to 200 times slower than float32.
 
     Args:
         cpuinfo: the text of /proc/cpuinfo, of which the first processor counts. Nothing is known of processors that
