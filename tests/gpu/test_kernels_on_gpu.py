@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusion_moe.moe import (
+    FeedForward,
     GroupedExperts,
     MoEFeedForward,
     RouterConfig,
@@ -63,6 +64,37 @@ def test_activation(kind, rows, width, dtype):
     kernel, oracle = both(lambda: backward(h_AH, weight_A, grad_AF, kind))
     close(kernel[:2], oracle[:2], dtype)
     torch.testing.assert_close(kernel[2], oracle[2], rtol=1e-4, atol=1e-5 * width**0.5)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["swiglu", "gelu", "silu"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1000, 6), (5000, 128), (777, 1152), (33, 3000)])
+def test_activation_without_weights(kind, rows, width, dtype):
+    """Torch's operators round gates and products on the way in narrow dtypes: three roundings apart at most."""
+    h_AH = torch.randn(rows, 2 * width if kind == "swiglu" else width, device=DEVICE).to(dtype)
+    grad_AF = torch.randn(rows, width, device=DEVICE).to(dtype)
+    rtol, atol = (4 * bound for bound in BOUND[dtype])
+    forward = both(lambda: (weighted_activation(h_AH, None, kind, dtype),))
+    for kernel, oracle in (forward, both(lambda: backward(h_AH, None, grad_AF, kind))):
+        torch.testing.assert_close(kernel, oracle, rtol=rtol, atol=max(atol, rtol * 1e-2))
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu", "silu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_feed_forward_network(kind, bias):
+    """With the kernels against torch's operators, in bfloat16: answer and all gradients."""
+    network = FeedForward(384, 512, kind, bias).to(DEVICE)
+    x = torch.randn(4, 256, 384, device=DEVICE, requires_grad=True)
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16):
+            y = network(x)
+        return y, *torch.autograd.grad(y.float().square().sum(), (x, *network.parameters()))
+
+    kernel, oracle = both(run)
+    for actual, expected in zip(kernel, oracle):
+        assert actual.dtype == expected.dtype
+        assert (actual.float() - expected.float()).norm() < 1e-2 * expected.float().norm()
 
 
 @DTYPES

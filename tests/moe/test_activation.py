@@ -53,6 +53,24 @@ def test_what_is_kept_narrow_gives_what_is_wide(kind):
     torch.library.opcheck(weighted_activation_backward_, (h_AH, weight_A, grad_AF, kind))
 
 
+@pytest.mark.parametrize("kind", ["gelu", "silu", "swiglu"])
+@pytest.mark.parametrize("kept", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_without_weights_it_is_the_activation(kind, kept):
+    """h may be kept narrower than all else is; it is rounded then, and nothing besides."""
+    F, dtype = 6, torch.promote_types(kept, torch.float32)
+    h_AH, grad_AF = torch.randn(23, 2 * F if kind == "swiglu" else F).to(kept), torch.randn(23, F, dtype=dtype)
+    exact = h_AH.double().clone().requires_grad_()
+    expected = activate(exact, kind)
+    (gradient,) = torch.autograd.grad(expected, exact, grad_AF.double())
+    out_AF, dh_AH, none = backward(h_AH, None, grad_AF, kind)
+    assert out_AF.dtype == dh_AH.dtype == dtype and len(none) == 0
+    assert torch.equal(weighted_activation(h_AH, None, kind, dtype), out_AF)
+    torch.testing.assert_close(out_AF.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dh_AH.double(), gradient, rtol=1e-5, atol=1e-6)
+    torch.library.opcheck(weighted_activation, (h_AH, None, kind, dtype))
+    torch.library.opcheck(weighted_activation_backward_, (h_AH, None, grad_AF, kind))
+
+
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
 def test_no_rows_are_no_rows(kind):
     h_AH = torch.empty(0, 8)

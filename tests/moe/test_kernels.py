@@ -60,9 +60,9 @@ def test_every_kernel_compiles_for_hopper(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from diffusion_moe.moe.kernels import activation, combine, router, sort
 
-    for kind in ("swiglu", "gelu"):
+    for kind, weighted in (("swiglu", True), ("gelu", True), ("swiglu", False), ("gelu", False), ("silu", False)):
         for kernel in (activation._activation_forward, activation._activation_backward):
-            ptx = compiled(kernel, activation.constants(128, kind))
+            ptx = compiled(kernel, activation.constants(128, kind, weighted))
             assert "ld.global.v4.b32" in ptx and "atom" not in ptx
     for per_token in (0, 5):
         sizes = combine.constants(384, per_token)

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from diffusion_moe.benchmarks.measure import saved_bytes
-from diffusion_moe.moe import FeedForward, GroupedExperts, MoEFeedForward, RouterConfig, precision, route_by_token
-from diffusion_moe.moe.activated_linear import activated_linear, applied
+from diffusion_moe.moe import GroupedExperts, MoEFeedForward, RouterConfig, precision, route_by_token
 from diffusion_moe.moe.activation import activate
 from diffusion_moe.moe.precision import product_dtype, slower_than_float32, use_products
 
@@ -98,55 +97,9 @@ def test_experts_in_float32_round_what_they_keep_and_nothing_else(activation, bi
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu", "swiglu"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("products", ["narrow", "float32"])
-def test_a_feed_forward_network_answers_within_bfloat16(activation, bias, products):
-    torch.manual_seed(0)
-    network = FeedForward(32, 48, activation, bias)
-    x = torch.randn(3, 7, 32, requires_grad=True)
-    inputs = (x, *network.parameters())
-
-    def asked():
-        with torch.autocast("cpu", BF16), use_products(products):
-            y = network(x)
-        assert y.dtype == BF16
-        return y
-
-    for actual, expected in zip(results(asked, inputs), results(lambda: network(x), inputs)):
-        assert actual.dtype == expected.dtype
-        assert 1e-4 < float(((actual - expected).norm() / expected.norm()).detach()) < 1e-2
-
-
-@pytest.mark.parametrize("products", ["narrow", "float32"])
-def test_a_weights_last_bits_count_in_float32(products):
-    """(1 + 2^-10) - 1, of which bfloat16 sees 1 - 1, in both kinds of linear layer; and the exact gradients."""
-    linear = nn.Linear(2, 1, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(torch.tensor([[1 + 2.0**-10, -1.0]]))
-    x = torch.full((1, 2), 64.0, dtype=BF16, requires_grad=True)  # whose SiLU is itself
-    for apply in (applied, lambda linear, x: activated_linear(linear, "silu", x)):
-        with torch.autocast("cpu", BF16), use_products(products):
-            y = apply(linear, x)
-        assert y.dtype == BF16 and float(y) == (64 * 2.0**-10 if products == "float32" else 0)
-        dx, dweight = torch.autograd.grad(y, (x, linear.weight))
-        assert torch.equal(dx, torch.tensor([[1.0, -1.0]], dtype=BF16))
-        assert torch.equal(dweight, torch.full((1, 2), 64.0))
-
-
-@pytest.mark.parametrize("how", ["as it is", "with a hook"])
-def test_a_hooked_layer_is_called(how):
-    linear, called = nn.Linear(6, 7), []
-    if how == "with a hook":
-        linear.register_forward_hook(lambda module, args, out: called.append(out.dtype))
-    with torch.autocast("cpu", BF16), use_products("float32"):
-        applied(linear, torch.randn(2, 6))
-    assert called == ([BF16] if how == "with a hook" else [])
-
-
 @pytest.mark.parametrize("shared", ["swiglu", "gelu", "none"])
-def test_float32_products_keep_as_much_but_for_the_weights_casts(shared, monkeypatch):
-    """A pool, where no rows are filled in. Autocast's linear layers keep their weights' casts."""
+def test_the_layer_keeps_as_much_whatever_it_multiplies_in(shared, monkeypatch):
+    """A pool, where no rows are filled in, and without the casts of weights that experts keep where rows are few."""
     torch.manual_seed(0)
     monkeypatch.setattr("diffusion_moe.moe.expert_autograd.KEEP_CAST_BELOW", 0)
     layer = MoEFeedForward(16, 32, RouterConfig("diffmoe", num_experts=4, capacity=2.0), shared=shared).train()
@@ -160,8 +113,7 @@ def test_float32_products_keep_as_much_but_for_the_weights_casts(shared, monkeyp
 
         return saved_bytes(forward, tuple(layer.parameters()))
 
-    casts = {"swiglu": 2, "gelu": 1, "none": 0}[shared] * 2 * 16 * 32
-    assert kept("float32") == kept("narrow") - casts
+    assert kept("float32") == kept("narrow") > 0
 
 
 @pytest.mark.parametrize("products", ["narrow", "float32"])

@@ -119,3 +119,13 @@ def test_sort_by_expert_lists_each_experts_assignments_in_order(data):
 def test_sort_by_expert_keeps_an_operators_promises():
     for expert_A in (torch.tensor([2, 0, 0, 3]), torch.empty(0, dtype=torch.int64)):
         torch.library.opcheck(sort_by_expert, (expert_A, 4))
+
+
+def test_weights_get_their_gradients_back_in_their_own_places():
+    """Every assignment's gradient is that of its own choice; nothing is added up on the way."""
+    expert_TK, weight_TK = torch.rand(9, 4).argsort(1)[:, :3], torch.rand(9, 3, dtype=torch.float64, requires_grad=True)
+    routing = route_by_token(expert_TK, weight_TK, 4)
+    value_TE = torch.randn(9, 4, dtype=torch.float64)
+    (grad_TK,) = torch.autograd.grad(routing.weight_A, weight_TK, value_TE[routing.token_A, routing.expert_A()])
+    assert torch.equal(grad_TK, value_TE.gather(1, expert_TK))
+    assert torch.autograd.gradcheck(lambda weight: route_by_token(expert_TK, weight, 4).weight_A, weight_TK)

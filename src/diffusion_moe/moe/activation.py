@@ -1,8 +1,9 @@
-"""The experts' activation with the routing weight on it, forward and backward in one pass each.
+"""The activation of experts, weighted by their routing, and of ordinary networks: one pass forward, one backward.
 
-In float32 whatever the dtype of the tensors. On a CPU a pass runs over blocks of rows that stay in the cache: faster
-than operator by operator in bfloat16, and exact. On a GPU it is one kernel (`kernels.activation`). Shape suffixes: A
-rows, F expert width, H columns of the first projection (F for GELU, 2F for SwiGLU: gates first, then values).
+On a GPU each is one kernel (`kernels.activation`), in float32 inside. On a CPU the experts' run over blocks of rows
+that stay in the cache, in float32 too: faster than operator by operator in bfloat16, and exact; without weights torch's
+own operators are as fast. Shape suffixes: A rows, F width of the hidden layer, H columns of the first projection (F for
+GELU and SiLU, 2F for SwiGLU: gates first, then values).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from .backend import takes_triton
 
 ExpertActivation = Literal["gelu", "swiglu"]
+Activation = Literal["gelu", "silu", "swiglu"]
 GELU_LINE = 2 * math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715 * GELU_LINE
 BLOCK = 2**18
@@ -25,7 +27,7 @@ BLOCK = 2**18
 
 
 def activate(h_AH: Tensor, activation: str) -> Tensor:
-    """(A, H) to (A, F): tanh-GELU, or silu(gate) * value."""
+    """(A, H) to (A, F): tanh-GELU, SiLU, or silu(gate) * value."""
     return activated(activation, *(h_AH.chunk(2, dim=-1) if activation == "swiglu" else (h_AH,)))
 
 
@@ -39,14 +41,16 @@ def activated(activation: str, *inputs: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("diffusion_moe::weighted_activation", mutates_args=())
-def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
-    """activate(h) times each row's weight, (A, F), in `dtype`."""
+def weighted_activation(h_AH: Tensor, weight_A: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
+    """activate(h) times each row's weight if there are any, (A, F), in `dtype`. Weighted rows know no SiLU."""
     out_AF = h_AH.new_empty(len(h_AH), _width(h_AH, activation), dtype=dtype)
-    if takes_triton(h_AH, weight_A):
+    if takes_triton(h_AH, out_AF):
         from .kernels import activation as kernel
 
         kernel.weighted_activation(h_AH, weight_A, activation, out_AF)
         return out_AF
+    if weight_A is None:
+        return activate(h_AH.to(dtype), activation)
     for rows in _blocks(out_AF):
         h = _wide(h_AH[rows])
         a = gelu(h) if activation == "gelu" else activate(h, activation)
@@ -56,7 +60,7 @@ def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str, dtype: 
 
 @torch.library.custom_op("diffusion_moe::weighted_activation_backward_", mutates_args=("grad_AF",))
 def weighted_activation_backward_(
-    h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str
+    h_AH: Tensor, weight_A: Tensor | None, grad_AF: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """What the backward pass needs of an activation, which is made again rather than kept.
 
@@ -64,13 +68,17 @@ def weighted_activation_backward_(
         grad_AF: the gradient of the weighted activation, contiguous; the weighted activation takes its place.
 
     Returns:
-        The gradient of h (A, H), in the dtype of grad_AF; that of the weights (A,).
+        The gradient of h (A, H), in the dtype of grad_AF; that of the weights (A,), empty without any.
     """
-    dh_AH, dweight_A = grad_AF.new_empty(h_AH.shape), weight_A.new_empty(weight_A.shape)
-    if takes_triton(h_AH, weight_A, grad_AF):
+    dh_AH = grad_AF.new_empty(h_AH.shape)
+    dweight_A = grad_AF.new_empty(0) if weight_A is None else weight_A.new_empty(weight_A.shape)
+    if takes_triton(h_AH, grad_AF):
         from .kernels import activation as kernel
 
         kernel.weighted_activation_backward_(h_AH, weight_A, grad_AF, activation, dh_AH, dweight_A)
+        return dh_AH, dweight_A
+    if weight_A is None:
+        _backward_(h_AH.to(grad_AF.dtype), grad_AF, activation, dh_AH)
         return dh_AH, dweight_A
     width = grad_AF.shape[1]
     for rows in _blocks(grad_AF):
@@ -90,6 +98,23 @@ def weighted_activation_backward_(
             dh_AH[rows, width:] = gated.mul_(grad)
             dh_AH[rows, :width] = torch.ops.aten.silu_backward(grad.mul_(value), gate)
     return dh_AH, dweight_A
+
+
+def _backward_(h_AH: Tensor, grad_AF: Tensor, activation: str, dh_AH: Tensor) -> None:
+    """`weighted_activation_backward_` without weights, operator by operator; all in one dtype."""
+    if activation == "swiglu":
+        gate, value = h_AH.chunk(2, dim=-1)
+        dgate, dvalue = dh_AH.chunk(2, dim=-1)
+        gated = F.silu(gate)
+        torch.mul(gated, grad_AF, out=dvalue)
+        torch.ops.aten.silu_backward.grad_input(grad_AF.mul_(value), gate, grad_input=dgate)
+        torch.mul(gated, value, out=grad_AF)
+    elif activation == "gelu":
+        torch.ops.aten.gelu_backward.grad_input(grad_AF, h_AH, approximate="tanh", grad_input=dh_AH)
+        torch.ops.aten.gelu.out(h_AH, approximate="tanh", out=grad_AF)
+    else:
+        torch.ops.aten.silu_backward.grad_input(grad_AF, h_AH, grad_input=dh_AH)
+        torch.ops.aten.silu.out(h_AH, out=grad_AF)
 
 
 def gelu(h: Tensor) -> Tensor:
@@ -128,10 +153,11 @@ def _blocks(x_AF: Tensor) -> Iterator[slice]:
 
 
 @weighted_activation.register_fake
-def _(h_AH: Tensor, weight_A: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
+def _(h_AH: Tensor, weight_A: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
     return h_AH.new_empty(h_AH.shape[0], _width(h_AH, activation), dtype=dtype)
 
 
 @weighted_activation_backward_.register_fake
-def _(h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    return grad_AF.new_empty(h_AH.shape), weight_A.new_empty(weight_A.shape)
+def _(h_AH: Tensor, weight_A: Tensor | None, grad_AF: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    dweight_A = grad_AF.new_empty(0) if weight_A is None else weight_A.new_empty(weight_A.shape)
+    return grad_AF.new_empty(h_AH.shape), dweight_A

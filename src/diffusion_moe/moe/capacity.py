@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activated_linear import WideLinear, activated_linear
+from .feed_forward_autograd import WideLinear, feed_forward
 
 
 class CapacityPredictor(nn.Sequential):
@@ -24,8 +24,8 @@ class CapacityPredictor(nn.Sequential):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         first, _, last = self
-        assert isinstance(last, nn.Linear)
-        return activated_linear(last, "silu", first(x_TD))
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        return feed_forward(x_TD, [first], last, "silu")
 
 
 def capacity_loss(logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:

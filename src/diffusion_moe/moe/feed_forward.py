@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .activated_linear import activated_linear, applied
-from .activation import activated
+from .activation import Activation, activated
+from .feed_forward_autograd import feed_forward
 from .precision import compute_dtype
-
-FeedForwardActivation = Literal["gelu", "silu", "swiglu"]
 
 
 class FeedForward(nn.Module):
@@ -30,12 +26,12 @@ class FeedForward(nn.Module):
         self,
         dim: int,
         hidden_dim: int,
-        activation: FeedForwardActivation = "gelu",
+        activation: Activation = "gelu",
         bias: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.activation: FeedForwardActivation = activation
+        self.activation: Activation = activation
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias) if activation == "swiglu" else None
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
@@ -52,9 +48,8 @@ class FeedForward(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """The network itself."""
-        x = x.to(compute_dtype(x))  # once for both projections
-        linears = (self.up_proj,) if self.gate_proj is None else (self.gate_proj, self.up_proj)
-        inputs = [applied(linear, x) for linear in linears]
+        x = x.to(compute_dtype(x))  # kept so
+        first = (self.up_proj,) if self.gate_proj is None else (self.gate_proj, self.up_proj)
         if self.dropout.p and self.training:
-            return applied(self.down_proj, self.dropout(activated(self.activation, *inputs)))
-        return activated_linear(self.down_proj, self.activation, *inputs)
+            return self.down_proj(self.dropout(activated(self.activation, *(linear(x) for linear in first))))
+        return feed_forward(x, first, self.down_proj, self.activation)

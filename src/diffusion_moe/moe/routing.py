@@ -7,10 +7,11 @@ A assignments (pairs of token and expert), C tokens an expert takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backend import takes_triton
 
@@ -86,6 +87,21 @@ def _(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return order_A, torch.empty_like(order_A), counts_E.to(torch.int32), counts_E
 
 
+class Permuted(torch.autograd.Function):
+    """Numbers in another order. The gradient is a gather too, by the inverse: nothing is added up, in no order."""
+
+    @staticmethod
+    def forward(ctx: Any, values_A: Tensor, order_A: Tensor, inverse_A: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_A)
+        return values_A.index_select(0, order_A)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_A: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse_A,) = ctx.saved_tensors
+        return grad_A.index_select(0, inverse_A), None, None
+
+
 def route_by_token(
     expert_TK: Tensor, weight_TK: Tensor, num_experts: int, losses: dict[str, Tensor] | None = None
 ) -> Routing:
@@ -97,7 +113,7 @@ def route_by_token(
     order_A, row_A, offsets_E, counts_E = sort_by_expert(expert_TK.flatten(), num_experts)
     return Routing(
         token_A=order_A // expert_TK.shape[1],
-        weight_A=weight_TK.flatten().index_select(0, order_A),
+        weight_A=Permuted.apply(weight_TK.flatten(), order_A, row_A),
         offsets_E=offsets_E,
         report=RoutingReport(counts_E, losses or {}),
         row_TK=row_A.view_as(expert_TK),

@@ -33,6 +33,17 @@ def test_equals_torch(both, kind, rows, width):
     torch.testing.assert_close(kernel[2], oracle[2], rtol=1e-5, atol=1e-4)  # a sum of up to 1100 products
 
 
+@pytest.mark.parametrize("kind", ["gelu", "silu", "swiglu"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (23, 6), (5, 1100)], ids=["one", "odd", "blocks of columns"])
+def test_equals_torch_without_weights(both, kind, rows, width):
+    h_AH, _, grad_AF = inputs(kind, rows, width)
+    kernel, oracle = both(lambda: weighted_activation(h_AH, None, kind, torch.float32))
+    torch.testing.assert_close(kernel, oracle, rtol=1e-5, atol=1e-6)
+    kernel, oracle = both(lambda: backward(h_AH, None, grad_AF, kind))
+    torch.testing.assert_close(kernel, oracle, rtol=1e-5, atol=1e-6)
+    assert len(kernel[2]) == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_rounds_the_results_and_nothing_before(both, kind, dtype):

@@ -1,7 +1,8 @@
 """`weighted_activation` and its backward as one pass each over tiles of rows and columns.
 
 In float32 inside. One program owns its rows, so that the row products for the router's gradient are sums in a fixed
-order. Shape suffixes: A rows, F expert width, H columns of the first projection; R rows and C columns of a tile.
+order. Shape suffixes: A rows, F width of the hidden layer, H columns of the first projection; R rows and C columns of a
+tile.
 """
 
 # mypy: ignore-errors
@@ -25,82 +26,110 @@ def _gelu_parts(x):
     return s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
 
 
+@triton.jit
+def _silu_parts(x):
+    """The logistic function s with silu(x) = x s, and the derivative."""
+    s = tl.sigmoid(x)
+    return s, s + x * s * (1 - s)
+
+
 @triton.jit(do_not_specialize=["A"])
-def _activation_forward(h, weight, out, A, F: tl.constexpr, IS_SWIGLU: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def _activation_forward(
+    h, weight, out, A, F: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    weight_R1 = tl.load(weight + row_R, mask=row_R < A, other=0.0).to(tl.float32)[:, None]
+    if WEIGHTED:
+        weight_R1 = tl.load(weight + row_R, mask=row_R < A, other=0.0).to(tl.float32)[:, None]
     for start in range(0, F, C):
         column_C = start + tl.arange(0, C)
         mask_RC = (row_R < A)[:, None] & (column_C < F)[None, :]
         place_RC = row_R[:, None] * F + column_C[None, :]
-        if IS_SWIGLU:
+        if KIND == "swiglu":
             gate_RC = tl.load(h + place_RC + row_R[:, None] * F, mask=mask_RC, other=0.0).to(tl.float32)
             value_RC = tl.load(h + place_RC + row_R[:, None] * F + F, mask=mask_RC, other=0.0).to(tl.float32)
             a_RC = gate_RC * tl.sigmoid(gate_RC) * value_RC
         else:
             x_RC = tl.load(h + place_RC, mask=mask_RC, other=0.0).to(tl.float32)
-            s_RC, _ = _gelu_parts(x_RC)
+            s_RC, _ = _gelu_parts(x_RC) if KIND == "gelu" else _silu_parts(x_RC)
             a_RC = x_RC * s_RC
-        tl.store(out + place_RC, a_RC * weight_R1, mask=mask_RC)
+        if WEIGHTED:
+            a_RC *= weight_R1
+        tl.store(out + place_RC, a_RC, mask=mask_RC)
 
 
 @triton.jit(do_not_specialize=["A"])
 def _activation_backward(
-    h, weight, grad, out, dh, dweight, A, F: tl.constexpr, IS_SWIGLU: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    h,
+    weight,
+    grad,
+    out,
+    dh,
+    dweight,
+    A,
+    F: tl.constexpr,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
 ):
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    weight_R1 = tl.load(weight + row_R, mask=row_R < A, other=0.0).to(tl.float32)[:, None]
-    dot_RC = tl.zeros((R, C), dtype=tl.float32)
+    if WEIGHTED:
+        weight_R1 = tl.load(weight + row_R, mask=row_R < A, other=0.0).to(tl.float32)[:, None]
+        dot_RC = tl.zeros((R, C), dtype=tl.float32)
     for start in range(0, F, C):
         column_C = start + tl.arange(0, C)
         mask_RC = (row_R < A)[:, None] & (column_C < F)[None, :]
         place_RC = row_R[:, None] * F + column_C[None, :]
         grad_RC = tl.load(grad + place_RC, mask=mask_RC, other=0.0).to(tl.float32)
-        if IS_SWIGLU:
+        weighted_RC = grad_RC * weight_R1 if WEIGHTED else grad_RC
+        if KIND == "swiglu":
             gate_at = h + place_RC + row_R[:, None] * F
             gate_RC = tl.load(gate_at, mask=mask_RC, other=0.0).to(tl.float32)
             value_RC = tl.load(gate_at + F, mask=mask_RC, other=0.0).to(tl.float32)
             s_RC = tl.sigmoid(gate_RC)
             gated_RC = gate_RC * s_RC
             a_RC = gated_RC * value_RC
-            weighted_RC = grad_RC * weight_R1
             dgate_at = dh + place_RC + row_R[:, None] * F
             tl.store(dgate_at, weighted_RC * value_RC * (s_RC + gated_RC * (1 - s_RC)), mask=mask_RC)
             tl.store(dgate_at + F, weighted_RC * gated_RC, mask=mask_RC)
         else:
             x_RC = tl.load(h + place_RC, mask=mask_RC, other=0.0).to(tl.float32)
-            s_RC, slope_RC = _gelu_parts(x_RC)
+            s_RC, slope_RC = _gelu_parts(x_RC) if KIND == "gelu" else _silu_parts(x_RC)
             a_RC = x_RC * s_RC
-            tl.store(dh + place_RC, grad_RC * weight_R1 * slope_RC, mask=mask_RC)
-        dot_RC += grad_RC * a_RC
-        tl.store(out + place_RC, a_RC * weight_R1, mask=mask_RC)
-    tl.store(dweight + row_R, tl.sum(dot_RC, axis=1), mask=row_R < A)
+            tl.store(dh + place_RC, weighted_RC * slope_RC, mask=mask_RC)
+        if WEIGHTED:
+            dot_RC += grad_RC * a_RC
+            a_RC *= weight_R1
+        tl.store(out + place_RC, a_RC, mask=mask_RC)
+    if WEIGHTED:
+        tl.store(dweight + row_R, tl.sum(dot_RC, axis=1), mask=row_R < A)
 
 
-def weighted_activation(h_AH: Tensor, weight_A: Tensor, activation: str, out_AF: Tensor) -> None:
+def weighted_activation(h_AH: Tensor, weight_A: Tensor | None, activation: str, out_AF: Tensor) -> None:
     """Fill out_AF; see the operator."""
     if len(out_AF):
         with on_device(h_AH):
-            sizes = constants(out_AF.shape[1], activation)
+            sizes = constants(out_AF.shape[1], activation, weight_A is not None)
             grid = (triton.cdiv(len(out_AF), sizes["R"]),)
-            _activation_forward[grid](h_AH.contiguous(), weight_A.contiguous(), out_AF, len(out_AF), **sizes)
+            weight = out_AF if weight_A is None else weight_A.contiguous()  # without weights it is not read
+            _activation_forward[grid](h_AH.contiguous(), weight, out_AF, len(out_AF), **sizes)
 
 
 def weighted_activation_backward_(
-    h_AH: Tensor, weight_A: Tensor, grad_AF: Tensor, activation: str, dh_AH: Tensor, dweight_A: Tensor
+    h_AH: Tensor, weight_A: Tensor | None, grad_AF: Tensor, activation: str, dh_AH: Tensor, dweight_A: Tensor
 ) -> None:
     """Fill the last two, and put the weighted activation in place of its gradient; see the operator."""
     assert grad_AF.is_contiguous()
     if len(grad_AF):
-        inputs = (h_AH.contiguous(), weight_A.contiguous(), grad_AF)
+        inputs = (h_AH.contiguous(), grad_AF if weight_A is None else weight_A.contiguous(), grad_AF)
         with on_device(h_AH):
-            sizes = constants(grad_AF.shape[1], activation)
+            sizes = constants(grad_AF.shape[1], activation, weight_A is not None)
             grid = (triton.cdiv(len(grad_AF), sizes["R"]),)
             # Every number of the gradient is read before its place is written, by one program.
             _activation_backward[grid](*inputs, grad_AF, dh_AH, dweight_A, len(grad_AF), **sizes)
 
 
-def constants(width: int, activation: str) -> dict[str, int]:
+def constants(width: int, activation: str, weighted: bool = True) -> dict[str, int | str]:
     """What the kernels are compiled for: the width, never the number of rows."""
     columns = min(triton.next_power_of_2(width), MAX_COLUMNS)
-    return {"F": width, "IS_SWIGLU": activation == "swiglu", "R": max(1, TILE // columns), "C": columns}
+    return {"F": width, "KIND": activation, "WEIGHTED": weighted, "R": max(1, TILE // columns), "C": columns}
