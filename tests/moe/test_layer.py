@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_moe.benchmarks.measure import saved_bytes
@@ -16,6 +17,7 @@ from diffusion_moe.moe import (
     routers_of,
     update_routing_state,
 )
+from diffusion_moe.moe.precision import VARIABLE
 
 KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
 
@@ -146,6 +148,40 @@ def test_training_never_waits_for_the_device_nor_widens_to_all_experts(settings,
     assert products | {"sum_rows"} <= watch.called
     assignments = int(out.report.counts_E.sum())
     assert watch.largest == max(assignments * max(2 * F, D), E * D * 2 * F) < B * N * E * D / 2
+
+
+FREE = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach", "device", "promote_types")
+
+
+class Computing(TorchDispatchMode):
+    """Counts the operators that compute: no views, no memory taken, no questions about a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or func.__name__.split(".")[0] in FREE)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "operators"), [("dsmoe", 52), ("diffmoe", 74)])
+def test_a_training_step_has_few_operators(kind, operators, monkeypatch):
+    """Each is about a kernel on a GPU. Traced as there: without values, under autocast, products as asked."""
+    monkeypatch.setenv(VARIABLE, "narrow")
+    is_pool = kind == "diffmoe"
+    config = RouterConfig(kind, num_experts=16, top_k=2)
+    with FakeTensorMode():
+        layer = MoEFeedForward(
+            64, 32, config, "gelu" if is_pool else "swiglu", bias=is_pool, shared="none" if is_pool else "swiglu"
+        ).train()
+        x = torch.randn(8, 256, 64, requires_grad=True)
+        with Computing() as computing:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = layer(x)
+            answers = [out.hidden_states, *out.report.losses.values()]
+            torch.autograd.grad(answers, (x, *layer.parameters()), [torch.empty_like(y) for y in answers])
+    assert computing.count <= operators
 
 
 def test_the_watch_sees_a_wait_and_a_wide_tensor():
