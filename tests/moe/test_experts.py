@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_moe.benchmarks.measure import saved_bytes
 from diffusion_moe.moe import GroupedExperts, experts_loop, products, route_by_expert, route_by_mask, route_by_token
@@ -208,6 +209,35 @@ def test_bfloat16_is_close_to_float32_whether_casts_are_kept_or_made_again(
     for actual, expected in zip(outputs_and_gradients(rounded, experts, x_TD, routing, weight), exact):
         assert actual.dtype == expected.dtype
         assert (actual - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("frozen", [["w_in", "b_in"], ["w_out", "b_out"], ["w_in", "w_out", "b_in", "b_out"]], ids=str)
+def test_frozen_experts_cost_no_products_and_get_no_gradient(frozen, way):
+    T, D, width, E = 23, 8, 12, 5
+    experts = make_experts(D, width, E, "gelu")
+    routing, weight = route(torch.rand(T, E).argsort(1)[:, :2], E)
+    x_TD, direction = torch.randn(T, D, requires_grad=True), torch.randn(T, D)
+
+    def backward():
+        """Gradients by name, and operations."""
+        inputs = {"x": x_TD, "weight": weight, **dict(experts.named_parameters())}
+        y_TD = experts(x_TD, routing)
+        for value in inputs.values():
+            value.grad = None
+        with FlopCounterMode(display=False) as counted:
+            y_TD.backward(direction, retain_graph=True)
+        return {name: value.grad for name, value in inputs.items()}, counted.get_total_flops()
+
+    before, operations = backward()
+    for name in frozen:
+        getattr(experts, name).requires_grad_(False)
+    after, fewer = backward()
+    assert [name for name, gradient in after.items() if gradient is None] == [n for n in after if n in frozen]
+    assert all(gradient is None or torch.equal(gradient, before[name]) for name, gradient in after.items())
+    rows = len(products.products_of(routing.offsets_E, 2 * T, False, 1, x_TD.dtype).spread(torch.arange(2 * T)))
+    sums = 2 * rows * products.ONES * width if way == "grouped" else 0
+    costs = {"w_in": 2 * rows * D * width, "w_out": 2 * rows * D * width, "b_in": sums, "b_out": 2 * T * E * D}
+    assert operations - fewer == sum(costs[name] for name in frozen)
 
 
 def kept_bytes(experts, x_TD, routing):

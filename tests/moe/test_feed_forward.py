@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_moe.benchmarks.measure import saved_bytes
 from diffusion_moe.moe.activation import activated
@@ -137,10 +138,31 @@ def test_an_input_without_a_gradient_gets_none():
     first, last = make_layers("silu", True)
     x = torch.randn(9, 6)
     y = feed_forward(x, first, last, "silu")
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counted:
+    with FlopCounterMode(display=False) as counted:
         y.sum().backward()
     assert counted.get_total_flops() == 2 * 9 * (6 * 10 + 2 * 10 * 7)
     assert x.grad is None and all(p.grad is not None for layer in (*first, last) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("frozen", ["first", "last", "all"])
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_frozen_layers_cost_no_products_and_get_no_gradient(kind, frozen):
+    first, last = make_layers(kind, True)
+    x = torch.randn(9, 6, requires_grad=True)
+    expected = torch.autograd.grad(plain(x, first, last, kind).sum(), (x, *last.parameters(), *first[0].parameters()))
+    for layer in (*(first if frozen != "last" else ()), *([last] if frozen != "first" else ())):
+        layer.requires_grad_(False)
+    y = feed_forward(x, first, last, kind)
+    with FlopCounterMode(display=False) as counted:
+        y.sum().backward()
+    given = [x.grad, *(p.grad for layer in (last, first[0]) for p in layer.parameters())]
+    kept = [True, *[frozen == "first"] * 2, *[frozen == "last"] * 2]
+    for gradient, exact, is_kept in zip(given, expected, kept):
+        assert (gradient is not None) == is_kept
+        if is_kept:
+            torch.testing.assert_close(gradient, exact)
+    one, other = 2 * 9 * 10 * 6 * len(first), 2 * 9 * 10 * 7
+    assert counted.get_total_flops() == one + other + one * (frozen == "last") + other * (frozen == "first")
 
 
 def test_wide_layers_compute_in_the_inputs_dtype():

@@ -106,10 +106,11 @@ class ExpertFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x_TD, weight_A, w_in, w_out, b_in and b_out."""
+        """Gradients of x_TD, weight_A, w_in, w_out, b_in and b_out; None for parameters that are frozen."""
         x_TD, weight_A, h_PH, w_in, w_out, b_in, b_out, token_A, expert_A, weight_TE, row_A, start_T = ctx.saved_tensors
         wide, products = ctx.wide, ctx.products
-        dx_TD = db_in = db_out = None
+        needs_x, _, needs_in, needs_out, needs_b_in, needs_b_out = ctx.needs_input_grad[:6]
+        dx_TD = dw_in = dw_out = db_in = db_out = None
         with full_precision(x_TD):
             token_P = products.spread(token_A)
 
@@ -123,19 +124,19 @@ class ExpertFunction(torch.autograd.Function):
             a_PF = products.product(dy_PD, cast(w_out).transpose(1, 2))  # till now its gradient
             dh_PH, dweight_P = weighted_activation_backward_(h_PH, products.spread(weight_A), a_PF, ctx.activation)
             dweight_A = products.collect(dweight_P)
-            dw_out = products.wgrad(a_PF, dy_PD, ctx.weight_dtype)
+            if needs_out:
+                dw_out = products.wgrad(a_PF, dy_PD, ctx.weight_dtype)
             del a_PF, dy_PD
             if b_out is not None:
                 dout = dout_TD.to(weight_TE.dtype)
-                db_out = (weight_TE.T @ dout).to(b_out.dtype)
+                db_out = (weight_TE.T @ dout).to(b_out.dtype) if needs_b_out else None
                 along_TE = dout @ b_out.to(dout.dtype).T
                 dweight_A = dweight_A + along_TE[token_A, expert_A]
-            x_PD = _rows(x_TD, token_P, wide)
-            dw_in = products.wgrad(x_PD, dh_PH, ctx.weight_dtype)
-            del x_PD
-            if b_in is not None:
+            if needs_in:
+                dw_in = products.wgrad(_rows(x_TD, token_P, wide), dh_PH, ctx.weight_dtype)
+            if needs_b_in:
                 db_in = products.sums(dh_PH).to(b_in.dtype)
-            if ctx.needs_input_grad[0]:
+            if needs_x:
                 dx_PD = products.product(dh_PH, cast(w_in).transpose(1, 2))
                 dx_TD = sum_rows(dx_PD, products.places(row_A), start_T, ctx.per_token).to(x_TD.dtype)
         return dx_TD, dweight_A, dw_in, dw_out, db_in, db_out, *[None] * 9

@@ -35,7 +35,7 @@ def feed_forward(x: Tensor, first: Sequence[nn.Linear], last: nn.Linear, activat
         first: one layer, or those of gates and values. activation: "gelu" (tanh form), "silu" or "swiglu".
     """
     dtype = compute_dtype(x)
-    # A compiler decides for itself what to make again. What to multiply in it does not.
+    # A compiler decides for itself what to make again, but not what to multiply in.
     keeps_nothing = torch.compiler.is_compiling() or not torch.is_grad_enabled()
     as_asked = product_dtype(x, dtype) == dtype
     if (keeps_nothing and as_asked) or not all(map(_is_plain, (*first, last))):
@@ -74,22 +74,29 @@ class FeedForwardFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and the parameters."""
+        """Gradients of x and the parameters; None for those that are frozen."""
         x, h_TH, *first, last_weight, last_bias = ctx.saved_tensors
+        needs_x, _, _, *needs_first, needs_last, needs_last_bias = ctx.needs_input_grad
         weights, biases, wide = first[::2], first[1::2], ctx.wide
         widths = [len(weight) for weight in weights]
+        dx = dlast = dlast_bias = None
+        dweights: Sequence[Tensor | None] = [None] * len(weights)
+        dbiases: Sequence[Tensor | None] = [None] * len(weights)
         with full_precision(dy):
             x_TD, dy_TD = x.flatten(0, -2).to(wide), dy.flatten(0, -2).to(wide)
             a_TF = dy_TD @ last_weight.to(wide)  # till the next line its gradient
             dh_TH, _ = weighted_activation_backward_(h_TH, None, a_TF, ctx.activation)
-            dlast = (dy_TD.T @ a_TF).to(last_weight.dtype)
+            if needs_last:
+                dlast = (dy_TD.T @ a_TF).to(last_weight.dtype)
+            if needs_last_bias:
+                dlast_bias = dy_TD.sum(0).to(last_bias.dtype)
             del a_TF
-            dx = None
-            if ctx.needs_input_grad[0]:
+            if needs_x:
                 dx = (dh_TH @ _stacked(weights, wide)).to(x.dtype).view(x.shape)
-            dweights = (dh_TH.T @ x_TD).to(weights[0].dtype).split(widths)
-            dbiases = _summed(dh_TH, biases[0]).split(widths) if biases[0] is not None else biases
-            dlast_bias = None if last_bias is None else _summed(dy_TD, last_bias)
+            if any(needs_first[::2]):
+                dweights = (dh_TH.T @ x_TD).to(weights[0].dtype).split(widths)
+            if any(needs_first[1::2]):
+                dbiases = dh_TH.sum(0).to(biases[0].dtype).split(widths)
         dfirst = [gradient for pair in zip(dweights, dbiases) for gradient in pair]
         return dx, None, None, *dfirst, dlast, dlast_bias
 
@@ -103,8 +110,3 @@ def _stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     for place, part in zip(stack.split(heights), parts):
         place.copy_(part)
     return stack
-
-
-def _summed(rows: Tensor, bias: Tensor) -> Tensor:
-    """The bias' gradient."""
-    return rows.sum(0).to(bias.dtype)
