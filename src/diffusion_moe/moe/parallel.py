@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .expert_autograd import ByToken, ExpertFunction, by_token
 from .ops import sum_rows
-from .precision import compute_dtype
+from .precision import compute_dtype, product_dtype
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def parallel_experts(experts: GroupedExperts, x_TD: Tensor, routing: Routing, gr
     dtype = compute_dtype(x_TD)
     rows = by_token(routing, len(x_TD))
     received_PL, splits = _announce(routing.offsets_E, group)
-    x_AD = Gather.apply(x_TD.to(dtype), routing.token_A, *rows)
+    # Rows travel as they are multiplied, so that the answer is one process' own.
+    x_AD = Gather.apply(x_TD.to(product_dtype(x_TD, dtype)), routing.token_A, *rows)
     x_RD = Exchange.apply(x_AD, splits, group)
     weight_R = Exchange.apply(routing.weight_A[:, None], splits, group)[:, 0]
     # Rows come by process, in each by expert; products want them by expert.
@@ -97,7 +98,7 @@ def parallel_experts(experts: GroupedExperts, x_TD: Tensor, routing: Routing, gr
     y_RD = ExpertFunction.apply(
         x_RD, weight_R.index_select(0, order_R), *weights, order_R, offsets_L, *one_each, *settings
     )
-    y_AD = Exchange.apply(y_RD.to(dtype), splits.back(), group)
+    y_AD = Exchange.apply(y_RD, splits.back(), group)
     return Combine.apply(y_AD, routing.token_A, *rows).to(x_TD.dtype)
 
 
