@@ -1,7 +1,7 @@
 """Run the benchmarks of this machine, keep their JSON lines, and write docs/performance.md's tables of them.
 
     python benchmarks/run.py cpu              # make bench: under five minutes on two cores
-    python benchmarks/run.py cpu --name amd   # into other results and tables: another machine's
+    python benchmarks/run.py cpu --name cpu-amd   # another machine's, into other results and tables
     python benchmarks/run.py gpu              # make bench-gpu: under ten minutes on an H200
     python benchmarks/run.py gpu --dry-run    # the same list, small and on a CPU; nothing is kept
 

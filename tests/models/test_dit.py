@@ -283,7 +283,9 @@ def test_a_block_compiles_to_one_graph(router):
         out = function(x, condition, rotary)
         loss = out.hidden_states.square().sum() + sum(out.report.losses.values())
         results.append((out.hidden_states, out.report.counts_E, *torch.autograd.grad(loss, list(block.parameters()))))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=5e-5)
+    # Eager and compiled feed-forward layers add up in another order: single small entries are off by more.
+    for actual, expected in zip(results[1], results[0]):
+        assert (actual - expected).double().norm() <= 1e-5 * expected.double().norm()
 
 
 @pytest.mark.parametrize("router", ["diffmoe", "dsmoe"])

@@ -63,9 +63,8 @@ def measure(what: What, options: BenchOptions) -> Iterator[dict[str, Any]]:
     if what in ("products", "scaling"):
         if options.against is not None:
             raise ValueError(f"against is {options.against}, but {what} has no rivals; leave it out")
-        run, taken = scaling, dtype
-        if what == "products":  # as the layer multiplies
-            run, taken = products, product_dtype(torch.empty(0, device=device), dtype)
+        run = products if what == "products" else scaling
+        taken = product_dtype(torch.empty(0, device=device), dtype) if what == "products" else dtype
         for record in run(setting.config, setting.images, setting.tokens_an_image, options.seconds, device, taken):
             yield {"benchmark": what, **about, **record} | machine(device)
         return

@@ -43,14 +43,15 @@ def activated(activation: str, *inputs: Tensor) -> Tensor:
 @torch.library.custom_op("diffusion_moe::weighted_activation", mutates_args=())
 def weighted_activation(h_AH: Tensor, weight_A: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
     """activate(h) times each row's weight if there are any, (A, F), in `dtype`. Weighted rows know no SiLU."""
+    if weight_A is None and not takes_triton(h_AH):
+        return activate(h_AH.to(dtype), activation)
     out_AF = h_AH.new_empty(len(h_AH), _width(h_AH, activation), dtype=dtype)
-    if takes_triton(h_AH, out_AF):
+    if takes_triton(h_AH):
         from .kernels import activation as kernel
 
         kernel.weighted_activation(h_AH, weight_A, activation, out_AF)
         return out_AF
-    if weight_A is None:
-        return activate(h_AH.to(dtype), activation)
+    assert weight_A is not None
     for rows in _blocks(out_AF):
         h = _wide(h_AH[rows])
         a = gelu(h) if activation == "gelu" else activate(h, activation)
@@ -70,6 +71,7 @@ def weighted_activation_backward_(
     Returns:
         The gradient of h (A, H), in the dtype of grad_AF; that of the weights (A,), empty without any.
     """
+    assert weight_A is None or activation != "silu"
     dh_AH = grad_AF.new_empty(h_AH.shape)
     dweight_A = grad_AF.new_empty(0) if weight_A is None else weight_A.new_empty(weight_A.shape)
     if takes_triton(h_AH, grad_AF):
