@@ -17,6 +17,7 @@ from .config import SECTIONS, DataConfig, EvaluationConfig, StartConfig, to_yaml
 from .conversion import ConvertOptions, to_pipeline, to_published_file
 from .encoding.options import EncodeOptions
 from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions
+from .inspection.options import InspectOptions
 from .memory import keep_compiled_products, keep_freed_memory
 from .parsing import (
     find_recipe,
@@ -176,6 +177,22 @@ def convert(arguments: Sequence[str]) -> int:
     options = ConvertOptions(**{field: parsed[field] for field in _fields(ConvertOptions)})
     work = to_pipeline if options.to == "diffusers" else to_published_file
     say(work(name, options))
+    return 0
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """Look at images before training on them: classes, splits, sizes, unreadable files, copies, what is left out."""
+    parser = make_parser("inspect", inspect.__doc__ or "", {"data": DataConfig})
+    parser.add_argument("path", type=str, help="the images, as data.path; a folder unless --data.kind says otherwise")
+    parser.add_class_arguments(InspectOptions)
+    parser.set_defaults({f"data.{name}": value for name, value in vars(read_recipe("image-folder").data).items()})
+    name, rest = _positional(parser, arguments, "path", "diffusion-moe inspect PATH")
+    if any(argument.split("=")[0] == "--data.path" for argument in rest):
+        raise ValueError(f"--data.path is given beside {name}; give the images once")
+    parsed = parse(parser, [name, f"--data.path={name}", *rest])
+    from .inspection.inspect import inspect as run_inspection
+
+    run_inspection(parsed.data, _of(InspectOptions, parsed), say)
     return 0
 
 
@@ -419,6 +436,7 @@ def _fields(section: type) -> set[str]:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "inspect": inspect,
     "plan": plan,
     "sample": sample,
     "convert": convert,

@@ -52,10 +52,15 @@ class DiffusionConfig:
         )
 
 
+FolderClasses = Literal["top", "leaf", "none"]
+"""Which folders of a folder of images are its classes."""
 ShapesLayout = Literal["free", "grid"]
 """Where scenes of coloured shapes have their objects."""
 
+_OF_FILES = ("folder", "huggingface", "webdataset")
+"""Values of data.kind whose images are files to decode."""
 _OF_ONE_KIND = {
+    "classes": "folder",
     **dict.fromkeys(("split", "subset", "revision", "image_column", "label_column"), "huggingface"),
     "normalize": "latents",
     "shapes_layout": "shapes",
@@ -74,6 +79,10 @@ class DataConfig:
     path: str | None = None
     """The folder (kind: folder, latents), or a tar or a folder of tars (webdataset). For huggingface a hub id, a folder
     that save_to_disk made, a folder of images or parquet files, or one parquet file."""
+    classes: FolderClasses | None = None
+    """top: every folder at the top is a class, with all images below it; leaf: every innermost folder is one, named by
+    its path; none: no classes; null: top, or none with data.caption_column (kind: folder). Folders train and val (or
+    test) at the top that hold the same classes are the training and the held-out split."""
     split: str = "train"
     """Split to train on, as the data set names it; also a part, as train[:10%] (kind: huggingface)."""
     subset: str | None = None
@@ -104,6 +113,8 @@ class DataConfig:
     """free: shapes anywhere; grid: each at one of nine places, which is learned faster (kind: shapes)."""
     channels: Literal[1, 3] = 1
     """1 for grey, 3 for colour (kind: folder, huggingface, webdataset, shapes)."""
+    background: str = "white"
+    """Colour under transparent images, a name or #rrggbb (kind: folder, huggingface, webdataset)."""
     normalize: Literal["scaling", "channel"] = "scaling"
     """scaling: as the VAE's config says; channel: each channel to mean 0 and standard deviation 1 by the cache's
     statistics (kind: latents)."""
@@ -118,22 +129,19 @@ class DataConfig:
     """Processes that load images; the batches are the same for any number."""
 
     def __post_init__(self) -> None:
-        needs_path = self.kind in (
-            "folder",
-            "huggingface",
-            "webdataset",
-        )  # latents too, but its recipes cannot know the path
-        require(not needs_path or self.path is not None, f"data.path is missing; data.kind {self.kind} needs it")
-        for name, kind in _OF_ONE_KIND.items():
-            value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
-            require(
-                self.kind == kind or value == usual,
-                f"data.{name} is {value}, but data.kind {self.kind} has no use for it; leave it out",
-            )
+        # Latents need it too, but their recipes cannot know it.
         require(
-            self.caption_column is None or self.kind in ("folder", "huggingface", "webdataset"),
-            f"data.caption_column is {self.caption_column}, but data.kind {self.kind} has no use for it; leave it out",
+            self.kind not in _OF_FILES or self.path is not None, f"data.path is missing; data.kind {self.kind} needs it"
         )
+        of_kinds: dict[str, tuple[str, ...]] = {name: (kind,) for name, kind in _OF_ONE_KIND.items()}
+        of_kinds |= dict.fromkeys(("caption_column", "background", "buckets"), _OF_FILES)
+        for name, kinds in of_kinds.items():
+            value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
+            shown = ", ".join(value) if isinstance(value, tuple) else value
+            require(
+                self.kind in kinds or value == usual,
+                f"data.{name} is {shown}, but data.kind {self.kind} has no use for it; leave it out",
+            )
         require(
             self.text_encoder is None or self.kind != "latents",
             f"data.text_encoder is {self.text_encoder}, but data.kind latents has its captions encoded; leave it out",
@@ -144,10 +152,6 @@ class DataConfig:
                 height.isdecimal() and width.isdecimal() and int(height) * int(width) > 0,
                 f"data.buckets holds {text!r}; give sizes such as 256x384",
             )
-        require(
-            not self.buckets or self.kind in ("folder", "huggingface", "webdataset"),
-            f"data.buckets is {', '.join(self.buckets)}, but data.kind {self.kind} has no use for it; leave it out",
-        )
         require(self.text_length > 0, f"data.text_length is {self.text_length}; it must be positive")
         require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be positive")
         require(0 <= self.test_fraction < 1, f"data.test_fraction is {self.test_fraction}; choose from 0 to below 1")

@@ -7,7 +7,8 @@ from PIL import Image
 
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import batches_from, load_dataset, places_of
-from diffusion_moe.data.table import cover_and_crop, nearest_bucket
+from diffusion_moe.data.decoding import cover_and_crop
+from diffusion_moe.data.table import nearest_bucket
 
 SIZES = [(8, 8), (4, 12), (12, 4)]
 

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import batches_from, load_dataset, places_of
 from diffusion_moe.data.order import Draw
-from diffusion_moe.data.table import resize_and_crop
 
 
 @pytest.fixture
@@ -63,26 +62,6 @@ def test_folder_gives_classes_by_sub_folder_and_pixels_in_range(folder):
 def test_grey_images_have_one_channel(folder):
     data = load_dataset(DataConfig(kind="folder", path=str(folder), image_size=8, channels=1), "train")
     assert data.read([0]).images.shape == (1, 1, 8, 8)
-
-
-def test_center_crop_takes_the_middle():
-    pixels = np.zeros((10, 30), dtype=np.uint8)
-    pixels[:, 10:20] = 200
-    assert np.array(resize_and_crop(Image.fromarray(pixels), 10)).min() == 200
-    assert resize_and_crop(Image.new("L", (7, 101)), 5).size == (5, 5)
-
-
-def test_images_twice_too_large_are_halved_by_averages_first():
-    """As ADM does: at twice the size and four times it, every pixel is the mean of a square."""
-    pixels = np.random.RandomState(0).randint(0, 255, (16, 24), dtype=np.uint8)
-    halved = np.array(resize_and_crop(Image.fromarray(pixels), 8))
-    means = pixels.reshape(8, 2, 12, 2).mean((1, 3))[:, 2:10]
-    np.testing.assert_allclose(halved, means, atol=1.01)  # Pillow rounds rows, then columns
-    quartered = np.array(resize_and_crop(Image.fromarray(pixels), 4))
-    np.testing.assert_allclose(quartered, pixels.reshape(4, 4, 6, 4).mean((1, 3))[:, 1:5], atol=2.01)
-    # One pixel less than twice: bicubic alone.
-    smaller = Image.fromarray(pixels[:15, :15])
-    np.testing.assert_array_equal(resize_and_crop(smaller, 8), smaller.resize((8, 8), Image.Resampling.BICUBIC))
 
 
 def test_an_unreadable_image_is_named(folder):

@@ -120,7 +120,7 @@ def test_unreadable_rows_are_named_by_number(tmp_path):
     pq.write_table(pa.table({"picture": images, "animal": ["x", "x", "y"]}), tmp_path / "x.parquet")
     path = tmp_path / "x.parquet"
     data = load_dataset(config(path), "train")
-    for row, name in ((1, r"row 1 of .*x\.parquet \(b\.png\)"), (2, r"row 2 of .*x\.parquet \(there is none\)")):
+    for row, name in ((1, r"row 1 of .*x\.parquet \(b\.png\)"), (2, r"row 2 of .*x\.parquet \(it is empty\)")):
         with pytest.raises(ValueError, match=f"cannot read image {name}"):
             data.read([row])
     batch = load_dataset(config(path, on_corrupt="skip"), "train").everything()

@@ -43,7 +43,7 @@ def test_folders_with_metadata(captioned_folder):
     data = load_dataset(config(captioned_folder, kind="folder", caption_column="text"), "train")
     assert len(data) == 24 and data.captions(4) == ("a green square", "a photo of a large green square")
     assert data.read([4]).images[0, :, 0, 0].tolist() == [-1, 1, -1]
-    with pytest.raises(ValueError, match=r"data\.caption_column is words, but .* has the columns image, text"):
+    with pytest.raises(ValueError, match=r"data\.caption_column is words, but .* has the columns file_name, text"):
         load_dataset(config(captioned_folder, kind="folder", caption_column="words"), "train")
 
 

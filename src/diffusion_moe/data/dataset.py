@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DataConfig
 from ..randomness import uniform
 from ..text import TextFeatures
-from .captions import CaptionFeatures, EncodedCaptions
+from .captions import CaptionFeatures
 from .order import Draw
-
-Split = Literal["train", "test"]
 
 
 class Batch(NamedTuple):
@@ -54,6 +51,8 @@ class ImageDataset(ABC):
     """Bucket of each image, int64, of data with images of several sizes; a batch is of one bucket."""
     bucket_sizes: tuple[tuple[int, int], ...] = ()
     """Height and width of each bucket."""
+    notes: Sequence[str] = ()
+    """Lines for the user: how the data is split, and what is left out."""
     shape_remedy = "change the model's, or take other data"
     """What to do where the images' shape is not the model's."""
 
@@ -104,48 +103,3 @@ class ImageDataset(ABC):
         """What a model trained on this should remember, as plain values."""
         text = {} if self.texts is None else {"text": self.texts.space.to_dict()}
         return {"class_names": self.class_names} | text
-
-
-def split_indices(labels: np.ndarray, test_fraction: float, split: Split) -> np.ndarray:
-    """Indices of one split, the same for every seed: of each class, the share `test_fraction` is for testing."""
-    chosen = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels) if test_fraction else ():
-        members = np.flatnonzero(labels == label)
-        shuffled = np.random.RandomState(int(label)).permutation(members)
-        chosen[shuffled[: round(test_fraction * len(members))]] = True
-    return np.flatnonzero(chosen if split == "test" else ~chosen)
-
-
-def load_dataset(config: DataConfig, split: Split, seed: int = 0) -> ImageDataset:
-    """The data set a recipe names. `seed` is that of the augmentation.
-
-    Raises:
-        ValueError: it is missing, empty, damaged, or not as the recipe says.
-    """
-    dataset = _load(config, split, seed)
-    if config.text_encoder is not None:
-        if not dataset.captions(0):
-            raise ValueError(
-                f"data.text_encoder is {config.text_encoder}, but the data has no captions; name them with "
-                "data.caption_column"
-            )
-        dataset.texts = EncodedCaptions(config, dataset.captions, len(dataset))
-    return dataset
-
-
-def _load(config: DataConfig, split: Split, seed: int) -> ImageDataset:
-    if config.kind == "digits":
-        from .digits import Digits
-
-        return Digits(config, split, seed)
-    if config.kind == "shapes":
-        from .shapes import Shapes
-
-        return Shapes(config, split, seed)
-    if config.kind == "latents":
-        from .latents import LatentCache
-
-        return LatentCache(config, split, seed)
-    from .table import TableImages
-
-    return TableImages(config, split, seed)

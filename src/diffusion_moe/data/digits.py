@@ -8,7 +8,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from ..config import DataConfig
-from .dataset import Batch, ImageDataset, Split, split_indices
+from .dataset import Batch, ImageDataset
+from .splits import Split, split_indices
 
 
 class Digits(ImageDataset):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import DataConfig
-from .table import Table
+from .decoding import image_suffixes
+from .folder import read_folder
+from .image_table import ImageFile, Table, as_captions
+from .natural import natural_key
 
 
 def read_huggingface(config: DataConfig) -> Table:
@@ -19,8 +24,10 @@ def read_huggingface(config: DataConfig) -> Table:
     """
     import datasets
 
+    if _holds_images(Path(str(config.path))):
+        return read_folder(_as_folder(config))
     datasets.disable_progress_bars()
-    table = _load(config)
+    table, notes = _load(config)
     for option in ("image_column", "label_column", "caption_column"):
         column = getattr(config, option)
         if column is not None and column not in table.column_names:
@@ -32,11 +39,38 @@ def read_huggingface(config: DataConfig) -> Table:
         rows = rows.rename_column(config.image_column, "image")
     if not _may_be_images(rows.features["image"]):
         raise ValueError(f"data.image_column {config.image_column} of {config.path} holds {rows.features['image']}")
-    rows = rows.cast_column("image", datasets.Image(decode=False))
+    files = HuggingFaceRows(rows.cast_column("image", datasets.Image(decode=False)), str(config.path))
     captions = None if config.caption_column is None else ColumnCaptions(table, config.caption_column)
     if config.label_column is None:
-        return Table(rows, np.zeros(len(rows), dtype=np.int64), ["all"], captions)
-    return Table(rows, *_classes(table, config.label_column, f"data.label_column {config.label_column}"), captions)
+        return Table(files, np.zeros(len(files), dtype=np.int64), ["all"], captions, notes=notes)
+    labels, names = _classes(table, config.label_column, f"data.label_column {config.label_column}")
+    return Table(files, labels, names, captions, notes=notes)
+
+
+@dataclass
+class HuggingFaceRows:
+    """The column `image` of a `datasets.Dataset`: records of `path` and `bytes`."""
+
+    images: Any
+    dataset: str
+    """For messages."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> ImageFile:
+        record = self.images[row]["image"] or {"path": None, "bytes": b""}
+        if record["bytes"] is None:
+            return ImageFile(str(record["path"]), str(record["path"]))
+        inner = f" ({record['path']})" if record["path"] else ""
+        return ImageFile(f"row {row} of {self.dataset}{inner}", record["bytes"])
+
+    def names(self) -> Iterator[str]:
+        """Paths, in the data set's folder where they lie in it."""
+        folder = f"{Path(self.dataset).absolute()}/"
+        for chunk in self.images.data["image"].chunks:
+            for name in chunk.field("path").to_pylist():
+                yield (name or "").removeprefix(folder)
 
 
 class ColumnCaptions:
@@ -55,20 +89,8 @@ class ColumnCaptions:
             raise ValueError(f"data.caption_column {self.column} in row {row}: {error}") from error
 
 
-def as_captions(value: Any) -> tuple[str, ...]:
-    """One text or a list of them.
-
-    Raises:
-        ValueError: it is neither, or the list is empty.
-    """
-    texts = (value,) if isinstance(value, str) else tuple(value or ())
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"expected a text or a list of texts, got {str(value)[:40]!r}")
-    return texts
-
-
-def _load(config: DataConfig) -> Any:
-    """The split as a `datasets.Dataset`."""
+def _load(config: DataConfig) -> tuple[Any, list[str]]:
+    """The split as a `datasets.Dataset`, and lines for the user."""
     import datasets
 
     assert config.path is not None
@@ -78,12 +100,56 @@ def _load(config: DataConfig) -> Any:
     where = f"data.path {path}" if local else f"data.path {path} is not there, and the hub's data set of that name"
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _saved_split(datasets.load_from_disk(str(path)), config)
+            return _saved_split(datasets.load_from_disk(str(path)), config), []
         if path.is_file():
-            return datasets.load_dataset("parquet", data_files=str(path), split=config.split)
-        return datasets.load_dataset(config.path, name=config.subset, split=config.split, revision=config.revision)
+            return datasets.load_dataset("parquet", data_files=str(path), split=config.split), []
+        notes = _check_files(path, config) if local else []
+        return datasets.load_dataset(
+            config.path, name=config.subset, split=config.split, revision=config.revision
+        ), notes
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether a path is a folder of image files, of which `datasets` would leave out some by words in their names."""
+    if not path.is_dir() or any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return False
+    endings = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+    return not endings & {".parquet", ".arrow", ".tar"} and bool(endings & image_suffixes())
+
+
+def _as_folder(config: DataConfig) -> DataConfig:
+    """The same data as a folder of images; there the columns are always `image` and `label`."""
+    fields: dict[str, Any] = type(config).__dataclass_fields__
+    for name, usual in (("image_column", ("image",)), ("label_column", ("label", None))):
+        if getattr(config, name) not in usual:
+            raise ValueError(f"data.{name} is {getattr(config, name)}, but {config.path} has the columns image, label")
+    for name in ("split", "subset", "revision"):
+        if getattr(config, name) != fields[name].default:
+            raise ValueError(
+                f"data.{name} is {getattr(config, name)}, but {config.path} is a folder of images; leave it out"
+            )
+    return replace(
+        config,
+        kind="folder",
+        classes=None if config.label_column else "none",
+        image_column=fields["image_column"].default,
+        label_column=fields["label_column"].default,
+    )
+
+
+def _check_files(path: Path, config: DataConfig) -> list[str]:
+    """Lines on what `datasets` leaves out of a folder, whose splits it finds by words in the files' names."""
+    import datasets
+
+    tables = {str(file.absolute()) for file in path.rglob("*.parquet") if not file.name.startswith(".")}
+    splits = datasets.load_dataset_builder(str(path), name=config.subset).config.data_files or {}
+    used = {str(Path(str(file)).absolute()) for part in splits.values() for file in part}
+    unused, name = sorted(tables - used), config.split.partition("[")[0]
+    notes = [f"{path}: {len(unused)} parquet files belong to no split, as {unused[0]}"] if unused else []
+    others = [f"{split} ({len(part)} files)" for split, part in splits.items() if str(split) != name]
+    return notes + ([f"{path}: the split {name} is read; there are also {', '.join(others)}"] if others else [])
 
 
 def _saved_split(saved: Any, config: DataConfig) -> Any:
@@ -121,6 +187,6 @@ def _classes(table: Any, column: str, what: str) -> tuple[np.ndarray, list[str]]
         return np.array(values, dtype=np.int64), list(feature.names)
     if not all(isinstance(value, int | str) for value in values):
         raise ValueError(f"{what} holds {feature}; give a column of whole numbers or names, or null for no classes")
-    names = sorted(set(values))
+    names = sorted(set(values), key=lambda value: natural_key(value) if isinstance(value, str) else (value,))
     number = {name: i for i, name in enumerate(names)}
     return np.array([number[value] for value in values], dtype=np.int64), [str(name) for name in names]

@@ -22,8 +22,9 @@ from ..config import DataConfig
 from ..randomness import normal
 from .captions import HEADER as CAPTIONS
 from .captions import CachedCaptions
-from .dataset import Batch, ImageDataset, Split, split_indices
+from .dataset import Batch, ImageDataset
 from .latent_space import LatentScaling, LatentSpace
+from .splits import Split, split_indices
 
 HEADER = "latents.json"
 SHARDS = "shards"

@@ -23,5 +23,10 @@ class SkippedLog:
             file.writelines(f"{name}\n" for name in new)
         self._known |= set(new)
 
+    def count(self) -> int:
+        """How many images all processes have noted, each once."""
+        self._known |= self._written()
+        return len(self._known)
+
     def _written(self) -> set[str]:
         return set(self.path.read_text().splitlines()) if self.path.is_file() else set()

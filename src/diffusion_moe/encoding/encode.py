@@ -59,6 +59,8 @@ def encode(data: DataConfig, options: EncodeOptions, say: Say = print) -> str:
     data = dataclasses.replace(data, channels=vae.config.in_channels, flip=False, test_fraction=0.0)
     dataset = load_dataset(data, "train")
     assert isinstance(dataset, TableImages)
+    for line in dataset.notes if process.rank == 0 else ():
+        say(line)
     plan, folder = make_plan(vae, dataset, options), options.output
     claim(folder, plan)
     encoder = claim_captions(dataset, options, say)
@@ -89,7 +91,7 @@ def make_plan(vae: AutoencoderKL, dataset: TableImages, options: EncodeOptions) 
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if size % factor:
         raise ValueError(f"image_size is {size}, not divisible by {factor}, by which the VAE {options.vae} shrinks")
-    note = {name: getattr(config, name) for name in ("kind", "split", "subset", "revision")}
+    note = {name: getattr(config, name) for name in ("kind", "split", "subset", "revision", "background")}
     return CachePlan(
         space=LatentSpace(_absolute(options.vae), encoder_sha256(vae), LatentScaling.of_vae(vae.config)),
         data={"path": _absolute(str(config.path)), "sha256": dataset.identity()} | note,

@@ -47,7 +47,9 @@ def _decisive(plan: CachePlan) -> dict[str, Any]:
     """The plan without what may differ between equal caches: where VAE and data lie."""
     content = json.loads(json.dumps(plan.to_dict()))
     data, space = content.pop("data"), content.pop("space")
-    return content | {"data": data["sha256"], "vae": space["encoder_sha256"], "scaling": space["scaling"]}
+    # Caches of before transparency was laid over a background hold other pixels, and name none.
+    data = {"data": data["sha256"], "background": data.get("background")}
+    return content | data | {"vae": space["encoder_sha256"], "scaling": space["scaling"]}
 
 
 def _short(value: Any) -> str:

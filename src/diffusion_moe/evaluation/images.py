@@ -7,7 +7,7 @@ import json
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -15,19 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..config import EvaluationConfig
 from ..data import ImageDataset
-from ..data.table import resize_and_crop
+from ..data.decoding import cover_and_crop, decode_image
+from ..data.listing import list_images, printable
 from .acceleration import Network, accelerated
 from .features import HASH_DIGITS, fingerprint
 from .generate import Usage, class_schedule, generate_batches, to_uint8
 from .shown import Shown
 from .source import Loaded
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 ARRAYS = ("arr_0", "images")
 """Names that images have in an `.npz`: ADM's and ours."""
 
@@ -40,6 +39,8 @@ class Images(ABC):
     count: int
     size: tuple[int, int]
     """Height and width in pixels."""
+    notes: Sequence[str] = ()
+    """Lines for the user: what is read of the place, and what is left out."""
 
     @abstractmethod
     def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
@@ -58,19 +59,14 @@ class Images(ABC):
 
 
 class FolderImages(Images):
-    """Image files under a folder, in the order of their paths."""
+    """Image files under a folder, in natural order of their paths; of a folder with splits, the training split."""
 
     def __init__(self, folder: Path, channels: int = 3, image_size: int | None = None) -> None:
         self.name, self.folder, self.channels, self.image_size = str(folder), folder, channels, image_size
-        self.paths = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES
-            and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        )
-        if not self.paths:
-            raise ValueError(f"there are no images under {folder}; give a folder of images, or an .npz")
+        listing = list_images(folder, "none")
+        self.notes = listing.notes()
+        held_out = np.zeros(len(listing.files), dtype=bool) if listing.held_out is None else listing.held_out
+        self.paths = [folder / file for file, out in zip(listing.files, held_out) if not out]
         self.count = len(self.paths)
         self.size = tuple(self._open(self.paths[0]).shape[:2])  # type: ignore[assignment]
 
@@ -90,18 +86,20 @@ class FolderImages(Images):
         digest = hashlib.sha256()
         for path in self.paths:
             status = path.stat()
-            digest.update(f"{path.relative_to(self.folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+            line = f"{path.relative_to(self.folder)} {status.st_size} {status.st_mtime_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         return {"files": digest.hexdigest(), "channels": self.channels, "image_size": self.image_size}
 
     def _open(self, path: Path) -> np.ndarray:
         """HWC, uint8."""
         try:
-            with Image.open(path) as image:
-                square = image.convert("RGB" if self.channels == 3 else "L")
-                square = square if self.image_size is None else resize_and_crop(square, self.image_size)
-                return np.array(square).reshape(square.height, square.width, -1)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read image {path} ({error}); remove it") from error
+            image = decode_image(path, self.channels)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's readers raise almost anything on damaged files
+            raise ValueError(f"cannot read image {printable(str(path))} ({error}); remove it") from error
+        square = image if self.image_size is None else cover_and_crop(image, self.image_size, self.image_size)
+        return np.array(square).reshape(square.height, square.width, -1)
 
 
 class NpzImages(Images):
@@ -152,6 +150,7 @@ class DatasetImages(Images):
 
     def __init__(self, dataset: ImageDataset, name: str, threads: int = 0) -> None:
         self.dataset, self.name, self.count, self.threads = dataset, name, len(dataset), threads
+        self.notes = dataset.notes
         height, width = dataset.read([0]).images.shape[-2:]
         self.size = (height, width)
 

@@ -200,9 +200,9 @@ def own_judge(data: DataConfig) -> OwnJudge:
     Raises:
         ValueError: nothing is held out, or the data is too large for such a classifier.
     """
-    if data.test_fraction == 0:
-        raise ValueError("data.test_fraction is 0, so there are no held-out images to compare with")
     training, test = load_dataset(data, "train"), load_dataset(data, "test")
+    if len(test) == 0:
+        raise ValueError(f"data.test_fraction is {data.test_fraction}, so there are no held-out images to compare with")
     check_small(training)
     if not training.class_names:
         raise ValueError(

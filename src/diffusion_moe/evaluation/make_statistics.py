@@ -38,6 +38,8 @@ def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, s
     else:
         extractor = _extractor(data, options)
         images, about = _images(name, data, options, extractor)
+        for line in images.notes:
+            say(line)
         reference = _of_images(images, extractor, about, options, say)
     if not is_main():
         return None

@@ -133,6 +133,8 @@ def evaluate_images(source: Path, options: ImagesOptions, say: Say) -> Path | No
         )
     judge = make_judge(options, None, open_images(source).size, source.parent, say)
     images = open_images(source, judge.extractor.channels)
+    for line in images.notes:
+        say(line)
     if options.num_samples is not None:
         if options.num_samples > images.count:
             raise ValueError(f"num_samples is {options.num_samples}, but {source} holds {images.count} images")

@@ -204,7 +204,7 @@ class Trainer:
         if is_main():
             run.claim(recipe, resume)
         barrier()
-        for line in self.start_notes:
+        for line in [*self.dataset.notes, *self.start_notes]:
             say(line)
         if recipe.training.precision == "bf16" and self.device.type == "cpu" and torch.bfloat16 in SLOW_DTYPES:
             say("warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster")
@@ -264,7 +264,8 @@ class Trainer:
         recipe, state, run = self.recipe, self.state, self.run_folder
         self.speed = Speedometer(recipe, self.device)
         self.validation = Validation(recipe, self.device) if recipe.logging.validate_every else None
-        self.skipped, self.skipped_log = 0, SkippedLog(run.skipped)
+        self.skipped_log = SkippedLog(run.skipped)
+        self.skipped = self.skipped_log.count()
         self.log = MetricsLog(run, recipe, state.step) if is_main() else None
         try:
             with Progress(state.step, recipe.training, recipe.logging.every, self.say) as self.progress:
@@ -278,7 +279,7 @@ class Trainer:
                 self.log.close()
         if self.skipped:
             self.say(
-                f"warning: {self.skipped} unreadable images were replaced by others (data.on_corrupt is skip); "
+                f"warning: images that cannot be read were replaced by others: {self.skipped} (data.on_corrupt skip); "
                 f"{run.skipped} names them"
             )
 
@@ -318,7 +319,8 @@ class Trainer:
         while len(self.pending) > keep:
             result, bad = self.pending.popleft(), self.state.bad
             self.stopping |= result.stop
-            self.skipped += result.skipped_images
+            if result.skipped_images:
+                self.skipped = self.skipped_log.count()
             if result.finite:
                 bad.clear()
                 if self.state.gone_back and result.step > max(self.state.excluded, default=0):

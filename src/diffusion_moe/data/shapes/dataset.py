@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ...config import DataConfig
-from ..dataset import Batch, ImageDataset, Split
+from ..dataset import Batch, ImageDataset
+from ..splits import Split
 from .captions import caption
 from .drawing import render
 from .sampling import draw_contents, place

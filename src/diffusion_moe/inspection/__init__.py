@@ -1,0 +1,1 @@
+"""The command `inspect`: what training would see of a data set."""

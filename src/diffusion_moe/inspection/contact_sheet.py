@@ -1,0 +1,63 @@
+"""A picture of some images of each class, as training sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..config import DataConfig
+from ..data.decoding import decode_pixels, parse_background
+from ..data.image_table import Table
+
+EACH = 12
+"""Images of a class."""
+CELL = 64
+"""Least side of an image on the sheet, in pixels."""
+NAME_WIDTH = 200
+GAP = 4
+MAX_CLASSES = 100
+"""Classes on one sheet; of more, evenly chosen ones."""
+
+
+def write_contact_sheet(path: Path, config: DataConfig, table: Table, readable: np.ndarray) -> int:
+    """Write a row of images a class, evenly chosen among those that can be read; returns the number of rows.
+
+    Args:
+        path: PNG file.
+        config: how images are decoded.
+        table: the images.
+        readable: whether each can be read, bool.
+    """
+    labels = _evenly(np.arange(len(table.class_names)), MAX_CLASSES)
+    scale = max(1, CELL // config.image_size)
+    cell = config.image_size * scale
+    sheet = Image.new("RGB", (NAME_WIDTH + EACH * (cell + GAP) + GAP, len(labels) * (cell + GAP) + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), _font()
+    background = parse_background(config.background)
+    for line, label in enumerate(labels):
+        top = GAP + line * (cell + GAP)
+        members = np.flatnonzero((table.labels == label) & readable)
+        pen.text((GAP, top), f"{table.class_names[label][:26]}\n{len(members)} images", fill="black", font=font)
+        for column, row in enumerate(_evenly(members, EACH)):
+            source = table.rows[int(row)].source
+            pixels = decode_pixels(source, config.image_size, config.image_size, config.channels, background)
+            image = Image.fromarray(pixels.squeeze(2) if config.channels == 1 else pixels)
+            sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (NAME_WIDTH + column * (cell + GAP), top))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return len(labels)
+
+
+def _evenly(values: np.ndarray, wanted: int) -> Sequence[int]:
+    count = min(len(values), wanted)
+    return values[np.arange(count) * len(values) // max(1, count)].tolist()
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """matplotlib's font, which has Greek and Cyrillic letters too."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 13)

@@ -1,0 +1,132 @@
+"""What `inspect` says of a data set: counts by class and split, sizes, modes, and what is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..config import DataConfig
+from ..data.image_table import Table
+from .examine import Examined
+
+SHOWN_CLASSES = 50
+SHOWN_PROBLEMS = 20
+SHOWN_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Report:
+    """A data set, looked at."""
+
+    config: DataConfig
+    table: Table
+    held_out: np.ndarray
+    """Whether each image is held out from training, bool."""
+    examined: Sequence[Examined]
+    copies: Sequence[tuple[int, ...]]
+    """Groups of images whose files have equal contents, by row."""
+
+    def name(self, row: int) -> str:
+        """A file's path in the folder, or its row in the data set."""
+        return self.table.rows[row].name.removeprefix(f"{str(self.config.path).rstrip('/')}/")
+
+    def classes(self) -> dict[str, int]:
+        """Number of images by class name, in the order of the labels."""
+        counts = np.bincount(self.table.labels, minlength=len(self.table.class_names))
+        return dict(zip(self.table.class_names, counts.tolist()))
+
+    def unreadable(self) -> dict[str, str]:
+        """The reason for each file that cannot be read."""
+        return {self.name(row): found.problem for row, found in enumerate(self.examined) if found.problem}
+
+    def copies_across(self, values: np.ndarray) -> int:
+        """Groups of equal files that do not agree in a value each row has."""
+        return sum(len(set(values[list(rows)].tolist())) > 1 for rows in self.copies)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        widths, heights = self._sides()
+        size = {"width": _spread(widths), "height": _spread(heights)} if len(widths) else {}
+        sides = np.minimum(widths, heights)
+        return {
+            "path": self.config.path,
+            "kind": self.config.kind,
+            "images": len(self.examined),
+            "classes": self.classes(),
+            "held_out": int(self.held_out.sum()),
+            "unreadable": self.unreadable(),
+            "ignored": dict(self.table.ignored),
+            "notes": list(self.table.notes),
+            "sizes": size,
+            "modes": dict(Counter(found.mode for found in self.examined if found.mode).most_common()),
+            "image_size": self.config.image_size,
+            "smaller_than_image_size": int((sides < self.config.image_size).sum()),
+            "duplicates": {
+                "images": sum(len(rows) - 1 for rows in self.copies),
+                "groups": len(self.copies),
+                "groups_across_classes": self.copies_across(self.table.labels),
+                "groups_across_split": self.copies_across(self.held_out),
+                "examples": [[self.name(row) for row in rows] for rows in self.copies[:SHOWN_COPIES]],
+            },
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The same for people."""
+        facts, classes = self.to_dict(), self.classes()
+        count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
+        yield f"{self.config.path}: {facts['images']} images in {count}, {facts['held_out']} of them held out"
+        held_out = np.bincount(self.table.labels[self.held_out], minlength=len(classes))
+        width = max(len(name) for name in [*list(classes)[:SHOWN_CLASSES], "class"])
+        yield f"{'label':>7}  {'class':{width}}{'images':>10}{'held out':>10}"
+        for label, (name, number) in enumerate(list(classes.items())[:SHOWN_CLASSES]):
+            yield f"{label:>7}  {name:{width}}{number:>10}{held_out[label]:>10}"
+        if len(classes) > SHOWN_CLASSES:
+            yield f"         and {len(classes) - SHOWN_CLASSES} more; --json lists them"
+        if facts["sizes"]:
+            w, h = facts["sizes"]["width"], facts["sizes"]["height"]
+            yield f"width {w[0]} to {w[2]} pixels, median {w[1]}; height {h[0]} to {h[2]}, median {h[1]}"
+        smaller = facts["smaller_than_image_size"]
+        yield f"smaller than data.image_size {self.config.image_size}, and so enlarged: {smaller}"
+        yield f"modes: {', '.join(f'{mode} {number}' for mode, number in facts['modes'].items())}"
+        yield from self._problems(facts)
+        yield from self.table.notes
+
+    def _problems(self, facts: dict[str, Any]) -> Iterator[str]:
+        unreadable, copies = facts["unreadable"], facts["duplicates"]
+        yield f"unreadable: {len(unreadable)}" + ("; remove them, or set data.on_corrupt to skip" if unreadable else "")
+        for name, problem in list(unreadable.items())[:SHOWN_PROBLEMS]:
+            yield f"  {name}: {problem}"
+        if len(unreadable) > SHOWN_PROBLEMS:
+            yield f"  and {len(unreadable) - SHOWN_PROBLEMS} more; --json lists them"
+        line = f"files equal to another one: {copies['images']}"
+        if copies["images"]:
+            line += (
+                f" (groups of equal files: {copies['groups']}; of them in several classes: "
+                f"{copies['groups_across_classes']}, in training and held out: {copies['groups_across_split']})"
+            )
+        yield line
+        for names in copies["examples"]:
+            yield f"  {' = '.join(names)}"
+
+    def _sides(self) -> tuple[np.ndarray, np.ndarray]:
+        sizes = [(found.width, found.height) for found in self.examined if found.width]
+        widths, heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+        return widths, heights
+
+
+def _spread(values: np.ndarray) -> list[int]:
+    """Smallest, median and largest."""
+    return [int(values.min()), int(np.median(values)), int(values.max())]
+
+
+def equal_files(examined: Sequence[Examined]) -> list[tuple[int, ...]]:
+    """Groups of at least two files of equal contents, by row."""
+    rows: dict[bytes, list[int]] = defaultdict(list)
+    for row, found in enumerate(examined):
+        if found.sha256:
+            rows[found.sha256].append(row)
+    return [tuple(group) for group in rows.values() if len(group) > 1]
