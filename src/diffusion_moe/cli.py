@@ -199,7 +199,7 @@ def inspect(arguments: Sequence[str]) -> int:
 def encode(arguments: Sequence[str]) -> int:
     """Encode a data set's images by a VAE into a latent cache to train on; under torchrun, by several processes."""
     parser = make_parser("encode", encode.__doc__ or "")
-    parser.add_argument("source", type=str, help="a folder with a sub-folder a class, or what --kind huggingface takes")
+    parser.add_argument("source", type=str, help="a folder of images, or what --kind huggingface takes")
     parser.add_class_arguments(EncodeOptions)
     parser.add_class_arguments(DataConfig, skip=_NOT_OF_IMAGES)
     parser.set_defaults({"kind": "folder", "image_size": 256})

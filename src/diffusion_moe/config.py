@@ -74,11 +74,11 @@ class DataConfig:
 
     kind: Literal["digits", "shapes", "folder", "huggingface", "webdataset", "latents"] = "digits"
     """digits: scikit-learn's 1,797 handwritten digits; shapes: 100,000 drawn scenes of coloured shapes with captions;
-    folder: a folder of images, one sub-folder a class, or with captions in metadata.jsonl; huggingface: a data set of
+    folder: a folder of images, with classes (see classes) or captions in metadata.jsonl; huggingface: a data set of
     the hub or one saved on the disk; webdataset: tars; latents: a cache that `diffusion-moe encode` wrote."""
     path: str | None = None
     """The folder (kind: folder, latents), or a tar or a folder of tars (webdataset). For huggingface a hub id, a folder
-    that save_to_disk made, a folder of images or parquet files, or one parquet file."""
+    that save_to_disk made, a folder of parquet files, or one parquet file."""
     classes: FolderClasses | None = None
     """top: every folder at the top is a class, with all images below it; leaf: every innermost folder is one, named by
     its path; none: no classes; null: top, or none with data.caption_column (kind: folder). Folders train and val (or

@@ -254,7 +254,7 @@ def test_real_inception_scores_two_folders(capsys, tmp_path, inception_file):
         (["RUN", "--num_samples=3"], "scores need more than 3 images"),
         (["RUN", "--vae=x"], "cannot load the VAE x"),
         (["EMPTY"], "is no model (it has no recipe.yaml"),
-        (["EMPTY", "--reference=REF"], "there are no images under"),
+        (["EMPTY", "--reference=REF"], "holds no images"),
         (["COLOUR", "--reference=REF"], "classifier reads images of 1 channels; these have 3"),
         (["COLOUR", "--reference=REF", "--solver=euler"], "there is no --solver"),
         (["COLOUR", "--reference=REF", "--num_samples=1000"], "num_samples is 1000, but"),
