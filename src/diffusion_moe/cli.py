@@ -30,7 +30,7 @@ from .parsing import (
     unknown_name,
 )
 from .planning.options import PlanOptions
-from .run_folder import RunFolder
+from .run_folder import Resume, RunFolder
 from .text_training.options import TextEncoderOptions
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ class TrainOptions:
 
     output_dir: Path | None = None
     """Run folder; runs/NAME-OF-THE-RECIPE unless given. The same command on the same folder resumes."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the last good checkpoint; never: refuse a folder that is not empty."""
+    resume: Resume = "auto"
+    """auto: go on from the last good checkpoint; never: refuse a folder that is not empty; changed: go on from it by
+    another recipe (schedule, batch size, averages, seed, data of the same shape), and keep the old one."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Images, and the order in which training sees them."""
 
 from .dataset import Batch, ImageDataset, load_dataset
-from .order import batches_from, places_of
+from .order import Segment, batches_from, places_of
 from .skipped import SkippedLog
 
-__all__ = ["Batch", "ImageDataset", "SkippedLog", "batches_from", "load_dataset", "places_of"]
+__all__ = ["Batch", "ImageDataset", "Segment", "SkippedLog", "batches_from", "load_dataset", "places_of"]

@@ -24,3 +24,13 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     moved = {name: tensor for name, tensor in averaged_tensors(model).items() if name not in frozen}
     # By name: peft's adapters of experts change the order of a model's parameters.
     torch._foreach_lerp_([averages[n].detach() for n in moved], [t.detach() for t in moved.values()], 1 - decay)
+
+
+@torch.no_grad()
+def begin_average(ema: nn.Module, model: nn.Module) -> None:
+    """Set an average to the model's weights and routing state, in place."""
+    tensors = model.state_dict()
+    for name, tensor in ema.state_dict().items():
+        part, source = local_part(tensor), local_part(tensors[name])
+        if part is not None and source is not None:
+            part.copy_(source)

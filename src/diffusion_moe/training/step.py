@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import Recipe
-from ..data import Batch
+from ..data import Batch, Segment
 from ..diffusion.ddpm import ddpm_losses, linear_schedule, noised
 from ..diffusion.loss import flow_loss
 from ..diffusion.path import rectified_flow
@@ -53,6 +53,8 @@ class TrainState:
     """Steps whose batches are left out, for they spoiled the loss."""
     bad: list[int] = field(default_factory=list)
     """Steps that were not finite since the last one that was."""
+    segments: tuple[Segment, ...] = ()
+    """How many images the steps so far and the next ones take; see `data.order`."""
     gone_back: bool = False
     """Whether training has gone back, and no step beyond those left out has been good since."""
 
@@ -148,7 +150,9 @@ def state_of(model: Backbone, recipe: Recipe, device: torch.device, layout: Layo
         model.compile_blocks(fullgraph=layout is None)
     model = placed(model.train())
     more = dict(zip(training.more_ema_decays, averages[1:]))
-    return TrainState(model, averages[0], make_optimizer(model, recipe.optimizer), layout=layout, more_emas=more)
+    state = TrainState(model, averages[0], make_optimizer(model, recipe.optimizer), layout=layout, more_emas=more)
+    state.segments = (Segment(0, training.batch_size),)
+    return state
 
 
 class LossParts(NamedTuple):
