@@ -15,7 +15,7 @@ from diffusion_moe.data import Segment, load_dataset
 from diffusion_moe.data.digits import Digits
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.run_folder import RunFolder
-from diffusion_moe.run_history import record, recipes_in
+from diffusion_moe.run_history import recipes_in, record
 from diffusion_moe.storage import AsyncWriter, Manifest
 from diffusion_moe.training import loop
 from diffusion_moe.training.feed import images_of_step
