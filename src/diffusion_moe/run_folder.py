@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO
 
 from .config import Recipe, difference, to_yaml
-from .parsing import read_recipe
+from .parsing import as_text, read_recipe, read_yaml
 
 Resume = Literal["auto", "never", "changed"]
 """What to do with a run that is there: go on with it, refuse it, or go on with it by another recipe."""
 ONE_FOR_ALL = ("model", "start")
 """Sections of a recipe that stay as they are as long as a run goes on."""
+YOUNGER_FIELDS = {"ema_warmup": False}
+"""Fields of the training section that recipes of older versions lack, and what their runs did."""
 ORIGIN = "training.json"
 """In the model's folder: how many steps it was trained, and the decay of its average."""
 HANDOVER_SECONDS = 120.0
@@ -168,7 +170,26 @@ class RunFolder:
             raise ValueError(f"there is no folder {self.path}; give the folder of a run")
         if not self.recipe.is_file():
             raise ValueError(f"{self.path} has no recipe.yaml, so it is no run; give the folder of a run")
-        return read_recipe(self.recipe)
+        return read_run_recipe(self.recipe)
+
+    def younger_fields(self) -> dict[str, Any]:
+        """Fields of the training section that this run's recipe lacks, with what the run did."""
+        return _younger_fields(self.recipe) if self.recipe.is_file() else {}
+
+
+def read_run_recipe(path: Path) -> Recipe:
+    """The recipe of a run from its file; what an older version did not know is as the run did it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    return read_recipe(path, [f"--training.{name}={as_text(value)}" for name, value in _younger_fields(path).items()])
+
+
+def _younger_fields(path: Path) -> dict[str, Any]:
+    sections = read_yaml(path)
+    known = sections.get("training") if isinstance(sections, dict) else None
+    return {name: value for name, value in YOUNGER_FIELDS.items() if not isinstance(known, dict) or name not in known}
 
 
 def _locked(file: TextIO) -> bool:

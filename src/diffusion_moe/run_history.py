@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .config import Recipe, difference, to_yaml
-from .parsing import read_recipe
-from .run_folder import Resume, RunFolder, write_atomically
+from .run_folder import Resume, RunFolder, read_run_recipe, write_atomically
 
 
 def recipes_in(run: RunFolder) -> dict[int, Path]:
@@ -23,7 +22,7 @@ def recipes_in(run: RunFolder) -> dict[int, Path]:
 def first_recipe(run: RunFolder, recipe: Recipe) -> Recipe:
     """The one a run began with; `recipe` if there is no run yet."""
     path = recipes_in(run).get(0, run.recipe)
-    return read_recipe(path) if path.is_file() else recipe
+    return read_run_recipe(path) if path.is_file() else recipe
 
 
 def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, say: Callable[[str], None]) -> None:
@@ -43,7 +42,7 @@ def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, say: Calla
         if not known:
             _write(run, 0, run.recipe.read_text())
         in_force = max((first for first in known if first <= step), default=0)
-        if changes if not known else difference(read_recipe(known[in_force]), recipe):
+        if changes if not known else difference(read_run_recipe(known[in_force]), recipe):
             _write(run, step, to_yaml(recipe))
     if changes:
         say(f"the recipe changes after step {step}:")

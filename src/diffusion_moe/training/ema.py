@@ -17,6 +17,16 @@ def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: part for name, part in tensors.items() if part is not None and part.is_floating_point()}
 
 
+def ema_decay(decay: float, updates: int, warmup: bool) -> float:
+    """The decay of an average's next update.
+
+    Args:
+        updates: optimizer steps done before it. warmup: whether it is less at first.
+    """
+    # TensorFlow's ExponentialMovingAverage with num_updates; diffusers' EMAModel.get_decay for updates > 0.
+    return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
+
+
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema = decay * ema + (1 - decay) * model, in place, for all tensors at once."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
 
 from ..config import ModelConfig, Recipe
 from ..data import ImageDataset
+from ..distributed import from_main
+from ..moe.precision import Chosen, choose_precision
+from ..run_folder import Resume, RunFolder
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -76,3 +80,26 @@ def check_text(model: ModelConfig, dataset: ImageDataset) -> None:
             f"captions have up to {space.length} tokens, but model.text_length is {model.text_length}; raise it, or "
             "cut the captions to it"
         )
+
+
+def settled(recipe: Recipe, run: RunFolder, resume: Resume, device: torch.device) -> tuple[Recipe, Chosen]:
+    """The recipe without anything open: as the run in the folder has it, else as the device computes best.
+
+    Of several processes the main one decides. Fields that are younger than the run keep what it did, unless another
+    recipe is wanted.
+
+    Returns:
+        The recipe, and its precision with the reason.
+
+    Raises:
+        ValueError: the run's recipe cannot be read.
+    """
+    training, chosen = recipe.training, choose_precision(recipe.training.precision, device)
+    if run.recipe.is_file():
+        began = run.read_recipe().training.precision
+        if training.precision == "auto" and began != "auto":
+            chosen = Chosen(began, "as the run began")
+    younger = {} if resume == "changed" else from_main(run.younger_fields())
+    chosen = from_main(chosen)
+    training = dataclasses.replace(training, precision=chosen.precision, **younger)
+    return dataclasses.replace(recipe, training=training), chosen

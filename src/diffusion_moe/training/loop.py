@@ -28,7 +28,7 @@ from ..run_history import first_recipe, record
 from ..storage import checkpoints_in
 from .checkpoint import Checkpoints
 from .feed import batches, images_of_step
-from .fit import check_fit, choose_device
+from .fit import check_fit, choose_device, settled
 from .history import go_on
 from .log import MetricsLog, Progress, check_trackers
 from .parallelize import check_parallel, make_layout, whole_model
@@ -121,11 +121,12 @@ class Trainer:
         preview: Preview | None,
         origin: Callable[[], Origin] | None = None,
     ) -> None:
+        self.device = choose_device(recipe.training.device)
+        recipe, precision = settled(recipe, run, resume, self.device)
         self.recipe, self.run_folder, self.say, self.preview = recipe, run, say, preview
         check_trackers(recipe.logging)
         check_parallel(recipe)
         check_start(recipe)
-        self.device = choose_device(recipe.training.device)
         self.layout = make_layout(recipe.parallel, self.device)
         self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
         check_fit(recipe, self.dataset)
@@ -143,6 +144,7 @@ class Trainer:
         barrier()
         for line in self.start_notes:
             say(line)
+        say(f"computing in {precision}")
         if recipe.training.precision == "bf16" and self.device.type == "cpu" and torch.bfloat16 in SLOW_DTYPES:
             say("warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster")
         self.checkpoints = Checkpoints(run.checkpoints, recipe.training)

@@ -25,9 +25,10 @@ from ..diffusion.times import draw_steps, draw_times
 from ..distributed import all_reduce_sum, world_size
 from ..models import Backbone, DiTOutput, make_model
 from ..moe import RoutingReport, merge_reports, recompute_experts, routers_of, update_routing_state
+from ..moe.precision import choose_precision
 from ..randomness import derive_seed, normal, uniform
 from ..text import TextFeatures
-from .ema import update_ema
+from .ema import ema_decay, update_ema
 from .measures import HostCopy, loss_by_time, routing_measures
 from .optimizer import LocalAdamW, clip_, global_norm, learning_rate, make_optimizer
 from .parallelize import Layout, parallelize
@@ -215,7 +216,8 @@ def loss_at(
     prompt = {} if text is None else text.arguments(recipe.model.text_pooled_dim > 0)
 
     def answer(x_t: Tensor) -> DiTOutput:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+        bf16 = choose_precision(recipe.training.precision, images.device).precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             return model(x_t, t, labels, **prompt)
 
     if recipe.model.process == "ddpm":
@@ -286,9 +288,8 @@ def train_step(
     state.optimizer.step_if(finite)
     reports = reports_over_processes([merge_reports(layer) for layer in zip(*(part.reports for part in parts))])
     _update_routing(model, reports, finite)
-    update_ema(state.ema, model, recipe.training.ema_decay)
-    for decay, ema in state.more_emas.items():
-        update_ema(ema, model, decay)
+    for decay, ema in {recipe.training.ema_decay: state.ema, **state.more_emas}.items():
+        update_ema(ema, model, ema_decay(decay, step - 1, recipe.training.ema_warmup))
     lap("optimizer")
     state.step = step
     numbers = {**means, "grad_norm": grad_norm, "finite": finite}
