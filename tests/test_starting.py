@@ -178,5 +178,5 @@ def test_a_tuned_run_is_sampled_and_converted(capsys, tmp_path, recipe_file):
     assert run(capsys, "train", recipe_file, "--output_dir", folder, "--start.lora_rank=2", targets)[0] == 0
     assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
     status, out, _ = run(capsys, "sample", folder, "--per_class=1", "--steps=2", "--classes=3")
-    assert status == 0 and out.startswith("wrote")
+    assert status == 0 and out.splitlines()[-1].startswith("wrote")
     assert run(capsys, "convert", folder, "--output", tmp_path / "pipeline")[0] == 0

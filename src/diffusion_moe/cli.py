@@ -31,7 +31,7 @@ from .parsing import (
     unknown_name,
 )
 from .planning.options import PlanOptions
-from .run_folder import RunFolder
+from .run_folder import Resume, RunFolder
 from .text_training.options import TextEncoderOptions
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ class TrainOptions:
 
     output_dir: Path | None = None
     """Run folder; runs/NAME-OF-THE-RECIPE unless given. The same command on the same folder resumes."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the last good checkpoint; never: refuse a folder that is not empty."""
+    resume: Resume = "auto"
+    """auto: go on from the last good checkpoint; never: refuse a folder that is not empty; changed: go on from it by
+    another recipe (schedule, batch size, averages, seed, data of the same shape), and keep the old one."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,14 @@ def sample(arguments: Sequence[str]) -> int:
         "sample", sample.__doc__ or "", arguments, {"num_samples"}, SampleOptions
     )
     from .evaluation.draw import draw_samples
+    from .evaluation.generate import with_precision
     from .evaluation.prompts import Asked, read_prompts
 
     source = source.with_vae(options.vae)
     prompts = read_prompts(options.prompt, options.prompts)
     asked = Asked(prompts, options.negative_prompt, options.text_encoder) if prompts else None
     size = (options.height, options.width)
+    with_precision(settings, say)
     path = draw_samples(
         source, settings, options.chosen(), options.per_class, options.format, options.output, say, asked, size
     )
@@ -253,9 +256,11 @@ def evaluate(arguments: Sequence[str]) -> int:
         return 0
     source, options, settings = _source_options("evaluate", evaluate.__doc__ or "", arguments, options=EvaluateOptions)
     source = dataclasses.replace(source.with_vae(options.vae), weights=options.weights)
+    from .evaluation.generate import with_precision
     from .evaluation.score import evaluate_model
 
     with _processes() as tell:
+        with_precision(settings, tell)
         evaluate_model(source, settings, options, tell)
     return 0
 
@@ -299,10 +304,12 @@ def sweep(arguments: Sequence[str]) -> int:
     settings = dataclasses.replace(source.settings, **{key: parsed[key] for key in usual})
     if source.config.num_classes == 0 and source.config.text_dim == 0:
         settings = dataclasses.replace(settings, guidance_scale=1.0)
+    from .evaluation.generate import with_precision
     from .evaluation.sweep import sweep as run_sweep
 
     with _processes() as tell:
-        run_sweep(source.with_vae(options.vae), make_points(options, lists, settings), options, tell)
+        points = make_points(options, lists, with_precision(settings, tell))
+        run_sweep(source.with_vae(options.vae), points, options, tell)
     return 0
 
 
@@ -319,7 +326,9 @@ def analyze(arguments: Sequence[str]) -> int:
         usual={"num_samples": 100, "steps": 20},
     )
     from .analysis.run import analyze as write_report
+    from .evaluation.generate import with_precision
 
+    settings = with_precision(settings, say)
     say(f"wrote {write_report(source, settings, options, say)}")
     return 0
 

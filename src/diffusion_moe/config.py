@@ -210,8 +210,11 @@ class TrainingConfig:
     """Decay of the moving average of weights and routing state: the model that the run gives."""
     more_ema_decays: tuple[float, ...] = ()
     """Further averages to keep beside it."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast, weights in float32; routers always compute in float32."""
+    ema_warmup: bool = True
+    """Let averages forget the first weights sooner: at update n their decay is at most (1 + n) / (10 + n)."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: autocast, weights in float32; routers always compute in float32. auto: as a run that is resumed has begun,
+    else bf16 on GPUs that have it and processors that are fast in it, else fp32."""
     recompute: Literal["none", "experts", "blocks"] = "none"
     """What the backward pass makes again instead of keeping: nothing, the hidden layers of routed and shared experts (a
     fifth more of their products), or whole blocks (a third more of everything)."""
@@ -378,8 +381,9 @@ class EvaluationConfig:
     """Experts a token on average that a batch has room for (diffmoe); null: as many as the thresholds choose. With a
     limit the shapes are fixed and nothing waits for the device; choices of least weight beyond it are dropped and
     counted."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; routers always compute in float32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: autocast; routers always compute in float32. auto: bf16 on GPUs that have it and processors that are fast
+    in it, else fp32."""
     acceleration: Literal["none", "compile", "graph"] = "none"
     """compile: every block by torch.compile, slow at the first call; graph: replay a CUDA graph."""
     seed: int = 0

@@ -10,11 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO
 
 from .config import Recipe, difference, to_yaml
-from .parsing import read_recipe
+from .parsing import as_text, read_recipe, read_yaml
 
+Resume = Literal["auto", "never", "changed"]
+"""What to do with a run that is there: go on with it, refuse it, or go on with it by another recipe."""
+ONE_FOR_ALL = ("model", "start")
+"""Sections of a recipe that stay as they are as long as a run goes on."""
+YOUNGER_FIELDS = {"ema_warmup": False}
+"""Fields of the training section that recipes of older versions lack, and what their runs did."""
 ORIGIN = "training.json"
 """In the model's folder: how many steps it was trained, and the decay of its average."""
 HANDOVER_SECONDS = 120.0
@@ -37,6 +43,11 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def recipes(self) -> Path:
+        """Of a run that has had several: see `run_history`."""
+        return self.path / "recipes"
 
     @property
     def checkpoints(self) -> Path:
@@ -86,8 +97,10 @@ class RunFolder:
     def evaluation(self) -> Path:
         return self.path / EVALUATION
 
-    def claim(self, recipe: Recipe, resume: Literal["auto", "never"]) -> None:
+    def claim(self, recipe: Recipe, resume: Resume) -> None:
         """Make the folder this recipe's: create it, or check that it already is; then write `recipe.yaml`.
+
+        Where another recipe is to go on, `recipe.yaml` stays: `run_history.record` replaces it.
 
         Raises:
             ValueError: the folder is another recipe's, holds something else, or must not be resumed.
@@ -101,17 +114,28 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds files but no recipe.yaml, so it is no run; choose another --output_dir"
             )
-        if occupied:
-            changes = difference(read_recipe(self.recipe), recipe)
-            if changes:
-                raise ValueError(
-                    f"{self.path} holds a run of another recipe ({'; '.join(changes)}); choose another --output_dir"
-                )
+        if occupied and (changes := difference(self.read_recipe(), recipe)):
+            self._check_changes(changes, resume)
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.recipe, to_yaml(recipe))
         except OSError as error:
             raise ValueError(f"cannot write to {self.path}: {error.strerror}; choose another --output_dir") from error
+
+    def _check_changes(self, changes: list[str], resume: Resume) -> None:
+        """Raises ValueError unless the run may go on with these changes of its recipe."""
+        never = [line for line in changes if line.partition(".")[0] in ONE_FOR_ALL]
+        if never and resume == "changed":
+            raise ValueError(
+                f"{self.path} holds a run of another model or start ({'; '.join(never)}), which --resume changed "
+                "cannot go on with; leave that as it was, or choose another --output_dir"
+            )
+        if resume != "changed":
+            remedy = "" if never else ", or go on with the new recipe by --resume changed"
+            raise ValueError(
+                f"{self.path} holds a run of another recipe ({'; '.join(changes)}); choose another --output_dir{remedy}"
+            )
 
     @contextmanager
     def reserved(self, say: Callable[[str], None], wait_seconds: float = HANDOVER_SECONDS) -> Iterator[None]:
@@ -146,7 +170,26 @@ class RunFolder:
             raise ValueError(f"there is no folder {self.path}; give the folder of a run")
         if not self.recipe.is_file():
             raise ValueError(f"{self.path} has no recipe.yaml, so it is no run; give the folder of a run")
-        return read_recipe(self.recipe)
+        return read_run_recipe(self.recipe)
+
+    def younger_fields(self) -> dict[str, Any]:
+        """Fields of the training section that this run's recipe lacks, with what the run did."""
+        return _younger_fields(self.recipe) if self.recipe.is_file() else {}
+
+
+def read_run_recipe(path: Path) -> Recipe:
+    """The recipe of a run from its file; what an older version did not know is as the run did it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    return read_recipe(path, [f"--training.{name}={as_text(value)}" for name, value in _younger_fields(path).items()])
+
+
+def _younger_fields(path: Path) -> dict[str, Any]:
+    sections = read_yaml(path)
+    known = sections.get("training") if isinstance(sections, dict) else None
+    return {name: value for name, value in YOUNGER_FIELDS.items() if not isinstance(known, dict) or name not in known}
 
 
 def _locked(file: TextIO) -> bool:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffusion_moe.config import DataConfig
-from diffusion_moe.data import batches_from, load_dataset, places_of
+from diffusion_moe.data import Segment, batches_from, load_dataset, places_of
 from diffusion_moe.data.decoding import cover_and_crop
 from diffusion_moe.data.table import nearest_bucket
 
@@ -53,6 +53,18 @@ def test_the_order_is_a_function_of_the_step_for_any_number_of_processes():
     assert stream(0, 50)[:30] == whole
     parts = [stream(0, 30, places=places_of(8, 1, rank, 2)[0]) for rank in range(2)]
     assert [a + b for a, b in zip(*parts)] == whole
+
+
+def test_batches_of_another_size_go_on_in_each_bucket_where_it_stood():
+    segments = [Segment(0, 8), Segment(20, 6), Segment(90, 16)]
+    whole, plain = stream(0, 200, batch_size=segments), stream(0, 200)
+    assert whole[:20] == plain[:20] and [len(batch) for batch in whole[19:21] + whole[89:91]] == [8, 6, 6, 16]
+    for bucket in range(3):
+        images = np.flatnonzero(bucket == BUCKETS).tolist()
+        own = [draw[:2] for batch in whole for draw in batch if draw.image in images]
+        expected = [draw[:2] for batch in stream(0, 1000) for draw in batch if draw.image in images]
+        assert own == expected[: len(own)]
+    assert stream(57, 200, batch_size=segments) == whole[57:]
 
 
 @pytest.fixture

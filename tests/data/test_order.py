@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_moe.data import places_of
-from diffusion_moe.data.order import batches_from, epoch_order
+from diffusion_moe.data.order import Segment, batch_size_at, batches_from, epoch_order, images_before
 
 
 @settings(max_examples=50, deadline=None)
@@ -64,3 +64,33 @@ def test_a_rank_draws_its_part_of_every_batch_across_epochs(size):
         places = torch.cat(places_of(12, 2, rank, 3))
         part = list(batches_from(2, 9, size, 12, seed=4, places=places))
         assert part == [[batch[place] for place in places.tolist()] for batch in whole]
+
+
+SEGMENTS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=4)
+"""Steps and batch size of each."""
+
+
+def segments_of(parts):
+    firsts = [sum(steps for steps, _ in parts[:i]) for i in range(len(parts))]
+    return [Segment(first, size) for first, (_, size) in zip(firsts, parts)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 40), parts=SEGMENTS, cut=st.integers(0, 16))
+def test_batches_of_changing_sizes_drop_no_image_and_give_none_twice(size, parts, cut):
+    steps, total = sum(steps for steps, _ in parts), sum(steps * size for steps, size in parts)
+    segments = segments_of(parts)
+    whole = list(batches_from(0, steps, size, segments, seed=3))
+    assert [len(batch) for batch in whole] == [size for steps, size in parts for _ in range(steps)]
+    assert [draw[:2] for batch in whole for draw in batch] == [
+        draw[:2] for (draw,) in batches_from(0, total, size, 1, seed=3)
+    ]
+    assert images_before(segments, steps) == total
+    cut = min(cut, steps)
+    assert list(batches_from(cut, steps, size, segments, seed=3)) == whole[cut:]
+
+
+def test_the_size_of_a_step_is_that_of_its_segment():
+    segments = [Segment(0, 8), Segment(3, 2), Segment(5, 4)]
+    assert [batch_size_at(segments, step) for step in range(1, 8)] == [8, 8, 8, 2, 2, 4, 4]
+    assert [images_before(segments, step) for step in range(8)] == [0, 8, 16, 24, 26, 28, 32, 36]

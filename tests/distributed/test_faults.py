@@ -139,6 +139,21 @@ def test_a_run_is_preempted_and_then_loses_a_process(torchrun, undisturbed, tmp_
 
 
 @pytest.mark.slow
+def test_a_process_is_killed_after_the_recipe_has_changed(torchrun, tmp_path):
+    """Started again by torchrun with `--resume changed`, and once more by the plain command."""
+    first = [f"--training.steps={EVERY}"]
+    other = ["--training.batch_size=24", "--training.more_ema_decays=[0.5]", "--optimizer.learning_rate=1e-3"]
+    for folder in ("whole", "killed"):
+        assert torchrun(tmp_path / folder, more=first).status == 0
+    assert torchrun(tmp_path / "whole", more=[*other, "--resume=changed"]).status == 0
+    faults = [fault("raise_signal", step, KILL, rank=step % 2) for step in (EVERY + 2, 2 * EVERY + 3)]
+    ended = torchrun(tmp_path / "killed", *faults, restarts=1, more=[*other, "--resume=changed"])
+    assert ended.status == 1 and ended.said.count("the recipe changes after step 4:") == 1
+    assert torchrun(tmp_path / "killed", more=other).status == 0
+    assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_processes_are_killed_at_random_steps(torchrun, undisturbed, tmp_path, seed):
     chance = random.Random(seed)

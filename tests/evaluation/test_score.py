@@ -142,7 +142,7 @@ def test_a_run_without_statistics_is_judged_by_its_own_data(capsys, run_folder, 
     assert result["frechet"] == pytest.approx(frechet_distance(moments(pool), of_real), rel=1e-5)
     assert result["num_real"] == {"training": 1438, "held_out": 359}
     assert result["recognised_real"] > 0.5 and result["nearest_neighbour_real"] == pytest.approx(2.113, abs=1e-3)
-    assert out.splitlines()[0].split() == ["generated", "real"]
+    assert out.splitlines()[0].startswith("computing in fp32") and out.splitlines()[1].split() == ["generated", "real"]
 
 
 def test_inceptions_scores_follow_adms_protocol(capsys, small_inception, tmp_path, pixels):

@@ -2,12 +2,44 @@
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 
 from diffusion_moe.config import OptimizerConfig
-from diffusion_moe.parsing import read_recipe
-from diffusion_moe.training.ema import update_ema
+from diffusion_moe.data import load_dataset
+from diffusion_moe.parsing import read_recipe, recipe_names
+from diffusion_moe.training.ema import ema_decay, update_ema
+from diffusion_moe.training.feed import batches
 from diffusion_moe.training.optimizer import learning_rate, make_optimizer
-from diffusion_moe.training.step import make_state
+from diffusion_moe.training.step import make_state, train_step
+
+PLACE = {"image-folder": ("--data.path=photos",)}
+
+
+def test_the_warm_up_of_the_average_is_that_of_diffusers_from_the_second_update_on():
+    theirs = EMAModel([torch.zeros(1)], decay=0.995)
+    for updates in range(1, 3000):
+        assert ema_decay(0.995, updates, warmup=True) == theirs.get_decay(updates + 1)
+    assert [ema_decay(0.995, updates, warmup=True) for updates in (0, 1, 90)] == [1 / 10, 2 / 11, 91 / 100]
+    assert ema_decay(0.995, 1789, warmup=True) < ema_decay(0.995, 1790, warmup=True) == 0.995  # 1791 / 1800
+    assert ema_decay(0.05, 0, warmup=True) == 0.05
+    assert ema_decay(0.995, 0, warmup=False) == 0.995
+
+
+@pytest.mark.parametrize(("warmup", "decays"), [(True, [1 / 10, 2 / 11, 3 / 12, 0.3]), (False, [0.3] * 4)])
+def test_averages_over_a_few_steps_are_their_closed_form(tiny, warmup, decays):
+    """Of the weights after each step, in double precision; a further average of decay 0.15 beside it."""
+    options = [f"--training.ema_warmup={warmup}", "--training.ema_decay=0.3", "--training.more_ema_decays=[0.15]"]
+    recipe = read_recipe("digits", [*tiny, *options])
+    state, data = make_state(recipe, torch.device("cpu")), load_dataset(recipe.data, "train")
+    ema = more = {name: weight.double() for name, weight in state.model.named_parameters()}
+    for decay, batch in zip(decays, batches(recipe, data, 0)):
+        train_step(state, recipe, batch)
+        now = {name: weight.detach().double() for name, weight in state.model.named_parameters()}
+        ema = {name: decay * ema[name] + (1 - decay) * weight for name, weight in now.items()}
+        more = {name: min(decay, 0.15) * more[name] + (1 - min(decay, 0.15)) * weight for name, weight in now.items()}
+    for expected, average in ((ema, state.ema), (more, state.more_emas[0.15])):
+        for name, weight in average.named_parameters():
+            torch.testing.assert_close(weight.double(), expected[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("router", "buffer"), [("diffmoe", "threshold"), ("dsmoe", "correction")])
@@ -50,3 +82,8 @@ def test_the_initial_model_is_a_function_of_the_seed(tiny):
     first, again, other = weights(0), weights(0), weights(1)
     assert torch.equal(first.x_embedder.weight, again.x_embedder.weight)
     assert not torch.equal(first.x_embedder.weight, other.x_embedder.weight)
+
+
+def test_recipes_of_papers_keep_their_constant_decay():
+    warm = {name for name in recipe_names() if read_recipe(name, PLACE.get(name, ())).training.ema_warmup}
+    assert warm == {"digits", "shapes-t2i", "image-folder"}

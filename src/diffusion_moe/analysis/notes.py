@@ -55,8 +55,8 @@ def examples_note(findings: Findings, sampling: Sampling) -> str:
     if about["guidance_scale"] != 1 and about["guidance_interval"] != [0.0, 1.0]:
         guidance += " for t from {:g} to {:g}".format(*about["guidance_interval"])
     parts = [solver, guidance, f"seed {about['seed']}"]
-    if about.get("precision", "fp32") != "fp32":
-        parts.append(about["precision"])
+    if about.get("dtype", "fp32") != "fp32":
+        parts.append(about["dtype"])
     if about["threshold_scale"] != 1:
         parts.append(f"thresholds times {about['threshold_scale']:g}")
     if about.get("dropped_share"):

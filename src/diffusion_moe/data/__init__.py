@@ -5,20 +5,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .dataset import Batch, ImageDataset
     from .load import load_dataset
-    from .order import batches_from, places_of
+    from .order import Segment, batches_from, places_of
     from .skipped import SkippedLog
 
 # Loaded when first asked for, so that listing and decoding files need no torch.
 _HOME = {
     "Batch": "dataset",
     "ImageDataset": "dataset",
+    "Segment": "order",
     "SkippedLog": "skipped",
     "batches_from": "order",
     "load_dataset": "load",
     "places_of": "order",
 }
 
-__all__ = ["Batch", "ImageDataset", "SkippedLog", "batches_from", "load_dataset", "places_of"]
+__all__ = ["Batch", "ImageDataset", "Segment", "SkippedLog", "batches_from", "load_dataset", "places_of"]
 
 
 def __getattr__(name: str) -> Any:

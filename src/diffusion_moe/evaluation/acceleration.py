@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import EvaluationConfig, ModelConfig
 from ..models import Backbone, DiTOutput
+from ..moe.precision import choose_precision
 from ..text import TextFeatures
 
 Network = Callable[..., DiTOutput]
@@ -41,7 +42,7 @@ def accelerated(model: Backbone, settings: EvaluationConfig) -> Network:
     device = model.device
     check_acceleration(model.settings, settings, device)
     network: Network = _with_text(model)
-    if settings.precision == "bf16":
+    if choose_precision(settings.precision, device).precision == "bf16":
 
         def network(x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
             # Without autocast's cache of casts: a captured graph must make them itself.

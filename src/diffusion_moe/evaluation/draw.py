@@ -134,8 +134,8 @@ def settings_name(settings: EvaluationConfig, training_steps: int | None) -> str
         parts += [f"thresholds{settings.threshold_scale:g}"]
     if settings.capacity_limit is not None:
         parts += [f"limit{settings.capacity_limit:g}"]
-    if settings.precision != usual.precision:
-        parts += [settings.precision]
+    if settings.precision == "bf16":
+        parts += ["bf16"]
     return "-".join(parts)
 
 

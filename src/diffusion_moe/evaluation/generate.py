@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -16,8 +16,10 @@ from ..diffusion.ddpm import ddim, ddpm_ancestral, linear_schedule, respaced
 from ..diffusion.guidance import Model, guided
 from ..diffusion.prediction import convert
 from ..diffusion.solvers import SOLVERS, Counted, dopri5, even_times, sde
+from ..distributed import from_main
 from ..models import Backbone
 from ..moe import RoutingReport, limit_capacity, scale_thresholds
+from ..moe.precision import choose_precision
 from ..randomness import normal
 from ..text import TextFeatures
 from .acceleration import Network, accelerated
@@ -90,6 +92,18 @@ class Usage:
             dropped = float(torch.stack(self.dropped).sum())
             numbers["dropped_share"] = dropped / max(1.0, served + dropped)
         return numbers
+
+
+def usual_device() -> torch.device:
+    """Where models are sampled: see `Source.load`."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def with_precision(settings: EvaluationConfig, say: Callable[[str], None]) -> EvaluationConfig:
+    """Settings with the precision that they leave open, the main process' for all; says which."""
+    chosen = from_main(choose_precision(settings.precision, usual_device()))
+    say(f"computing in {chosen}")
+    return replace(settings, precision=chosen.precision)
 
 
 def check_solver(config: ModelConfig, settings: EvaluationConfig) -> None:
@@ -273,7 +287,7 @@ def provenance(settings: EvaluationConfig, usage: Usage) -> dict[str, Any]:
         "guidance_interval": list(settings.guidance_interval),
         "guidance_channels": settings.guidance_channels,
         "threshold_scale": settings.threshold_scale,
-        "dtype": settings.precision,
+        "dtype": choose_precision(settings.precision, usual_device()).precision,
         "seed": settings.seed,
         **usage.summary(),
     }

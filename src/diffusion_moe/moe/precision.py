@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+Precision = Literal["auto", "bf16", "fp32"]
 CpuProducts = Literal["auto", "narrow", "float32"]
 VARIABLE = "DIFFUSION_MOE_CPU_PRODUCTS"
 """Environment variable, for tensors on a CPU: auto (bfloat16 and float16 are multiplied in float32 where the processor
@@ -57,6 +58,36 @@ def _cpuinfo() -> str:
 
 SLOW_DTYPES = slower_than_float32(_cpuinfo())
 """Of this machine's processor."""
+FAST_IN_BF16 = "flags" in _cpuinfo() and torch.bfloat16 not in SLOW_DTYPES
+"""Whether this machine's processor is known to multiply bfloat16 faster than float32."""
+
+
+class Chosen(NamedTuple):
+    """What a model computes in."""
+
+    precision: Literal["bf16", "fp32"]
+    why: str = ""
+    """Of auto, the reason."""
+
+    def __str__(self) -> str:
+        return f"{self.precision} (auto: {self.why})" if self.why else self.precision
+
+
+def choose_precision(asked: Precision, device: torch.device) -> Chosen:
+    """What is asked for; for auto bf16 where the device is known to be fast in it, else fp32."""
+    if asked != "auto":
+        return Chosen(asked)
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Chosen("bf16", "this GPU multiplies bfloat16")
+        return Chosen("fp32", "this GPU emulates bfloat16")
+    if device.type != "cpu":
+        return Chosen("fp32", f"of {device.type} nothing is known")
+    if not FAST_IN_BF16:
+        return Chosen("fp32", "this processor is not known to be fast in bfloat16")
+    if product_dtype(torch.empty(0), torch.bfloat16) == torch.float32:
+        return Chosen("fp32", f"{VARIABLE} is {os.environ.get(VARIABLE)}")
+    return Chosen("bf16", "this processor is fast in bfloat16")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

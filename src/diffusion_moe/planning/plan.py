@@ -98,6 +98,8 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         ValueError: batch or model cannot be spread over so many processes, or the recipe's layout is of others; with
             the arithmetic.
     """
+    if recipe.training.precision == "auto":  # plans are of GPUs, which have bfloat16
+        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision="bf16"))
     layouts, training = layouts_of(recipe, options.world), recipe.training
     world = _product(layouts[0])
     places_of(training.batch_size, training.accumulation, world=world)

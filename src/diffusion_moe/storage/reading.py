@@ -22,7 +22,13 @@ from .writing import checkpoints_in
 T = TypeVar("T")
 
 
-def read(path: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def read(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    group: dist.ProcessGroup | None = None,
+    optional: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Any]:
     """Fill tensors in place from a checkpoint; every process calls it with the same names.
 
     All files are checked first, each by one process; then each process reads what it holds of every tensor. The number
@@ -31,6 +37,7 @@ def read(path: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup 
     Args:
         tensors: plain or DTensors; all that the checkpoint holds, of the same shapes and dtypes.
         group: who takes part, see `Peers`.
+        optional: of a tensor's name, whether it may be on one side alone: it then stays as it is, or is left out.
 
     Returns:
         What `write` was told about it.
@@ -45,8 +52,9 @@ def read(path: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup 
         if len(set(peers.gather("comparing manifests", lambda: sha256(path / NAME)))) > 1:
             raise CheckpointError(f"the processes see different checkpoints at {path}; they must share one folder")
         peers.agree("checking a checkpoint", lambda: _check_share(path, manifest, peers))
-        peers.agree("comparing with a checkpoint", lambda: _check_fit(path, manifest, layouts_of(tensors)))
-        peers.agree("reading a checkpoint", lambda: _fill(path, manifest, tensors))
+        peers.agree("comparing with a checkpoint", lambda: _check_fit(path, manifest, layouts_of(tensors), optional))
+        common = {name: tensor for name, tensor in tensors.items() if name in manifest.tensors}
+        peers.agree("reading a checkpoint", lambda: _fill(path, manifest, common))
     except LostProcess:
         raise
     except OSError as error:
@@ -120,10 +128,10 @@ def _check_share(path: Path, manifest: Manifest, peers: Peers) -> None:
     check_digests(path, tuple(by_size[peers.rank :: peers.size]))
 
 
-def _check_fit(path: Path, manifest: Manifest, layouts: Mapping[str, Layout]) -> None:
+def _check_fit(path: Path, manifest: Manifest, layouts: Mapping[str, Layout], optional: Callable[[str], bool]) -> None:
     problems = []
-    lacking = sorted(layouts.keys() - manifest.tensors.keys())
-    excess = sorted(manifest.tensors.keys() - layouts.keys())
+    lacking = sorted(name for name in layouts.keys() - manifest.tensors.keys() if not optional(name))
+    excess = sorted(name for name in manifest.tensors.keys() - layouts.keys() if not optional(name))
     other = [
         name for name in layouts.keys() & manifest.tensors.keys() if layouts[name][:2] != manifest.tensors[name][:2]
     ]

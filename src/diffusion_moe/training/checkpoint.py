@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import TrainingConfig
+from ..data import Segment
 from ..models import Backbone
-from ..storage import AsyncWriter, CheckpointError, latest, read
+from ..storage import AsyncWriter, CheckpointError, Manifest, latest, read
+from .ema import begin_average
 from .start import copy_frozen
 from .step import TrainState
 
@@ -35,7 +37,9 @@ class Checkpoints:
     """The checkpoints of a run. All processes call every method together."""
 
     def __init__(self, folder: Path, training: TrainingConfig) -> None:
-        self.folder = folder
+        self.folder, self.seed = folder, training.seed
+        self.notes: list[str] = []
+        """Lines about what the state that was loaded last has besides, or has no more."""
         self.writer = AsyncWriter(folder, training.keep_checkpoints, training.keep_every)
 
     def save(self, state: TrainState) -> None:
@@ -45,6 +49,7 @@ class Checkpoints:
             OSError, CheckpointError: why it has not.
         """
         about = {"step": state.step, "excluded": sorted(state.excluded), "bad": state.bad, "gone_back": state.gone_back}
+        about |= {"seed": self.seed, "batch_sizes": [list(segment) for segment in state.segments]}
         self.writer.save(state.step, state_tensors(state), about)
 
     def failed(self) -> bool:
@@ -70,26 +75,63 @@ class Checkpoints:
     def load_latest(self, state: TrainState) -> Resumed:
         """Fill `state` from the newest good checkpoint; no save may be under way."""
         group = self.writer.group  # idle, for nothing is being saved; beside NCCL what is told must not go by the GPU
-        found = latest(self.folder, lambda path: load_checkpoint(path, state, group), group=group)
+        found = latest(self.folder, lambda path: load_checkpoint(path, state, group, self.seed), group=group)
+        self.notes = found.loaded or []
         return Resumed(found.path, found.problems)
 
 
-def load_checkpoint(path: Path, state: TrainState, group: dist.ProcessGroup | None = None) -> None:
-    """Fill `state` from a checkpoint, also of another number of processes.
+def load_checkpoint(
+    path: Path, state: TrainState, group: dist.ProcessGroup | None = None, seed: int | None = None
+) -> list[str]:
+    """Fill `state` from a checkpoint, also of another number of processes or with other further averages.
+
+    A further average that the checkpoint lacks begins at the weights. A checkpoint of an older version does not tell
+    the sizes of its batches; those of the state stay.
 
     Args:
         group: of the processes that read, see `storage.read`.
+        seed: of the recipe that goes on. In the order of another one the steps that are left out mean other images,
+            so those to come are forgotten.
+
+    Returns:
+        A line for each further average that begins or is left out, and for steps that are forgotten.
 
     Raises:
         CheckpointError: it is damaged, or not of this recipe's model; says what is wrong.
     """
-    about = read(path, state_tensors(state), group=group)
+    about = read(path, state_tensors(state), group=group, optional=lambda name: name.startswith("ema_"))
+    begun, dropped = _changed_averages(path, state)
+    for decay in begun:
+        begin_average(state.more_emas[decay], state.model)
     copy_frozen(state.model, _averages(state).values())
     try:
         state.step, state.gone_back = int(about["step"]), bool(about["gone_back"])
         state.excluded, state.bad = {int(step) for step in about["excluded"]}, [int(step) for step in about["bad"]]
+        sizes = [Segment(int(first), int(size)) for first, size in about.get("batch_sizes", ())]
+        known_seed = int(about.get("seed", seed or 0))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} does not tell its step; it is of another version") from error
+    state.segments = tuple(sizes) or state.segments
+    notes = [f"the average of decay {decay} begins at the weights of step {state.step}" for decay in begun]
+    notes += [f"the average of decay {decay} is no longer kept" for decay in dropped]
+    later = {step for step in state.excluded if step > state.step}
+    if seed is not None and seed != known_seed and later:
+        state.excluded, state.gone_back = state.excluded - later, False
+        notes.append(f"the order is another one: steps {min(later)} to {max(later)} are no longer left out")
+    return notes
+
+
+def _changed_averages(path: Path, state: TrainState) -> tuple[list[float], list[str]]:
+    """Decays of further averages that a state has and a checkpoint has not, and of those that it has besides."""
+    frozen = {name for name, parameter in state.model.named_parameters() if not parameter.requires_grad}
+    one = next(name for name in state.model.state_dict() if name not in frozen)
+    saved = {
+        name.removeprefix("ema_").removesuffix(f".{one}")
+        for name in Manifest.read(path).tensors
+        if name.startswith("ema_") and name.endswith(f".{one}")
+    }
+    kept = {str(decay) for decay in state.more_emas}
+    return [decay for decay in state.more_emas if str(decay) not in saved], sorted(saved - kept)
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:

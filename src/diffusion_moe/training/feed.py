@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 from torch.utils.data import DataLoader
 
 from ..config import Recipe
-from ..data import Batch, ImageDataset, batches_from, places_of
+from ..data import Batch, ImageDataset, Segment, batches_from, places_of
 from ..distributed import rank, world_size
 
 
-def batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Generator[Batch, None, None]:
+def batches(
+    recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment] = ()
+) -> Generator[Batch, None, None]:
     """Batches of steps `step` + 1 to the recipe's last.
+
+    Args:
+        segments: the run's sizes of batches; the recipe's from the first step unless given.
 
     Raises:
         ValueError: the global batch cannot be divided evenly, or an image cannot be read.
@@ -22,7 +27,7 @@ def batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Generator[Batch
     training = recipe.training
     places = torch.cat(places_of(training.batch_size, training.accumulation, rank(), world_size()))
     order = batches_from(
-        step, training.steps, len(dataset), training.batch_size, training.seed, places, dataset.buckets
+        step, training.steps, len(dataset), segments or training.batch_size, training.seed, places, dataset.buckets
     )
     loader: DataLoader = DataLoader(
         dataset,  # type: ignore[arg-type]  # it fetches whole batches, see ImageDataset.__getitems__
@@ -42,11 +47,16 @@ def batches(recipe: Recipe, dataset: ImageDataset, step: int) -> Generator[Batch
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def images_of_step(recipe: Recipe, dataset: ImageDataset, step: int) -> list[int]:
-    """Places in the data set's training split of the images in a step's global batch."""
+def images_of_step(recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment] = ()) -> list[int]:
+    """Places in the data set's training split of the images in a step's global batch.
+
+    Args:
+        segments: as for `batches`.
+    """
     training = recipe.training
-    (draws,) = batches_from(step - 1, step, len(dataset), training.batch_size, training.seed, None, dataset.buckets)
-    return [draw[0] for draw in draws]
+    sizes = segments or training.batch_size
+    (draws,) = batches_from(step - 1, step, len(dataset), sizes, training.seed, None, dataset.buckets)
+    return [draw.image for draw in draws]
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -12,21 +12,24 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from ..config import ModelConfig, Recipe
-from ..data import ImageDataset, SkippedLog, load_dataset
+from ..config import Recipe
+from ..data import ImageDataset, Segment, SkippedLog, load_dataset
 from ..distributed import barrier, is_main, torchrun_processes
 from ..models import Backbone
 from ..moe.precision import SLOW_DTYPES
-from ..run_folder import DATA, ORIGIN, RunFolder, write_atomically
+from ..run_folder import DATA, ORIGIN, Resume, RunFolder, write_atomically
+from ..run_history import first_recipe, record
 from ..storage import checkpoints_in
 from .checkpoint import Checkpoints
 from .feed import batches, images_of_step
+from .fit import check_fit, choose_device, settled
+from .history import go_on
 from .log import MetricsLog, Progress, check_trackers
 from .parallelize import check_parallel, make_layout, whole_model
 from .signals import requests_to_stop, torchrun_is_gone
@@ -55,78 +58,10 @@ class NonFiniteError(ArithmeticError):
     """The loss stays not finite; the message names the file that lists the images."""
 
 
-def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device a recipe asks for; of several processes, each its own.
-
-    Raises:
-        ValueError: CUDA is asked for and not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.device is cuda, but no CUDA device is available; set it to auto or cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
-    """Whether model and data agree.
-
-    Raises:
-        ValueError: the image's shape or the number of classes is not the model's.
-    """
-    model, image = recipe.model, dataset.read([0]).images[0]
-    expected = (model.in_channels, model.sample_size, model.sample_size)
-    if dataset.buckets is not None:
-        for height, width in dataset.bucket_sizes:
-            if height % model.patch_size or width % model.patch_size:
-                raise ValueError(
-                    f"data.buckets holds {height}x{width}, but model.patch_size {model.patch_size} must divide both"
-                )
-        expected = (model.in_channels, *image.shape[1:])
-    if tuple(image.shape) != expected:
-        raise ValueError(
-            f"the data's images are {tuple(image.shape)} (channels, height, width), but model.in_channels and "
-            f"model.sample_size say {expected}; {dataset.shape_remedy}"
-        )
-    check_text(recipe.model, dataset)
-    if model.num_classes not in (0, len(dataset.class_names)):
-        raise ValueError(
-            f"model.num_classes is {model.num_classes}, but the data has {len(dataset.class_names)} classes"
-        )
-
-
-def check_text(model: ModelConfig, dataset: ImageDataset) -> None:
-    """Whether the captions' features are those the model takes.
-
-    Raises:
-        ValueError: there are none, or they have another size.
-    """
-    if not model.text_dim:
-        return
-    if dataset.texts is None:
-        raise ValueError(
-            f"model.text_dim is {model.text_dim}, but the data has no encoded captions; give data.text_encoder and "
-            "data.caption_column, or a cache made with `diffusion-moe encode --captions`"
-        )
-    space = dataset.texts.space
-    wanted = (model.text_dim, model.text_pooled_dim or space.pooled_width)
-    if (space.width, space.pooled_width) != wanted:
-        raise ValueError(
-            f"the text encoder {space.encoder} gives features of width {space.width} and pooled ones of "
-            f"{space.pooled_width}, but model.text_dim is {model.text_dim} and model.text_pooled_dim "
-            f"{model.text_pooled_dim}; make them equal (model.text_pooled_dim may be 0)"
-        )
-    if space.length > model.text_length:
-        raise ValueError(
-            f"captions have up to {space.length} tokens, but model.text_length is {model.text_length}; raise it, or "
-            "cut the captions to it"
-        )
-
-
 def train(
     recipe: Recipe,
     output_dir: Path,
-    resume: Literal["auto", "never"] = "auto",
+    resume: Resume = "auto",
     say: Say = print,
     preview: Preview | None = None,
     origin: Callable[[], Origin] | None = None,
@@ -137,6 +72,7 @@ def train(
 
     Args:
         output_dir: the run folder; if it holds this recipe's run, training goes on from its last good checkpoint.
+        resume: changed: also if the run is of another recipe; never: not at all, the folder must be empty.
         say: receives lines of progress. preview: draws pictures every `logging.sample_every` steps.
         origin: reads the model of `start.source`, which a fresh run begins from.
 
@@ -180,16 +116,17 @@ class Trainer:
         self,
         recipe: Recipe,
         run: RunFolder,
-        resume: Literal["auto", "never"],
+        resume: Resume,
         say: Say,
         preview: Preview | None,
         origin: Callable[[], Origin] | None = None,
     ) -> None:
+        self.device = choose_device(recipe.training.device)
+        recipe, precision = settled(recipe, run, resume, self.device)
         self.recipe, self.run_folder, self.say, self.preview = recipe, run, say, preview
         check_trackers(recipe.logging)
         check_parallel(recipe)
         check_start(recipe)
-        self.device = choose_device(recipe.training.device)
         self.layout = make_layout(recipe.parallel, self.device)
         self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
         check_fit(recipe, self.dataset)
@@ -201,11 +138,13 @@ class Trainer:
             make_state, recipe, self.device, self.layout, fill, None if texts is None else texts.empty()
         )
         self.state = self.fresh_state()
+        self.resume, self.first_batch_size = resume, first_recipe(run, recipe).training.batch_size
         if is_main():
             run.claim(recipe, resume)
         barrier()
         for line in [*self.dataset.notes, *self.start_notes]:
             say(line)
+        say(f"computing in {precision}")
         if recipe.training.precision == "bf16" and self.device.type == "cpu" and torch.bfloat16 in SLOW_DTYPES:
             say("warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster")
         self.checkpoints = Checkpoints(run.checkpoints, recipe.training)
@@ -241,6 +180,10 @@ class Trainer:
 
     def _resume(self) -> None:
         path = self._load_checkpoint()
+        if is_main():
+            record(self.run_folder, self.recipe, self.state.step, self.resume, self.say)
+        for note in self.checkpoints.notes:
+            self.say(note)
         if path is not None:
             done = self.state.step >= self.recipe.training.steps
             self.say(f"{path} is already at the last step" if done else f"resuming from {path}")
@@ -251,6 +194,7 @@ class Trainer:
         Raises:
             ValueError: there are some, but all are damaged.
         """
+        fresh, self.state.segments = self.state.segments, (Segment(0, self.first_batch_size),)
         path, problems = self.checkpoints.load_latest(self.state)
         for problem in problems:
             self.say(f"warning: {problem}")
@@ -258,6 +202,10 @@ class Trainer:
             raise ValueError(
                 f"no checkpoint in {self.run_folder.checkpoints} can be used; move them away to start anew"
             )
+        if path is None:
+            self.state.segments = fresh
+        else:
+            self.checkpoints.notes += go_on(self.state, self.recipe, self.dataset)
         return path
 
     def _take_steps(self, received: list[int]) -> None:
@@ -286,7 +234,7 @@ class Trainer:
     def _pass(self, received: list[int]) -> None:
         """Steps one after the other, until the last or until asked to stop."""
         state, recipe, orphaned = self.state, self.recipe, torchrun_is_gone()
-        with closing(batches(recipe, self.dataset, state.step)) as feed:
+        with closing(batches(recipe, self.dataset, state.step, state.segments)) as feed:
             for batch in feed:
                 self.speed.lap("data")
                 self.skipped_log.note(batch.skipped_names)
@@ -389,11 +337,13 @@ class Trainer:
     def _name_images(self, bad: list[int]) -> str:
         path = self.run_folder.bad_batches
         if is_main():
-            images = {str(step): images_of_step(self.recipe, self.dataset, step) for step in bad}
+            sizes = self.state.segments
+            images = {str(step): images_of_step(self.recipe, self.dataset, step, sizes) for step in bad}
             write_atomically(path, json.dumps({"steps": bad, "training_images": images}) + "\n")
         return (
             f"the loss or gradient of steps {bad[0]} to {bad[-1]} is not finite, also after going back; {path} "
-            "lists their images. Take another learning rate or data, or leave more steps out by training.max_bad_steps"
+            "lists their images. Take another learning rate or data (--resume changed), or leave more steps out by "
+            "training.max_bad_steps"
         )
 
 

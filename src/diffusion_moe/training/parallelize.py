@@ -22,6 +22,7 @@ from ..data import places_of
 from ..distributed import is_main, world_size
 from ..models import Backbone
 from ..moe import GroupedExperts, MoEFeedForward, Router
+from ..moe.precision import choose_precision
 from ..moe.routers import BatchPool
 from .start import make_prepared
 
@@ -88,7 +89,7 @@ def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
 
     # Of head norms and pools, whose outputs nobody changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    bf16 = recipe.training.precision == "bf16"
+    bf16 = choose_precision(recipe.training.precision, torch.device(layout.all.device_type)).precision == "bf16"
     # Gathered in the dtype that autocast would cast to anyway; gradients are summed in float32.
     narrow = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -12,6 +12,7 @@ import torch
 
 from ..config import Recipe
 from ..models.sizes import model_flops
+from ..moe.precision import choose_precision
 from .step import StepResult
 
 PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -80,7 +81,8 @@ class Speedometer:
     @cached_property
     def peak_flops(self) -> float | None:
         """The device's, where it is known for the precision."""
-        if self.device.type != "cuda" or self.recipe.training.precision != "bf16":
+        chosen = choose_precision(self.recipe.training.precision, self.device).precision
+        if self.device.type != "cuda" or chosen != "bf16":
             return None
         name = torch.cuda.get_device_name(self.device)
         return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import Recipe
-from ..data import Batch
+from ..data import Batch, Segment
 from ..diffusion.ddpm import ddpm_losses, linear_schedule, noised
 from ..diffusion.loss import flow_loss
 from ..diffusion.path import rectified_flow
@@ -25,9 +25,10 @@ from ..diffusion.times import draw_steps, draw_times
 from ..distributed import all_reduce_sum, world_size
 from ..models import Backbone, DiTOutput, make_model
 from ..moe import RoutingReport, merge_reports, recompute_experts, routers_of, update_routing_state
+from ..moe.precision import choose_precision
 from ..randomness import derive_seed, normal, uniform
 from ..text import TextFeatures
-from .ema import update_ema
+from .ema import ema_decay, update_ema
 from .measures import HostCopy, loss_by_time, routing_measures
 from .optimizer import LocalAdamW, clip_, global_norm, learning_rate, make_optimizer
 from .parallelize import Layout, parallelize
@@ -53,6 +54,8 @@ class TrainState:
     """Steps whose batches are left out, for they spoiled the loss."""
     bad: list[int] = field(default_factory=list)
     """Steps that were not finite since the last one that was."""
+    segments: tuple[Segment, ...] = ()
+    """How many images the steps so far and the next ones take; see `data.order`."""
     gone_back: bool = False
     """Whether training has gone back, and no step beyond those left out has been good since."""
 
@@ -148,7 +151,9 @@ def state_of(model: Backbone, recipe: Recipe, device: torch.device, layout: Layo
         model.compile_blocks(fullgraph=layout is None)
     model = placed(model.train())
     more = dict(zip(training.more_ema_decays, averages[1:]))
-    return TrainState(model, averages[0], make_optimizer(model, recipe.optimizer), layout=layout, more_emas=more)
+    state = TrainState(model, averages[0], make_optimizer(model, recipe.optimizer), layout=layout, more_emas=more)
+    state.segments = (Segment(0, training.batch_size),)
+    return state
 
 
 class LossParts(NamedTuple):
@@ -211,7 +216,8 @@ def loss_at(
     prompt = {} if text is None else text.arguments(recipe.model.text_pooled_dim > 0)
 
     def answer(x_t: Tensor) -> DiTOutput:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+        bf16 = choose_precision(recipe.training.precision, images.device).precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             return model(x_t, t, labels, **prompt)
 
     if recipe.model.process == "ddpm":
@@ -282,9 +288,8 @@ def train_step(
     state.optimizer.step_if(finite)
     reports = reports_over_processes([merge_reports(layer) for layer in zip(*(part.reports for part in parts))])
     _update_routing(model, reports, finite)
-    update_ema(state.ema, model, recipe.training.ema_decay)
-    for decay, ema in state.more_emas.items():
-        update_ema(ema, model, decay)
+    for decay, ema in {recipe.training.ema_decay: state.ema, **state.more_emas}.items():
+        update_ema(ema, model, ema_decay(decay, step - 1, recipe.training.ema_warmup))
     lap("optimizer")
     state.step = step
     numbers = {**means, "grad_norm": grad_norm, "finite": finite}

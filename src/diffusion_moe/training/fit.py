@@ -1,0 +1,105 @@
+"""Whether a recipe, the data and this machine fit each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+
+from ..config import ModelConfig, Recipe
+from ..data import ImageDataset
+from ..distributed import from_main
+from ..moe.precision import Chosen, choose_precision
+from ..run_folder import Resume, RunFolder
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device a recipe asks for; of several processes, each its own.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("training.device is cuda, but no CUDA device is available; set it to auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
+    """Whether model and data agree.
+
+    Raises:
+        ValueError: the image's shape or the number of classes is not the model's.
+    """
+    model, image = recipe.model, dataset.read([0]).images[0]
+    expected = (model.in_channels, model.sample_size, model.sample_size)
+    if dataset.buckets is not None:
+        for height, width in dataset.bucket_sizes:
+            if height % model.patch_size or width % model.patch_size:
+                raise ValueError(
+                    f"data.buckets holds {height}x{width}, but model.patch_size {model.patch_size} must divide both"
+                )
+        expected = (model.in_channels, *image.shape[1:])
+    if tuple(image.shape) != expected:
+        raise ValueError(
+            f"the data's images are {tuple(image.shape)} (channels, height, width), but model.in_channels and "
+            f"model.sample_size say {expected}; {dataset.shape_remedy}"
+        )
+    check_text(recipe.model, dataset)
+    if model.num_classes not in (0, len(dataset.class_names)):
+        raise ValueError(
+            f"model.num_classes is {model.num_classes}, but the data has {len(dataset.class_names)} classes"
+        )
+
+
+def check_text(model: ModelConfig, dataset: ImageDataset) -> None:
+    """Whether the captions' features are those the model takes.
+
+    Raises:
+        ValueError: there are none, or they have another size.
+    """
+    if not model.text_dim:
+        return
+    if dataset.texts is None:
+        raise ValueError(
+            f"model.text_dim is {model.text_dim}, but the data has no encoded captions; give data.text_encoder and "
+            "data.caption_column, or a cache made with `diffusion-moe encode --captions`"
+        )
+    space = dataset.texts.space
+    wanted = (model.text_dim, model.text_pooled_dim or space.pooled_width)
+    if (space.width, space.pooled_width) != wanted:
+        raise ValueError(
+            f"the text encoder {space.encoder} gives features of width {space.width} and pooled ones of "
+            f"{space.pooled_width}, but model.text_dim is {model.text_dim} and model.text_pooled_dim "
+            f"{model.text_pooled_dim}; make them equal (model.text_pooled_dim may be 0)"
+        )
+    if space.length > model.text_length:
+        raise ValueError(
+            f"captions have up to {space.length} tokens, but model.text_length is {model.text_length}; raise it, or "
+            "cut the captions to it"
+        )
+
+
+def settled(recipe: Recipe, run: RunFolder, resume: Resume, device: torch.device) -> tuple[Recipe, Chosen]:
+    """The recipe without anything open: as the run in the folder has it, else as the device computes best.
+
+    Of several processes the main one decides. Fields that are younger than the run keep what it did, unless another
+    recipe is wanted.
+
+    Returns:
+        The recipe, and its precision with the reason.
+
+    Raises:
+        ValueError: the run's recipe cannot be read.
+    """
+    training, chosen = recipe.training, choose_precision(recipe.training.precision, device)
+    if run.recipe.is_file():
+        began = run.read_recipe().training.precision
+        if training.precision == "auto" and began != "auto":
+            chosen = Chosen(began, "as the run began")
+    younger = {} if resume == "changed" else from_main(run.younger_fields())
+    chosen = from_main(chosen)
+    training = dataclasses.replace(training, precision=chosen.precision, **younger)
+    return dataclasses.replace(recipe, training=training), chosen
