@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "skipped.txt"
 
     @property
+    def listing(self) -> Path:
+        """Hash of the images that the run is trained on; see `training.fit.check_same_images`."""
+        return self.path / "listing.sha256"
+
+    @property
     def bad_batches(self) -> Path:
         return self.path / "bad-batches.json"
 

@@ -353,3 +353,28 @@ def test_the_page_of_run_folders_lists_what_may_change():
     listed = page[start : page.index("## Going on under another recipe")]
     for name in [*(f"{section}.*" for section in CHANGEABLE_SECTIONS), *CHANGEABLE]:
         assert f"`{name}`" in listed or f"`{name.removeprefix('training.')}`" in listed, name
+
+
+def test_other_images_are_refused_unless_wanted(tiny, tmp_path):
+    """The order of training is a function of the listing, so a run does not go on silently over another one."""
+    from PIL import Image
+
+    folder, run = tmp_path / "images", tmp_path / "run"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("L", (8, 8), 16 * i).save(folder / name / f"{i}.png")
+    options = [*tiny, "--data.kind=folder", f"--data.path={folder}", "--data.test_fraction=0", "--model.num_classes=2"]
+
+    def go(steps, resume="auto"):
+        train(read_recipe("digits", [*options, f"--training.steps={steps}"]), run, resume, say=lambda line: None)
+
+    go(2)
+    began = (run / "listing.sha256").read_text()
+    (folder / "a" / "8.png").symlink_to("../b/0.png")
+    with pytest.raises(ValueError, match=r"images holds other images than when .* began: .*; --resume changed goes on"):
+        go(4)
+    assert (run / "listing.sha256").read_text() == began
+    go(4, "changed")
+    assert (run / "listing.sha256").read_text() != began
+    go(6)

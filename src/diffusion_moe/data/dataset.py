@@ -99,6 +99,10 @@ class ImageDataset(ABC):
         """All images in order."""
         return self.read(range(len(self)))
 
+    def identity(self) -> str | None:
+        """A hash of which images there are, in order; None of data that never changes."""
+        return None
+
     def record(self) -> dict[str, Any]:
         """What a model trained on this should remember, as plain values."""
         text = {} if self.texts is None else {"text": self.texts.space.to_dict()}

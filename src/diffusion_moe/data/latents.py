@@ -24,6 +24,7 @@ from .captions import HEADER as CAPTIONS
 from .captions import CachedCaptions
 from .dataset import Batch, ImageDataset
 from .latent_space import LatentScaling, LatentSpace
+from .listing import hash_names
 from .splits import Split, split_indices
 
 HEADER = "latents.json"
@@ -255,6 +256,10 @@ class LatentCache(ImageDataset):
             noise = normal(self.seed, "posterior", epochs, indices, self.plan.latent_shape)
             latents = latents + stored[:, 1] * noise
         return Batch(self.space.scaling.scaled(latents), self._labels(indices))
+
+    def identity(self) -> str:
+        """A hash of the stored latents and their classes."""
+        return hash_names((shard.sha256 for shard in self.header.shards), self.header.labels)
 
     def record(self) -> dict[str, Any]:
         return super().record() | {"latent_space": self.space.to_dict()}

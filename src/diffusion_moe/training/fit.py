@@ -11,7 +11,7 @@ from ..config import ModelConfig, Recipe
 from ..data import ImageDataset
 from ..distributed import from_main
 from ..moe.precision import Chosen, choose_precision
-from ..run_folder import Resume, RunFolder
+from ..run_folder import Resume, RunFolder, write_atomically
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -80,6 +80,25 @@ def check_text(model: ModelConfig, dataset: ImageDataset) -> None:
             f"captions have up to {space.length} tokens, but model.text_length is {model.text_length}; raise it, or "
             "cut the captions to it"
         )
+
+
+def check_same_images(recipe: Recipe, dataset: ImageDataset, run: RunFolder, resume: Resume) -> None:
+    """Compare the data's images with those the run began with, and keep their hash; on the main process only.
+
+    Raises:
+        ValueError: they are others, so that the order of training would be another, and that is not wanted.
+    """
+    found = dataset.identity()
+    if found is None:
+        return
+    began = run.listing.read_text().strip() if run.listing.is_file() else found
+    if began != found and resume != "changed":
+        raise ValueError(
+            f"data.path {recipe.data.path} holds other images than when {run.path} began: files were added, removed, "
+            "renamed or moved; --resume changed goes on with them, or choose another --output_dir"
+        )
+    if began != found or not run.listing.is_file():
+        write_atomically(run.listing, found + "\n")
 
 
 def settled(recipe: Recipe, run: RunFolder, resume: Resume, device: torch.device) -> tuple[Recipe, Chosen]:

@@ -28,7 +28,7 @@ from ..run_history import first_recipe, record
 from ..storage import checkpoints_in
 from .checkpoint import Checkpoints
 from .feed import batches, images_of_step
-from .fit import check_fit, choose_device, settled
+from .fit import check_fit, check_same_images, choose_device, settled
 from .history import go_on
 from .log import MetricsLog, Progress, check_trackers
 from .parallelize import check_parallel, make_layout, whole_model
@@ -182,6 +182,8 @@ class Trainer:
         path = self._load_checkpoint()
         if is_main():
             record(self.run_folder, self.recipe, self.state.step, self.resume, self.say)
+            fresh = path is None  # nothing was trained on the images that were there
+            check_same_images(self.recipe, self.dataset, self.run_folder, "changed" if fresh else self.resume)
         for note in self.checkpoints.notes:
             self.say(note)
         if path is not None:
