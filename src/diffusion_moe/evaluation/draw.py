@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import EvaluationConfig
 from ..run_folder import write_atomically
 from .generate import Usage, check_solver, generate_batches, image_grid, provenance, to_uint8
+from .options import Weights
 from .prompts import Asked, model_size
 from .source import Source
 
@@ -75,7 +76,8 @@ def draw_samples(
             say(f"drew {done} of {count} images")
             spoke = time.monotonic()
     images = torch.cat(batches)
-    name = _name(settings, numbers if classes else None, per_class, origin.get("training_steps"))
+    made_by = [*weights_name(source.weights), settings_name(settings, origin.get("training_steps"))]
+    name = _name(made_by, numbers if classes else None, per_class)
     name += "" if inner is None else f"-{images.shape[-2]}x{images.shape[-1]}"
     name += "" if asked is None else f"-{asked.name()}"
     path = output or source.samples / f"{form}-{name}{ending}"
@@ -83,7 +85,7 @@ def draw_samples(
     _write(images, labels, per_class, form, path, asked)
     record = {"labels": None if labels is None else labels.tolist(), "num_samples": count}
     record |= {"size": list(images.shape[-2:])} | ({} if asked is None else asked.record(per_class))
-    record |= provenance(settings, usage) | origin
+    record |= provenance(settings, usage) | {"weights": source.weights} | origin
     write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(record) + "\n")
     return path
 
@@ -112,10 +114,15 @@ def _write(
             _to_image(image).save(path / f"{prefix}{i:06d}.png")
 
 
-def _name(settings: EvaluationConfig, classes: Sequence[int] | None, per_class: int, training_steps: int | None) -> str:
+def _name(made_by: Sequence[str], classes: Sequence[int] | None, per_class: int) -> str:
     """A name that other samples do not share."""
     parts = [] if classes is None else ["class" + "+".join(map(str, classes))]
-    return "-".join([settings_name(settings, training_steps), *parts, f"{per_class}each"])
+    return "-".join([*made_by, *parts, f"{per_class}each"])
+
+
+def weights_name(weights: Weights) -> list[str]:
+    """What tells weights apart in names of files; nothing for the published ones."""
+    return {"ema": [], "model": ["model"]}.get(weights, [f"ema{weights}"])
 
 
 def settings_name(settings: EvaluationConfig, training_steps: int | None) -> str:
