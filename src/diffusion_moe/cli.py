@@ -63,7 +63,8 @@ class SampleOptions:
     """Which images to draw and how to save them."""
 
     classes: str | None = None
-    """Numbers or names of classes, as 3,7 or "golden retriever"; all unless given, or eight of more than twenty."""
+    """Names or numbers of classes, as "golden retriever,7"; #7 is number 7, name:7 the class named 7. All unless given,
+    or eight of more than twenty."""
     per_class: int = 10
     """Images of each class (of an unconditional model: images)."""
     format: Literal["grid", "png", "npz"] = "grid"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import EvaluationConfig
+from ..models.labels import by_name, class_number
 from ..run_folder import write_atomically
 from .generate import Usage, check_solver, generate_batches, image_grid, provenance, to_uint8
 from .options import Weights
@@ -41,7 +41,7 @@ def draw_samples(
     """Draw `per_class` images of each class and write them with a JSON record beside them.
 
     Args:
-        classes: numbers or names; None: all of them, or a few of many. say: receives a line of progress now and then.
+        classes: names or numbers; None: all of them, or a few of many. say: receives a line of progress now and then.
         asked: prompts, of each of which there are `per_class` images, for a model with text.
         size: height and width of the images in pixels; None: the model's own.
 
@@ -147,10 +147,10 @@ def settings_name(settings: EvaluationConfig, training_steps: int | None) -> str
 
 
 def class_numbers(classes: Sequence[str] | None, source: Source) -> list[int] | None:
-    """Classes by number or name as numbers; None for an unconditional model.
+    """Classes by name or number (see `models.labels`) as numbers; None for an unconditional model.
 
     Raises:
-        ValueError: a class is unknown, or the model is unconditional.
+        ValueError: a class is unknown or ambiguous, or the model is unconditional.
     """
     count = source.config.num_classes
     if count == 0:
@@ -159,18 +159,8 @@ def class_numbers(classes: Sequence[str] | None, source: Source) -> list[int] | 
         return None
     if classes is None:
         return list(range(count)) if count <= MANY_CLASSES else [i * count // A_FEW for i in range(A_FEW)]
-    known = {part.strip(): i for i, name in enumerate(source.class_names) for part in name.split(",")}
-    numbers = []
-    for name in classes:
-        number = int(name) if name.lstrip("-").isdigit() else known.get(name)
-        if number is None:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"give numbers from 0 to {count - 1}"
-            raise ValueError(f"there is no class {name!r}; {hint}")
-        if not 0 <= number < count:
-            raise ValueError(f"class {number} is out of range; the model has classes 0 to {count - 1}")
-        numbers.append(number)
-    return numbers
+    known = by_name(dict(enumerate(source.class_names)))
+    return [class_number(text, known, count) for text in classes]
 
 
 def _to_image(pixels_HWC: np.ndarray) -> Image.Image:

@@ -214,9 +214,8 @@ def read_source(path: Path) -> Source:
     if (path / "model_index.json").is_file():
         index = _read_json(path / "model_index.json")
         folder, vae = path / "transformer", path / "vae"
-        names = index.get("id2label") or {}
-        class_names = tuple(str(names[key]) for key in sorted(names, key=int))
-        config = _read_config(folder)
+        config, names = _read_config(folder), index.get("id2label") or {}
+        class_names = tuple(str(names.get(str(number), "")) for number in range(config.num_classes)) if names else ()
         return Source(
             path,
             folder,
