@@ -226,9 +226,10 @@ def test_upcycling_takes_the_dense_width_unless_told(tmp_path, capsys, tiny):
 
 
 MISTAKES = {
+    "text": (["--start.source={text}"], "start.source: {text} is a text file, no checkpoint; give a file that"),
     "no such folder": (["--start.source=/no/such"], "there is no file or folder /no/such"),
     "unfinished": (["--start.source={unfinished}"], "has no trained model yet"),
-    "no model": (["--start.source={empty}"], "holds 0 checkpoint files"),
+    "no model": (["--start.source={empty}"], "holds no checkpoint file; give a file or folder of one that ends in .pt"),
     "contradiction": (["--model.depth=6"], "model.depth is 6, but that of"),
     "pattern": (['--start.freeze=["block.*"]'], "did you mean blocks"),
     "target": (["--start.lora_rank=2", "--start.lora_targets=[attn.q]"], "take attn.qkv"),
@@ -244,8 +245,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(capsys, tmp_path, base, recipe
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished").mkdir()
     shutil.copy(base / "recipe.yaml", tmp_path / "unfinished")
-    paths = {name: tmp_path / name for name in ("empty", "unfinished")}
-    options = [option.format(**paths) for option in options]
+    (tmp_path / "text").write_text("import torch\n")
+    paths = {name: tmp_path / name for name in ("empty", "unfinished", "text")}
+    options, expected = [option.format(**paths) for option in options], expected.format(**paths)
     status, out, err = run(capsys, "train", recipe_file, "--output_dir", tmp_path / "run", *options)
     assert (status, out) == (2, "") and expected in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -55,9 +55,8 @@ class StartingPoint:
         try:
             return read_published(str(self.path), weights=self.start.weights).model
         except ValueError as error:
-            raise ValueError(
-                f"start.source: {error} (`diffusion-moe convert` takes such options and makes a folder to start from)"
-            ) from error
+            options = " (`diffusion-moe convert` takes such options and makes a folder to start from)"
+            raise ValueError(f"start.source: {error}{options if ' --' in str(error) else ''}") from error
 
     def origin(self) -> Origin:
         """Read it.
