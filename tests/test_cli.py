@@ -209,7 +209,7 @@ def test_sample_writes_arrays_and_single_pictures(capsys, trained, tmp_path):
     [
         (["--classes=10"], "class 10 is out of range; the model has classes 0 to 9"),
         (["--classes=-1"], "class -1 is out of range"),
-        (["--classes=cat"], "there is no class 'cat'; give numbers from 0 to 9"),
+        (["--classes=cat"], "there is no class 'cat'; give a number from 0 to 9"),
         (["--classes="], "there is no class ''"),
         (["--per_class=0"], "per_class is 0"),
         (["--solver=rk4"], "solver is rk4"),
@@ -226,6 +226,24 @@ def test_a_wrong_sampling_option_is_one_line_and_writes_nothing(capsys, trained,
     assert expected in err
     assert err.count("\n") == 1
     assert sorted(trained.rglob("*")) == before
+
+
+def test_classes_are_taken_by_name_first(capsys, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    data = tmp_path / "run" / "model" / "data.json"
+    record = json.loads(data.read_text())
+    assert record["class_names"] == list("0123456789")
+    data.write_text(json.dumps(record | {"class_names": ["0", "1", "10", "11", "2", "3", "4", "5", "6", "b #2"]}))
+    options = ["--per_class=1", "--steps=1", "--format=npz"]
+    status, _, err = run(capsys, "sample", tmp_path / "run", *options, "--classes=2")
+    assert status == 2 and err.count("\n") == 1 and "give #2 for the number or name:2 for the name" in err
+    for place, (classes, numbers) in enumerate(
+        [("#2", [2]), ("name:2,#2", [4, 2]), ("10,1,8,b #2", [2, 1, 8, 9]), ("[#3, 11]", [3, 3]), ("#8,#9", [8, 9])]
+    ):
+        output = tmp_path / f"{place}.npz"
+        for spelling in (["--classes", classes], [f"--classes={classes}"]):
+            assert run(capsys, "sample", tmp_path / "run", *options, "--output", output, *spelling)[0] == 0
+            assert json.loads(output.with_suffix(".json").read_text())["labels"] == numbers
 
 
 def test_samples_of_other_settings_do_not_overwrite_each_other(capsys, trained):

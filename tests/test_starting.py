@@ -1,7 +1,10 @@
 """Reading the model that training begins from: runs, folders and published files; and what the command makes of it."""
 
+import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,7 +13,8 @@ from safetensors.torch import load_file
 from diffusion_moe.cli import main
 from diffusion_moe.config import StartConfig
 from diffusion_moe.conversion import ConvertOptions, to_pipeline, to_published_file
-from diffusion_moe.models import load_model
+from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.models import load_model, make_model
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.starting import StartingPoint, model_options
 
@@ -61,18 +65,91 @@ def test_a_run_gives_its_average_or_its_last_weights(base):
     assert not states_equal(origin.model.state_dict(), expected)
 
 
-def test_last_weights_of_a_run_of_adapters_are_merged(capsys, tmp_path, base, recipe_file):
-    tuned = tmp_path / "tuned"
-    assert run(capsys, "train", recipe_file, "--output_dir", tuned, "--start.lora_rank=2")[0] == 0
-    model = StartingPoint(StartConfig(str(tuned), "model")).origin().model
-    saved = load_file(next(tuned.glob("checkpoints/*02/*.safetensors")))
-    name = "blocks.1.attn.qkv."
-    a, b, w = (
-        saved[f"model.{name}{part}"] for part in ("lora_A.default.weight", "lora_B.default.weight", "base_layer.weight")
-    )
-    torch.testing.assert_close(model.state_dict()[f"{name}weight"], w + b @ a)
-    assert (b @ a).abs().max() > 0
-    assert not [name for name in model.state_dict() if "lora" in name]
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, base, tiny_options):
+    """A run of adapters of layers and experts that learn fast: its newest weights are far from its average."""
+    folder, source = (tmp_path_factory.mktemp("adapted") / name for name in ("run", "source"))
+    torch.manual_seed(0)
+    model = load_model(base / "model")
+    for parameter in model.parameters():  # after six steps gates are near zero, and adapters behind them would not tell
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(source)
+    options = ["--start.lora_rank=2", "--start.lora_targets=[attn.qkv,mlp.experts.w_out]", "--start.lora_alpha=3"]
+    more = ["--training.steps=4", "--training.ema_decay=0.9", "--model.mlp_activation=silu"]
+    more += ["--optimizer.learning_rate=0.05", "--training.checkpoint_every=2"]
+    command = ["train", "digits", "--output_dir", str(folder), f"--start.source={source}"]
+    assert main([*command, *tiny_options, *options, *more]) == 0
+    return folder
+
+
+def merged_by_hand(run):
+    """W + alpha / rank * B A of a run's checkpoint after four steps (LoRA, section 4.1)."""
+    saved = load_file(next(run.glob("checkpoints/*04/*.safetensors")))
+    state = {name.removeprefix("model."): tensor for name, tensor in saved.items() if name.startswith("model.")}
+    whole = {}
+    for name, tensor in state.items():
+        layer, base, weight = name.partition("base_layer.")
+        if base and weight in ("weight", "w_out"):
+            a, b = (state[f"{layer}lora_{part}.default.weight"] for part in "AB")
+            if weight == "w_out":  # peft stacks A as (E * rank, in) and B as (out, rank * E); the layer is (E, in, out)
+                delta = torch.einsum("ore,eri->eio", b.unflatten(1, (2, -1)), a.unflatten(0, (-1, 2)))
+            else:
+                delta = b @ a
+            assert delta.abs().max() > 1e-3
+            tensor = tensor + 3 / 2 * delta
+        if "lora_" not in name:
+            whole[layer + weight] = tensor
+    return whole
+
+
+def test_last_weights_of_a_run_of_adapters_are_merged(adapted):
+    origin = StartingPoint(StartConfig(str(adapted), "model")).origin().model
+    sampled = replace(read_source(adapted), weights="model").load().model.cpu()
+    expected = merged_by_hand(adapted)
+    torch.testing.assert_close(dict(origin.state_dict()), expected)
+    assert states_equal(origin.state_dict(), sampled.state_dict())
+    average = load_model(adapted / "model")
+    assert all(average.state_dict()[name].shape == tensor.shape for name, tensor in expected.items())
+    by_hand = make_model(read_recipe(adapted / "recipe.yaml").model).eval()
+    by_hand.load_state_dict(expected)
+    x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 5, 9])
+    with torch.no_grad():
+        torch.testing.assert_close(sampled(x, t, y).sample, by_hand(x, t, y).sample)
+        assert (average(x, t, y).sample - by_hand(x, t, y).sample).abs().max() > 1e-3
+
+
+def test_the_command_takes_last_weights_of_a_run_of_adapters(capsys, adapted, tmp_path):
+    hand = make_model(read_recipe(adapted / "recipe.yaml").model)
+    hand.load_state_dict(merged_by_hand(adapted))
+    hand.save_pretrained(tmp_path / "hand")
+    options = ["--steps=2", "--per_class=1", "--classes=3,8", "--format=npz", "--guidance_scale=1.5", "--solver=euler"]
+    images = {}
+    for name, folder, more in (
+        ("last", adapted, ["--weights=model"]),
+        ("hand", tmp_path / "hand", []),
+        ("ema", adapted, []),
+    ):
+        output = tmp_path / f"{name}.npz"
+        status, _, err = run(capsys, "sample", folder, "--output", output, *options, *more)
+        assert (status, err) == (0, "")
+        images[name] = np.load(output)["images"].astype(int)
+    assert np.abs(images["last"] - images["hand"]).max() <= 1 and np.abs(images["last"] - images["ema"]).max() > 1
+    record = json.loads((tmp_path / "last.json").read_text())
+    assert (record["weights"], record["training_steps"], record["ema_decay"]) == ("model", 4, None)
+    output = tmp_path / "scores.json"
+    options = ["--num_samples=20", "--steps=1", "--solver=euler", "--weights=model", "--output", output]
+    status, _, err = run(capsys, "evaluate", adapted, *options)
+    assert (status, err) == (0, "") and json.loads(output.read_text())["weights"] == "model"
+
+
+def test_samples_of_other_weights_stand_beside_those_of_the_average(capsys, base, tmp_path):
+    shutil.copytree(base, tmp_path / "run")
+    for weights in ("ema", "model"):
+        assert run(capsys, "sample", tmp_path / "run", "--per_class=1", "--steps=1", f"--weights={weights}")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "run" / "samples").glob("*.png"))
+    assert len(names) == 2 and sum("-model-" in name for name in names) == 1
+    status, _, err = run(capsys, "sample", base / "model", "--weights=model")
+    assert status == 2 and err.count("\n") == 1 and "set --weights to ema" in err
 
 
 def test_pipelines_and_model_folders_and_published_files_give_the_same(tmp_path, base):
@@ -95,7 +172,9 @@ def test_a_choice_of_weights_that_is_not_there_is_refused(tmp_path, base):
         _ = StartingPoint(StartConfig(str(base / "model"), "model")).source
     shutil.copytree(base, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(ValueError, match="holds no checkpoint; set it to ema"):
+    with pytest.raises(
+        ValueError, match=r"start.weights is model, but .* has no checkpoint.*; set start.weights to ema"
+    ):
         StartingPoint(StartConfig(str(tmp_path / "run"), "model")).origin()
 
 
@@ -147,9 +226,10 @@ def test_upcycling_takes_the_dense_width_unless_told(tmp_path, capsys, tiny):
 
 
 MISTAKES = {
+    "text": (["--start.source={text}"], "start.source: {text} is a text file, no checkpoint; give a file that"),
     "no such folder": (["--start.source=/no/such"], "there is no file or folder /no/such"),
     "unfinished": (["--start.source={unfinished}"], "has no trained model yet"),
-    "no model": (["--start.source={empty}"], "holds 0 checkpoint files"),
+    "no model": (["--start.source={empty}"], "holds no checkpoint file; give a file or folder of one that ends in .pt"),
     "contradiction": (["--model.depth=6"], "model.depth is 6, but that of"),
     "pattern": (['--start.freeze=["block.*"]'], "did you mean blocks"),
     "target": (["--start.lora_rank=2", "--start.lora_targets=[attn.q]"], "take attn.qkv"),
@@ -165,8 +245,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(capsys, tmp_path, base, recipe
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished").mkdir()
     shutil.copy(base / "recipe.yaml", tmp_path / "unfinished")
-    paths = {name: tmp_path / name for name in ("empty", "unfinished")}
-    options = [option.format(**paths) for option in options]
+    (tmp_path / "text").write_text("import torch\n")
+    paths = {name: tmp_path / name for name in ("empty", "unfinished", "text")}
+    options, expected = [option.format(**paths) for option in options], expected.format(**paths)
     status, out, err = run(capsys, "train", recipe_file, "--output_dir", tmp_path / "run", *options)
     assert (status, out) == (2, "") and expected in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()

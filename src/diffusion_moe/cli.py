@@ -16,7 +16,7 @@ from .benchmarks.options import BenchOptions, What
 from .config import SECTIONS, DataConfig, EvaluationConfig, StartConfig, to_yaml
 from .conversion import ConvertOptions, to_pipeline, to_published_file
 from .encoding.options import EncodeOptions
-from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions
+from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions, Weights
 from .inspection.options import InspectOptions
 from .memory import keep_compiled_products, keep_freed_memory
 from .parsing import (
@@ -65,11 +65,15 @@ class SampleOptions:
     """Which images to draw and how to save them."""
 
     classes: str | None = None
-    """Numbers or names of classes, as 3,7 or "golden retriever"; all unless given, or eight of more than twenty."""
+    """Names or numbers of classes, as "golden retriever,7"; #7 is number 7, name:7 the class named 7. All unless given,
+    or eight of more than twenty."""
     per_class: int = 10
     """Images of each class (of an unconditional model: images)."""
     format: Literal["grid", "png", "npz"] = "grid"
     """One picture with a row a class, single pictures, or arrays `images` (uint8, NHWC) and `labels`."""
+    weights: Weights = "ema"
+    """A run's averaged weights (ema), those of its newest checkpoint that are not averaged (model), or a further
+    average (training.more_ema_decays) by its decay, as 0.999."""
     output: Path | None = None
     """File (grid, npz) or folder (png); inside the folder's samples/ unless given."""
     vae: str | None = None
@@ -158,7 +162,7 @@ def sample(arguments: Sequence[str]) -> int:
     from .evaluation.generate import with_precision
     from .evaluation.prompts import Asked, read_prompts
 
-    source = source.with_vae(options.vae)
+    source = dataclasses.replace(source.with_vae(options.vae), weights=options.weights)
     prompts = read_prompts(options.prompt, options.prompts)
     asked = Asked(prompts, options.negative_prompt, options.text_encoder) if prompts else None
     size = (options.height, options.width)

@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -40,7 +41,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     Raises:
         ValueError: one line that names the option, its value and what is expected.
     """
-    return _in_one_line(parser, lambda: parser.instantiate(parser.parse_args(_usual_spelling(parser, arguments))))
+    return _in_one_line(parser, lambda: parser.instantiate(_parsed(parser, arguments)))
 
 
 def peek(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
@@ -49,7 +50,7 @@ def peek(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     Raises:
         ValueError: as `parse`.
     """
-    return _in_one_line(parser, lambda: parser.parse_args(_usual_spelling(parser, arguments)))
+    return _in_one_line(parser, lambda: _parsed(parser, arguments))
 
 
 def _in_one_line(parser: ArgumentParser, work: Callable[[], Namespace]) -> Namespace:
@@ -59,6 +60,21 @@ def _in_one_line(parser: ArgumentParser, work: Callable[[], Namespace]) -> Names
             return work()
         except (argparse.ArgumentError, TypeError, ValueError) as error:
             raise ValueError(_one_line(str(error), parser)) from error
+
+
+def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Values as given. YAML takes a text that begins with # for a comment, that is for None; here it stays a text."""
+    spelled = _usual_spelling(parser, arguments)
+    parsed = parser.parse_args(spelled)
+    texts = {
+        f"--{action.dest}" for action in parser._actions if {str, NoneType} == {*get_args(_type_of(action))}
+    }  # `str` alone is never read as YAML
+    for argument, following in zip(spelled, [*spelled[1:], ""]):
+        name, equals, value = argument.partition("=")
+        value = value if equals else following
+        if name in texts and value.lstrip().startswith("#"):
+            parsed[name.removeprefix("--")] = value
+    return parsed
 
 
 def _usual_spelling(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
@@ -76,7 +92,11 @@ def _usual_spelling(parser: ArgumentParser, arguments: Sequence[str]) -> list[st
 
 
 def _is_switch(action: argparse.Action) -> bool:
-    return getattr(action, "_typehint", None) is bool
+    return _type_of(action) is bool
+
+
+def _type_of(action: argparse.Action) -> Any:
+    return getattr(action, "_typehint", None)
 
 
 def _one_line(message: str, parser: ArgumentParser) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,9 +55,8 @@ class StartingPoint:
         try:
             return read_published(str(self.path), weights=self.start.weights).model
         except ValueError as error:
-            raise ValueError(
-                f"start.source: {error} (`diffusion-moe convert` takes such options and makes a folder to start from)"
-            ) from error
+            options = " (`diffusion-moe convert` takes such options and makes a folder to start from)"
+            raise ValueError(f"start.source: {error}{options if ' --' in str(error) else ''}") from error
 
     def origin(self) -> Origin:
         """Read it.
@@ -67,36 +65,18 @@ class StartingPoint:
             ValueError: the weights are missing or damaged.
         """
         from .models import load_model
+        from .models.trained import last_weights
         from .training.start import Origin
 
         name = f"{self.path} ({self.start.weights} weights)"
         if self.source is None:
             return Origin(name, self._published)
-        model = _last_weights(self.path) if self.start.weights == "model" else load_model(self.source.model_folder)
+        if self.start.weights == "model":
+            model = last_weights(RunFolder(self.path), "start.weights")
+        else:
+            model = load_model(self.source.model_folder)
         space = None if self.source.latent_space is None else self.source.latent_space.to_dict()
         return Origin(name, model, self.source.class_names, space)
-
-
-def _last_weights(path: Path) -> Backbone:
-    """The weights of a run's newest checkpoint, adapters merged."""
-    from safetensors.torch import load_file
-
-    from .storage import CheckpointError, checkpoints_in, export
-    from .training.start import finished, make_prepared
-
-    run = RunFolder(path)
-    recipe, checkpoints = run.read_recipe(), checkpoints_in(run.checkpoints)
-    if not checkpoints:
-        raise ValueError(f"start.weights is model, but {run.checkpoints} holds no checkpoint; set it to ema")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.safetensors"
-        try:
-            export(checkpoints[0], "model.", file)
-        except CheckpointError as error:
-            raise ValueError(f"start.weights is model, but {error}; set it to ema") from error
-        model = make_prepared(recipe)
-        model.load_state_dict(load_file(file))
-    return finished(model, recipe.start, None).eval()
 
 
 def model_options(start: StartConfig, point: StartingPoint, run: RunFolder | None = None) -> list[str]:

@@ -29,9 +29,48 @@ def test_balance_loss_with_two_experts_a_token_by_hand():
     torch.testing.assert_close(loss, torch.tensor(1.075))
 
 
-def test_correction_moves_by_rate_times_sign():
-    moved = moved_correction(torch.tensor([0.5, 0.0, -0.5, 0.0]), torch.tensor([9, 4, 1, 2]), 0.1)
-    torch.testing.assert_close(moved, torch.tensor([0.4, 0.0, -0.4, 0.1]))  # the mean load is 4
+def test_correction_moves_by_rate_times_sign_and_is_centred():
+    """The mean load is 4: (0.5 - 0.1, 0, -0.5 + 0.1, 0.2 + 0.1) less their mean 0.075."""
+    moved = moved_correction(torch.tensor([0.5, 0.0, -0.5, 0.2]), torch.tensor([9, 4, 1, 2]), 0.1)
+    torch.testing.assert_close(moved, torch.tensor([0.325, -0.075, -0.475, 0.225]))
+
+
+def test_a_drift_of_the_correction_is_gone_after_one_update():
+    moved = moved_correction(torch.tensor([1.0, 2.5, 1.75, 1.75]), torch.tensor([3, 3, 3, 3]), 0.1)
+    assert moved.tolist() == [-0.75, 0.75, 0.0, 0.0]
+
+
+def test_the_mean_of_the_correction_stays_zero():
+    correction_E, drifting_E = torch.zeros(16), torch.zeros(16)
+    for _ in range(500):
+        counts_E = torch.distributions.Exponential(1.0).sample((16,)).mul(100).long()
+        correction_E = moved_correction(correction_E, counts_E, 0.01)
+        drifting_E += 0.01 * torch.sign(counts_E.float().mean() - counts_E)
+        assert abs(float(correction_E.mean())) < 1e-6
+    assert float(drifting_E.mean()) > 0.5  # most loads are below their mean
+    torch.testing.assert_close(correction_E, drifting_E - drifting_E.mean(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"), [("tc", {}), ("dsmoe", {}), ("dsmoe", {"num_groups": 4, "top_groups": 2})], ids=str
+)
+def test_centring_changes_no_choice(kind, groups):
+    """Two routers of equal weights in float64, of which one begins shifted and is moved without centring."""
+    config = RouterConfig(kind, 8, top_k=2, balance="bias", balance_rate=0.02, **groups)
+    centred, drifting = (ROUTERS[kind](6, config).double() for _ in range(2))
+    with torch.no_grad():
+        centred.weight.normal_()
+        centred.weight[:, 0] = torch.tensor([4.0, 2.0, *[0.0] * 6])
+    drifting.load_state_dict(centred.state_dict())
+    drifting.correction += 1.75
+    for _ in range(50):
+        x_BND = torch.randn(2, 32, 6, dtype=torch.float64).abs()
+        routings = [router(x_BND) for router in (centred, drifting)]
+        assert all(torch.equal(*pair) for pair in zip(*([r.token_A, r.expert_A(), r.weight_A] for r in routings)))
+        counts_E = routings[0].report.counts_E.double()
+        update_routing_state([centred], [routings[0].report])
+        drifting.correction += 0.02 * torch.sign(counts_E.mean() - counts_E)
+    assert abs(float(centred.correction.mean())) < 1e-12 and float(drifting.correction.mean()) > 1
 
 
 @pytest.mark.parametrize("kind", ["tc", "dsmoe"])

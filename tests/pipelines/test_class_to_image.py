@@ -219,12 +219,21 @@ def test_labels_by_name_and_number():
     assert torch.equal(by_name, by_number)
 
 
+def test_an_integer_is_a_number_and_a_text_a_name_first():
+    pipe = make_pipe(id2label={0: "0", 1: "1", 2: "10", 3: "11", 4: "2"})
+    assert pipe.get_label_ids([2, np.int64(4), "10", "#2", "name:2", "3", "1"]) == [2, 4, 2, 2, 4, 3, 1]
+    with pytest.raises(
+        ValueError, match="'2' is the name of class 4 and the number of another; give #2 for the number"
+    ):
+        pipe("2")
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("golden retreiver", "no class has the name 'golden retreiver'; the closest is 'golden retriever'"),
-        ("crane", "the name 'crane' has classes 2, 4; give the number"),
-        (5, "class 5 is out of range; the model has 0 to 4"),
+        ("golden retreiver", "there is no class 'golden retreiver'; did you mean golden retriever"),
+        ("crane", "'crane' is the name of classes 2, 4; give one as #2"),
+        (5, "class 5 is out of range; the model has classes 0 to 4"),
         (-1, "class -1 is out of range"),
         ([], "class_labels is empty"),
         (None, "the model has classes; give class_labels"),
@@ -234,7 +243,7 @@ def test_labels_by_name_and_number():
 def test_labels_that_do_not_exist(label, message):
     with pytest.raises(ValueError, match=message):
         make_pipe(id2label=NAMES)(label)
-    with pytest.raises(ValueError, match="no id2label; give the number"):
+    with pytest.raises(ValueError, match=r"no id2label.*; give a number from 0 to 4"):
         make_pipe()("tench")
     with pytest.raises(ValueError, match="class 7 is out of range"):
         make_pipe(id2label={7: "tench"})("tench")

@@ -312,13 +312,13 @@ def damage(file: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        ("truncated", "cannot read"),
-        ("empty", "cannot read"),
+        ("truncated", "is cut off or damaged, a zip archive without its end; fetch or save it again"),
+        ("empty", "is empty, so it is no checkpoint; fetch or save it again"),
         ("lacks", "lacks t_embedder.mlp.0.bias"),
         ("shape", "of shape (7,), but its architecture expects (32,)"),
         ("no ema", "has no ema weights; choose with --weights from what is there: model"),
-        ("list", "holds a list"),
-        ("text", "cannot read"),
+        ("list", "holds a value of type list, no dictionary of tensors; save the model's state_dict()"),
+        ("text", "is a text file, no checkpoint; give a file that torch.save or safetensors wrote"),
     ],
 )
 def test_damaged_files_are_refused_in_one_line(capsys, tmp_path, dsmoe, how, expected):

@@ -365,6 +365,7 @@ def test_other_images_are_refused_unless_wanted(tiny, tmp_path):
         for i in range(8):
             Image.new("L", (8, 8), 16 * i).save(folder / name / f"{i}.png")
     options = [*tiny, "--data.kind=folder", f"--data.path={folder}", "--data.test_fraction=0", "--model.num_classes=2"]
+    options.append("--optimizer.schedule=constant")
 
     def go(steps, resume="auto"):
         train(read_recipe("digits", [*options, f"--training.steps={steps}"]), run, resume, say=lambda line: None)

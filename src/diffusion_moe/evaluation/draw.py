@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import EvaluationConfig
+from ..models.labels import by_name, class_number
 from ..run_folder import write_atomically
 from .generate import Usage, check_solver, generate_batches, image_grid, provenance, to_uint8
+from .options import Weights
 from .prompts import Asked, model_size
 from .source import Source
 
@@ -40,7 +41,7 @@ def draw_samples(
     """Draw `per_class` images of each class and write them with a JSON record beside them.
 
     Args:
-        classes: numbers or names; None: all of them, or a few of many. say: receives a line of progress now and then.
+        classes: names or numbers; None: all of them, or a few of many. say: receives a line of progress now and then.
         asked: prompts, of each of which there are `per_class` images, for a model with text.
         size: height and width of the images in pixels; None: the model's own.
 
@@ -75,7 +76,8 @@ def draw_samples(
             say(f"drew {done} of {count} images")
             spoke = time.monotonic()
     images = torch.cat(batches)
-    name = _name(settings, numbers if classes else None, per_class, origin.get("training_steps"))
+    made_by = [*weights_name(source.weights), settings_name(settings, origin.get("training_steps"))]
+    name = _name(made_by, numbers if classes else None, per_class)
     name += "" if inner is None else f"-{images.shape[-2]}x{images.shape[-1]}"
     name += "" if asked is None else f"-{asked.name()}"
     path = output or source.samples / f"{form}-{name}{ending}"
@@ -83,7 +85,7 @@ def draw_samples(
     _write(images, labels, per_class, form, path, asked)
     record = {"labels": None if labels is None else labels.tolist(), "num_samples": count}
     record |= {"size": list(images.shape[-2:])} | ({} if asked is None else asked.record(per_class))
-    record |= provenance(settings, usage) | origin
+    record |= provenance(settings, usage) | {"weights": source.weights} | origin
     write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(record) + "\n")
     return path
 
@@ -112,10 +114,15 @@ def _write(
             _to_image(image).save(path / f"{prefix}{i:06d}.png")
 
 
-def _name(settings: EvaluationConfig, classes: Sequence[int] | None, per_class: int, training_steps: int | None) -> str:
+def _name(made_by: Sequence[str], classes: Sequence[int] | None, per_class: int) -> str:
     """A name that other samples do not share."""
     parts = [] if classes is None else ["class" + "+".join(map(str, classes))]
-    return "-".join([settings_name(settings, training_steps), *parts, f"{per_class}each"])
+    return "-".join([*made_by, *parts, f"{per_class}each"])
+
+
+def weights_name(weights: Weights) -> list[str]:
+    """What tells weights apart in names of files; nothing for the published ones."""
+    return {"ema": [], "model": ["model"]}.get(weights, [f"ema{weights}"])
 
 
 def settings_name(settings: EvaluationConfig, training_steps: int | None) -> str:
@@ -140,10 +147,10 @@ def settings_name(settings: EvaluationConfig, training_steps: int | None) -> str
 
 
 def class_numbers(classes: Sequence[str] | None, source: Source) -> list[int] | None:
-    """Classes by number or name as numbers; None for an unconditional model.
+    """Classes by name or number (see `models.labels`) as numbers; None for an unconditional model.
 
     Raises:
-        ValueError: a class is unknown, or the model is unconditional.
+        ValueError: a class is unknown or ambiguous, or the model is unconditional.
     """
     count = source.config.num_classes
     if count == 0:
@@ -152,18 +159,8 @@ def class_numbers(classes: Sequence[str] | None, source: Source) -> list[int] | 
         return None
     if classes is None:
         return list(range(count)) if count <= MANY_CLASSES else [i * count // A_FEW for i in range(A_FEW)]
-    known = {part.strip(): i for i, name in enumerate(source.class_names) for part in name.split(",")}
-    numbers = []
-    for name in classes:
-        number = int(name) if name.lstrip("-").isdigit() else known.get(name)
-        if number is None:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"give numbers from 0 to {count - 1}"
-            raise ValueError(f"there is no class {name!r}; {hint}")
-        if not 0 <= number < count:
-            raise ValueError(f"class {number} is out of range; the model has classes 0 to {count - 1}")
-        numbers.append(number)
-    return numbers
+    known = by_name(dict(enumerate(source.class_names)))
+    return [class_number(text, known, count) for text in classes]
 
 
 def _to_image(pixels_HWC: np.ndarray) -> Image.Image:

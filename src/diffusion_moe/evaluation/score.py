@@ -9,7 +9,7 @@ from typing import Any
 from ..config import DataConfig, EvaluationConfig
 from ..run_folder import EVALUATION, RunFolder, replace_atomically, write_atomically
 from .collect import Say, collected
-from .draw import settings_name
+from .draw import settings_name, weights_name
 from .generate import check_solver, provenance
 from .images import GeneratedImages, Images, open_images
 from .judge import Judge, OwnJudge, make_judge
@@ -163,7 +163,7 @@ def _write(result: Result, path: Path) -> Result:
 
 def _place(source: Source, settings: EvaluationConfig, judge: Judge, asked: Shown | None) -> Path:
     """Where scores go unless told otherwise: names tell settings, extractors, references and given prompts apart."""
-    weights = {"ema": [], "model": ["model"]}.get(source.weights, [f"ema{source.weights}"])
+    weights = weights_name(source.weights)
     if isinstance(judge, OwnJudge | ShapesJudge):
         own = RunFolder(source.path).evaluation
         return own.with_stem("-".join([own.stem, *weights]))

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import EvaluationConfig, ModelConfig
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
 CONVERSION = "conversion.json"
 """In a converted folder: where the weights came from."""
+WEIGHTS = "--weights"
+"""The option that chooses among a run's weights, for messages."""
 MODEL_CLASSES = {"DiT": "dit", "JiT": "jit"}
 """Classes that a model's config.json may name, and their `ModelConfig.backbone`."""
 
@@ -88,12 +89,13 @@ class Source:
         import torch
 
         from ..models import load_model
+        from ..models.trained import last_weights
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(self._weights_folder())
         if self.weights == "model":
-            _load_not_averaged(model, self._checkpoint())
-        model = model.to(device)
+            model = last_weights(RunFolder(self.path), WEIGHTS).to(device)
+        else:
+            model = load_model(self._weights_folder()).to(device)
         if self.vae is None:
             return Loaded(model, None)
         vae = self._load_vae(self.vae).to(device)
@@ -148,14 +150,17 @@ class Source:
     def origin(self) -> dict[str, Any]:
         """How the weights came to be: training steps and average, or the published file they were converted from."""
         if self.weights == "model":
-            return {"training_steps": int(self._checkpoint().name.removeprefix("step-")), "ema_decay": None}
+            from ..models.trained import newest_checkpoint
+
+            checkpoint = newest_checkpoint(RunFolder(self.path), WEIGHTS)
+            return {"training_steps": int(checkpoint.name.removeprefix("step-")), "ema_decay": None}
         for file in (self._weights_folder() / ORIGIN, self.path / CONVERSION):
             if file.is_file():
                 return json.loads(file.read_text())
         return {}
 
     def _weights_folder(self) -> Path:
-        """The model's, or that of a further average."""
+        """The model's, or that of a further average; not of the newest checkpoint."""
         if self.weights in ("ema", "model"):
             return self.model_folder
         run, remedy = RunFolder(self.path), "choose ema or model"
@@ -168,31 +173,6 @@ class Source:
             more = f", or of its further averages {' or '.join(kept)}" if kept else ": it has no further averages"
             raise ValueError(f"weights is {self.weights}, but {self.path} has no such average; {remedy}{more}")
         return folder
-
-    def _checkpoint(self) -> Path:
-        """The folder of a run's newest checkpoint."""
-        from ..storage import checkpoints_in
-
-        found = checkpoints_in(RunFolder(self.path).checkpoints)
-        if not found:
-            raise ValueError(
-                f"{self.path} has no checkpoint, so its weights are known as published only; set --weights to ema"
-            )
-        return found[0]
-
-
-def _load_not_averaged(model: Backbone, checkpoint: Path) -> None:
-    from safetensors.torch import load_file
-
-    from ..storage import export
-
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "model.safetensors"
-        try:
-            export(checkpoint, "model.", file)
-            model.load_state_dict(load_file(file))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
 
 
 def load_vae(name: str) -> AutoencoderKL:
@@ -234,9 +214,8 @@ def read_source(path: Path) -> Source:
     if (path / "model_index.json").is_file():
         index = _read_json(path / "model_index.json")
         folder, vae = path / "transformer", path / "vae"
-        names = index.get("id2label") or {}
-        class_names = tuple(str(names[key]) for key in sorted(names, key=int))
-        config = _read_config(folder)
+        config, names = _read_config(folder), index.get("id2label") or {}
+        class_names = tuple(str(names.get(str(number), "")) for number in range(config.num_classes)) if names else ()
         return Source(
             path,
             folder,

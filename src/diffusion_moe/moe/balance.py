@@ -33,9 +33,12 @@ def balance_loss(scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
 
 
 def moved_correction(correction_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
-    """The next correction bias: up by `rate` below the mean load, down above it (DeepSeek-V3, section 2.1.2)."""
+    """The next correction bias, of mean zero: up by `rate` below the mean load, down above it (DeepSeek-V3, 2.1.2)."""
     counts_E = counts_E.to(correction_E.dtype)
-    return correction_E + rate * torch.sign(counts_E.mean() - counts_E)
+    moved_E = correction_E + rate * torch.sign(counts_E.mean() - counts_E)
+    # A shift of all experts would grow otherwise. It changes no choice: it raises all scores alike, and in grouped
+    # top-k all sums of groups alike, where dropped groups are out entirely (`strict`) wherever the bias moves.
+    return moved_E - moved_E.mean()
 
 
 @torch.no_grad()

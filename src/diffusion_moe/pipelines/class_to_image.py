@@ -5,7 +5,6 @@ Shape suffixes: B images, C channels, H and W pixels of the model's own space (l
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..models import Backbone
+from ..models.labels import by_name, checked, class_number
 from .denoising import Conditions, DenoisingPipeline, Request, StepCallback
 
 Label = int | str
@@ -56,13 +56,17 @@ class ClassToImagePipeline(DenoisingPipeline):
         self.set_up(transformer, scheduler, vae)
         names = None if id2label is None else {int(number): name for number, name in id2label.items()}
         self.register_to_config(id2label=names)
-        self.labels = _by_name(names or {})
+        self.labels = by_name(names or {})
 
     def get_label_ids(self, labels: Label | Sequence[Label]) -> list[int]:
         """Numbers of classes that are given by name or number.
 
+        Args:
+            labels: an integer is a number; a text is a name first, then a number: `#2` is always number 2, `name:2` the
+                class named 2.
+
         Raises:
-            ValueError: an unknown or ambiguous name, or a number out of range.
+            ValueError: an unknown or ambiguous text, or a number out of range.
         """
         if isinstance(labels, Tensor):
             labels = labels.flatten().tolist()
@@ -71,18 +75,8 @@ class ClassToImagePipeline(DenoisingPipeline):
 
     def _label_id(self, label: Label) -> int:
         if isinstance(label, str):
-            numbers = self.labels.get(label.strip(), ())
-            if len(numbers) > 1:
-                raise ValueError(f"the name {label!r} has classes {', '.join(map(str, numbers))}; give the number")
-            if not numbers:
-                closest = difflib.get_close_matches(label, self.labels, n=1, cutoff=0.0)
-                hint = f"the closest is {closest[0]!r}" if closest else "the pipeline has no id2label; give the number"
-                raise ValueError(f"no class has the name {label!r}; {hint}")
-            label = numbers[0]
-        number = operator.index(label)
-        if not 0 <= number < self.settings.num_classes:
-            raise ValueError(f"class {number} is out of range; the model has 0 to {self.settings.num_classes - 1}")
-        return number
+            return class_number(label, self.labels, self.settings.num_classes)
+        return checked(operator.index(label), self.settings.num_classes)
 
     @torch.no_grad()
     def __call__(
@@ -163,15 +157,6 @@ class ClassToImagePipeline(DenoisingPipeline):
         if not numbers:
             raise ValueError("class_labels is empty; give at least one")
         return numbers
-
-
-def _by_name(id2label: dict[int, str]) -> dict[str, tuple[int, ...]]:
-    """Every synonym, and the whole text, with the classes it may mean."""
-    labels: dict[str, tuple[int, ...]] = {}
-    for number, text in sorted(id2label.items()):
-        for name in sorted({text.strip(), *(part.strip() for part in text.split(","))}):
-            labels[name] = (*labels.get(name, ()), number)
-    return labels
 
 
 # What save_pretrained records and from_pretrained looks up: the public name.

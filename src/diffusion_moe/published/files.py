@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .layout import State
+from .refusals import refusal
 
 Weights = Literal["ema", "ema2", "model"]
 ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 KEYS: dict[str, tuple[str, ...]] = {"ema": ("ema", "model_ema1"), "ema2": ("model_ema2",), "model": ("model",)}
 """Where the published files keep each set of weights."""
-DAMAGED = (
-    *(pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError),
-    *(ImportError, AttributeError),  # a pickle's classes that are not here
-)
-"""What torch.load raises over a file it cannot read."""
+SAVE = "save the model's state_dict() with torch.save"
+FORBIDDEN = ("Unsupported global", "unsupported GLOBAL")
+"""What torch.load says of classes and functions that are not tensors'."""
 WRAPPERS = ("module.", "_orig_mod.", "net.")
 """What DistributedDataParallel, torch.compile and JiT's denoiser put before every name."""
 
@@ -55,8 +53,11 @@ def find_file(source: str, name: str | None = None) -> Path:
         raise ValueError(f"--file is {name}; give a name inside {source}")
     folder = path if path.is_dir() else _download(source, name)
     files = sorted(file for file in folder.rglob(name or "*") if file.suffix in ENDINGS and file.is_file())
+    if not files:
+        which = "no checkpoint file" if name is None else f"no checkpoint file {name}"
+        raise ValueError(f"{source} holds {which}; give a file or folder of one that ends in {', '.join(ENDINGS)}")
     if len(files) != 1:
-        found = ", ".join(str(file.relative_to(folder)) for file in files[:8]) or "none"
+        found = ", ".join(str(file.relative_to(folder)) for file in files[:8])
         raise ValueError(f"{source} holds {len(files)} checkpoint files ({found}); name one of them with --file")
     return files[0]
 
@@ -83,20 +84,24 @@ def read_checkpoint(path: Path, weights: Weights = "ema", trust_pickle: bool = F
     """
     content = _read(path, trust_pickle)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
-    arguments = content.get("args", {})
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    if content and all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds a value of type {type(content).__name__}, no dictionary of tensors; {SAVE}")
+    if _is_state(content):
         if weights == "ema2":
             raise ValueError(f"{path} holds one set of weights; leave out --weights {weights}")
         return Checkpoint(_unwrapped(content), "all", {})
     key = next((key for key in KEYS[weights] if key in content), None)
     if key is None:
-        there = ", ".join(name for name, keys in KEYS.items() if any(key in content for key in keys)) or "none"
-        raise ValueError(f"{path} has no {weights} weights; choose with --weights from what is there: {there}")
-    state = content[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: {key} is no dictionary of tensors")
+        there = [name for name, keys in KEYS.items() if any(key in content for key in keys)]
+        if not there:
+            found = ", ".join(str(name) for name in list(content)[:5])
+            raise ValueError(f"{path} holds {f'no weights, only {found[:100]}' if found else 'nothing'}; {SAVE}")
+        raise ValueError(
+            f"{path} has no {weights} weights; choose with --weights from what is there: {', '.join(there)}"
+        )
+    state, arguments = content[key], content.get("args", {})
+    if not _is_state(state):
+        raise ValueError(f"{path}: {key} is no dictionary of tensors; {SAVE}")
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     return Checkpoint(_unwrapped(state), key, dict(arguments) if isinstance(arguments, Mapping) else {})
 
 
@@ -106,15 +111,26 @@ def _read(path: Path, trust_pickle: bool) -> Any:
             return load_file(path)
         # Mapped, not read: the weights asked for may be a quarter of a file with optimizer and averages.
         mapped = zipfile.is_zipfile(path)  # not so in torch's format before 1.6
-        with torch.serialization.safe_globals([argparse.Namespace]):  # published files keep their arguments in one
+        # Published files keep their arguments in a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused below
             return torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=mapped)
-    except (*DAMAGED, SafetensorError) as error:
-        if not trust_pickle and "Unsupported global" in str(error):
+    except Exception as error:  # bytes that are no checkpoint can make torch raise anything
+        if not trust_pickle and any(told in str(error) for told in FORBIDDEN):
             raise ValueError(
                 f"{path} holds more than tensors, and reading it could run code; add --trust-pickle if you trust its "
                 "author"
             ) from error
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(refusal(path, error)) from error
+
+
+def _is_state(content: Any) -> bool:
+    """Whether something is a dictionary of tensors by name."""
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    )
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> State:

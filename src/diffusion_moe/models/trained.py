@@ -1,0 +1,57 @@
+"""The weights of a run's newest checkpoint, which are not averaged; a run's folder publishes its average only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..run_folder import RunFolder
+from ..storage import checkpoints_in, export
+from . import Backbone, make_model
+from .adapters import add_adapters, merged
+
+
+def newest_checkpoint(run: RunFolder, option: str) -> Path:
+    """The folder of a run's newest checkpoint.
+
+    Args:
+        option: what asks for it, for the message.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = checkpoints_in(run.checkpoints)
+    if not found:
+        raise ValueError(
+            f"{option} is model, but {run.path} has no checkpoint, so its weights are known as published only; set "
+            f"{option} to ema"
+        )
+    return found[0]
+
+
+def last_weights(run: RunFolder, option: str) -> Backbone:
+    """The model of a run's newest checkpoint, adapters merged, in eval mode on the CPU.
+
+    Args:
+        option: what asks for it, for the message.
+
+    Raises:
+        ValueError: there is no run or no checkpoint, it is damaged, or peft is not installed for a run of adapters.
+    """
+    from safetensors.torch import load_file
+
+    checkpoint, recipe = newest_checkpoint(run, option), run.read_recipe()
+    model, start = make_model(recipe.model), recipe.start
+    if start.lora_rank is not None:
+        add_adapters(model, start.lora_rank, start.lora_alpha, start.lora_targets)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        try:
+            export(checkpoint, "model.", file)
+            model.load_state_dict(load_file(file))
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{option} is model, but {checkpoint} cannot be read: {reason}; set {option} to ema"
+            ) from error
+    return (model if start.lora_rank is None else merged(model)).eval()
