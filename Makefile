@@ -22,8 +22,9 @@ demo-t2i: $(STAMP)
 	$(BIN)/diffusion-moe sample runs/shapes-t2i --prompts examples/shapes-prompts.txt --per_class 6
 	$(BIN)/diffusion-moe evaluate runs/shapes-t2i
 
+# A process a core, each on one thread; a file's tests stay together, for they share what they train.
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # Proofs that take minutes.
 test-slow: $(STAMP)

@@ -273,7 +273,7 @@ def test_unconditional_model():
         ({"threshold_scale": 0.5}, "only diffmoe routers have thresholds"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks are given latents, not noise"),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value),  # of options their names
 )
 def test_arguments_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):

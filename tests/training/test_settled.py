@@ -1,5 +1,7 @@
 """What a recipe leaves open: the precision, and fields that are younger than the run."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -79,17 +81,20 @@ def test_what_auto_computes_is_what_it_says(tiny, tmp_path, fast, monkeypatch):
 def test_verbs_that_sample_say_and_record_the_precision(tiny, tmp_path, capsys, fast, monkeypatch):
     folder = str(tmp_path / "run")
     assert main(["train", "digits", *tiny, "--training.steps=1", "--output_dir", folder]) == 0
-    few = ["--num_samples=20", "--steps=2"]
-    capsys.readouterr()
-    for verb in (["sample", folder, "--steps=2", "--per_class=1"], ["evaluate", folder, *few]):
+    sample = ["sample", folder, "--steps=2", "--per_class=1", f"--output={tmp_path / 'x.png'}"]
+
+    def said_and_recorded(verb, record):
+        capsys.readouterr()
         assert main(verb) == 0
-        assert capsys.readouterr().out.startswith("computing in bf16 (auto: this processor is fast in bfloat16)\n")
-    assert '"dtype": "bf16"' in (tmp_path / "run" / "evaluation.json").read_text()
-    assert main(["evaluate", folder, *few, "--precision=fp32"]) == 0
-    assert capsys.readouterr().out.startswith("computing in fp32\n")
+        return capsys.readouterr().out.splitlines()[0], json.loads(record.read_text())["dtype"]
+
+    by_auto = ("computing in bf16 (auto: this processor is fast in bfloat16)", "bf16")
+    assert said_and_recorded(sample, tmp_path / "x.json") == by_auto
+    evaluate = ["evaluate", folder, "--num_samples=20", "--steps=2"]
+    assert said_and_recorded(evaluate, tmp_path / "run" / "evaluation.json") == by_auto
+    assert said_and_recorded([*sample, "--precision=fp32"], tmp_path / "x.json") == ("computing in fp32", "fp32")
     monkeypatch.setattr(precision, "FAST_IN_BF16", False)
-    assert main(["evaluate", folder, *few]) == 0
-    assert '"dtype": "fp32"' in (tmp_path / "run" / "evaluation.json").read_text()
+    assert said_and_recorded(sample, tmp_path / "x.json")[1] == "fp32"
 
 
 def test_a_plan_takes_auto_for_bf16(tiny):

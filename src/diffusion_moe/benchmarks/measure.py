@@ -148,13 +148,22 @@ class Ceilings:
 @cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measure the machine, once a process."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    matmul = min(_timed(lambda: a @ b, device) for _ in range(8))
+    size = 8192 if device.type == "cuda" else 256
+    matmul = _matmul_seconds(size, device, dtype)
+    # Twice the size takes eight times as long: processors that emulate a type would take minutes.
+    while device.type == "cpu" and size < 2048 and matmul < 0.05:
+        size *= 2
+        matmul = _matmul_seconds(size, device, dtype)
     source = torch.empty(2**30 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = min(_timed(lambda: target.copy_(source), device) for _ in range(8))
     return Ceilings(2 * size**3 / matmul, 2 * source.nbytes / copy)
+
+
+def _matmul_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Least time of a square product."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return min(_timed(lambda: a @ b, device) for _ in range(8))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
