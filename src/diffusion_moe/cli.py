@@ -25,6 +25,7 @@ from .parsing import (
     parse,
     peek,
     read_recipe,
+    read_yaml,
     recipe_arguments,
     recipe_from,
     recipe_names,
@@ -192,7 +193,8 @@ def inspect(arguments: Sequence[str]) -> int:
     parser = make_parser("inspect", inspect.__doc__ or "", {"data": DataConfig})
     parser.add_argument("path", type=str, help="the images, as data.path; a folder unless --data.kind says otherwise")
     parser.add_class_arguments(InspectOptions)
-    parser.set_defaults({f"data.{name}": value for name, value in vars(read_recipe("image-folder").data).items()})
+    usual = read_yaml(find_recipe("image-folder"))["data"]
+    parser.set_defaults({f"data.{name}": value for name, value in usual.items()})
     name, rest = _positional(parser, arguments, "path", "diffusion-moe inspect PATH")
     if any(argument.split("=")[0] == "--data.path" for argument in rest):
         raise ValueError(f"--data.path is given beside {name}; give the images once")

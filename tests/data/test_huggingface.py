@@ -185,3 +185,16 @@ def test_a_run_trains_on_it_without_classes(tmp_path, table, tiny, capsys):
     options += ["--data.label_column=null", "--model.num_classes=0", "--data.test_fraction=0", "--training.steps=2"]
     assert main(["train", "digits", "--output_dir", str(tmp_path / "run"), *options, "--data.image_size=8"]) == 0
     assert "trained 2 steps" in capsys.readouterr().out
+
+
+def test_parquet_files_of_no_split_and_other_splits_are_named(tmp_path, table):
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for name in ("train-00000-of-00001", "test-00000-of-00001", "more"):
+        table.to_parquet(folder / f"{name}.parquet")
+    data = load_dataset(config(folder), "train")
+    assert len(data) == 6
+    assert list(data.notes) == [
+        f"{folder}: 1 parquet files belong to no split, as {folder / 'more.parquet'}",
+        f"{folder}: the split train is read; there are also test (1 files)",
+    ]
