@@ -466,6 +466,7 @@ CHANGEABLE = {
     "training.recompute",
     "training.compile",
     "data.num_workers",
+    "data.on_corrupt",
 }
 CHANGEABLE_SECTIONS = {"logging", "evaluation", "parallel"}
 

@@ -50,7 +50,8 @@ def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
     check_text(recipe.model, dataset)
     if model.num_classes not in (0, len(dataset.class_names)):
         raise ValueError(
-            f"model.num_classes is {model.num_classes}, but the data has {len(dataset.class_names)} classes"
+            f"model.num_classes is {model.num_classes}, but the data has {len(dataset.class_names)} classes; set it to "
+            f"{len(dataset.class_names)}, or to 0 for a model without classes"
         )
 
 
