@@ -178,12 +178,12 @@ def test_the_hash_sees_names_classes_and_order(make):
 
 
 def test_ten_thousand_files_are_ready_in_a_second(make):
-    """Several times faster than that on two cores, so that a busy machine passes too."""
+    """Of processor time, which a busy machine does not change; it takes about a third of that."""
     folder = make(*(f"{name}/{i}.jpg" for name in range(20) for i in range(500)))
     load_dataset(DataConfig(kind="folder", path=str(folder)), "train")  # imports
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(load_dataset(DataConfig(kind="folder", path=str(folder), test_fraction=0), "train")) == 10_000
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_metadata_gives_captions_with_or_without_classes(make):
