@@ -49,7 +49,21 @@ def as_tiff(values, sample_format=1, photometric=1):
     return header + values.tobytes() + directory + bytes(4)
 
 
+def as_fits(values):
+    """A FITS file of int32, whose first row is the lowest."""
+    cards = (
+        "SIMPLE  = T",
+        "BITPIX  = 32",
+        "NAXIS   = 2",
+        f"NAXIS1  = {values.shape[1]}",
+        f"NAXIS2  = {values.shape[0]}",
+    )
+    header = "".join(f"{card:80}" for card in (*cards, "END")).ljust(2880)
+    return header.encode() + values[::-1].astype(">i4").tobytes()
+
+
 WHITE = {
+    "int32 FITS": lambda: as_fits(np.rint(RAMP * (2**31 - 1)).astype(np.int32)),
     "uint16 PNG": lambda: encoded(Image.fromarray(np.rint(RAMP * 65535).astype(np.uint16)), "PNG"),
     "uint16 TIFF": lambda: as_tiff(np.rint(RAMP * 65535).astype(np.uint16)),
     "uint16 TIFF, 0 is white": lambda: as_tiff(np.rint((1 - RAMP) * 65535).astype(np.uint16), photometric=0),
