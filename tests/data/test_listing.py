@@ -201,6 +201,9 @@ def test_metadata_gives_captions_with_or_without_classes(make):
     (folder / "b" / "metadata.csv").write_text("file_name,text\n2.png,again\n")
     with pytest.raises(ValueError, match=r"describes b/2.png, which is described before; remove one"):
         load_dataset(DataConfig(**config), "train")
+    (folder / "b" / "metadata.csv").write_text("file_name\n0.png,more\n")
+    with pytest.raises(ValueError, match=r"metadata.csv has the columns file_name, None in row 1, and no text"):
+        load_dataset(DataConfig(**config), "train")
     (folder / "b" / "metadata.csv").write_text("file_name,text\n../../x.png,out\n")
     with pytest.raises(ValueError, match=r"describe 1 images that are not listed, as \.\./x.png; add the files"):
         load_dataset(DataConfig(**config), "train")

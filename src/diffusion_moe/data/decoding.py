@@ -175,7 +175,7 @@ def _eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
     if image.mode == "F":
         white, rule = 1.0, "floats are read from 0 to 1"
     else:
-        white, rule = _white(opened, tags), "negative numbers are no brightness"
+        white, rule = _white(opened, tags), "integers are read from 0 up"
         if white == 2**32 - 1:  # Pillow keeps them in signed numbers
             values = values.view(np.uint32)
     if not (values.min() >= 0 and values.max() <= white):  # NaN fails too

@@ -67,7 +67,7 @@ def _with_captions(listing: Listing, column: str) -> tuple[Listing, list[tuple[s
     """The images that a metadata file describes, and their captions.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, lacks the column, or no image is in it.
+        ValueError: there is no such file, it cannot be read, lacks the column, or describes none of the images.
     """
     if not listing.metadata:
         raise ValueError(
@@ -89,6 +89,8 @@ def _with_captions(listing: Listing, column: str) -> tuple[Listing, list[tuple[s
             f"the metadata files of {listing.folder} describe {len(absent)} images that are not listed, as "
             f"{absent[0]}; add the files, or remove the lines"
         )
+    if not known.any():
+        raise ValueError(f"the metadata files of {listing.folder} describe none of its {len(known)} images; add lines")
     if not known.all():
         names = [file for file, yes in zip(listing.files, known) if not yes]
         for name in names:
@@ -108,7 +110,9 @@ def _captions_of(path: Path, column: str) -> Iterator[tuple[str, tuple[str, ...]
         if "file_name" not in row or column not in row:
             missing = "file_name" if "file_name" not in row else column
             option = "" if missing == "file_name" else f"data.caption_column is {column}, but "
-            raise ValueError(f"{option}{path} has the columns {', '.join(row)} in row {number}, and no {missing}")
+            raise ValueError(
+                f"{option}{path} has the columns {', '.join(map(str, row))} in row {number}, and no {missing}"
+            )
         try:
             yield str(row["file_name"]), as_captions(row[column])
         except ValueError as error:
