@@ -15,12 +15,12 @@ from pathlib import Path
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.data import load_dataset
 from diffusion_moe.evaluation.features import train_classifier
-from diffusion_moe.evaluation.generate import Usage, class_schedule, generate
 from diffusion_moe.evaluation.metrics import frechet_distance
-from diffusion_moe.evaluation.source import read_source
 from diffusion_moe.evaluation.statistics import FeatureSums
 from diffusion_moe.moe import routers_of
 from diffusion_moe.run_folder import RunFolder
+from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate
+from diffusion_moe.sampling.source import read_source
 
 IMAGES = 500
 
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     data = RunFolder(folder).read_recipe().data
     model = read_source(folder).load().model
     classifier = train_classifier(load_dataset(data, "train"))
-    held_out = FeatureSums.of(classifier.judge(load_dataset(data, "test").everything().images)[0])
+    held_out = FeatureSums.of(classifier.scorer(load_dataset(data, "test").everything().images)[0])
     labels = class_schedule(IMAGES, model.settings.num_classes)
     columns = f"{'pool':8}{'batch':>7}{'scale':>7}{'experts a token':>17}{'recognised':>12}{'Frechet':>9}"
     print(f"{columns}{'RMS difference':>16}")
@@ -40,10 +40,10 @@ def main(folder: Path) -> None:
     for pool, batch, scale in ways:
         for router in routers_of(model):
             router.config = dataclasses.replace(router.config, inference_pool=pool)
-        usage, settings = Usage(), EvaluationConfig(batch_size=batch, threshold_scale=scale)
+        usage, settings = SamplingStats(), EvaluationConfig(batch_size=batch, threshold_scale=scale)
         images = generate(model, labels, IMAGES, settings, usage=usage).clamp(-1, 1)
         reference = images if reference is None else reference
-        features, verdicts = classifier.judge(images)
+        features, verdicts = classifier.scorer(images)
         difference = float((images - reference).square().mean().sqrt())
         print(
             f"{pool:8}{batch:7}{scale:7.2f}{usage.summary()['average_capacity']:17.3f}"

@@ -12,21 +12,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from diffusion_moe.data.shapes import draw_scenes, render
-from diffusion_moe.data.shapes.sampling import place
-from diffusion_moe.data.shapes.scene import contents
-from diffusion_moe.evaluation.generate import image_grid
-from diffusion_moe.evaluation.shapes import (
-    CATEGORIES,
-    SPLITS,
-    evaluation_prompts,
-    judge_all,
-    parse,
-    picture,
-    true_scenes,
-)
-from diffusion_moe.evaluation.shapes.accuracy import read_back, spoiled, truth
-from diffusion_moe.evaluation.shapes.judging import complaints
+from diffusion_moe.pixels import image_grid
+from diffusion_moe.shapes.accuracy import read_back, spoiled, truth
+from diffusion_moe.shapes.detector import parse
+from diffusion_moe.shapes.gallery import picture
+from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS, evaluation_prompts, true_scenes
+from diffusion_moe.shapes.rendering import render
+from diffusion_moe.shapes.sampling import draw_scenes, place
+from diffusion_moe.shapes.scene import contents
+from diffusion_moe.shapes.scorer import complaints, judge_all
 
 SIZES = (32, 64)
 SPOILING = [(0.0, 0.0), (0.0, 0.1), (0.0, 0.2), (0.5, 0.0), (0.8, 0.0), (0.8, 0.1), (1.0, 0.2), (1.3, 0.0), (1.3, 0.2)]

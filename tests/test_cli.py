@@ -38,7 +38,7 @@ MISTAKES = {
     "a lone item for a list": (["--data.buckets=64x64"], "data.buckets is 64x64; expected a list, as [64x64]"),
     "number out of range": (["--training.steps=0"], "training.steps is 0"),
     "experts": (["--model.top_k=9"], "model.top_k is 9, more than model.num_experts 8"),
-    "groups": (["--model.num_groups=3"], "model.num_experts 8 is not divisible by model.num_groups 3"),
+    "groups": (["--model.n_group=3"], "model.num_experts 8 is not divisible by model.n_group 3"),
     "heads": (["--model.num_heads=5"], "model.num_heads 5"),
     "rotary": (["--model.hidden_size=60", "--model.num_heads=6"], "model.position rope2d"),
     "several processes": (["--parallel.shard=2"], "1 x 2 x 1 = 2"),

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from .allocator import keep_compiled_products, keep_freed_memory
 from .benchmarks.options import BenchOptions, What
-from .config import SECTIONS, DataConfig, EvaluationConfig, StartConfig, to_yaml
-from .conversion import ConvertOptions, to_pipeline, to_published_file
+from .config import SECTIONS, DataConfig, EvaluationConfig, InitConfig, to_yaml
+from .conversion import ConvertOptions, export_reference_checkpoint, to_pipeline
 from .encoding.options import EncodeOptions
 from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions, Weights
 from .inspection.options import InspectOptions
-from .memory import keep_compiled_products, keep_freed_memory
 from .parsing import (
     find_recipe,
     make_parser,
@@ -33,19 +33,19 @@ from .parsing import (
 )
 from .planning.options import PlanOptions
 from .run_folder import Resume, RunFolder
-from .text_training.options import TextEncoderOptions
+from .shapes.text_encoder.options import TextEncoderOptions
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from .evaluation.source import Source
-    from .starting import StartingPoint
+    from .initialization import PretrainedModel
+    from .sampling.source import Source
 
 USER_ERROR = 2
 Section = TypeVar("Section")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """One line for the user, at once."""
     print(text, flush=True)
 
@@ -74,7 +74,7 @@ class SampleOptions:
     """One picture with a row a class, single pictures, or arrays `images` (uint8, NHWC) and `labels`."""
     weights: Weights = "ema"
     """A run's averaged weights (ema), those of its newest checkpoint that are not averaged (model), or a further
-    average (training.more_ema_decays) by its decay, as 0.999."""
+    average (training.extra_ema_decays) by its decay, as 0.999."""
     output: Path | None = None
     """File (grid, npz) or folder (png); inside the folder's samples/ unless given."""
     vae: str | None = None
@@ -121,13 +121,13 @@ def train(arguments: Sequence[str]) -> int:
     if parsed.print_config:
         print(to_yaml(recipe), end="")
         return 0
-    from .evaluation.preview import previews_of
+    from .sampling.preview import previews_of
     from .training.loop import NonFiniteError
     from .training.loop import train as run_training
 
     preview = previews_of(recipe) if recipe.logging.sample_every else None
     try:
-        outcome = run_training(recipe, folder, parsed.resume, say, preview, None if point is None else point.origin)
+        outcome = run_training(recipe, folder, parsed.resume, log, preview, None if point is None else point.origin)
     except NonFiniteError:
         return 1
     return 0 if outcome.interrupted_by is None else 128 + outcome.interrupted_by
@@ -148,9 +148,9 @@ def plan(arguments: Sequence[str]) -> int:
 
     made = make_plan(recipe_from(parsed), own)
     if own.json:
-        say(json.dumps(made.record(), indent=2))
+        log(json.dumps(made.record(), indent=2))
     else:
-        print_plan(made, find_recipe(name).stem, own, say)
+        print_plan(made, find_recipe(name).stem, own, log)
     return 0
 
 
@@ -159,19 +159,19 @@ def sample(arguments: Sequence[str]) -> int:
     source, options, settings = _source_options(
         "sample", sample.__doc__ or "", arguments, {"num_samples"}, SampleOptions
     )
-    from .evaluation.draw import draw_samples
-    from .evaluation.generate import with_precision
-    from .evaluation.prompts import Asked, read_prompts
+    from .sampling.generate import with_precision
+    from .sampling.prompts import PromptRequest, read_prompts
+    from .sampling.sample import generate_images
 
     source = dataclasses.replace(source.with_vae(options.vae), weights=options.weights)
     prompts = read_prompts(options.prompt, options.prompts)
-    asked = Asked(prompts, options.negative_prompt, options.text_encoder) if prompts else None
+    asked = PromptRequest(prompts, options.negative_prompt, options.text_encoder) if prompts else None
     size = (options.height, options.width)
-    with_precision(settings, say)
-    path = draw_samples(
-        source, settings, options.chosen(), options.per_class, options.format, options.output, say, asked, size
+    with_precision(settings, log)
+    path = generate_images(
+        source, settings, options.chosen(), options.per_class, options.format, options.output, log, asked, size
     )
-    say(f"wrote {path}")
+    log(f"wrote {path}")
     return 0
 
 
@@ -183,8 +183,8 @@ def convert(arguments: Sequence[str]) -> int:
     name, rest = _positional(parser, arguments, "source", "diffusion-moe convert SOURCE --output DIR")
     parsed = parse(parser, [name, *rest])
     options = ConvertOptions(**{field: parsed[field] for field in _fields(ConvertOptions)})
-    work = to_pipeline if options.to == "diffusers" else to_published_file
-    say(work(name, options))
+    work = to_pipeline if options.to == "diffusers" else export_reference_checkpoint
+    log(work(name, options))
     return 0
 
 
@@ -201,7 +201,7 @@ def inspect(arguments: Sequence[str]) -> int:
     parsed = parse(parser, [name, f"--data.path={name}", *rest])
     from .inspection.inspect import inspect as run_inspection
 
-    run_inspection(parsed.data, _of(InspectOptions, parsed), say)
+    run_inspection(parsed.data, _of(InspectOptions, parsed), log)
     return 0
 
 
@@ -218,7 +218,7 @@ def encode(arguments: Sequence[str]) -> int:
     images = {field: parsed[field] for field in _fields(DataConfig) & (vars(parsed).keys() - own.keys())}
     from .encoding.encode import encode as run_encoding
 
-    say(run_encoding(DataConfig(path=name, **images), EncodeOptions(**own), say))
+    log(run_encoding(DataConfig(path=name, **images), EncodeOptions(**own), log))
     return 0
 
 
@@ -236,9 +236,9 @@ def text_encoder(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(TextEncoderOptions)
     _, _ = _positional(parser, arguments, "folder", "diffusion-moe text-encoder FOLDER")
     parsed = parse(parser, arguments)
-    from .text_training.train import make_text_encoder
+    from .shapes.text_encoder.train import make_text_encoder
 
-    make_text_encoder(parsed.output, _of(TextEncoderOptions, parsed), say)
+    make_text_encoder(parsed.output, _of(TextEncoderOptions, parsed), log)
     return 0
 
 
@@ -247,7 +247,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     Images of a folder or an .npz take --reference, --extractor, --inception, --output, --num_samples and --batch_size.
     """
-    from .evaluation.source import is_model
+    from .sampling.source import is_model
 
     path = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     if path is not None and (path.suffix == ".npz" or path.is_dir()) and not is_model(path):
@@ -255,15 +255,15 @@ def evaluate(arguments: Sequence[str]) -> int:
         parser.add_argument("source", type=str, help="a folder of images or an .npz")
         parser.add_class_arguments(ImagesOptions)
         parsed = parse(parser, arguments)
-        from .evaluation.score import evaluate_images
+        from .evaluation.evaluate import evaluate_images
 
         with _processes() as tell:
             evaluate_images(path, _of(ImagesOptions, parsed), tell)
         return 0
     source, options, settings = _source_options("evaluate", evaluate.__doc__ or "", arguments, options=EvaluateOptions)
     source = dataclasses.replace(source.with_vae(options.vae), weights=options.weights)
-    from .evaluation.generate import with_precision
-    from .evaluation.score import evaluate_model
+    from .evaluation.evaluate import evaluate_model
+    from .sampling.generate import with_precision
 
     with _processes() as tell:
         with_precision(settings, tell)
@@ -293,7 +293,7 @@ def stats(arguments: Sequence[str]) -> int:
 def sweep(arguments: Sequence[str]) -> int:
     """Score a grid of guidance, weights, steps, solvers and thresholds: a table, a CSV and figures."""
     from .evaluation.grid import AXES, make_points, read_grid
-    from .evaluation.source import read_source
+    from .sampling.source import read_source
 
     parser = make_parser("sweep", sweep.__doc__ or "")
     parser.add_argument("source", type=str, help="folder of a run, or one that `diffusion-moe convert` made")
@@ -310,8 +310,8 @@ def sweep(arguments: Sequence[str]) -> int:
     settings = dataclasses.replace(source.settings, **{key: parsed[key] for key in usual})
     if source.config.num_classes == 0 and source.config.text_dim == 0:
         settings = dataclasses.replace(settings, guidance_scale=1.0)
-    from .evaluation.generate import with_precision
     from .evaluation.sweep import sweep as run_sweep
+    from .sampling.generate import with_precision
 
     with _processes() as tell:
         points = make_points(options, lists, with_precision(settings, tell))
@@ -332,10 +332,10 @@ def analyze(arguments: Sequence[str]) -> int:
         usual={"num_samples": 100, "steps": 20},
     )
     from .analysis.run import analyze as write_report
-    from .evaluation.generate import with_precision
+    from .sampling.generate import with_precision
 
-    settings = with_precision(settings, say)
-    say(f"wrote {write_report(source, settings, options, say)}")
+    settings = with_precision(settings, log)
+    log(f"wrote {write_report(source, settings, options, log)}")
     return 0
 
 
@@ -352,7 +352,7 @@ def bench(arguments: Sequence[str]) -> int:
     from .benchmarks.cases import measure
 
     for record in measure(parsed.what, BenchOptions(**{name: parsed[name] for name in _fields(BenchOptions)})):
-        say(json.dumps(record))
+        log(json.dumps(record))
     return 0
 
 
@@ -364,7 +364,7 @@ def recipes(arguments: Sequence[str]) -> int:
     from .models.sizes import PAPER_MILLION, model_flops, model_size
 
     width = max(len(name) for name in recipe_names()) + 2
-    say(
+    log(
         f"{'recipe':{width}}{'router':10}{'total M':>10}{'activated M':>14}"
         + (f"{'GFLOPs per image and step':>28}" if with_flops else "")
     )
@@ -373,19 +373,19 @@ def recipes(arguments: Sequence[str]) -> int:
         size = model_size(config)
         total, activated = size.total / PAPER_MILLION, size.activated / PAPER_MILLION
         flops = f"{model_flops(config) / 1e9:28.3f}" if with_flops else ""
-        say(f"{name:{width}}{config.router:10}{total:10.1f}{activated:14.1f}{flops}")
+        log(f"{name:{width}}{config.router:10}{total:10.1f}{activated:14.1f}{flops}")
     return 0
 
 
-def _starting_point(parsed: Namespace, run: RunFolder | None = None) -> tuple[StartingPoint | None, list[str]]:
+def _starting_point(parsed: Namespace, run: RunFolder | None = None) -> tuple[PretrainedModel | None, list[str]]:
     """The model to start from, and its settings as options for what the recipe leaves out."""
-    if parsed.start.source is None:
+    if parsed.init.from_checkpoint is None:
         return None, []
-    from .starting import StartingPoint, model_options
+    from .initialization import PretrainedModel, model_options
 
-    start = StartConfig(**parsed.start.as_dict())
-    point = StartingPoint(start)
-    return point, model_options(start, point, run)
+    init = InitConfig(**parsed.init.as_dict())
+    point = PretrainedModel(init)
+    return point, model_options(init, point, run)
 
 
 def _positional(parser: ArgumentParser, arguments: Sequence[str], name: str, usage: str) -> tuple[str, list[str]]:
@@ -418,7 +418,7 @@ def _source_options(
         parser.add_class_arguments(options)
     parser.set_defaults(dict(usual or {}))
     name, rest = _positional(parser, arguments, "folder", f"diffusion-moe {verb} FOLDER")
-    from .evaluation.source import read_source
+    from .sampling.source import read_source
 
     source = read_source(Path(name))
     unconditional = source.config.num_classes == 0 and source.config.text_dim == 0
@@ -442,7 +442,7 @@ def _processes() -> Iterator[Callable[[str], None]]:
     from .distributed import is_main, torchrun_processes
 
     with torchrun_processes():
-        yield say if is_main() else lambda text: None
+        yield log if is_main() else lambda text: None
 
 
 def _fields(section: type) -> set[str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .evaluation.source import CONVERSION, MODEL_CLASSES, load_vae, read_source
 from .run_folder import RunFolder
+from .sampling.source import CONVERSION, MODEL_CLASSES, load_vae, read_source
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -59,7 +59,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
     Raises:
         ValueError: the source cannot be read, or the output is not empty.
     """
-    from .published import read_published
+    from .checkpoint_formats import read_published
 
     output = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -124,7 +124,7 @@ def save_pipeline(
     partial.rename(folder)
 
 
-def to_published_file(source: str, options: ConvertOptions) -> str:
+def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
     """Write a published checkpoint from a run, a converted folder or a model's folder.
 
     Returns:
@@ -133,7 +133,7 @@ def to_published_file(source: str, options: ConvertOptions) -> str:
     Raises:
         ValueError: the source is none of these, or the published code has no such model.
     """
-    from .published import write_published
+    from .checkpoint_formats import write_published
 
     _refuse(options, ("config", "file", "vae", "class_names"), "--to published")
     _refuse_weights(options)

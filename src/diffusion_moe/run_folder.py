@@ -17,7 +17,7 @@ from .parsing import as_text, read_recipe, read_yaml
 
 Resume = Literal["auto", "never", "changed"]
 """What to do with a run that is there: go on with it, refuse it, or go on with it by another recipe."""
-ONE_FOR_ALL = ("model", "start")
+ONE_FOR_ALL = ("model", "init")
 """Sections of a recipe that stay as they are as long as a run goes on."""
 YOUNGER_FIELDS = {"ema_warmup": False}
 """Fields of the training section that recipes of older versions lack, and what their runs did."""
@@ -133,7 +133,7 @@ class RunFolder:
         never = [line for line in changes if line.partition(".")[0] in ONE_FOR_ALL]
         if never and resume == "changed":
             raise ValueError(
-                f"{self.path} holds a run of another model or start ({'; '.join(never)}), which --resume changed "
+                f"{self.path} holds a run of another model or init ({'; '.join(never)}), which --resume changed "
                 "cannot go on with; leave that as it was, or choose another --output_dir"
             )
         if resume != "changed":
@@ -143,7 +143,7 @@ class RunFolder:
             )
 
     @contextmanager
-    def reserved(self, say: Callable[[str], None], wait_seconds: float = HANDOVER_SECONDS) -> Iterator[None]:
+    def reserved(self, log: Callable[[str], None], wait_seconds: float = HANDOVER_SECONDS) -> Iterator[None]:
         """Keep other runs out while this one trains. The lock ends with the process, however that ends.
 
         Raises:
@@ -157,7 +157,7 @@ class RunFolder:
                 if time.monotonic() > end:
                     raise ValueError(f"{holder}; end it, wait for it, or choose another --output_dir")
                 if not waits:
-                    say(f"{holder}; waiting for its end")
+                    log(f"{holder}; waiting for its end")
                 waits = True
                 time.sleep(0.1)
             file.truncate(0)

@@ -25,7 +25,7 @@ def first_recipe(run: RunFolder, recipe: Recipe) -> Recipe:
     return read_run_recipe(path) if path.is_file() else recipe
 
 
-def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, say: Callable[[str], None]) -> None:
+def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, log: Callable[[str], None]) -> None:
     """Write down that a run goes on after `step` by this recipe. Only the holder of the folder's lock may.
 
     Whenever this is interrupted, each file is whole, and the same command finishes it.
@@ -45,9 +45,9 @@ def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, say: Calla
         if changes if not known else difference(read_run_recipe(known[in_force]), recipe):
             _write(run, step, to_yaml(recipe))
     if changes:
-        say(f"the recipe changes after step {step}:")
+        log(f"the recipe changes after step {step}:")
         for line in changes:
-            say(f"  {line}")
+            log(f"  {line}")
         write_atomically(run.recipe, to_yaml(recipe))
     for first, path in known.items():
         if first > step or not step:  # of a way not taken

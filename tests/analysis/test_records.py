@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion_moe import record_routing
 from diffusion_moe.analysis.records import pairs_of, tally
 from diffusion_moe.config import EvaluationConfig
-from diffusion_moe.evaluation.generate import Usage, class_schedule, generate
 from diffusion_moe.models import make_model
 from diffusion_moe.moe import MoEFeedForward, Router, RouterConfig, Routing, route_by_token
 from diffusion_moe.parsing import read_recipe
+from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate
 
 KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
 
@@ -131,7 +131,7 @@ def test_recording_changes_no_bit(tiny, kind, grad):
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_sum_to_what_the_reports_and_usage_say(tiny, kind):
     model = some_model(tiny, kind)
-    usage = Usage()
+    usage = SamplingStats()
     with record_routing(model, time_bins=4, pairs=True, places=True) as record:
         generate(model, class_schedule(5, 10), 5, EvaluationConfig(batch_size=2, steps=4), usage=usage)
     counts = record.counts()

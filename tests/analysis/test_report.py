@@ -14,15 +14,15 @@ from PIL import Image
 from pyarrow import parquet
 
 from diffusion_moe import DiT
-from diffusion_moe.analysis.collect import class_choice, collect, distinct_names
-from diffusion_moe.analysis.draw_compute import mosaic, tile_centres
 from diffusion_moe.analysis.figures import PANELS, panels
 from diffusion_moe.analysis.losses import Curves
 from diffusion_moe.analysis.notes import sampling_note
+from diffusion_moe.analysis.plot_compute import mosaic, tile_centres
+from diffusion_moe.analysis.record import class_choice, collect, distinct_names
 from diffusion_moe.analysis.style import LINES, column_names, readable_on, shorten
 from diffusion_moe.analysis.tables import TABLES
 from diffusion_moe.cli import main
-from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.sampling.source import read_source
 
 from .conftest import KINDS
 

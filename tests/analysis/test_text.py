@@ -10,21 +10,21 @@ from pyarrow import parquet
 
 from diffusion_moe import DiT
 from diffusion_moe.analysis import record_routing
-from diffusion_moe.analysis.collect import collect
-from diffusion_moe.analysis.draw_compute import text_and_image
 from diffusion_moe.analysis.figures import panels
 from diffusion_moe.analysis.losses import HELD_OUT_BINS
+from diffusion_moe.analysis.plot_compute import text_and_image
+from diffusion_moe.analysis.record import collect
 from diffusion_moe.analysis.subjects import in_turn
 from diffusion_moe.cli import main
 from diffusion_moe.data import load_dataset
 from diffusion_moe.diffusion.loss import flow_loss
 from diffusion_moe.diffusion.path import rectified_flow
-from diffusion_moe.evaluation.generate import Prompts, generate_batches
 from diffusion_moe.evaluation.options import TextOptions
-from diffusion_moe.evaluation.shapes import CATEGORIES, SPLITS, evaluation_prompts
-from diffusion_moe.evaluation.source import read_source
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.randomness import normal
+from diffusion_moe.sampling.generate import Prompts, generate_batches
+from diffusion_moe.sampling.source import read_source
+from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS, evaluation_prompts
 from diffusion_moe.text import TextFeatures
 
 QUICK = ["--num_samples=24", "--steps=3"]
@@ -42,7 +42,7 @@ def gathered(folder, prompts=None, **settings):
     """What a report would be made of."""
     source = read_source(folder)
     settings = replace(source.settings, **{"num_samples": 24, "steps": 3} | settings)
-    return collect(source, settings, say=lambda line: None, asked=TextOptions(prompts=prompts))
+    return collect(source, settings, log=lambda line: None, asked=TextOptions(prompts=prompts))
 
 
 def tiny_model(conditioning, router="dsmoe"):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_moe.evaluation.shapes import CATEGORIES
 from diffusion_moe.models.sizes import model_size
 from diffusion_moe.parsing import read_recipe
+from diffusion_moe.shapes.prompts import CATEGORIES
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

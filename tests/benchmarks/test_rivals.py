@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def make_layer(kind="dsmoe", shared="swiglu", activation="swiglu", bias=False, dim=16, **settings):
     torch.manual_seed(0)
-    settings = {"top_k": 2, "capacity": 2.0, "balance": "aux", "num_groups": 2, "top_groups": 1, **settings}
+    settings = {"top_k": 2, "capacity": 2.0, "balance": "aux", "n_group": 2, "topk_group": 1, **settings}
     return MoEFeedForward(dim, 32, RouterConfig(kind, 4, **settings), activation, bias, shared)
 
 

@@ -291,8 +291,9 @@ def test_training_evaluation_and_both_other_kinds_decode_alike(tmp_path):
 
     import datasets
 
-    from diffusion_moe.evaluation.generate import Usage, to_uint8
     from diffusion_moe.evaluation.images import FolderImages
+    from diffusion_moe.pixels import to_uint8
+    from diffusion_moe.sampling.generate import SamplingStats
 
     (tmp_path / "pictures" / "a").mkdir(parents=True)
     exif = Image.Exif()
@@ -315,7 +316,10 @@ def test_training_evaluation_and_both_other_kinds_decode_alike(tmp_path):
         ),
     ]
     found = [to_uint8(way.read([0]).images).numpy() for way in ways]
-    found += [images.numpy() for images in FolderImages(tmp_path / "pictures", image_size=9).read(range(1), 1, Usage())]
+    found += [
+        images.numpy()
+        for images in FolderImages(tmp_path / "pictures", image_size=9).read(range(1), 1, SamplingStats())
+    ]
     np.testing.assert_allclose(found[0], expected, atol=1)  # Pillow's two ways to blend round differently
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from diffusion_moe.storage import AsyncWriter, latest, read, storage_group, write, writing
-from diffusion_moe.storage.pieces import held_blocks, local_tensor, whole
+from diffusion_moe.storage.shards import held_blocks, local_tensor, whole
 
 
 def main(task: str, rank: int, world: int, folder: str, options: dict) -> None:

@@ -11,7 +11,7 @@ from diffusion_moe.data import load_dataset
 from diffusion_moe.data.digits import Digits
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
-from diffusion_moe.training.feed import images_of_step
+from diffusion_moe.training.dataloader import images_of_step
 from diffusion_moe.training.step import make_state
 
 STEPS = 12
@@ -27,7 +27,7 @@ def final_state(folder):
 @pytest.mark.slow
 def test_two_processes_agree(tiny, tmp_path, run_processes, monkeypatch):
     """Image 0 of a batch is the first process', the last one the other's: one process alone sees what is wrong."""
-    options = [*tiny, f"--training.steps={STEPS}", "--training.max_bad_steps=1", "--training.checkpoint_every=4"]
+    options = [*tiny, f"--training.steps={STEPS}", "--training.max_nonfinite_steps=1", "--training.checkpoint_every=4"]
     options += ["--optimizer.eps=1e-5", "--logging.every=1"]
     recipe = read_recipe("digits", options)
     dataset = load_dataset(recipe.data, "train")
@@ -60,7 +60,7 @@ def test_two_processes_agree(tiny, tmp_path, run_processes, monkeypatch):
     monkeypatch.setattr(Digits, "read", poisoned)
     assert main(["train", "digits", *options, "--output_dir", str(tmp_path / "alone")]) == 0
     alone, spread = final_state(tmp_path / "alone"), final_state(tmp_path / "spread")
-    assert alone.excluded == spread.excluded == {6, 7}
+    assert alone.skipped_steps == spread.skipped_steps == {6, 7}
     expected, found = state_tensors(alone), state_tensors(spread)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-6)

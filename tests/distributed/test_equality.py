@@ -16,7 +16,7 @@ import torch
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.step import make_state
 
-OPTIONS = ["--optimizer.eps=1e-5", "--optimizer.weight_decay=0.1", "--training.more_ema_decays=[0.5]"]
+OPTIONS = ["--optimizer.eps=1e-5", "--optimizer.weight_decay=0.1", "--training.extra_ema_decays=[0.5]"]
 ROUTERS = {
     "dsmoe": ["--model.router=dsmoe", "--model.balance=bias"],
     "dsmoe unbalanced": ["--model.router=dsmoe", "--model.balance=none"],

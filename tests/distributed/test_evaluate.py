@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion_moe.cli import main
-from diffusion_moe.evaluation import classifier, collect, make_statistics
+from diffusion_moe.evaluation import classifier, extract_features, make_statistics
 from diffusion_moe.evaluation.reference import read_reference
 
 WORKER = Path(__file__).with_name("command_worker.py")
@@ -36,7 +36,7 @@ def start(world, arguments, parts=0):
 @pytest.fixture(autouse=True)
 def as_in_the_worker(monkeypatch):
     monkeypatch.setattr(classifier, "EPOCHS", 1)
-    monkeypatch.setattr(collect, "PART", 10)
+    monkeypatch.setattr(extract_features, "PART", 10)
     monkeypatch.setattr(make_statistics, "PART", 10)
 
 

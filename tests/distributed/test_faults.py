@@ -142,7 +142,7 @@ def test_a_run_is_preempted_and_then_loses_a_process(torchrun, undisturbed, tmp_
 def test_a_process_is_killed_after_the_recipe_has_changed(torchrun, tmp_path):
     """Started again by torchrun with `--resume changed`, and once more by the plain command."""
     first = [f"--training.steps={EVERY}"]
-    other = ["--training.batch_size=24", "--training.more_ema_decays=[0.5]", "--optimizer.learning_rate=1e-3"]
+    other = ["--training.batch_size=24", "--training.extra_ema_decays=[0.5]", "--optimizer.learning_rate=1e-3"]
     for folder in ("whole", "killed"):
         assert torchrun(tmp_path / folder, more=first).status == 0
     assert torchrun(tmp_path / "whole", more=[*other, "--resume=changed"]).status == 0

@@ -18,7 +18,7 @@ EXPERTS, SHARD, REPLICATE = ([f"--parallel.{axis}=2"] for axis in ("experts", "s
 
 @pytest.fixture
 def options(tiny):
-    several = ["--training.more_ema_decays=[0.5]", "--training.checkpoint_every=2", "--logging.every=1"]
+    several = ["--training.extra_ema_decays=[0.5]", "--training.checkpoint_every=2", "--logging.every=1"]
     shown = ["--logging.validate_every=2", "--logging.validate_images=32", "--logging.sample_every=2"]
     return [
         *tiny,

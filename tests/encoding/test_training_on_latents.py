@@ -11,8 +11,8 @@ from PIL import Image
 
 from diffusion_moe.cli import main
 from diffusion_moe.data.latents import read_header
-from diffusion_moe.evaluation.generate import generate
-from diffusion_moe.evaluation.source import load_vae, read_source
+from diffusion_moe.sampling.generate import generate
+from diffusion_moe.sampling.source import load_vae, read_source
 
 STEPS = 3
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from diffusion_moe.config import EvaluationConfig
-from diffusion_moe.evaluation import acceleration
-from diffusion_moe.evaluation.generate import Usage, class_schedule, generate, provenance
+from diffusion_moe.evaluation.evaluate import own_data
 from diffusion_moe.evaluation.images import GeneratedImages
 from diffusion_moe.evaluation.options import EvaluateOptions, TextOptions
-from diffusion_moe.evaluation.score import own_data
-from diffusion_moe.evaluation.shown import what_is_shown
-from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.evaluation.prompts import prompts_of
 from diffusion_moe.models import DiT
 from diffusion_moe.moe import limit_capacity, routers_of
+from diffusion_moe.sampling import acceleration
+from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, provenance
+from diffusion_moe.sampling.source import read_source
 from diffusion_moe.text import TextFeatures
 
 SETTINGS = EvaluationConfig(steps=2, solver="heun", guidance_interval=(0.0, 0.6))
@@ -35,7 +35,7 @@ def make_model(router, **options):
 
 
 def images_and_record(model, settings):
-    usage = Usage()
+    usage = SamplingStats()
     return generate(model, class_schedule(6, 10), 6, settings, usage=usage), provenance(settings, usage)
 
 
@@ -120,12 +120,12 @@ def test_a_graph_is_captured_once_for_each_shape_of_a_whole_evaluation(run, requ
     """Parts of 10 images in batches of 5, the last of 4: two shapes with guidance, two without, for any prompts."""
     graphs, source = Graphs(monkeypatch), read_source(request.getfixturevalue(run))
     settings = dataclasses.replace(source.settings, num_samples=24, batch_size=5, steps=2, guidance_interval=(0.0, 0.4))
-    shown = what_is_shown(source, settings, TextOptions(), own_data(source, EvaluateOptions()), print)
+    shown = prompts_of(source, settings, TextOptions(), own_data(source, EvaluateOptions()), print)
     loaded, parts = source.load(), [range(0, 10), range(10, 20), range(20, 24)]
     drawn, records = {}, {}
     for name in ("none", "graph"):
         images = GeneratedImages(loaded, dataclasses.replace(settings, acceleration=name), "run", shown)
-        usage = Usage()
+        usage = SamplingStats()
         drawn[name] = torch.cat([batch for part in parts for batch in images.read(part, 5, usage)])
         records[name] = usage.summary()
     assert torch.equal(drawn["graph"], drawn["none"]) and records["graph"] == records["none"]

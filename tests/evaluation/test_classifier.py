@@ -8,7 +8,7 @@ from diffusion_moe.data import load_dataset
 from diffusion_moe.evaluation import classifier
 from diffusion_moe.evaluation.classifier import ClassifierFeatures, train_classifier
 from diffusion_moe.evaluation.features import fingerprint
-from diffusion_moe.evaluation.generate import to_uint8
+from diffusion_moe.pixels import to_uint8
 
 
 def test_the_classifier_reads_held_out_digits_and_is_a_function_of_its_seed(monkeypatch):

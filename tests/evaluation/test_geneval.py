@@ -68,7 +68,7 @@ def test_prompts_are_read_as_values(file):
 
 def test_the_scorer_finds_every_image_with_its_line(file, tmp_path):
     prompts, folder = read_prompts(file), tmp_path / "images"
-    assert draw_all(folder, prompts, lambda text, number: images_of(number), say=lambda line: None) == 4
+    assert draw_all(folder, prompts, lambda text, number: images_of(number), log=lambda line: None) == 4
     results = found_by_the_scorer(folder)
     assert [(number, path.name) for number, _, path in results] == [
         (number, f"{k:04}.png") for number in range(4) for k in range(4)
@@ -94,12 +94,12 @@ def test_a_stopped_call_goes_on_and_keeps_what_is_there(file, tmp_path):
         return images_of(number)
 
     with pytest.raises(KeyboardInterrupt):
-        draw_all(folder, prompts, draw, say=lambda line: None)
+        draw_all(folder, prompts, draw, log=lambda line: None)
     (folder / "00002" / "samples").mkdir(parents=True)
     (folder / "00002" / "samples" / "0007.png").write_bytes(b"half of an image")
     before = (folder / "00001" / "samples" / "0003.png").stat().st_mtime_ns
     assert missing(folder, prompts) == [2, 3]
-    assert draw_all(folder, prompts, draw, say=lambda line: None) == 2
+    assert draw_all(folder, prompts, draw, log=lambda line: None) == 2
     assert drawn == [p.prompt for p in (*prompts[:3], *prompts[2:])]
     assert (folder / "00001" / "samples" / "0003.png").stat().st_mtime_ns == before
     assert len(found_by_the_scorer(folder)) == 16

@@ -7,7 +7,6 @@ from PIL import Image
 
 from diffusion_moe.config import DataConfig, EvaluationConfig
 from diffusion_moe.data import load_dataset
-from diffusion_moe.evaluation.generate import Usage, generate, to_uint8
 from diffusion_moe.evaluation.images import (
     DatasetImages,
     FolderImages,
@@ -17,7 +16,9 @@ from diffusion_moe.evaluation.images import (
     digests_of,
     open_images,
 )
-from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.pixels import to_uint8
+from diffusion_moe.sampling.generate import SamplingStats, generate
+from diffusion_moe.sampling.source import read_source
 
 
 def random_pixels(*shape):
@@ -27,7 +28,7 @@ def random_pixels(*shape):
 
 def read(images, start, stop, batch_size=3):
     """As one tensor, NCHW."""
-    return torch.cat(list(images.read(range(start, stop), batch_size, Usage())))
+    return torch.cat(list(images.read(range(start, stop), batch_size, SamplingStats())))
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -38,7 +39,7 @@ def test_arrays_are_read_in_ranges_without_being_loaded(tmp_path, save, name):
     images = open_images(tmp_path / "x.npz")
     assert (images.count, images.size) == (11, (5, 4))
     np.testing.assert_array_equal(read(images, 4, 11).permute(0, 2, 3, 1), pixels[4:])
-    assert [len(batch) for batch in images.read(range(0, 11), 4, Usage())] == [4, 4, 3]
+    assert [len(batch) for batch in images.read(range(0, 11), 4, SamplingStats())] == [4, 4, 3]
 
 
 def test_grey_arrays_may_lack_the_channel(tmp_path):
@@ -133,7 +134,7 @@ def test_generated_images_are_the_same_in_any_range(run_folder):
     loaded = read_source(run_folder).load()
     images = GeneratedImages(loaded, settings, "run")
     whole = to_uint8(generate(loaded.model, images.labels, 13, settings))
-    usage = Usage()
+    usage = SamplingStats()
     parts = torch.cat([torch.cat(list(images.read(numbers, 4, usage))) for numbers in (range(0, 8), range(8, 13))])
     assert torch.equal(parts, whole)
     assert usage.summary()["function_evaluations"] == 2

@@ -12,11 +12,11 @@ from diffusion_moe.cli import main
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import load_dataset
 from diffusion_moe.evaluation.classifier import ClassifierFeatures
-from diffusion_moe.evaluation.generate import to_uint8
 from diffusion_moe.evaluation.images import digest_of_all, digests_of
 from diffusion_moe.evaluation.make_statistics import evenly, make_statistics
 from diffusion_moe.evaluation.options import StatsOptions
 from diffusion_moe.evaluation.reference import read_reference
+from diffusion_moe.pixels import to_uint8
 
 
 def run(capsys, *arguments):

@@ -13,16 +13,18 @@ from PIL import Image
 from diffusion_moe.cli import main
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.data import load_dataset
-from diffusion_moe.data.shapes import render
-from diffusion_moe.evaluation import collect
-from diffusion_moe.evaluation.generate import Prompts, generate, to_uint8
+from diffusion_moe.evaluation import extract_features
 from diffusion_moe.evaluation.images import digest_of_all, digests_of
-from diffusion_moe.evaluation.judge_shapes import first_of_each
 from diffusion_moe.evaluation.metrics import frechet_distance
-from diffusion_moe.evaluation.shapes import CATEGORIES, SPLITS, evaluation_prompts, score, true_scenes
-from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.evaluation.shapes_scorer import first_of_each
 from diffusion_moe.evaluation.statistics import FeatureSums
 from diffusion_moe.parsing import read_recipe
+from diffusion_moe.pixels import to_uint8
+from diffusion_moe.sampling.generate import Prompts, generate
+from diffusion_moe.sampling.source import read_source
+from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS, evaluation_prompts, true_scenes
+from diffusion_moe.shapes.rendering import render
+from diffusion_moe.shapes.report import score
 from diffusion_moe.text import TextFeatures
 
 OPTIONS = ["--num_samples=24", "--steps=2", "--batch_size=10", "--seed=3"]
@@ -97,10 +99,10 @@ def test_true_images_are_all_right(capsys, shapes_run, prompts, monkeypatch, tmp
 
 
 def test_interrupted_work_goes_on_and_ends_the_same(capsys, shapes_run, monkeypatch, tmp_path):
-    monkeypatch.setattr(collect, "PART", 5)
+    monkeypatch.setattr(extract_features, "PART", 5)
     options = [*OPTIONS, "--batch_size=5", "--output"]
     assert run(capsys, "evaluate", shapes_run, *options, tmp_path / "whole.json")[0] == 0
-    work, parts = collect._work, []
+    work, parts = extract_features._work, []
 
     def interrupted(images, extractor, part, *more):
         if len(parts) == 2:
@@ -108,9 +110,9 @@ def test_interrupted_work_goes_on_and_ends_the_same(capsys, shapes_run, monkeypa
         parts.append(part)
         work(images, extractor, part, *more)
 
-    monkeypatch.setattr(collect, "_work", interrupted)
+    monkeypatch.setattr(extract_features, "_work", interrupted)
     assert run(capsys, "evaluate", shapes_run, *options, tmp_path / "killed.json")[0] == 130
-    monkeypatch.setattr(collect, "_work", work)
+    monkeypatch.setattr(extract_features, "_work", work)
     status, out, _ = run(capsys, "evaluate", shapes_run, *options, tmp_path / "killed.json")
     assert status == 0 and "going on: 10 of 24 images are done" in out
     whole, killed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "killed"))

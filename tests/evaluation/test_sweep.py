@@ -8,10 +8,10 @@ import pytest
 
 from diffusion_moe.cli import main
 from diffusion_moe.config import EvaluationConfig
-from diffusion_moe.evaluation import score, sweep
+from diffusion_moe.evaluation import evaluate, sweep
 from diffusion_moe.evaluation.grid import make_points, read_grid
 from diffusion_moe.evaluation.options import SweepOptions
-from diffusion_moe.evaluation.sweep_figures import lines_of
+from diffusion_moe.evaluation.plot_sweep import lines_of
 
 
 def run(capsys, *arguments):
@@ -118,7 +118,7 @@ def test_a_sweep_scores_each_point_once_as_evaluate_does(capsys, tmp_path, run_f
     assert rows[1]["images_sha256"] == alone["images_sha256"]
     # Done points are not redone, another one is.
     done = []
-    monkeypatch.setattr(sweep, "score_model", lambda *a: done.append(a[2].guidance_scale) or score.score_model(*a))
+    monkeypatch.setattr(sweep, "score_model", lambda *a: done.append(a[2].guidance_scale) or evaluate.score_model(*a))
     assert run(capsys, "sweep", run_folder, *usual, *grid)[0] == 0
     assert done == []
     grid[0] = "--guidance_scale=3,4"
@@ -135,11 +135,11 @@ def test_an_interrupted_sweep_goes_on(capsys, tmp_path, run_folder, monkeypatch)
         if len(points) == 2:
             raise KeyboardInterrupt
         points.append(a[2].steps)
-        return score.score_model(*a)
+        return evaluate.score_model(*a)
 
     monkeypatch.setattr(sweep, "score_model", stop_at_the_third)
     assert run(capsys, *arguments)[0] == 130
-    monkeypatch.setattr(sweep, "score_model", lambda *a: points.append(a[2].steps) or score.score_model(*a))
+    monkeypatch.setattr(sweep, "score_model", lambda *a: points.append(a[2].steps) or evaluate.score_model(*a))
     status, out, _ = run(capsys, *arguments)
     assert status == 0
     assert points == [1, 2, 3]
@@ -170,7 +170,7 @@ def test_lines_of_a_figure_differ_in_one_name():
 
 def test_further_averages_are_weights_too(capsys, tmp_path, tiny):
     folder, small = tmp_path / "run", ["--num_samples=10", "--steps=1"]
-    options = ["--training.steps=4", "--training.more_ema_decays=[0.5]", "--training.ema_decay=0.9"]
+    options = ["--training.steps=4", "--training.extra_ema_decays=[0.5]", "--training.ema_decay=0.9"]
     assert run(capsys, "train", "digits", "--output_dir", folder, *tiny, *options)[0] == 0
     assert run(capsys, "sweep", folder, *small, "--weights=ema,0.5,model")[0] == 0
     rows = list(csv.DictReader((folder / "sweep" / "sweep.csv").read_text().splitlines()))

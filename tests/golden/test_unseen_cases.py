@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffusion_moe.checkpoint_formats import make_layout, read_settings, to_published
 from diffusion_moe.config import ModelConfig
 from diffusion_moe.models import make_model
-from diffusion_moe.published import make_layout, read_settings, to_published
 
 SIZES = {"input_size": 8, "patch_size": 4, "in_channels": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
 SIZES |= {"mlp_ratio": 2, "num_classes": 5}
@@ -118,10 +118,10 @@ def routed(case):
                 continue
             gate_TE = (x_BND @ router.weight.T).softmax(-1).flatten(0, 1)
             logits_BNE = router.predictor(x_BND)
-            slots = max(1, int(len(gate_TE) / case.config.num_experts * case.config.capacity))
-            best_CE = gate_TE.argsort(dim=0, descending=True)[:slots]
+            expert_capacity = max(1, int(len(gate_TE) / case.config.num_experts * case.config.capacity))
+            best_CE = gate_TE.argsort(dim=0, descending=True)[:expert_capacity]
             selected_TE = torch.zeros_like(gate_TE).scatter_(0, best_CE, 1.0)
-            kth_E = logits_BNE.sigmoid().flatten(0, 1).sort(dim=0, descending=True).values[slots - 1]
+            kth_E = logits_BNE.sigmoid().flatten(0, 1).sort(dim=0, descending=True).values[expert_capacity - 1]
             answers[f"train.selected.{n}"] = selected_TE.view_as(logits_BNE)
             answers[f"train.capacity_logits.{n}"] = logits_BNE
             answers[f"train.threshold_after.{n}"] = 0.95 * router.threshold + 0.05 * kth_E

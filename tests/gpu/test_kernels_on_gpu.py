@@ -134,14 +134,14 @@ def test_counting_sort_is_the_stable_sort(assignments, experts):
 
 
 @pytest.mark.parametrize(
-    ("experts", "groups", "top_groups", "top_k"),
+    ("experts", "groups", "topk_group", "top_k"),
     [
         *[(16, 1, 1, 2), (48, 1, 1, 5), (48, 8, 4, 5), (6, 3, 2, 2)],
         *[(256, 8, 4, 8), (1024, 1, 1, 8), (7, 1, 1, 7), (5, 1, 1, 1)],
     ],
 )
 @pytest.mark.parametrize("correction", [0.0, 0.5, -0.9])
-def test_router(experts, groups, top_groups, top_k, correction):
+def test_router(experts, groups, topk_group, top_k, correction):
     """The same experts, weights and gradients. Distinct scores a hundredth of their mean distance apart: where two are
     as close as a rounding, either may be chosen."""
     order_TE = torch.rand(3000, experts, device=DEVICE).argsort(1)
@@ -152,7 +152,7 @@ def test_router(experts, groups, top_groups, top_k, correction):
     direction_TE = torch.randn(3000, experts, device=DEVICE)
 
     def run():
-        weight_TK, expert_TK, _ = grouped_topk(logits_TE, correction_E, top_k, groups, top_groups, 2.5, correction < 0)
+        weight_TK, expert_TK, _ = grouped_topk(logits_TE, correction_E, top_k, groups, topk_group, 2.5, correction < 0)
         loss = (weight_TK * direction_TE.gather(1, expert_TK)).sum()
         dense_TE = torch.zeros_like(direction_TE).scatter(1, expert_TK, weight_TK.detach())
         return dense_TE, torch.autograd.grad(loss, logits_TE)[0]

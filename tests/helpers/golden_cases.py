@@ -14,6 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion_moe.checkpoint_formats import (
+    Layout,
+    from_published,
+    make_layout,
+    read_settings,
+    to_published,
+    write_settings,
+)
 from diffusion_moe.config import ModelConfig
 from diffusion_moe.diffusion.ddpm import ddpm_ancestral, ddpm_losses, linear_schedule, noised, respaced
 from diffusion_moe.diffusion.guidance import guided
@@ -23,7 +31,6 @@ from diffusion_moe.diffusion.prediction import convert
 from diffusion_moe.diffusion.solvers import SOLVERS, dopri5, even_times
 from diffusion_moe.models import Backbone, DiTOutput, make_model
 from diffusion_moe.moe import MoEFeedForward, Routing
-from diffusion_moe.published import Layout, from_published, make_layout, read_settings, to_published, write_settings
 
 FORWARD, REST = 1e-5, 1e-4  # relative errors, as the README of the cases expects
 
@@ -157,8 +164,8 @@ def check_selections_and_thresholds(case: Case) -> None:
             recorded = (recorded - before) / (1 - decay) + before  # what was observed
         with torch.no_grad():
             router.update_state(routing.report)
-        slots = int(expected[:, 0].sum())
-        observed = torch.sigmoid(logits_TE).sort(dim=0, descending=True).values[slots - 1]
+        capacity = int(expected[:, 0].sum())
+        observed = torch.sigmoid(logits_TE).sort(dim=0, descending=True).values[capacity - 1]
         torch.testing.assert_close(router.threshold, decay * before + (1 - decay) * observed, rtol=1e-5, atol=1e-6)
         if not torch.equal(before, recorded):
             torch.testing.assert_close(observed, recorded, rtol=1e-4, atol=1e-5)

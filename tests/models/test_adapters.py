@@ -51,7 +51,7 @@ def test_targets_are_ends_of_names():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["attn.qvk"], "start.lora_targets has attn.qvk, the end of no layer's name; take attn.qkv"),
+        (["attn.qvk"], "init.lora_targets has attn.qvk, the end of no layer's name; take attn.qkv"),
         (["kv"], "has kv, the end of no"),
         (["experts.w_inn"], "mlp.experts.w_in"),
         (["y_embedder"], "name at least one layer"),

@@ -108,7 +108,7 @@ def test_a_narrow_dtype_leaves_routers_and_their_state_as_they_were(name, shard,
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     state = model.state_dict()
     kept = {key: tensor for key, tensor in loaded.state_dict().items() if ".router." in key}
-    state_names = {"dsmoe": "correction", "diffmoe": "threshold", "jit": "correction"}
+    state_names = {"dsmoe": "e_score_correction_bias", "diffmoe": "threshold", "jit": "e_score_correction_bias"}
     assert {key.split(".router.")[1] for key in kept} >= {"weight", state_names[name]}
     assert all(tensor.dtype == torch.float32 and torch.equal(tensor, state[key]) for key, tensor in kept.items())
     others = {tensor.dtype for key, tensor in loaded.state_dict().items() if key not in kept}

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from diffusion_moe import DiT
-from diffusion_moe.config import ModelConfig
-from diffusion_moe.model_config import TEXT_FIELDS
+from diffusion_moe.config import TEXT_FIELDS, ModelConfig
 from diffusion_moe.models.block import is_moe_block
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
 
@@ -120,7 +119,7 @@ CHECKPOINTED = [
 
 @pytest.mark.parametrize("settings", CHECKPOINTED, ids=str)
 def test_gradient_checkpointing_changes_nothing(settings):
-    plain = make_model(**settings, interleave=False)
+    plain = make_model(**settings, moe_layer_freq=1)
     checkpointed = copy.deepcopy(plain)
     checkpointed.enable_gradient_checkpointing()
     outs, calls = [], []
@@ -145,10 +144,10 @@ def test_gradient_checkpointing_changes_nothing(settings):
     ("settings", "expected"),
     [
         ({}, [1, 3, 5]),
-        ({"interleave": False}, [0, 1, 2, 3, 4, 5]),
-        ({"skip_first": 2}, [3, 5]),
-        ({"skip_first": 2, "interleave": False}, [2, 3, 4, 5]),
-        ({"skip_first": 6, "interleave": False}, []),
+        ({"moe_layer_freq": 1}, [0, 1, 2, 3, 4, 5]),
+        ({"first_k_dense": 2}, [3, 5]),
+        ({"first_k_dense": 2, "moe_layer_freq": 1}, [2, 3, 4, 5]),
+        ({"first_k_dense": 6, "moe_layer_freq": 1}, []),
         ({"router": "dense"}, []),
     ],
     ids=str,
@@ -165,7 +164,7 @@ def test_layout_of_mixture_blocks(settings, expected):
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_an_image_does_not_depend_on_the_others(router, position):
-    model = make_model(router=router, position=position, interleave=False, num_groups=2, top_groups=1).eval()
+    model = make_model(router=router, position=position, moe_layer_freq=1, n_group=2, topk_group=1).eval()
     images, times, labels = batch(model)
     together = model(images, times, labels).sample
     assert together.std() > 0.01
@@ -175,7 +174,7 @@ def test_an_image_does_not_depend_on_the_others(router, position):
 
 
 def test_with_the_papers_pool_an_image_does_depend_on_the_others():
-    model = make_model(router="diffmoe", inference_pool="batch", interleave=False).eval()
+    model = make_model(router="diffmoe", inference_pool="batch", moe_layer_freq=1).eval()
     images, times, labels = batch(model)
     alone = model(images[:1], times[:1], labels[:1]).sample
     assert (model(images, times, labels).sample[:1] - alone).abs().max() > 1e-3
@@ -240,8 +239,8 @@ def test_missing_labels_are_named():
 
 # Parameters of the published models, and the settings that make them.
 PUBLISHED = {
-    "DSMoE-S-E16": (96_870_560, {"depth": 10, "num_experts": 16, "expert_dim": 768, "top_k": 2, "num_groups": 2}),
-    "DSMoE-S-E48": (69_238_304, {"depth": 12, "num_experts": 48, "expert_dim": 128, "top_k": 5, "num_groups": 1}),
+    "DSMoE-S-E16": (96_870_560, {"depth": 10, "num_experts": 16, "expert_dim": 768, "top_k": 2, "n_group": 2}),
+    "DSMoE-S-E48": (69_238_304, {"depth": 12, "num_experts": 48, "expert_dim": 128, "top_k": 5, "n_group": 1}),
 }
 
 
@@ -250,7 +249,7 @@ def test_published_sizes(name):
     """To the number; the state dict holds one correction bias an expert besides, as the published ones do."""
     total, settings = PUBLISHED[name]
     with torch.device("meta"):
-        model = DiT(learn_sigma=True, mlp_activation="silu", top_groups=settings["num_groups"], **settings)
+        model = DiT(learn_sigma=True, mlp_activation="silu", topk_group=settings["n_group"], **settings)
     corrections = settings["num_experts"] * settings["depth"] // 2
     assert sum(p.numel() for p in model.parameters()) == total
     assert sum(t.numel() for t in model.state_dict().values()) == total + corrections

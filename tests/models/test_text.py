@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from diffusion_moe import DiT, JiT
-from diffusion_moe.config import ModelConfig
-from diffusion_moe.model_config import TEXT_FIELDS
+from diffusion_moe.config import TEXT_FIELDS, ModelConfig
 from diffusion_moe.models import load_model
 from diffusion_moe.models.sizes import model_flops, model_size
 from diffusion_moe.moe import routers_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusion_moe.moe import ROUTERS, MoEFeedForward, RouterConfig, RoutingReport, routers_of, update_routing_state
-from diffusion_moe.moe.balance import balance_loss, moved_correction
+from diffusion_moe.moe.balance import balance_loss, updated_correction_bias
 
 
 def test_balance_loss_is_one_for_an_even_load():
@@ -31,12 +31,12 @@ def test_balance_loss_with_two_experts_a_token_by_hand():
 
 def test_correction_moves_by_rate_times_sign_and_is_centred():
     """The mean load is 4: (0.5 - 0.1, 0, -0.5 + 0.1, 0.2 + 0.1) less their mean 0.075."""
-    moved = moved_correction(torch.tensor([0.5, 0.0, -0.5, 0.2]), torch.tensor([9, 4, 1, 2]), 0.1)
+    moved = updated_correction_bias(torch.tensor([0.5, 0.0, -0.5, 0.2]), torch.tensor([9, 4, 1, 2]), 0.1)
     torch.testing.assert_close(moved, torch.tensor([0.325, -0.075, -0.475, 0.225]))
 
 
 def test_a_drift_of_the_correction_is_gone_after_one_update():
-    moved = moved_correction(torch.tensor([1.0, 2.5, 1.75, 1.75]), torch.tensor([3, 3, 3, 3]), 0.1)
+    moved = updated_correction_bias(torch.tensor([1.0, 2.5, 1.75, 1.75]), torch.tensor([3, 3, 3, 3]), 0.1)
     assert moved.tolist() == [-0.75, 0.75, 0.0, 0.0]
 
 
@@ -44,7 +44,7 @@ def test_the_mean_of_the_correction_stays_zero():
     correction_E, drifting_E = torch.zeros(16), torch.zeros(16)
     for _ in range(500):
         counts_E = torch.distributions.Exponential(1.0).sample((16,)).mul(100).long()
-        correction_E = moved_correction(correction_E, counts_E, 0.01)
+        correction_E = updated_correction_bias(correction_E, counts_E, 0.01)
         drifting_E += 0.01 * torch.sign(counts_E.float().mean() - counts_E)
         assert abs(float(correction_E.mean())) < 1e-6
     assert float(drifting_E.mean()) > 0.5  # most loads are below their mean
@@ -52,7 +52,7 @@ def test_the_mean_of_the_correction_stays_zero():
 
 
 @pytest.mark.parametrize(
-    ("kind", "groups"), [("tc", {}), ("dsmoe", {}), ("dsmoe", {"num_groups": 4, "top_groups": 2})], ids=str
+    ("kind", "groups"), [("tc", {}), ("dsmoe", {}), ("dsmoe", {"n_group": 4, "topk_group": 2})], ids=str
 )
 def test_centring_changes_no_choice(kind, groups):
     """Two routers of equal weights in float64, of which one begins shifted and is moved without centring."""
@@ -62,15 +62,18 @@ def test_centring_changes_no_choice(kind, groups):
         centred.weight.normal_()
         centred.weight[:, 0] = torch.tensor([4.0, 2.0, *[0.0] * 6])
     drifting.load_state_dict(centred.state_dict())
-    drifting.correction += 1.75
+    drifting.e_score_correction_bias += 1.75
     for _ in range(50):
         x_BND = torch.randn(2, 32, 6, dtype=torch.float64).abs()
         routings = [router(x_BND) for router in (centred, drifting)]
         assert all(torch.equal(*pair) for pair in zip(*([r.token_A, r.expert_A(), r.weight_A] for r in routings)))
         counts_E = routings[0].report.counts_E.double()
         update_routing_state([centred], [routings[0].report])
-        drifting.correction += 0.02 * torch.sign(counts_E.mean() - counts_E)
-    assert abs(float(centred.correction.mean())) < 1e-12 and float(drifting.correction.mean()) > 1
+        drifting.e_score_correction_bias += 0.02 * torch.sign(counts_E.mean() - counts_E)
+    assert (
+        abs(float(centred.e_score_correction_bias.mean())) < 1e-12
+        and float(drifting.e_score_correction_bias.mean()) > 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["tc", "dsmoe"])
@@ -79,10 +82,10 @@ def test_update_moves_the_correction_only_with_balance_bias(kind):
     router = ROUTERS[kind](4, RouterConfig(kind, 2, balance="bias", balance_rate=0.25))
     for _ in range(2):
         update_routing_state([router], [report])
-    assert router.correction.tolist() == [-0.5, 0.5]
+    assert router.e_score_correction_bias.tolist() == [-0.5, 0.5]
     still = ROUTERS[kind](4, RouterConfig(kind, 2, balance="none"))
     update_routing_state([still], [report])
-    assert still.correction is None or still.correction.tolist() == [0, 0]
+    assert still.e_score_correction_bias is None or still.e_score_correction_bias.tolist() == [0, 0]
 
 
 def test_update_moves_the_threshold_by_its_moving_average():
@@ -99,7 +102,7 @@ def test_every_router_gets_its_own_report():
     routers = routers_of(model)
     assert [id(router) for router in routers] == [id(layer.router) for layer in model]
     update_routing_state(routers, [RoutingReport(torch.tensor(c), {}) for c in ([2, 0], [0, 2])])
-    assert [router.correction.tolist() for router in routers] == [[-1, 1], [1, -1]]
+    assert [router.e_score_correction_bias.tolist() for router in routers] == [[-1, 1], [1, -1]]
 
 
 @pytest.mark.parametrize("kind", ["tc", "dsmoe"])

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_moe.benchmarks.measure import saved_bytes
-from diffusion_moe.moe import GroupedExperts, experts_loop, products, route_by_expert, route_by_mask, route_by_token
+from diffusion_moe.moe import (
+    GroupedExperts,
+    expert_matmul,
+    experts_loop,
+    route_by_expert,
+    route_by_mask,
+    route_by_token,
+)
 from diffusion_moe.moe.activation import activate
 from diffusion_moe.moe.precision import VARIABLE
 
@@ -23,7 +30,7 @@ WAYS = {"grouped": {"MAX_ROWS": -1}, "sorted": {"MIN_EXPERTS": 0, "MAX_BYTES": 8
 def way(request, monkeypatch):
     """How experts with uneven rows are multiplied."""
     for name, value in WAYS[request.param].items():
-        monkeypatch.setattr(products, name, value)
+        monkeypatch.setattr(expert_matmul, name, value)
     return request.param
 
 
@@ -155,7 +162,7 @@ def test_equals_the_loop_for_any_sizes(data):
     layer = make_experts(dim, width, experts, activation, bias)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in WAYS[data.draw(st.sampled_from(sorted(WAYS)))].items():
-            patch.setattr(products, name, value)
+            patch.setattr(expert_matmul, name, value)
         assert_equals_loop(layer, torch.randn(tokens, dim, requires_grad=True), routing, weight)
 
 
@@ -234,8 +241,8 @@ def test_frozen_experts_cost_no_products_and_get_no_gradient(frozen, way):
     after, fewer = backward()
     assert [name for name, gradient in after.items() if gradient is None] == [n for n in after if n in frozen]
     assert all(gradient is None or torch.equal(gradient, before[name]) for name, gradient in after.items())
-    rows = len(products.products_of(routing.offsets_E, 2 * T, False, 1, x_TD.dtype).spread(torch.arange(2 * T)))
-    sums = 2 * rows * products.ONES * width if way == "grouped" else 0
+    rows = len(expert_matmul.products_of(routing.offsets_E, 2 * T, False, 1, x_TD.dtype).spread(torch.arange(2 * T)))
+    sums = 2 * rows * expert_matmul.ONES * width if way == "grouped" else 0
     costs = {"w_in": 2 * rows * D * width, "w_out": 2 * rows * D * width, "b_in": sums, "b_out": 2 * T * E * D}
     assert operations - fewer == sum(costs[name] for name in frozen)
 
@@ -272,7 +279,7 @@ def test_making_the_first_projection_again_changes_nothing_and_keeps_less(activa
     experts.recompute = True
     assert all(map(torch.equal, outputs_and_gradients(experts, experts, x_TD, routing, weight), before))
     A = len(routing.token_A)
-    rows = products.products_of(routing.offsets_E, A, pool, 1, torch.float32).spread(torch.arange(A))
+    rows = expert_matmul.products_of(routing.offsets_E, A, pool, 1, torch.float32).spread(torch.arange(A))
     first_projection = 4 * len(rows) * experts.w_in.shape[2]
     assert kept_bytes(experts, x_TD, routing) == kept - first_projection
 
@@ -287,7 +294,7 @@ def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch,
         routing = route_by_token(torch.tensor([[0, 3]]).expand(30, 2), weight, 5)  # experts 1, 2 and 4 are idle
 
     def gradients(block):
-        monkeypatch.setattr("diffusion_moe.moe.products.CAST_BLOCK", block)
+        monkeypatch.setattr("diffusion_moe.moe.expert_matmul.CAST_BLOCK", block)
         with torch.autocast("cpu", torch.bfloat16):
             out = experts(torch.linspace(-1, 1, 30 * 16).view(30, 16), routing)
         return torch.autograd.grad(out.float().square().sum(), (experts.w_in, experts.w_out), retain_graph=True)

@@ -20,14 +20,14 @@ def test_closed_form():
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
-@pytest.mark.parametrize(("groups", "top_groups", "strict"), [(1, 1, False), (3, 2, False), (3, 2, True), (6, 5, True)])
-def test_gradient_against_finite_differences(top_k, groups, top_groups, strict):
-    if top_k > top_groups * 6 // groups:
-        top_k = top_groups * 6 // groups
+@pytest.mark.parametrize(("groups", "topk_group", "strict"), [(1, 1, False), (3, 2, False), (3, 2, True), (6, 5, True)])
+def test_gradient_against_finite_differences(top_k, groups, topk_group, strict):
+    if top_k > topk_group * 6 // groups:
+        top_k = topk_group * 6 // groups
     logits_TE = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     correction_E = 0.3 * torch.randn(6, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda x: grouped_topk(x, correction_E, top_k, groups, top_groups, 2.5, strict)[0], logits_TE
+        lambda x: grouped_topk(x, correction_E, top_k, groups, topk_group, 2.5, strict)[0], logits_TE
     )
 
 

@@ -73,6 +73,6 @@ def test_every_kernel_compiles_for_hopper(monkeypatch, tmp_path):
         for kernel in (sort._count_by_block, sort._place_assignments):
             assert "atom" not in compiled(kernel, sort.constants(experts))
     assert "atom" not in compiled(sort._add_up_counts, {"C": sort.COLUMNS})
-    for groups, top_groups, strict in ((1, 1, False), (8, 4, True)):
-        assert "st.global" in compiled(router._choose_experts, router.constants(48, 5, groups, top_groups, strict))
+    for groups, topk_group, strict in ((1, 1, False), (8, 4, True)):
+        assert "st.global" in compiled(router._choose_experts, router.constants(48, 5, groups, topk_group, strict))
     assert "atom" not in compiled(router._router_backward, router.backward_constants(48, 5))

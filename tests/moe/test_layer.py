@@ -137,7 +137,7 @@ def test_training_never_waits_for_the_device_nor_widens_to_all_experts(settings,
     """No operator whose answer the host needs, no tensor as large as every expert on every token."""
     for name in ("gmm_loop", "gmm_wgrad_loop"):  # would read the offsets inside our operators, out of the mode's sight
         monkeypatch.setattr(ops, name, None)
-    monkeypatch.setattr("diffusion_moe.moe.products._known_on_host", lambda offsets_E: False)  # as on a GPU
+    monkeypatch.setattr("diffusion_moe.moe.expert_matmul._known_on_host", lambda offsets_E: False)  # as on a GPU
     B, N, D, E, F = 2, 64, 32, 8, 16
     layer = MoEFeedForward(D, F, RouterConfig(num_experts=E, **settings), bias=True)
     with Watch() as watch:

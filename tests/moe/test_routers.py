@@ -45,7 +45,7 @@ def test_token_choice_takes_the_best_and_does_not_renormalise(gates, top_k):
 
 def test_token_choice_correction_changes_the_choice_and_not_the_weights(gates):
     router, x_BND = make_router("tc", top_k=2, balance="bias"), torch.randn(2, 5, 6)
-    router.correction[3] = 10.0
+    router.e_score_correction_bias[3] = 10.0
     gate_TE = gates(router(x_BND), 10)
     scores_TE = torch.from_numpy(softmax_scores(router, x_BND).reshape(10, 8)).float()
     assert torch.all(gate_TE[:, 3] > 0)
@@ -55,29 +55,29 @@ def test_token_choice_correction_changes_the_choice_and_not_the_weights(gates):
 # DSMoE
 
 
-def dsmoe_by_hand(x, weight, correction, top_k, groups, top_groups, scale) -> list[float]:
+def dsmoe_by_hand(x, weight, correction, top_k, groups, topk_group, scale) -> list[float]:
     """One token's weights in plain Python."""
     scores = [1 / (1 + math.exp(-sum(a * b for a, b in zip(x, row)))) for row in weight]
     corrected = [s + c for s, c in zip(scores, correction)]
     size = len(scores) // groups
     members = [range(g * size, (g + 1) * size) for g in range(groups)]
     rating = [sum(sorted((corrected[e] for e in m), reverse=True)[:2]) for m in members]
-    kept = sorted(range(groups), key=lambda g: -rating[g])[:top_groups]
+    kept = sorted(range(groups), key=lambda g: -rating[g])[:topk_group]
     chosen = sorted((e for g in kept for e in members[g]), key=lambda e: -corrected[e])[:top_k]
     total = sum(scores[e] for e in chosen)
     return [scale * s / total if e in chosen else 0.0 for e, s in enumerate(scores)]
 
 
 @pytest.mark.parametrize(
-    ("top_k", "groups", "top_groups"), [(2, 1, 1), (3, 4, 2), (2, 2, 1), (2, 4, 1), (3, 8, 4), (8, 2, 2)]
+    ("top_k", "groups", "topk_group"), [(2, 1, 1), (3, 4, 2), (2, 2, 1), (2, 4, 1), (3, 8, 4), (8, 2, 2)]
 )
 @pytest.mark.parametrize("corrected", [False, True])
-def test_dsmoe_equals_the_rule_in_plain_python(gates, top_k, groups, top_groups, corrected):
-    router = make_router("dsmoe", top_k=top_k, num_groups=groups, top_groups=top_groups, routed_scale=2.5)
+def test_dsmoe_equals_the_rule_in_plain_python(gates, top_k, groups, topk_group, corrected):
+    router = make_router("dsmoe", top_k=top_k, n_group=groups, topk_group=topk_group, routed_scaling_factor=2.5)
     if corrected:
-        router.correction.normal_()
+        router.e_score_correction_bias.normal_()
     x_BND = torch.randn(3, 7, 6)
-    settings = (router.weight.tolist(), router.correction.tolist(), top_k, groups, top_groups, 2.5)
+    settings = (router.weight.tolist(), router.e_score_correction_bias.tolist(), top_k, groups, topk_group, 2.5)
     expected_TE = np.array([dsmoe_by_hand(x, *settings) for x in x_BND.flatten(0, 1).tolist()])
     gate_TE = gates(router(x_BND), 21)
     expect(gate_TE, expected_TE)
@@ -86,7 +86,7 @@ def test_dsmoe_equals_the_rule_in_plain_python(gates, top_k, groups, top_groups,
 
 def test_dsmoe_groups_change_the_choice(gates):
     """The best two experts lie in two groups; the better group has a good pair, so its second best is taken."""
-    router = ROUTERS["dsmoe"](4, RouterConfig("dsmoe", 4, top_k=2, num_groups=2, top_groups=1))
+    router = ROUTERS["dsmoe"](4, RouterConfig("dsmoe", 4, top_k=2, n_group=2, topk_group=1))
     with torch.no_grad():
         router.weight.copy_(torch.eye(4))
     gate_E = gates(router(torch.tensor([[[3.0, -9.0, 2.0, 1.0]]])), 1)[0]  # pairs: 0.95 + 0.00, 0.88 + 0.73
@@ -96,7 +96,7 @@ def test_dsmoe_groups_change_the_choice(gates):
 
 def test_one_dsmoe_expert_a_token_keeps_its_score_as_weight():
     """Normalised it would always weigh 1, and the router would learn nothing."""
-    router, x_BND = make_router("dsmoe", top_k=1, routed_scale=2.5), torch.randn(2, 5, 6)
+    router, x_BND = make_router("dsmoe", top_k=1, routed_scaling_factor=2.5), torch.randn(2, 5, 6)
     routing = router(x_BND)
     best_TE = torch.sigmoid(x_BND.flatten(0, 1) @ router.weight.T)
     weight_T = torch.empty(10).index_copy(0, routing.token_A, routing.weight_A)
@@ -108,9 +108,9 @@ def test_one_dsmoe_expert_a_token_keeps_its_score_as_weight():
 @pytest.mark.parametrize("balance", ["none", "bias"])
 def test_experts_of_dropped_groups_score_zero_as_published_or_are_out(gates, balance):
     """With negative corrected scores in the kept group, 0 wins where the bias is the checkpoint's."""
-    settings = {"top_k": 4, "num_groups": 2, "top_groups": 1, "balance": balance}
+    settings = {"top_k": 4, "n_group": 2, "topk_group": 1, "balance": balance}
     router, x_BND = make_router("dsmoe", **settings), torch.randn(5, 20, 6)
-    router.correction.fill_(-0.5)
+    router.e_score_correction_bias.fill_(-0.5)
     corrected_TE = torch.sigmoid(x_BND.flatten(0, 1) @ router.weight.T) - 0.5
     rating_TG = corrected_TE.unflatten(1, (2, 4)).topk(2, dim=-1).values.sum(-1)
     kept_TE = (torch.arange(8) // 4) == rating_TG.argmax(1)[:, None]
@@ -126,17 +126,18 @@ def test_experts_of_dropped_groups_score_zero_as_published_or_are_out(gates, bal
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "capacity", "slots"), [(16, 1.0, 2), (23, 1.0, 2), (16, 3.0, 6), (5, 1.0, 1), (16, 8.0, 16)]
+    ("num_tokens", "capacity", "expert_capacity"),
+    [(16, 1, 2), (23, 1, 2), (16, 3, 6), (5, 1, 1), (16, 8, 16)],
 )
-def test_expert_choice_takes_the_best_tokens_of_each_image(gates, num_tokens, capacity, slots):
+def test_expert_choice_takes_the_best_tokens_of_each_image(gates, num_tokens, capacity, expert_capacity):
     router, x_BND = make_router("ec", capacity=capacity), torch.randn(3, num_tokens, 6)
     scores_BNE = softmax_scores(router, x_BND)
-    kth_BE = np.sort(scores_BNE, axis=1)[:, -slots]
+    kth_BE = np.sort(scores_BNE, axis=1)[:, -expert_capacity]
     expected_BNE = np.where(scores_BNE >= kth_BE[:, None], scores_BNE, 0)
-    assert np.all((expected_BNE != 0).sum(1) == slots)
+    assert np.all((expected_BNE != 0).sum(1) == expert_capacity)
     routing = router(x_BND)
     expect(gates(routing, 3 * num_tokens), expected_BNE.reshape(-1, 8))
-    assert routing.report.counts_E.tolist() == [3 * slots] * 8
+    assert routing.report.counts_E.tolist() == [3 * expert_capacity] * 8
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -158,17 +159,19 @@ def batch_pool(num_experts=4, **settings):
     return router
 
 
-@pytest.mark.parametrize(("capacity", "slots"), [(1.0, 5), (2.0, 10), (0.1, 1)])
-def test_diffmoe_trains_on_the_best_tokens_of_the_whole_batch(gates, capacity, slots):
+@pytest.mark.parametrize(("capacity", "expert_capacity"), [(1.0, 5), (2.0, 10), (0.1, 1)])
+def test_diffmoe_trains_on_the_best_tokens_of_the_whole_batch(gates, capacity, expert_capacity):
     router, x_BND = batch_pool(capacity=capacity), torch.randn(3, 7, 6)  # int(21 / 4) = 5
     scores_TE = softmax_scores(router, x_BND).reshape(21, 4)
-    expected_TE = np.where(scores_TE >= np.sort(scores_TE, axis=0)[-slots], scores_TE, 0)
+    expected_TE = np.where(scores_TE >= np.sort(scores_TE, axis=0)[-expert_capacity], scores_TE, 0)
     routing = router(x_BND)
     expect(gates(routing, 21), expected_TE)
     probability_TE = torch.sigmoid(router.predictor(x_BND.flatten(0, 1))).detach()
     loss = -torch.where(torch.from_numpy(expected_TE) > 0, probability_TE.log(), (1 - probability_TE).log()).mean()
     torch.testing.assert_close(routing.report.losses["capacity"], loss, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(routing.report.threshold_E, probability_TE.sort(0, descending=True).values[slots - 1])
+    torch.testing.assert_close(
+        routing.report.threshold_E, probability_TE.sort(0, descending=True).values[expert_capacity - 1]
+    )
 
 
 def test_diffmoe_weighs_its_loss():
@@ -333,11 +336,11 @@ def test_initial_gates(kind, std):
         ({"top_k": 9}, "top_k is 9"),
         ({"capacity": 0.0}, r"capacity is 0\.0"),
         ({"capacity": 8.5}, r"capacity is 8\.5"),
-        ({"num_groups": 3}, "num_groups 3"),
-        ({"num_groups": 0}, "num_groups 0"),
-        ({"num_groups": 2, "top_groups": 3}, "top_groups 3"),
-        ({"num_groups": 2, "top_groups": 0}, "top_groups 0"),
-        ({"num_groups": 4, "top_groups": 1, "top_k": 3}, "top_k 3"),
+        ({"n_group": 3}, "n_group 3"),
+        ({"n_group": 0}, "n_group 0"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group 3"),
+        ({"n_group": 2, "topk_group": 0}, "topk_group 0"),
+        ({"n_group": 4, "topk_group": 1, "top_k": 3}, "top_k 3"),
         ({"balance": "magic"}, "'magic'"),
         ({"kind": "diffmoe", "inference_pool": "world"}, "'world'"),
         ({"num_experts": 0, "top_k": 0}, "0"),

@@ -70,7 +70,7 @@ def local(tensors):
 def parts_of(state):
     """Bytes that a process really holds of a state, after a gradient of every weight that learns."""
     model = local([*state.model.parameters(), *state.model.buffers()])
-    averages = [state.ema, *state.more_emas.values()]
+    averages = [state.ema, *state.extra_emas.values()]
     averages = local(tensor for ema in averages for tensor in (*ema.parameters(), *ema.buffers()))
     return {
         "weights": sum(model.values()),
@@ -81,7 +81,8 @@ def parts_of(state):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--training.more_ema_decays=[0.9]"], ["--start.source=another", "--start.freeze=[blocks.0.*]"]]
+    "more",
+    [[], ["--training.extra_ema_decays=[0.9]"], ["--init.from_checkpoint=another", "--init.freeze=[blocks.0.*]"]],
 )
 def test_the_state_takes_what_its_tensors_take(options, more):
     recipe = read_recipe("digits", [*options, *more])
@@ -166,7 +167,7 @@ def test_what_is_made_again_is_counted(tiny):
 
 
 def test_files_are_as_large_as_planned(tiny, tmp_path):
-    options = [*tiny, "--training.steps=2", "--training.more_ema_decays=[0.9]"]
+    options = [*tiny, "--training.steps=2", "--training.extra_ema_decays=[0.9]"]
     plan = make_plan(read_recipe("digits", options), PlanOptions())
     assert main(["train", "digits", *options, f"--output_dir={tmp_path}"]) == 0
     run = RunFolder(tmp_path)

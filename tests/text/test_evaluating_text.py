@@ -10,12 +10,13 @@ import torch
 from diffusion_moe.cli import main
 from diffusion_moe.config import DataConfig, EvaluationConfig
 from diffusion_moe.data import load_dataset
-from diffusion_moe.evaluation.generate import Prompts, generate, to_uint8
 from diffusion_moe.evaluation.images import GeneratedImages, digest_of_all, digests_of
 from diffusion_moe.evaluation.options import TextOptions
-from diffusion_moe.evaluation.shown import what_is_shown
-from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.evaluation.prompts import prompts_of
 from diffusion_moe.models import load_model
+from diffusion_moe.pixels import to_uint8
+from diffusion_moe.sampling.generate import Prompts, generate
+from diffusion_moe.sampling.source import read_source
 from diffusion_moe.text import TextFeatures
 
 OPTIONS = ["--num_samples=12", "--steps=2", "--batch_size=5", "--seed=3", "--guidance_scale=2"]
@@ -124,7 +125,7 @@ def test_other_prompts_are_other_work(text_run, tmp_path):
     source, loaded, identities = read_source(text_run), read_source(text_run).load(), []
     for name, text in (("a", "a red square"), ("b", "a blue square"), ("c", "a red square")):
         (tmp_path / name).write_text(text)
-        shown = what_is_shown(source, SETTINGS, TextOptions(prompts=tmp_path / name), None, print)
+        shown = prompts_of(source, SETTINGS, TextOptions(prompts=tmp_path / name), None, print)
         identities.append(GeneratedImages(loaded, SETTINGS, name, shown).identity())
     assert identities[0] == identities[2] != identities[1]
 

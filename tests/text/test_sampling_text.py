@@ -11,7 +11,7 @@ from PIL import Image
 
 import diffusion_moe
 from diffusion_moe.cli import main
-from diffusion_moe.evaluation.source import read_source
+from diffusion_moe.sampling.source import read_source
 
 PROMPTS = ["a red square", "a blue square"]
 

@@ -12,7 +12,7 @@ from diffusion_moe.data import load_dataset
 from diffusion_moe.data.digits import Digits
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
-from diffusion_moe.training.feed import images_of_step
+from diffusion_moe.training.dataloader import images_of_step
 from diffusion_moe.training.loop import NonFiniteError, train
 from diffusion_moe.training.step import make_state
 
@@ -22,7 +22,7 @@ STEPS = 12
 @pytest.fixture
 def recipe(tiny):
     def make(*options):
-        shown = [f"--training.steps={STEPS}", "--logging.every=1", "--training.max_bad_steps=1"]
+        shown = [f"--training.steps={STEPS}", "--logging.every=1", "--training.max_nonfinite_steps=1"]
         return read_recipe("digits", [*tiny, *shown, "--model.router=dsmoe", "--training.checkpoint_every=4", *options])
 
     return make
@@ -70,11 +70,11 @@ def test_a_few_are_left_out_and_change_nothing(recipe, poison, tmp_path):
     """As if their batches had been left out from the start, which the other run does after going back."""
     poison(6, 7)
     lines = []
-    train(recipe("--training.max_bad_steps=2"), tmp_path / "on", say=lines.append)
-    train(recipe(), tmp_path / "back", say=lines.append)
+    train(recipe("--training.max_nonfinite_steps=2"), tmp_path / "on", log=lines.append)
+    train(recipe(), tmp_path / "back", log=lines.append)
     assert sum("was left out" in line for line in lines) == 4
     on, back = (final_state(recipe(), tmp_path / name) for name in ("on", "back"))
-    assert (on.excluded, back.excluded) == (set(), {6, 7})
+    assert (on.skipped_steps, back.skipped_steps) == (set(), {6, 7})
     expected, found = state_tensors(on), state_tensors(back)
     assert not [name for name in expected if "ema." not in name and not torch.equal(expected[name], found[name])]
     for folder in ("on", "back"):
@@ -85,17 +85,17 @@ def test_more_in_a_row_go_back_to_the_last_good_checkpoint(recipe, poison, tmp_p
     """One is made after the first good step beyond them, which is where going back again would lead."""
     poison(7, 8, 9)
     lines = []
-    train(recipe("--training.max_bad_steps=2"), tmp_path, say=lines.append)
+    train(recipe("--training.max_nonfinite_steps=2"), tmp_path, log=lines.append)
     assert [line for line in lines if "went back" in line] == [
         "warning: went back to step 4; the batches of steps 7 to 9 are left out"
     ]
-    assert final_state(recipe(), tmp_path).excluded == {7, 8, 9}
+    assert final_state(recipe(), tmp_path).skipped_steps == {7, 8, 9}
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000012", "step-00000010"}
 
 
 def test_a_checkpoint_that_is_owed_is_made_after_the_next_good_step(recipe, poison, tmp_path):
     poison(8)
-    train(recipe(), tmp_path, say=str)
+    train(recipe(), tmp_path, log=str)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000012", "step-00000009"}
 
 
@@ -104,7 +104,7 @@ def test_a_run_that_stays_bad_stops_and_names_the_images(recipe, poison, tmp_pat
     long = recipe("--training.checkpoint_every=100")
     lines = []
     with pytest.raises(NonFiniteError, match="steps 4 to 5"):
-        train(long, tmp_path, say=lines.append)
+        train(long, tmp_path, log=lines.append)
     assert lines[-1].startswith("stopped: ") and "bad-batches.json" in lines[-1] and "\n" not in lines[-1]
     named = json.loads((tmp_path / "bad-batches.json").read_text())
     dataset = load_dataset(long.data, "train")
@@ -115,31 +115,31 @@ def test_a_run_that_stays_bad_stops_and_names_the_images(recipe, poison, tmp_pat
     # The same again stops again: it remembers what it left out, and that it has gone back.
     again = []
     with pytest.raises(NonFiniteError):
-        train(long, tmp_path, say=again.append)
+        train(long, tmp_path, log=again.append)
     assert not [line for line in again if "step 2 was" in line or "step 3 was" in line or "went back" in line]
     # Allowed to leave more out, it comes to its end.
-    train(recipe("--training.checkpoint_every=100", "--training.max_bad_steps=2"), tmp_path, say=str)
-    assert final_state(long, tmp_path).excluded == {2, 3}
+    train(recipe("--training.checkpoint_every=100", "--training.max_nonfinite_steps=2"), tmp_path, log=str)
+    assert final_state(long, tmp_path).skipped_steps == {2, 3}
 
 
 def test_it_goes_back_again_if_a_good_step_came_after_those_left_out(recipe, poison, tmp_path):
     """Each time to the first good step after the last time, so that a run of many bad batches comes to its end."""
     poison(2, 3, 5, 6, 8, 9)
     lines = []
-    train(recipe("--training.checkpoint_every=100"), tmp_path, say=lines.append)
+    train(recipe("--training.checkpoint_every=100"), tmp_path, log=lines.append)
     assert [line.partition(";")[0] for line in lines if "went back" in line] == [
         "warning: went back to step 0",
         "warning: went back to step 4",
         "warning: went back to step 7",
     ]
-    assert final_state(recipe(), tmp_path).excluded == {2, 3, 5, 6, 8, 9}
+    assert final_state(recipe(), tmp_path).skipped_steps == {2, 3, 5, 6, 8, 9}
     assert logged(tmp_path) == [1, 4, 7, 10, 11, 12]
 
 
 def test_bad_steps_before_an_interruption_do_not_count_after_going_back(recipe, poison, tmp_path):
     """The checkpoint of the interruption lies among them, and is the one that is gone back to."""
     poison(7, 8, 9, 10, 11)
-    bad = recipe("--training.max_bad_steps=3")
+    bad = recipe("--training.max_nonfinite_steps=3")
     asked = []
 
     def interrupt(line):
@@ -147,18 +147,18 @@ def test_bad_steps_before_an_interruption_do_not_count_after_going_back(recipe, 
             asked.append(line)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert train(bad, tmp_path, say=interrupt).interrupted_by == signal.SIGTERM
+    assert train(bad, tmp_path, log=interrupt).interrupted_by == signal.SIGTERM
     lines = []
-    train(bad, tmp_path, say=lines.append)
+    train(bad, tmp_path, log=lines.append)
     assert [line for line in lines if "went back" in line] == [
         "warning: went back to step 9; the batches of steps 7 to 10 are left out"
     ]
-    assert final_state(bad, tmp_path).excluded == {7, 8, 9, 10}
+    assert final_state(bad, tmp_path).skipped_steps == {7, 8, 9, 10}
 
 
 def test_the_command_exits_with_1_and_one_line(tiny, poison, tmp_path, capsys):
     poison(1, 2, 3, 4)
-    options = [f"--training.steps={STEPS}", "--training.max_bad_steps=1", "--output_dir", str(tmp_path)]
+    options = [f"--training.steps={STEPS}", "--training.max_nonfinite_steps=1", "--output_dir", str(tmp_path)]
     assert main(["train", "digits", *tiny, *options]) == 1
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1].startswith("stopped: the loss or gradient of steps 3 to 4 is not finite")
@@ -169,8 +169,8 @@ def test_the_command_exits_with_1_and_one_line(tiny, poison, tmp_path, capsys):
 def test_a_run_interrupted_there_ends_as_the_uninterrupted_one(recipe, poison, tmp_path, when):
     """Only averages may differ, by what they moved in steps that are left out."""
     poison(7, 8, 9, 10)
-    bad = recipe("--training.max_bad_steps=3")
-    train(bad, tmp_path / "whole", say=str)
+    bad = recipe("--training.max_nonfinite_steps=3")
+    train(bad, tmp_path / "whole", log=str)
     asked = []
 
     def interrupt(line):
@@ -178,10 +178,10 @@ def test_a_run_interrupted_there_ends_as_the_uninterrupted_one(recipe, poison, t
             asked.append(line)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert train(bad, tmp_path / "stopped", say=interrupt).interrupted_by == signal.SIGTERM
-    train(bad, tmp_path / "stopped", say=str)
+    assert train(bad, tmp_path / "stopped", log=interrupt).interrupted_by == signal.SIGTERM
+    train(bad, tmp_path / "stopped", log=str)
     whole, stopped = (final_state(bad, tmp_path / name) for name in ("whole", "stopped"))
-    assert whole.excluded == stopped.excluded == {7, 8, 9, 10}
+    assert whole.skipped_steps == stopped.skipped_steps == {7, 8, 9, 10}
     expected, found = state_tensors(whole), state_tensors(stopped)
     assert not [name for name in expected if "ema." not in name and not torch.equal(expected[name], found[name])]
     assert logged(tmp_path / "whole") == logged(tmp_path / "stopped")

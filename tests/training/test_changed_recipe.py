@@ -18,7 +18,7 @@ from diffusion_moe.run_folder import RunFolder
 from diffusion_moe.run_history import recipes_in, record
 from diffusion_moe.storage import AsyncWriter, Manifest
 from diffusion_moe.training import loop
-from diffusion_moe.training.feed import images_of_step
+from diffusion_moe.training.dataloader import images_of_step
 from diffusion_moe.training.history import continued, go_on
 from diffusion_moe.training.loop import train
 from diffusion_moe.training.step import make_state
@@ -27,7 +27,7 @@ FIRST, STEPS = 6, 14
 OTHER = [
     f"--training.steps={STEPS}",
     "--training.batch_size=24",
-    "--training.more_ema_decays=[0.5]",
+    "--training.extra_ema_decays=[0.5]",
     "--optimizer.learning_rate=5e-4",
     "--optimizer.weight_decay=0.1",
     "--data.flip=true",
@@ -76,9 +76,9 @@ def recorded(folder):
 def test_a_run_goes_on_longer_under_another_recipe(recipe, tmp_path):
     """Steps before the change are those of the first recipe, the learning rate after it that of the new cosine."""
     lines = []
-    train(recipe(), tmp_path, say=str)
+    train(recipe(), tmp_path, log=str)
     before, first = losses(tmp_path), final_state(tmp_path, FIRST)
-    train(recipe(*OTHER), tmp_path, "changed", say=lines.append)
+    train(recipe(*OTHER), tmp_path, "changed", log=lines.append)
     assert lines[1:10] == [
         "the recipe changes after step 6:",
         "  data.flip: False -> True",
@@ -86,7 +86,7 @@ def test_a_run_goes_on_longer_under_another_recipe(recipe, tmp_path):
         "  optimizer.weight_decay: 0.0 -> 0.1",
         "  training.steps: 6 -> 14",
         "  training.batch_size: 16 -> 24",
-        "  training.more_ema_decays: [] -> [0.5]",
+        "  training.extra_ema_decays: [] -> [0.5]",
         "the average of decay 0.5 begins at the weights of step 6",
         f"resuming from {tmp_path / 'checkpoints' / 'step-00000006'}",
     ]
@@ -101,10 +101,10 @@ def test_a_run_goes_on_longer_under_another_recipe(recipe, tmp_path):
 
 
 def test_a_new_average_begins_at_the_weights_and_follows_its_formula(recipe, tmp_path):
-    train(recipe(), tmp_path, say=str)
+    train(recipe(), tmp_path, log=str)
     at_first = final_state(tmp_path, FIRST)
-    longer = [f"--training.steps={FIRST + 1}", "--training.more_ema_decays=[0.25]"]
-    train(recipe(*longer), tmp_path, "changed", say=str)
+    longer = [f"--training.steps={FIRST + 1}", "--training.extra_ema_decays=[0.25]"]
+    train(recipe(*longer), tmp_path, "changed", log=str)
     last = final_state(tmp_path, FIRST + 1)
     for name in [name.removeprefix("model.") for name in last if name.startswith("model.")]:
         if last[f"model.{name}"].is_floating_point():
@@ -115,12 +115,12 @@ def test_a_new_average_begins_at_the_weights_and_follows_its_formula(recipe, tmp
 
 
 def test_an_average_that_is_no_longer_kept_is_dropped_with_a_line(recipe, tmp_path):
-    train(recipe("--training.more_ema_decays=[0.5,0.25]"), tmp_path, say=str)
+    train(recipe("--training.extra_ema_decays=[0.5,0.25]"), tmp_path, log=str)
     lines = []
-    train(recipe("--training.more_ema_decays=[0.25]", "--training.steps=8"), tmp_path, "changed", say=lines.append)
+    train(recipe("--training.extra_ema_decays=[0.25]", "--training.steps=8"), tmp_path, "changed", log=lines.append)
     assert lines[2:5] == [
         "  training.steps: 6 -> 8",
-        "  training.more_ema_decays: [0.5, 0.25] -> [0.25]",
+        "  training.extra_ema_decays: [0.5, 0.25] -> [0.25]",
         "the average of decay 0.5 is no longer kept",
     ]
     names = Manifest.read(tmp_path / "checkpoints" / "step-00000008").tensors
@@ -132,14 +132,14 @@ def test_an_average_that_is_no_longer_kept_is_dropped_with_a_line(recipe, tmp_pa
 @pytest.mark.parametrize("step", [FIRST + 1, FIRST + 2, 11])
 def test_killed_after_the_change_it_resumes_by_the_plain_command_bit_for_bit(recipe, tmp_path, monkeypatch, step):
     for folder in ("whole", "killed"):
-        train(recipe(), tmp_path / folder, say=str)
-    train(recipe(*OTHER), tmp_path / "whole", "changed", say=str)
+        train(recipe(), tmp_path / folder, log=str)
+    train(recipe(*OTHER), tmp_path / "whole", "changed", log=str)
     with monkeypatch.context() as patch:
         kill_at(patch, step)
         with pytest.raises(Killed):
-            train(recipe(*OTHER), tmp_path / "killed", "changed", say=str)
+            train(recipe(*OTHER), tmp_path / "killed", "changed", log=str)
     lines = []
-    train(recipe(*OTHER), tmp_path / "killed", say=lines.append)
+    train(recipe(*OTHER), tmp_path / "killed", log=lines.append)
     assert not any("recipe changes" in line for line in lines)
     expected, found = (final_state(tmp_path / folder, STEPS) for folder in ("whole", "killed"))
     assert expected.keys() == found.keys()
@@ -151,7 +151,7 @@ def test_killed_after_the_change_it_resumes_by_the_plain_command_bit_for_bit(rec
 @pytest.mark.parametrize("writes", [0, 1, 2])
 def test_killed_between_two_writes_nothing_is_lost_and_either_recipe_goes_on(recipe, tmp_path, monkeypatch, writes):
     """Three files are written: the first recipe, the new one, and recipe.yaml."""
-    train(recipe(), tmp_path, say=str)
+    train(recipe(), tmp_path, log=str)
     run, done = RunFolder(tmp_path), []
     write = run_history.write_atomically
 
@@ -180,7 +180,7 @@ def test_several_changes_are_all_kept(recipe, tmp_path):
         ["--training.steps=10", "--training.batch_size=20"],
     ]
     for more in options:
-        train(recipe(*more), tmp_path, "changed", say=str)
+        train(recipe(*more), tmp_path, "changed", log=str)
     first, second, third = (recipe(*more) for more in options)
     assert recorded(tmp_path) == ({0: first, 6: second, 8: third}, third)
     about = Manifest.read(tmp_path / "checkpoints" / "step-00000010").about
@@ -188,10 +188,10 @@ def test_several_changes_are_all_kept(recipe, tmp_path):
 
 
 def test_without_a_difference_or_a_run_it_is_as_auto(recipe, tmp_path):
-    train(recipe(), tmp_path / "changed", "changed", say=str)
-    train(recipe(), tmp_path / "auto", say=str)
+    train(recipe(), tmp_path / "changed", "changed", log=str)
+    train(recipe(), tmp_path / "auto", log=str)
     lines = []
-    train(recipe("--logging.every=2"), tmp_path / "changed", "changed", say=lines.append)
+    train(recipe("--logging.every=2"), tmp_path / "changed", "changed", log=lines.append)
     assert not any("recipe changes" in line for line in lines)
     assert {path.name for path in (tmp_path / "changed").iterdir()} == {"recipe.yaml", "checkpoints", "metrics.jsonl",
                                                                         "model", ".lock"}  # fmt: skip
@@ -203,9 +203,9 @@ def test_before_the_first_checkpoint_the_new_recipe_begins_anew(recipe, tmp_path
     with monkeypatch.context() as patch:
         kill_at(patch, 3)
         with pytest.raises(Killed):
-            train(recipe(), tmp_path / "run", say=str)
-    train(recipe(*OTHER), tmp_path / "run", "changed", say=str)
-    train(recipe(*OTHER), tmp_path / "fresh", say=str)
+            train(recipe(), tmp_path / "run", log=str)
+    train(recipe(*OTHER), tmp_path / "run", "changed", log=str)
+    train(recipe(*OTHER), tmp_path / "fresh", log=str)
     assert recorded(tmp_path / "run") == ({}, recipe(*OTHER))
     expected, found = (final_state(tmp_path / folder, STEPS) for folder in ("fresh", "run"))
     assert not [name for name in expected if not torch.equal(expected[name], found[name])]
@@ -214,13 +214,13 @@ def test_before_the_first_checkpoint_the_new_recipe_begins_anew(recipe, tmp_path
 def test_a_damaged_checkpoint_leads_to_before_the_change_and_the_record_says_so(recipe, tmp_path):
     """The newer recipe then goes on from the step that it in fact goes on from."""
     other = recipe("--training.steps=8", "--training.batch_size=8", "--training.keep_checkpoints=9")
-    train(recipe("--training.keep_checkpoints=9"), tmp_path, say=str)
-    train(other, tmp_path, "changed", say=str)
+    train(recipe("--training.keep_checkpoints=9"), tmp_path, log=str)
+    train(other, tmp_path, "changed", log=str)
     assert list(recorded(tmp_path)[0]) == [0, 6]
     for step in (6, 8):
         path = tmp_path / "checkpoints" / f"step-{step:08d}" / "tensors-00000-000.safetensors"
         path.write_bytes(path.read_bytes()[:-4])
-    train(other, tmp_path, say=str)
+    train(other, tmp_path, log=str)
     assert list(recorded(tmp_path)[0]) == [0, 4]
     assert Manifest.read(tmp_path / "checkpoints" / "step-00000008").about["batch_sizes"] == [[0, 16], [4, 8]]
 
@@ -229,13 +229,13 @@ def test_a_checkpoint_of_an_older_version_had_the_first_recipes_batches(recipe, 
     save = AsyncWriter.save
 
     def save_less(self, step, tensors, about):
-        known = ("step", "excluded", "bad", "gone_back")
+        known = ("step", "skipped_steps", "bad", "rolled_back")
         save(self, step, tensors, {name: about[name] for name in known})
 
     with monkeypatch.context() as patch:
         patch.setattr(AsyncWriter, "save", save_less)
-        train(recipe(), tmp_path, say=str)
-    train(recipe("--training.steps=8", "--training.batch_size=8"), tmp_path, "changed", say=str)
+        train(recipe(), tmp_path, log=str)
+    train(recipe("--training.steps=8", "--training.batch_size=8"), tmp_path, "changed", log=str)
     assert Manifest.read(tmp_path / "checkpoints" / "step-00000008").about["batch_sizes"] == [[0, 16], [6, 8]]
 
 
@@ -248,11 +248,11 @@ def test_the_images_of_each_step_go_on_where_the_stream_stood(recipe, tmp_path, 
         return draw(self, draws)
 
     monkeypatch.setattr(Digits, "__getitems__", noted)
-    train(recipe(), tmp_path / "run", say=str)
-    train(recipe(*OTHER), tmp_path / "run", "changed", say=str)
+    train(recipe(), tmp_path / "run", log=str)
+    train(recipe(*OTHER), tmp_path / "run", "changed", log=str)
     changed = list(seen)
     seen.clear()
-    train(recipe("--training.steps=18"), tmp_path / "plain", say=str)
+    train(recipe("--training.steps=18"), tmp_path / "plain", log=str)
     assert len(changed) == 6 * 16 + 8 * 24 == len(seen)
     assert changed == seen
 
@@ -260,16 +260,16 @@ def test_the_images_of_each_step_go_on_where_the_stream_stood(recipe, tmp_path, 
 REFUSED = {
     "model": (["--model.num_experts=8"], "model.num_experts: 4 -> 8"),
     "process": (["--model.process=ddpm", "--model.prediction=epsilon"], "model.process: flow -> ddpm"),
-    "start": (["--start.source=elsewhere"], "start.source: None -> elsewhere"),
+    "init": (["--init.from_checkpoint=elsewhere"], "init.from_checkpoint: None -> elsewhere"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_go_on_is_refused_with_the_fields_and_a_remedy(recipe, tmp_path, case):
     options, field = REFUSED[case]
-    train(recipe(), tmp_path, say=str)
+    train(recipe(), tmp_path, log=str)
     saved = (tmp_path / "recipe.yaml").read_bytes()
-    with pytest.raises(ValueError, match="holds a run of another model or start") as refused:
+    with pytest.raises(ValueError, match="holds a run of another model or init") as refused:
         RunFolder(tmp_path).claim(recipe(*options), "changed")
     message = str(refused.value)
     assert field in message and message.endswith("leave that as it was, or choose another --output_dir")
@@ -298,14 +298,22 @@ def test_steps_that_are_left_out_follow_their_images(recipe):
     """Before: 8 images a step. After step 4, 3 a step: positions 40 to 47 and 48 to 55 are steps 7 to 12."""
     data = load_dataset(recipe().data, "train")
     state = make_state(recipe("--training.batch_size=8"), torch.device("cpu"))
-    state.step, state.excluded = 4, {2, 6, 7}
+    state.step, state.skipped_steps = 4, {2, 6, 7}
     spoilt = {i for step in (6, 7) for i in images_of_step(recipe(), data, step, state.segments)}
     lines = go_on(state, recipe("--training.batch_size=3", "--training.steps=40"), data)
-    assert state.segments == (Segment(0, 8), Segment(4, 3)) and state.excluded == {2, 7, 8, 9, 10, 11, 12}
+    assert state.segments == (Segment(0, 8), Segment(4, 3)) and state.skipped_steps == {2, 7, 8, 9, 10, 11, 12}
     assert lines == ["batches have another size: steps 7, 8, 9, 10, 11, 12 are left out, not 6, 7"]
     found = {i for step in range(7, 13) for i in images_of_step(recipe(), data, step, state.segments)}
     assert spoilt < found and len(found) - len(spoilt) == 2
-    assert go_on(state, recipe("--training.batch_size=3"), data) == [] and state.excluded == {2, 7, 8, 9, 10, 11, 12}
+    assert go_on(state, recipe("--training.batch_size=3"), data) == [] and state.skipped_steps == {
+        2,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+    }
 
 
 def test_a_segment_without_steps_goes():
@@ -318,7 +326,7 @@ def test_a_segment_without_steps_goes():
 
 
 def test_bad_steps_after_the_change_are_left_out_and_named_by_the_segments(recipe, tmp_path, monkeypatch):
-    bad = ["--training.max_bad_steps=1", "--training.checkpoint_every=100"]
+    bad = ["--training.max_nonfinite_steps=1", "--training.checkpoint_every=100"]
     changed = recipe(*bad, "--training.batch_size=8", "--training.steps=14")
     data = load_dataset(changed.data, "train")
     segments = (Segment(0, 16), Segment(FIRST, 8))
@@ -331,10 +339,10 @@ def test_bad_steps_after_the_change_are_left_out_and_named_by_the_segments(recip
         return batch
 
     monkeypatch.setattr(Digits, "read", read_some)
-    train(recipe(*bad), tmp_path, say=str)
+    train(recipe(*bad), tmp_path, log=str)
     lines = []
     with pytest.raises(loop.NonFiniteError):
-        train(changed, tmp_path, "changed", say=lines.append)
+        train(changed, tmp_path, "changed", log=lines.append)
     assert "warning: went back to step 6; the batches of steps 8 to 9 are left out" in lines
     named = json.loads((tmp_path / "bad-batches.json").read_text())
     assert named["steps"] == [10, 11]
@@ -342,9 +350,9 @@ def test_bad_steps_after_the_change_are_left_out_and_named_by_the_segments(recip
     # Of another seed the order is another one, and steps mean other images.
     monkeypatch.setattr(Digits, "read", read)
     lines = []
-    train(recipe("--training.steps=14", "--training.seed=1"), tmp_path, "changed", say=lines.append)
+    train(recipe("--training.steps=14", "--training.seed=1"), tmp_path, "changed", log=lines.append)
     assert "the order is another one: steps 8 to 9 are no longer left out" in lines
-    assert Manifest.read(tmp_path / "checkpoints" / "step-00000014").about["excluded"] == []
+    assert Manifest.read(tmp_path / "checkpoints" / "step-00000014").about["skipped_steps"] == []
 
 
 def test_the_page_of_run_folders_lists_what_may_change():
@@ -368,7 +376,7 @@ def test_other_images_are_refused_unless_wanted(tiny, tmp_path):
     options.append("--optimizer.schedule=constant")
 
     def go(steps, resume="auto"):
-        train(read_recipe("digits", [*options, f"--training.steps={steps}"]), run, resume, say=lambda line: None)
+        train(read_recipe("digits", [*options, f"--training.steps={steps}"]), run, resume, log=lambda line: None)
 
     go(2)
     began = (run / "listing.sha256").read_text()

@@ -151,7 +151,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_whole(recipe, tmp_path, monke
 def test_training_goes_on_while_the_state_of_the_call_is_written(recipe, tmp_path):
     state = make_state(recipe, CPU)
     run(recipe, state, 2)
-    state.excluded = {7}
+    state.skipped_steps = {7}
     at_two = {name: tensor.clone() for name, tensor in state_tensors(state).items()}
     checkpoints = Checkpoints(tmp_path, recipe.training)
     checkpoints.save(state)
@@ -159,7 +159,7 @@ def test_training_goes_on_while_the_state_of_the_call_is_written(recipe, tmp_pat
     checkpoints.close()
     restored = make_state(recipe, CPU)
     load_checkpoint(checkpoint_path(tmp_path, 2), restored)
-    assert (restored.step, restored.excluded) == (2, {7})
+    assert (restored.step, restored.skipped_steps) == (2, {7})
     assert all(torch.equal(tensor, at_two[name]) for name, tensor in state_tensors(restored).items())
 
 

@@ -79,6 +79,6 @@ def test_a_run_that_is_not_torchruns_goes_on_without_its_parent(tiny, tmp_path, 
     for name, steps, signals in (("ours", 3, None), ("torchrun's", 2, signal.SIGTERM)):
         parents = iter([100])
         monkeypatch.setattr("os.getppid", lambda parents=parents: next(parents, 1))
-        outcome = train(recipe, tmp_path / name, say=str)
+        outcome = train(recipe, tmp_path / name, log=str)
         assert outcome == (steps, signals)
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

@@ -124,12 +124,12 @@ def test_every_rule_resumes_bit_for_bit_after_a_kill(tiny, tmp_path, router):
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(tiny, tmp_path):
     recipe = read_recipe("digits", options(tiny))
-    train(recipe, tmp_path / "whole", say=quietly)
-    train(recipe, tmp_path / "damaged", say=quietly)
+    train(recipe, tmp_path / "whole", log=quietly)
+    train(recipe, tmp_path / "damaged", log=quietly)
     newest = tmp_path / "damaged" / "checkpoints" / f"step-{STEPS:08d}" / "tensors-00000-000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     lines = []
-    train(recipe, tmp_path / "damaged", say=lines.append)
+    train(recipe, tmp_path / "damaged", log=lines.append)
     assert any("warning" in line and "tensors-00000-000.safetensors has" in line for line in lines)
     assert any("resuming from" in line and "step-00000008" in line for line in lines)
     assert_same_run(tmp_path / "whole", tmp_path / "damaged")
@@ -137,25 +137,25 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(tiny, tmp_path):
 
 def test_if_no_checkpoint_is_good_training_does_not_silently_start_anew(tiny, tmp_path):
     recipe = read_recipe("digits", options(tiny))
-    train(recipe, tmp_path, say=quietly)
+    train(recipe, tmp_path, log=quietly)
     for path in tmp_path.glob("checkpoints/*/manifest.json"):
         path.unlink()
     with pytest.raises(ValueError, match="no checkpoint in"):
-        train(recipe, tmp_path, say=quietly)
+        train(recipe, tmp_path, log=quietly)
 
 
 def test_a_longer_run_of_the_same_recipe_continues(tiny, tmp_path):
     arguments = [*options(tiny), "--optimizer.schedule=constant"]
-    train(read_recipe("digits", [*arguments, f"--training.steps={STEPS // 2}"]), tmp_path / "longer", say=quietly)
-    train(read_recipe("digits", arguments), tmp_path / "longer", say=quietly)
-    train(read_recipe("digits", arguments), tmp_path / "whole", say=quietly)
+    train(read_recipe("digits", [*arguments, f"--training.steps={STEPS // 2}"]), tmp_path / "longer", log=quietly)
+    train(read_recipe("digits", arguments), tmp_path / "longer", log=quietly)
+    train(read_recipe("digits", arguments), tmp_path / "whole", log=quietly)
     assert_same_run(tmp_path / "whole", tmp_path / "longer")
 
 
 def test_the_run_folder_is_as_documented(tiny, tmp_path):
     arguments = [option for option in options(tiny) if "tensorboard" not in option]
     recipe = read_recipe("digits", arguments)
-    train(recipe, tmp_path, say=quietly)
+    train(recipe, tmp_path, log=quietly)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"recipe.yaml", "checkpoints", "metrics.jsonl", "tensorboard", "model", ".lock"}
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
@@ -172,7 +172,7 @@ def test_the_run_folder_is_as_documented(tiny, tmp_path):
 def test_the_saved_model_is_the_average(tiny, tmp_path):
     from diffusion_moe import DiT
 
-    train(read_recipe("digits", options(tiny)), tmp_path, say=quietly)
+    train(read_recipe("digits", options(tiny)), tmp_path, log=quietly)
     saved = DiT.from_pretrained(tmp_path / "model").state_dict()
     average = {name[4:]: tensor for name, tensor in final_state(tmp_path).items() if name.startswith("ema.")}
     assert saved.keys() == average.keys()
@@ -225,7 +225,7 @@ def images(tmp_path):
 def test_unreadable_images_are_counted_in_the_metrics(tiny, tmp_path, images):
     lines = []
     recipe = read_recipe("digits", [*options(tiny), *images, "--data.on_corrupt=skip"])
-    train(recipe, tmp_path / "run", say=lines.append)
+    train(recipe, tmp_path / "run", log=lines.append)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["skipped_images"] == 1  # each step of 16 draws it once
     assert any("images that cannot be read were replaced by others: 1 (data.on_corrupt" in line for line in lines)
@@ -239,7 +239,7 @@ def test_an_unreadable_image_ends_the_run_with_one_line(tiny, tmp_path, images, 
     (folder / "0.png").rename(folder / "5.png")
     recipe = read_recipe("digits", [*options(tiny), *images, f"--data.num_workers={workers}"])
     with pytest.raises(ValueError, match=r"cannot read image .*a/5\.png") as caught:
-        train(recipe, tmp_path / "run", say=quietly)
+        train(recipe, tmp_path / "run", log=quietly)
     assert "\n" not in str(caught.value)
 
 
@@ -248,7 +248,7 @@ def test_a_processor_that_is_slow_in_bfloat16_is_told_of(precision, slow, tiny, 
     monkeypatch.setattr(loop, "SLOW_DTYPES", frozenset({torch.bfloat16} if slow else ()))
     lines = []
     recipe = read_recipe("digits", [*tiny, "--training.steps=1", f"--training.precision={precision}"])
-    train(recipe, tmp_path / "run", say=lines.append)
+    train(recipe, tmp_path / "run", log=lines.append)
     warnings = [line for line in lines if line.startswith("warning")]
     told = ["warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster"]
     assert warnings == (told if slow and precision == "bf16" else [])

@@ -56,14 +56,14 @@ def test_auto_on_gpus_is_bf16_where_it_is_not_emulated(monkeypatch, has_it, expe
 def test_training_records_what_auto_has_chosen_and_a_resumed_run_keeps_it(tiny, tmp_path, fast, monkeypatch):
     options = [*tiny, "--optimizer.schedule=constant", "--training.precision=auto"]
     lines = []
-    train(read_recipe("digits", [*options, "--training.steps=1"]), tmp_path, say=lines.append)
+    train(read_recipe("digits", [*options, "--training.steps=1"]), tmp_path, log=lines.append)
     assert lines[0] == "computing in bf16 (auto: this processor is fast in bfloat16)"
     assert RunFolder(tmp_path).read_recipe().training.precision == "bf16"
     monkeypatch.setattr(precision, "FAST_IN_BF16", False)
     lines = []
-    train(read_recipe("digits", [*options, "--training.steps=2"]), tmp_path, say=lines.append)
+    train(read_recipe("digits", [*options, "--training.steps=2"]), tmp_path, log=lines.append)
     assert lines[0] == "computing in bf16 (auto: as the run began)"
-    train(read_recipe("digits", [*options, "--training.steps=1"]), tmp_path / "slow", say=lines.append)
+    train(read_recipe("digits", [*options, "--training.steps=1"]), tmp_path / "slow", log=lines.append)
     assert RunFolder(tmp_path / "slow").read_recipe().training.precision == "fp32"
 
 
@@ -72,7 +72,7 @@ def test_what_auto_computes_is_what_it_says(tiny, tmp_path, fast, monkeypatch):
     monkeypatch.setenv(precision.VARIABLE, "narrow")
     for name in ("auto", "bf16", "fp32"):
         recipe = read_recipe("digits", [*tiny, "--training.steps=2", f"--training.precision={name}"])
-        train(recipe, tmp_path / name, say=str)
+        train(recipe, tmp_path / name, log=str)
     auto, narrow, wide = (final_state(tmp_path / name, 2) for name in ("auto", "bf16", "fp32"))
     assert all(torch.equal(auto[name], narrow[name]) for name in auto)
     assert any(not torch.equal(auto[name], wide[name]) for name in auto)
@@ -112,8 +112,8 @@ def test_a_run_older_than_the_warm_up_resumes_with_a_constant_decay(tiny, tmp_pa
     options = [*plain, "--optimizer.schedule=constant"]
     constant = [*options, "--training.ema_warmup=false"]
     old, whole = tmp_path / "old", tmp_path / "whole"
-    train(read_recipe("digits", [*constant, "--training.steps=6"]), whole, say=str)
-    train(read_recipe("digits", [*constant, "--training.steps=3"]), old, say=str)
+    train(read_recipe("digits", [*constant, "--training.steps=6"]), whole, log=str)
+    train(read_recipe("digits", [*constant, "--training.steps=3"]), old, log=str)
     forget(old, "ema_warmup")
     assert RunFolder(old).read_recipe().training.ema_warmup is False
     name, given = ("digits", options) if source == "digits" else (str(old / "recipe.yaml"), [])
@@ -131,7 +131,7 @@ def test_a_run_older_than_the_warm_up_resumes_with_a_constant_decay(tiny, tmp_pa
 
 def test_a_new_run_warms_up(tiny, tmp_path):
     plain = [option for option in tiny if "ema_warmup" not in option]
-    train(read_recipe("digits", [*plain, "--training.steps=1"]), tmp_path, say=str)
+    train(read_recipe("digits", [*plain, "--training.steps=1"]), tmp_path, log=str)
     state = final_state(tmp_path, 1)
     fresh = read_recipe("digits", plain)
     assert fresh.training.ema_warmup

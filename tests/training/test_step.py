@@ -43,7 +43,7 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tiny):
     assert one.finite and not one.stop
     assert one.numbers.read() == pytest.approx(two.numbers.read(), rel=1e-4, nan_ok=True)
     for name, tensor in whole.model.state_dict().items():
-        if name.endswith("correction"):
+        if name.endswith("e_score_correction_bias"):
             assert torch.equal(tensor, split.model.state_dict()[name])
     grads = zip(whole.model.parameters(), split.model.parameters(), strict=True)
     for a, b in grads:
@@ -65,7 +65,7 @@ def test_routing_state_moves_once_a_step_and_only_then(tiny, router):
     recipe = read_recipe("digits", [*tiny, f"--model.router={router}", "--training.accumulation=2"])
     state, batch = make_state(recipe, CPU), first_batch(recipe)
     first = routers_of(state.model)[0]
-    buffer = first.threshold if router == "diffmoe" else first.correction
+    buffer = first.threshold if router == "diffmoe" else first.e_score_correction_bias
     micro_batch_loss(state.model, recipe, batch, 1, torch.arange(16))
     assert buffer.abs().max() == 0
     train_step(state, recipe, batch)

@@ -47,13 +47,13 @@ GELU = {"mlp_dim": 48, "mlp_activation": "gelu"}
 SWIGLU = {"mlp_dim": 72, "mlp_activation": "swiglu", "mlp_bias": False}
 EXACT = {
     "copies": (GELU, COPIES | {"expert_dim": 48}),
-    "copies, scaled weights, groups": (GELU, COPIES | {"expert_dim": 48, "routed_scale": 2.5, "num_groups": 3}),
+    "copies, scaled weights, groups": (GELU, COPIES | {"expert_dim": 48, "routed_scaling_factor": 2.5, "n_group": 3}),
     "copies that are wider": (GELU, COPIES | {"expert_dim": 50}),
     "two slices": (GELU, COPIES | {"expert_dim": 24}),
-    "two slices of four experts": (GELU, COPIES | {"expert_dim": 24, "top_k": 4, "routed_scale": 2.0}),
+    "two slices of four experts": (GELU, COPIES | {"expert_dim": 24, "top_k": 4, "routed_scaling_factor": 2.0}),
     "three slices": (GELU, COPIES | {"expert_dim": 16, "top_k": 3}),
     "a shared expert and two slices": (
-        SWIGLU, COPIES | {"expert_dim": 24, "shared": "swiglu", "expert_bias": False, "interleave": False}),
+        SWIGLU, COPIES | {"expert_dim": 24, "shared": "swiglu", "expert_bias": False, "moe_layer_freq": 1}),
     "a shared expert and copies": (
         SWIGLU, COPIES | {"expert_dim": 60, "shared": "swiglu", "shared_dim": 12, "expert_bias": False}),
     "a shared expert of another kind": (GELU, COPIES | {"expert_dim": 48, "shared": "swiglu"}),
@@ -171,7 +171,7 @@ def test_published_shapes():
     """What becomes of a dense SwiGLU layer of three experts' width in DSMoE-S: its first part is shared."""
     config = dataclasses.replace(
         DENSE, hidden_size=384, mlp_dim=2304, mlp_activation="swiglu", router="dsmoe", expert_dim=768, num_experts=16,
-        routed_scale=2.0,
+        routed_scaling_factor=2.0,
     )  # fmt: skip
     assert divide(config) == Division(shared=768, slices=2, weight=2.0, exact=True)
     assert not divide(dataclasses.replace(config, router="tc")).exact

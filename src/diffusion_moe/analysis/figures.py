@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from .collect import Findings
-from .draw_compute import capacity_by_time, compute_maps, experts_of_classes, hard_to_easy
-from .draw_experts import (
+from .plot_compute import capacity_by_time, compute_maps, experts_of_classes, hard_to_easy
+from .plot_experts import (
     activation_frequency,
     experts_of_classes_and_times,
     guidance_effect,
@@ -12,7 +11,8 @@ from .draw_experts import (
     similarity,
     together,
 )
-from .draw_training import balance, logged_loss_by_time, loss_by_time, training_loss
+from .plot_training import balance, logged_loss_by_time, loss_by_time, training_loss
+from .record import Findings
 from .style import Panel, drawing
 
 TRAINING = (training_loss, loss_by_time, logged_loss_by_time)

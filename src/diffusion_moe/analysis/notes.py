@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .collect import Findings, Sampling
 from .losses import HeldOut
+from .record import Findings, Sampling
 
 
 def weights_note(findings: Findings) -> str:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import ModelConfig
 from ..diffusion.ddpm import linear_schedule
-from ..model_config import ModelConfig
 from ..moe import Router, Routing, routers_of
 from ..moe.precision import full_precision
 

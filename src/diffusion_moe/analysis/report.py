@@ -8,9 +8,9 @@ from string import Template
 
 import numpy as np
 
-from .collect import Findings, Sampling
 from .measures import dead_experts, duplicate_experts, effective_experts, imbalance, ratio, shares
 from .notes import sampling_note, weights_note
+from .record import Findings, Sampling
 from .style import Panel, for_page
 
 NAMES = {"dit": "DiT", "jit": "JiT"}

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EvaluationConfig
-from ..evaluation.source import Source
 from ..run_folder import write_atomically
-from .collect import Findings, collect
+from ..sampling.source import Source
 from .figures import PANELS, panels
 from .options import AnalyzeOptions
+from .record import Findings, collect
 from .report import html_report
 from .style import to_png, to_svg
 from .tables import TABLES, tables, to_parquet
@@ -26,7 +26,7 @@ ALL_FILES = {f"{name}.{ending}" for name in PANELS for ending in ("png", "svg")}
 """All that there may be beside a report."""
 
 
-def analyze(source: Source, settings: EvaluationConfig, options: AnalyzeOptions, say: Callable[[str], None]) -> Path:
+def analyze(source: Source, settings: EvaluationConfig, options: AnalyzeOptions, log: Callable[[str], None]) -> Path:
     """Write a report and return its path.
 
     Raises:
@@ -35,7 +35,7 @@ def analyze(source: Source, settings: EvaluationConfig, options: AnalyzeOptions,
     folder = options.output or source.path / "figures"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {folder}, which is a file; give a folder")
-    findings = collect(source, settings, options.compared(), say, options)
+    findings = collect(source, settings, options.compared(), log, options)
     files = report_files(findings)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

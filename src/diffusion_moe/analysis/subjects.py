@@ -11,13 +11,13 @@ from torch import Tensor
 from ..config import EvaluationConfig
 from ..data import ImageDataset
 from ..data.captions import CachedCaptions
-from ..evaluation.generate import Prompts
 from ..evaluation.options import TextOptions
-from ..evaluation.prompts import read_prompts
-from ..evaluation.shapes import CATEGORIES, SPLITS, Prompt, evaluation_prompts
-from ..evaluation.shown import Once, Questions, Say, Shown, Texts, check_text_options, held_out_captions
-from ..evaluation.source import Source
+from ..evaluation.prompts import Log, Once, PromptSource, Questions, Texts, check_text_options, held_out_captions
 from ..run_folder import RunFolder
+from ..sampling.generate import Prompts
+from ..sampling.prompts import read_prompts
+from ..sampling.source import Source
+from ..shapes.prompts import CATEGORIES, SPLITS, Prompt, evaluation_prompts
 from ..text import TextFeatures
 from .records import RoutingRecord
 from .style import MANY
@@ -26,7 +26,7 @@ from .style import MANY
 class Subjects(NamedTuple):
     """A prompt for each image."""
 
-    shown: Shown
+    shown: PromptSource
     kinds_I: Tensor
     """Kind of the prompt of each image, int64."""
     names: list[str]
@@ -41,7 +41,7 @@ class Subjects(NamedTuple):
         return [self.shown.texts[i % len(self.shown)] for i in range(count)]
 
 
-def subjects_of(source: Source, settings: EvaluationConfig, options: TextOptions, say: Say) -> Subjects | None:
+def subjects_of(source: Source, settings: EvaluationConfig, options: TextOptions, log: Log) -> Subjects | None:
     """The prompts of an analysis: a file's, or a run's held-out captions, or of coloured shapes questions.
 
     Kinds are the categories of shapes, or the prompts of a short file; else all prompts are of one kind.
@@ -55,7 +55,7 @@ def subjects_of(source: Source, settings: EvaluationConfig, options: TextOptions
     check_text_options(source, options)
     if not source.config.text_dim:
         return None
-    count, warn, run = settings.num_samples, Once(say), RunFolder(source.path)
+    count, warn, run = settings.num_samples, Once(log), RunFolder(source.path)
     if options.prompts is not None:
         texts = read_prompts(None, options.prompts)
         shown = Texts(texts, str(options.prompts), source.load_text_encoder(options.text_encoder, warn))

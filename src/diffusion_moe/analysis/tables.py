@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .collect import Findings, Sampling
+from .record import Findings, Sampling
 
 Columns = dict[str, np.ndarray]
 TABLES = ("routing", "pairs", "places", "maps", "weights", "curves", "held_out")

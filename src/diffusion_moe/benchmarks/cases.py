@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import EvaluationConfig, Recipe, Solver
+from ..config import EvaluationConfig, ModelConfig, Recipe, Solver
 from ..data import Batch
-from ..evaluation.generate import generate
-from ..model_config import ModelConfig
 from ..models import Backbone, make_model
 from ..models.block import make_moe
 from ..moe import MoEFeedForward, recompute_experts
 from ..moe.precision import product_dtype
 from ..parsing import read_recipe
+from ..sampling.generate import generate
 from ..training.step import state_of, train_step
 from .contestants import Contestant, layer_contestants
 from .measure import compare, machine
@@ -179,7 +178,7 @@ def _step(setting: Setting) -> Pairs:
         setting.recipe.training,
         batch_size=setting.images,
         accumulation=1,
-        more_ema_decays=(),
+        extra_ema_decays=(),
         precision="fp32" if setting.dtype == torch.float32 else "bf16",
         recompute="none",
         compile=setting.options.acceleration == "compile",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model_config import ModelConfig
+from ..config import ModelConfig
 from ..moe.ops import gmm, gmm_wgrad
 from .counting import work
 from .measure import interleaved, utilisation

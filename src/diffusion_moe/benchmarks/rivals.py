@@ -19,7 +19,7 @@ from torch.func import functional_call
 from ..moe import GroupedExperts, MoEFeedForward, MoEOutput, RoutingReport
 from ..moe.balance import balance_loss
 from ..moe.precision import compute_dtype, full_precision
-from ..moe.routers import GroupedSigmoid, TokenChoice
+from ..moe.routers import DSMoERouter, TokenChoice
 from .loop import LoopMoE, PlainFeedForward, dense_equivalent
 from .measure import installed_version
 from .options import Against
@@ -46,11 +46,11 @@ class _Ungrouped(TokenChoice):
         return Choice(expert_TK, weight_TK, RoutingReport(counts_E, losses, num_tokens=len(expert_TK)))
 
 
-class _UngroupedSigmoid(_Ungrouped, GroupedSigmoid):
+class _UngroupedSigmoid(_Ungrouped, DSMoERouter):
     """DSMoE's scores and groups of experts, as `_Ungrouped`."""
 
 
-UNGROUPED: dict[type, type] = {TokenChoice: _Ungrouped, GroupedSigmoid: _UngroupedSigmoid}
+UNGROUPED: dict[type, type] = {TokenChoice: _Ungrouped, DSMoERouter: _UngroupedSigmoid}
 
 
 class TransformersExperts(nn.Module):

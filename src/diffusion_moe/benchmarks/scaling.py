@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..model_config import ModelConfig
+from ..config import ModelConfig
 from ..models.block import make_moe
 from .contestants import Contestant, layer_contestants
 from .counting import saved_bytes, work
@@ -108,12 +108,12 @@ def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, li
     first = max(1, images // 4)
     tokens = [Point(n * tokens_an_image, config, n) for n in (first * 2**i for i in range(5))]
     start = config.num_experts
-    while start % (2 * config.num_groups) == 0 and start // 2 >= max(config.num_experts / 4, _least_experts(config)):
+    while start % (2 * config.n_group) == 0 and start // 2 >= max(config.num_experts / 4, _least_experts(config)):
         start //= 2
     experts = [Point(n, replace(config, num_experts=n), images) for n in (start * 2**i for i in range(5))]
     width = [_scaled(config, factor, images) for factor in (0.25, 0.5, 1, 2)]
     name = _name_of_top_k(config)
-    reachable = config.num_experts * config.top_groups // config.num_groups if name == "top_k" else config.num_experts
+    reachable = config.num_experts * config.topk_group // config.n_group if name == "top_k" else config.num_experts
     counts = [n for n in (1, 2, 4, 8, 16) if n <= reachable]
     top_k = [Point(n, _changed(config, {name: n}), images) for n in counts]
     if len(top_k) < LEAST_POINTS:
@@ -142,4 +142,4 @@ def _name_of_top_k(config: ModelConfig) -> str:
 
 def _least_experts(config: ModelConfig) -> float:
     """Experts that leave as many to choose as a token takes."""
-    return getattr(config, _name_of_top_k(config)) * config.num_groups / config.top_groups
+    return getattr(config, _name_of_top_k(config)) * config.n_group / config.topk_group

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..model_config import Prediction
+from ..config import Prediction
 from .path import spread
 
 __all__ = ["Prediction", "convert"]

@@ -24,10 +24,10 @@ from .files import record_path, write_json
 from .options import EncodeOptions
 from .process import Process
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def claim_captions(dataset: TableImages, options: EncodeOptions, say: Say) -> TextEncoder | None:
+def claim_captions(dataset: TableImages, options: EncodeOptions, log: Log) -> TextEncoder | None:
     """Load the text encoder, and begin the caption files or check that they are a part of the same ones.
 
     Raises:
@@ -35,7 +35,7 @@ def claim_captions(dataset: TableImages, options: EncodeOptions, say: Say) -> Te
     """
     if options.captions is None or options.text_encoder is None:
         return None
-    encoder = load_encoder(options.text_encoder, options.text_length, options.text_precision, warn=say)
+    encoder = load_encoder(options.text_encoder, options.text_length, options.text_precision, warn=log)
     space = encoder.space()
     new = {"column": options.captions, "captions_sha256": _identity(dataset), "space": space.to_dict()}
     header = options.output / HEADER
@@ -68,7 +68,7 @@ def _identity(dataset: TableImages) -> str:
 
 
 def encode_captions(
-    encoder: TextEncoder, dataset: TableImages, plan: CachePlan, options: EncodeOptions, process: Process, say: Say
+    encoder: TextEncoder, dataset: TableImages, plan: CachePlan, options: EncodeOptions, process: Process, log: Log
 ) -> None:
     """Write this process' shards; their latents are there.
 
@@ -82,7 +82,7 @@ def encode_captions(
     if read_record(folder, EMPTY, space) is None:
         _write(folder, EMPTY, space, [1], encoder.encode_all([""]))
     if todo:
-        say(f"encoding captions; {len(todo)} of {plan.shards} files to do here")
+        log(f"encoding captions; {len(todo)} of {plan.shards} files to do here")
     for shard in todo:
         skipped = {int(index) for index, _ in json.loads(record_path(folder, shard).read_text())["skipped"]}
         captions = [dataset.captions(index) for index in plan.indices(shard) if index not in skipped]

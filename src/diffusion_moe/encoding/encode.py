@@ -24,8 +24,8 @@ from ..data import load_dataset
 from ..data.latent_space import LatentScaling, LatentSpace, encoder_sha256
 from ..data.latents import DTYPE, CachePlan
 from ..data.table import TableImages
-from ..evaluation.source import load_vae
 from ..randomness import normal
+from ..sampling.source import load_vae
 from .captions import claim_captions, encode_captions, missing_captions
 from .files import SKIPPED, ShardWriter, claim, finish, is_done, missing_shards
 from .options import EncodeOptions
@@ -34,14 +34,14 @@ from .process import Process
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def encode(data: DataConfig, options: EncodeOptions, say: Say = print) -> str:
+def encode(data: DataConfig, options: EncodeOptions, log: Log = print) -> str:
     """Write this process' shards of a cache, and its header if they are the last.
 
     Args:
-        data: the images; `channels` is the VAE's, and all of them are encoded. say: receives lines of progress.
+        data: the images; `channels` is the VAE's, and all of them are encoded. log: receives lines of progress.
 
     Returns:
         One line for the user.
@@ -60,18 +60,18 @@ def encode(data: DataConfig, options: EncodeOptions, say: Say = print) -> str:
     dataset = load_dataset(data, "train")
     assert isinstance(dataset, TableImages)
     for line in dataset.notes if process.rank == 0 else ():
-        say(line)
+        log(line)
     plan, folder = make_plan(vae, dataset, options), options.output
     claim(folder, plan)
-    encoder = claim_captions(dataset, options, say)
+    encoder = claim_captions(dataset, options, log)
     mine = process.shards(plan)
     todo = [shard for shard in mine if not is_done(folder, plan, shard, options.verify)]
     if todo:
         size = f"{plan.images * plan.row_bytes / 1e9:.3g} GB"
-        say(f"encoding {plan.images} images into {plan.shards} files, {size}; {len(todo)} files to do here")
-        _encode_shards(_on_device(vae, options, process), dataset, plan, options, todo, say)
+        log(f"encoding {plan.images} images into {plan.shards} files, {size}; {len(todo)} files to do here")
+        _encode_shards(_on_device(vae, options, process), dataset, plan, options, todo, log)
     if encoder is not None:
-        encode_captions(encoder, dataset, plan, options, process, say)
+        encode_captions(encoder, dataset, plan, options, process, log)
         if missing := missing_captions(folder, plan, encoder.space()):
             return f"this process is done; {missing} of {plan.shards} files of captions are still to come from others"
     if missing := missing_shards(folder, plan):
@@ -150,7 +150,7 @@ def _as_fetched(batch: Decoded) -> Decoded:
 
 
 def _encode_shards(
-    vae: AutoencoderKL, dataset: TableImages, plan: CachePlan, options: EncodeOptions, todo: list[int], say: Say
+    vae: AutoencoderKL, dataset: TableImages, plan: CachePlan, options: EncodeOptions, todo: list[int], log: Log
 ) -> None:
     # Batches end where shards do, so that they are the same whoever encodes a shard.
     batches = [
@@ -175,7 +175,7 @@ def _encode_shards(
                     writer.add(latents, dataset.labels[decoded.indices].tolist())
                 done += len(decoded.indices) + len(decoded.skipped)
                 if time.monotonic() - spoke > 10 and done < total:
-                    say(f"encoded {done} of {total} images")
+                    log(f"encoded {done} of {total} images")
                     spoke = time.monotonic()
 
 

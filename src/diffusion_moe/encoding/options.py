@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..model_config import require
+from ..config import require
 
 
 @dataclass(frozen=True)

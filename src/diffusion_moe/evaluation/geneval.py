@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from ..pixels import image_grid, to_uint8
 from ..run_folder import write_atomically
-from .generate import image_grid, to_uint8
 
 IMAGES_PER_PROMPT = 4
 """As the published scores have it."""
@@ -179,12 +179,12 @@ def draw_all(
     folder: Path,
     prompts: Sequence[GenEvalPrompt],
     draw: Callable[[str, int], Tensor],
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> int:
     """Draw and write what is missing; a stopped call goes on where it was.
 
     Args:
-        draw: from a prompt's text and number to its images, (K, 3, H, W), [-1, 1]. say: receives a line a prompt.
+        draw: from a prompt's text and number to its images, (K, 3, H, W), [-1, 1]. log: receives a line a prompt.
 
     Returns:
         How many prompts were drawn.
@@ -195,5 +195,5 @@ def draw_all(
     todo = missing(folder, prompts)
     for number in todo:
         write_images(folder, number, prompts[number], draw(prompts[number].prompt, number))
-        say(f"{number + 1} of {len(prompts)}: {prompts[number].prompt}")
+        log(f"{number + 1} of {len(prompts)}: {prompts[number].prompt}")
     return len(todo)

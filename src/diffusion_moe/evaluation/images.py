@@ -21,11 +21,12 @@ from ..config import EvaluationConfig
 from ..data import ImageDataset
 from ..data.decoding import cover_and_crop, decode_image
 from ..data.listing import list_images, printable
-from .acceleration import Network, accelerated
+from ..pixels import to_uint8
+from ..sampling.acceleration import Network, accelerated
+from ..sampling.generate import SamplingStats, class_schedule, generate_batches
+from ..sampling.source import Loaded
 from .features import HASH_DIGITS, fingerprint
-from .generate import Usage, class_schedule, generate_batches, to_uint8
-from .shown import Shown
-from .source import Loaded
+from .prompts import PromptSource
 
 ARRAYS = ("arr_0", "images")
 """Names that images have in an `.npz`: ADM's and ours."""
@@ -43,7 +44,7 @@ class Images(ABC):
     """Lines for the user: what is read of the place, and what is left out."""
 
     @abstractmethod
-    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
         """The images of a range as uint8 NCHW, at most `batch_size` at a time.
 
         Args:
@@ -70,7 +71,7 @@ class FolderImages(Images):
         self.count = len(self.paths)
         self.size = tuple(self._open(self.paths[0]).shape[:2])  # type: ignore[assignment]
 
-    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
         for start in range(numbers.start, numbers.stop, batch_size):
             paths = self.paths[start : min(start + batch_size, numbers.stop)]
             pixels = [self._open(path) for path in paths]
@@ -124,7 +125,7 @@ class NpzImages(Images):
             )
         self.count, self.size, self.channels = shape[0], (shape[1], shape[2]), channels
 
-    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
         height, width = self.size
         image_bytes = height * width * self.channels
         try:
@@ -154,7 +155,7 @@ class DatasetImages(Images):
         height, width = dataset.read([0]).images.shape[-2:]
         self.size = (height, width)
 
-    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
         starts = range(numbers.start, numbers.stop, batch_size)
         batches = [range(start, min(start + batch_size, numbers.stop)) for start in starts]
         if self.threads == 0:
@@ -183,7 +184,9 @@ class GeneratedImages(Images):
         shown: the prompts, of a model with text.
     """
 
-    def __init__(self, loaded: Loaded, settings: EvaluationConfig, name: str, shown: Shown | None = None) -> None:
+    def __init__(
+        self, loaded: Loaded, settings: EvaluationConfig, name: str, shown: PromptSource | None = None
+    ) -> None:
         self.loaded, self.settings, self.name, self.shown = loaded, settings, name, shown
         self.count = settings.num_samples
         config, vae = loaded.model.settings, loaded.vae
@@ -191,7 +194,7 @@ class GeneratedImages(Images):
         scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.size = (config.sample_size * scale, config.sample_size * scale)
 
-    def read(self, numbers: range, batch_size: int, usage: Usage) -> Iterator[Tensor]:
+    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
         (model, vae), first, stop = self.loaded, numbers.start, numbers.stop
         options: dict[str, Any] = {"prompts": self.shown, "network": self._network}
         for images in generate_batches(model, self.labels, stop, self.settings, vae, usage, first, **options):

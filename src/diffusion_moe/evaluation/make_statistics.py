@@ -12,18 +12,18 @@ from torch import Tensor
 from ..config import DataConfig
 from ..data import load_dataset
 from ..distributed import is_main, rank, to_main, world_size
+from ..sampling.generate import SamplingStats
 from .classifier import ClassifierFeatures
-from .collect import PART, Progress, Say
+from .extract_features import PART, Log, Progress
 from .features import CLASSIFIER, Extractor, make_extractor
-from .generate import Usage
 from .images import DatasetImages, Images, digest_of_all, digests_of, open_images
-from .judge import check_small, shared_classifier, with_features
 from .options import StatsOptions
 from .reference import Reference, holds_statistics, read_reference
+from .scorer import check_small, shared_classifier, with_features
 from .statistics import FeatureSums
 
 
-def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, say: Say) -> Path | None:
+def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, log: Log) -> Path | None:
     """Write the statistics of images; other processes than the main one help and return None.
 
     Args:
@@ -34,20 +34,20 @@ def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, s
     """
     _check(name, data, options)
     if data is None and holds_statistics(Path(name)):
-        reference = _of_published(Path(name), options, say)
+        reference = _of_published(Path(name), options, log)
     else:
         extractor = _extractor(data, options)
         images, about = _images(name, data, options, extractor)
         for line in images.notes:
-            say(line)
-        reference = _of_images(images, extractor, about, options, say)
+            log(line)
+        reference = _of_images(images, extractor, about, options, log)
     if not is_main():
         return None
     path = options.output or Path(_file_name(name, reference))
     path.parent.mkdir(parents=True, exist_ok=True)
     written = reference.write(path)
-    say(f"{reference.about['num_images']} images, {describe(reference)}; SHA-256 {written.sha256}")
-    say(f"wrote {path}")
+    log(f"{reference.about['num_images']} images, {describe(reference)}; SHA-256 {written.sha256}")
+    log(f"wrote {path}")
     return path
 
 
@@ -94,14 +94,14 @@ def _images(
     return DatasetImages(dataset, name, data.num_workers), {"recipe": name, "split": options.split, **asdict(data)}
 
 
-def _of_published(path: Path, options: StatsOptions, say: Say) -> Reference:
+def _of_published(path: Path, options: StatsOptions, log: Log) -> Reference:
     """A published batch's own moments, and the features of its images, which each score would otherwise extract."""
     reference = read_reference(path)
     if not reference.published:
         raise ValueError(f"{path} holds statistics of this library already; use it as --reference")
     extractor = make_extractor(options.extractor, options.inception)
     reference.check(extractor, None)
-    reference = with_features(reference, extractor, options.batch_size, path.parent, say)
+    reference = with_features(reference, extractor, options.batch_size, path.parent, log)
     features = reference.features_RD
     about = reference.about | {"num_images": "not said in the file", "moments": f"as published in {path.name}"}
     kept = None if features is None else features[evenly(len(features), options.num_features)].clone()
@@ -134,16 +134,16 @@ class Share:
 
 
 def _of_images(
-    images: Images, extractor: Extractor, about: dict[str, Any], options: StatsOptions, say: Say
+    images: Images, extractor: Extractor, about: dict[str, Any], options: StatsOptions, log: Log
 ) -> Reference:
     """Moments of all images, features of some. A process reads every n-th part; the sums are added over processes."""
     wanted = set(evenly(images.count, options.num_features))
     step = max(1, PART // options.batch_size) * options.batch_size
-    share = Share.empty(extractor(next(images.read(range(1), 1, Usage()))))
-    progress = Progress(images.count, 0, say)
+    share = Share.empty(extractor(next(images.read(range(1), 1, SamplingStats()))))
+    progress = Progress(images.count, 0, log)
     for start in range(rank() * step, images.count, world_size() * step):
         place = start
-        for batch in images.read(range(start, min(start + step, images.count)), options.batch_size, Usage()):
+        for batch in images.read(range(start, min(start + step, images.count)), options.batch_size, SamplingStats()):
             share.add(extractor(batch), digests_of(batch), place, wanted)
             place += len(batch)
         progress.tell(min(start * world_size() + step, images.count))

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..model_config import require
+from ..config import require
+from ..sampling.options import Weights
 
 Split = Literal["train", "test"]
-Weights = str
-"""ema: as the folder publishes them; model: of a run's newest checkpoint, not averaged; or the decay of a further
-average that the run has kept, as 0.999."""
 REFERENCE_FEATURES = 10_000
 """As many images as ADM's reference batches hold."""
 
@@ -48,7 +46,7 @@ class EvaluateOptions(TextOptions, ReferenceOptions):
 
     weights: Weights = "ema"
     """A run's averaged weights (ema), those of its newest checkpoint that are not averaged (model), or a further
-    average (training.more_ema_decays) by its decay, as 0.999."""
+    average (training.extra_ema_decays) by its decay, as 0.999."""
     vae: str | None = None
     """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
     output: Path | None = None

@@ -13,15 +13,15 @@ from typing import Any
 
 from ..distributed import from_main, is_main
 from ..run_folder import write_atomically
-from .collect import Say
+from ..sampling.generate import check_solver
+from ..sampling.source import Loaded, Source
+from .evaluate import Result, number_of, own_data, score_model, scorer_of, summary
+from .extract_features import Log
 from .features import fingerprint
-from .generate import check_solver
 from .grid import Point
-from .judge import Judge
 from .options import SweepOptions
-from .score import Result, judge_of, number_of, own_data, score_model, summary
-from .shown import Shown, what_is_shown
-from .source import Loaded, Source
+from .prompts import PromptSource, prompts_of
+from .scorer import Scorer
 
 FOLDER = "sweep"
 """In a run or model folder."""
@@ -53,7 +53,7 @@ class Outcome:
     result: Result
 
 
-def sweep(source: Source, points: Sequence[Point], options: SweepOptions, say: Say) -> list[Outcome]:
+def sweep(source: Source, points: Sequence[Point], options: SweepOptions, log: Log) -> list[Outcome]:
     """Score every point that is not scored yet, then write the table, `sweep.csv` and figures.
 
     Returns:
@@ -65,9 +65,9 @@ def sweep(source: Source, points: Sequence[Point], options: SweepOptions, say: S
     source.check_images()
     for point in points:
         check_point(source, point)
-    shown = what_is_shown(source, points[0].settings, options, own_data(source, options), say)
+    shown = prompts_of(source, points[0].settings, options, own_data(source, options), log)
     folder = options.output or source.path / FOLDER
-    judge: Judge | None = None
+    scorer: Scorer | None = None
     outcomes = []
     loaded: Loaded | None = None
     current = source
@@ -77,18 +77,18 @@ def sweep(source: Source, points: Sequence[Point], options: SweepOptions, say: S
             current = replace(source, weights=point.weights)
             loaded = current.load()
             digest = fingerprint(loaded.model) if is_main() else ""
-        if judge is None:
-            judge = judge_of(source, loaded, point.settings, options, shown, folder, say)
-        path = _file(folder, point, digest, judge, shown)
+        if scorer is None:
+            scorer = scorer_of(source, loaded, point.settings, options, shown, folder, log)
+        path = _file(folder, point, digest, scorer, shown)
         done = from_main(_read(path))
         if done is None:
-            say(f"{i} of {len(points)}: {point.title()}")
-            done = score_model(current, loaded, point.settings, judge, path, say, shown)
+            log(f"{i} of {len(points)}: {point.title()}")
+            done = score_model(current, loaded, point.settings, scorer, path, log, shown)
         if is_main():
             assert done is not None
             outcomes.append(Outcome(point, done))
     if is_main():
-        _show(outcomes, folder, say)
+        _show(outcomes, folder, log)
     return outcomes
 
 
@@ -109,14 +109,14 @@ def check_point(source: Source, point: Point) -> None:
     replace(source, weights=point.weights).origin()
 
 
-def _file(folder: Path, point: Point, model: str, judge: Judge, shown: Shown | None) -> Path:
+def _file(folder: Path, point: Point, model: str, scorer: Scorer, shown: PromptSource | None) -> Path:
     """Where a point's scores lie: another model, setting, extractor, reference or prompt has another name."""
     about = {
         "model": model,
         "weights": point.weights,
         "settings": asdict(point.settings),
-        "extractor": asdict(judge.extractor.identity),
-        "reference": judge.reference_sha256,
+        "extractor": asdict(scorer.extractor.identity),
+        "reference": scorer.reference_sha256,
     } | ({} if shown is None else shown.identity())
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     return folder / "points" / f"{digest}.json"
@@ -130,17 +130,17 @@ def _read(path: Path) -> Result | None:
         return None
 
 
-def _show(outcomes: list[Outcome], folder: Path, say: Say) -> None:
-    from .sweep_figures import draw_sweep
+def _show(outcomes: list[Outcome], folder: Path, log: Log) -> None:
+    from .plot_sweep import draw_sweep
 
     for line in table(outcomes):
-        say(line)
-    say(f"all: {summary(outcomes[0].result).split('; ')[0]}; {summary(outcomes[0].result).split('; ')[-1]}")
+        log(line)
+    log(f"all: {summary(outcomes[0].result).split('; ')[0]}; {summary(outcomes[0].result).split('; ')[-1]}")
     for warning in dict.fromkeys(line for outcome in outcomes for line in outcome.result["warnings"]):
-        say(f"warning: {warning}")
+        log(f"warning: {warning}")
     write_atomically(folder / "sweep.csv", to_csv(outcomes))
     for path in [folder / "sweep.csv", *draw_sweep(outcomes, folder)]:
-        say(f"wrote {path}")
+        log(f"wrote {path}")
 
 
 def row(outcome: Outcome) -> dict[str, Any]:

@@ -25,7 +25,7 @@ LONG = 500
 """From so many images on there is a progress bar."""
 
 
-def inspect(config: DataConfig, options: InspectOptions, say: Callable[[str], None]) -> Report:
+def inspect(config: DataConfig, options: InspectOptions, log: Callable[[str], None]) -> Report:
     """Read every file of a data set, say what training would see of it, and write what the options ask for.
 
     Raises:
@@ -52,10 +52,10 @@ def inspect(config: DataConfig, options: InspectOptions, say: Callable[[str], No
         _write_pixels(options.pixels, report, readable)
         written.append(options.pixels)
     if options.json:
-        say(json.dumps(report.to_dict(), indent=2))
+        log(json.dumps(report.to_dict(), indent=2))
     else:
         for line in [*report.lines(), *(f"wrote {path}" for path in written)]:
-            say(line)
+            log(line)
     return report
 
 

@@ -54,7 +54,7 @@ def targets_of(model: nn.Module, names: Sequence[str]) -> Targets:
         elif not (name == LABEL_TABLE and targets.label_table):
             known = sorted({_in_block(full) for full in (*layers, *stacks, LABEL_TABLE)})
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-            raise ValueError(f"start.lora_targets has {name}, the end of no layer's name; take {', '.join(near)}")
+            raise ValueError(f"init.lora_targets has {name}, the end of no layer's name; take {', '.join(near)}")
     return targets
 
 
@@ -82,7 +82,7 @@ def add_adapters(model: Backbone, rank: int, alpha: float | None, names: Sequenc
             )
         )
     else:
-        raise ValueError(f"start.lora_targets are {', '.join(names)}; name at least one layer that gets adapters")
+        raise ValueError(f"init.lora_targets are {', '.join(names)}; name at least one layer that gets adapters")
     if targets.label_table:
         model.get_submodule(LABEL_TABLE).requires_grad_(True)
 

@@ -19,8 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from ..model_config import TEXT_FIELDS
+from ..config import TEXT_FIELDS, ModelConfig
 from ..moe import GroupedExperts, RoutingReport
 from ..nn.attention import CrossAttention
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify

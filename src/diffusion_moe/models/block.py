@@ -94,9 +94,9 @@ def make_moe(config: ModelConfig) -> MoEFeedForward:
             num_experts=config.num_experts,
             top_k=config.top_k,
             capacity=config.capacity,
-            num_groups=config.num_groups,
-            top_groups=config.top_groups,
-            routed_scale=config.routed_scale,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            routed_scaling_factor=config.routed_scaling_factor,
             balance=config.balance,
             balance_weight=config.balance_weight,
             balance_rate=config.balance_rate,
@@ -114,8 +114,9 @@ def make_moe(config: ModelConfig) -> MoEFeedForward:
 
 
 def is_moe_block(config: ModelConfig, index: int) -> bool:
-    """Whether block `index` is a mixture: the odd ones (or all), after the first `skip_first`."""
-    return config.router != "dense" and index >= config.skip_first and (index % 2 == 1 or not config.interleave)
+    """Whether block `index` is an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
+    of_group = (index + 1) % config.moe_layer_freq == 0
+    return config.router != "dense" and index >= config.first_k_dense and of_group
 
 
 def in_middle_half(config: ModelConfig, index: int) -> bool:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig
+from ..models import make_model
 from ..moe import GroupedExperts
-from . import make_model
 
 PAPER_MILLION = 2**20
 """The papers' "M" parameters."""

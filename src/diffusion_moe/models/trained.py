@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ..models import Backbone, make_model
 from ..run_folder import RunFolder
 from ..storage import checkpoints_in, export
-from . import Backbone, make_model
 from .adapters import add_adapters, merged
 
 
@@ -41,9 +41,9 @@ def last_weights(run: RunFolder, option: str) -> Backbone:
     from safetensors.torch import load_file
 
     checkpoint, recipe = newest_checkpoint(run, option), run.read_recipe()
-    model, start = make_model(recipe.model), recipe.start
-    if start.lora_rank is not None:
-        add_adapters(model, start.lora_rank, start.lora_alpha, start.lora_targets)
+    model, init = make_model(recipe.model), recipe.init
+    if init.lora_rank is not None:
+        add_adapters(model, init.lora_rank, init.lora_alpha, init.lora_targets)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
         try:
@@ -54,4 +54,4 @@ def last_weights(run: RunFolder, option: str) -> Backbone:
             raise ValueError(
                 f"{option} is model, but {checkpoint} cannot be read: {reason}; set {option} to ema"
             ) from error
-    return (model if start.lora_rank is None else merged(model)).eval()
+    return (model if init.lora_rank is None else merged(model)).eval()

@@ -32,7 +32,7 @@ def balance_loss(scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
     return (f_E * scores_TE.mean(dim=0)).sum()
 
 
-def moved_correction(correction_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
+def updated_correction_bias(correction_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
     """The next correction bias, of mean zero: up by `rate` below the mean load, down above it (DeepSeek-V3, 2.1.2)."""
     counts_E = counts_E.to(correction_E.dtype)
     moved_E = correction_E + rate * torch.sign(counts_E.mean() - counts_E)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activation import ExpertActivation, weighted_activation, weighted_activation_backward_
+from .expert_matmul import products_of
 from .ops import sum_rows
 from .precision import full_precision, product_dtype
-from .products import products_of
 from .routing import Routing, expert_of_rows
 
 KEEP_CAST_BELOW = 512

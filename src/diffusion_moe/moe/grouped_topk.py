@@ -18,8 +18,8 @@ def grouped_topk(
     logits_TE: Tensor,
     correction_E: Tensor,
     top_k: int,
-    num_groups: int = 1,
-    top_groups: int = 1,
+    n_group: int = 1,
+    topk_group: int = 1,
     scale: float = 1.0,
     strict: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,20 +40,20 @@ def grouped_topk(
     if takes_triton(logits_TE, experts=logits_TE.shape[1]):
         from .kernels import router as kernel
 
-        return kernel.grouped_topk(logits_TE, correction_E, top_k, num_groups, top_groups, scale, strict)
+        return kernel.grouped_topk(logits_TE, correction_E, top_k, n_group, topk_group, scale, strict)
     score_TE = logits_TE.sigmoid()
-    expert_TK = _choose(score_TE + correction_E, top_k, num_groups, top_groups, strict)
+    expert_TK = _choose(score_TE + correction_E, top_k, n_group, topk_group, strict)
     score_TK = score_TE.gather(1, expert_TK)
     weight_TK = score_TK if top_k == 1 else score_TK / (score_TK.sum(dim=1, keepdim=True) + 1e-20)
     return weight_TK * scale, expert_TK, score_TK
 
 
-def _choose(score_TE: Tensor, top_k: int, num_groups: int, top_groups: int, strict: bool) -> Tensor:
+def _choose(score_TE: Tensor, top_k: int, n_group: int, topk_group: int, strict: bool) -> Tensor:
     """The K experts of highest score in each token's best groups."""
-    if top_groups < num_groups:
-        score_TGM = score_TE.unflatten(1, (num_groups, -1))
+    if topk_group < n_group:
+        score_TGM = score_TE.unflatten(1, (n_group, -1))
         best_TG = score_TGM.topk(min(2, score_TGM.shape[2]), dim=2).values.sum(dim=2)
-        kept = best_TG.topk(top_groups, dim=1, sorted=False).indices
+        kept = best_TG.topk(topk_group, dim=1, sorted=False).indices
         dropped_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(1, kept, False)
         score_TE = score_TGM.masked_fill(dropped_TG[:, :, None], -torch.inf if strict else 0.0).flatten(1)
     return score_TE.topk(top_k, dim=1, sorted=False).indices
@@ -81,8 +81,8 @@ def _(
     logits_TE: Tensor,
     correction_E: Tensor,
     top_k: int,
-    num_groups: int = 1,
-    top_groups: int = 1,
+    n_group: int = 1,
+    topk_group: int = 1,
     scale: float = 1.0,
     strict: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .balance import balance_loss, moved_correction
+from .balance import balance_loss, updated_correction_bias
 from .capacity import (
     CapacityPredictor,
     capacity_loss,
@@ -44,11 +44,11 @@ class RouterConfig:
     """Experts a token is sent to (tc, dsmoe)."""
     capacity: float = 1.0
     """Experts a token is sent to on average (ec, diffmoe)."""
-    num_groups: int = 1
+    n_group: int = 1
     """Groups of experts (dsmoe)."""
-    top_groups: int = 1
+    topk_group: int = 1
     """Groups a token may choose from (dsmoe)."""
-    routed_scale: float = 1.0
+    routed_scaling_factor: float = 1.0
     """Factor on the weights (dsmoe)."""
     balance: Literal["none", "aux", "bias"] = "none"
     """Balancing of tc and dsmoe: none, auxiliary loss, or a correction bias moved after each step."""
@@ -74,11 +74,11 @@ class RouterConfig:
             raise ValueError(f"top_k is {self.top_k}; choose 1 to num_experts {self.num_experts}")
         if not 0 < self.capacity <= self.num_experts:
             raise ValueError(f"capacity is {self.capacity}; choose above 0 to num_experts {self.num_experts}")
-        if self.num_groups < 1 or self.num_experts % self.num_groups:
-            raise ValueError(f"num_experts {self.num_experts} is not divisible by num_groups {self.num_groups}")
-        if self.top_k > self.top_groups * self.num_experts // self.num_groups or self.top_groups > self.num_groups:
+        if self.n_group < 1 or self.num_experts % self.n_group:
+            raise ValueError(f"num_experts {self.num_experts} is not divisible by n_group {self.n_group}")
+        if self.top_k > self.topk_group * self.num_experts // self.n_group or self.topk_group > self.n_group:
             raise ValueError(
-                f"top_groups {self.top_groups} of num_groups {self.num_groups} cannot give top_k {self.top_k} experts"
+                f"topk_group {self.topk_group} of n_group {self.n_group} cannot give top_k {self.top_k} experts"
             )
 
 
@@ -108,7 +108,7 @@ class Router(nn.Module):
     def update_state(self, report: RoutingReport) -> None:
         """Move the state by what a step learned (`update_routing_state` calls this after the optimizer step)."""
 
-    def slots(self, num_tokens: int) -> int:
+    def expert_capacity(self, num_tokens: int) -> int:
         """Tokens each expert takes out of a pool of `num_tokens`: the published int(T / E * capacity), at least one."""
         return max(1, int(num_tokens / self.config.num_experts * self.config.capacity))
 
@@ -116,12 +116,14 @@ class Router(nn.Module):
 class TokenChoice(Router):
     """Each token takes the K experts of highest softmax score, weighted by that score (TC-DiT, DiT-MoE)."""
 
-    correction: Tensor | None
+    e_score_correction_bias: Tensor | None
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
         super().__init__(dim, config)
         # Added to the scores for the choice only, never to the weights.
-        self.register_buffer("correction", torch.zeros(config.num_experts) if config.balance == "bias" else None)
+        self.register_buffer(
+            "e_score_correction_bias", torch.zeros(config.num_experts) if config.balance == "bias" else None
+        )
 
     def reset_parameters(self) -> None:
         """Kaiming-uniform as for a linear layer."""
@@ -129,7 +131,7 @@ class TokenChoice(Router):
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
         score_TE = logits_BNE.flatten(0, 1).softmax(dim=-1)
-        corrected_TE = score_TE if self.correction is None else score_TE + self.correction
+        corrected_TE = score_TE if self.e_score_correction_bias is None else score_TE + self.e_score_correction_bias
         expert_TK = corrected_TE.topk(self.config.top_k, dim=-1, sorted=False).indices
         return self.routing(expert_TK, score_TE.gather(-1, expert_TK), score_TE)
 
@@ -147,11 +149,12 @@ class TokenChoice(Router):
 
     def update_state(self, report: RoutingReport) -> None:
         if self.config.balance == "bias":
-            assert self.correction is not None
-            self.correction.copy_(moved_correction(self.correction, report.counts_E, self.config.balance_rate))
+            assert self.e_score_correction_bias is not None
+            bias_E = self.e_score_correction_bias
+            bias_E.copy_(updated_correction_bias(bias_E, report.counts_E, self.config.balance_rate))
 
 
-class GroupedSigmoid(TokenChoice):
+class DSMoERouter(TokenChoice):
     """DSMoE: sigmoid scores; a token keeps its best groups of experts and the K best experts inside them.
 
     A group scores the sum of its two best experts. Weights are the chosen sigmoids, normalised over the K (not for
@@ -161,7 +164,7 @@ class GroupedSigmoid(TokenChoice):
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
         super().__init__(dim, config)
-        self.register_buffer("correction", torch.zeros(config.num_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
     def reset_parameters(self) -> None:
         """Kaiming-normal."""
@@ -169,12 +172,12 @@ class GroupedSigmoid(TokenChoice):
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
         config, logits_TE, share_TE = self.config, logits_BNE.flatten(0, 1), None
-        assert self.correction is not None
-        groups = (config.num_groups, config.top_groups)
+        assert self.e_score_correction_bias is not None
+        groups = (config.n_group, config.topk_group)
         # The published models score experts of dropped groups 0; where we move the bias ourselves, they are out.
         strict = config.balance == "bias"
         weight_TK, expert_TK, _ = grouped_topk(
-            logits_TE, self.correction, config.top_k, *groups, config.routed_scale, strict
+            logits_TE, self.e_score_correction_bias, config.top_k, *groups, config.routed_scaling_factor, strict
         )
         if self.has_loss():  # DeepSeek-V3 eq. 19: it sees the scores' shares
             score_TE = logits_TE.sigmoid()
@@ -188,12 +191,12 @@ class ExpertChoice(Router):
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
         B, N, _ = logits_BNE.shape
         gate_BEN = logits_BNE.softmax(dim=-1).transpose(1, 2)
-        weight_BEC, token_BEC = gate_BEN.topk(self.slots(N), dim=-1, sorted=False)
+        weight_BEC, token_BEC = gate_BEN.topk(self.expert_capacity(N), dim=-1, sorted=False)
         token_BEC = token_BEC + N * torch.arange(B, device=token_BEC.device)[:, None, None]
         return route_by_expert(token_BEC.transpose(0, 1).flatten(1), weight_BEC.transpose(0, 1).flatten(1))
 
 
-class BatchPool(Router):
+class DiffMoERouter(Router):
     """DiffMoE: each expert takes the C best tokens of the whole batch by softmax score while training; at inference
     thresholds on a predictor's probabilities decide how many.
 
@@ -228,10 +231,10 @@ class BatchPool(Router):
         gate_TE, predicted_TE = gate_BNE.flatten(0, 1), predicted_BNE.flatten(0, 1)
         if self.group is not None:
             return self.route_over_processes(gate_TE, predicted_TE, self.group)
-        slots = self.slots(len(gate_TE))
-        weight_EC, token_EC = gate_TE.T.topk(slots, dim=-1, sorted=False)
+        capacity = self.expert_capacity(len(gate_TE))
+        weight_EC, token_EC = gate_TE.T.topk(capacity, dim=-1, sorted=False)
         losses = self.losses(predicted_TE, chosen_from_pool(token_EC, len(gate_TE)))
-        return route_by_expert(token_EC, weight_EC, losses, observed_threshold(predicted_TE, slots))
+        return route_by_expert(token_EC, weight_EC, losses, observed_threshold(predicted_TE, capacity))
 
     def route_over_processes(self, gate_TE: Tensor, predicted_TE: Tensor, group: ProcessGroup) -> Routing:
         """The same over the tokens of a group of processes, of which each serves its own.
@@ -240,12 +243,13 @@ class BatchPool(Router):
         """
         every_T2E = gathered(torch.stack((gate_TE, predicted_TE), dim=1), group)
         every_gate_TE, every_predicted_TE = every_T2E.unbind(1)
-        slots = self.slots(len(every_gate_TE))
-        token_EC = every_gate_TE.T.topk(slots, dim=-1, sorted=False).indices
+        capacity = self.expert_capacity(len(every_gate_TE))
+        token_EC = every_gate_TE.T.topk(capacity, dim=-1, sorted=False).indices
         chosen_TE = chosen_from_pool(token_EC, len(every_gate_TE)).chunk(group.size())[group.rank()]
         routing = route_by_mask(chosen_TE, gate_TE)
         report = routing.report._replace(
-            losses=self.losses(predicted_TE, chosen_TE), threshold_E=observed_threshold(every_predicted_TE, slots)
+            losses=self.losses(predicted_TE, chosen_TE),
+            threshold_E=observed_threshold(every_predicted_TE, capacity),
         )
         return routing._replace(report=report)
 
@@ -261,18 +265,18 @@ class BatchPool(Router):
 ROUTERS: dict[str, type[Router]] = {
     "tc": TokenChoice,
     "ec": ExpertChoice,
-    "diffmoe": BatchPool,
-    "dsmoe": GroupedSigmoid,
+    "diffmoe": DiffMoERouter,
+    "dsmoe": DSMoERouter,
 }
 
 
 def scale_thresholds(model: nn.Module, scale: float) -> None:
-    """Trade compute for quality in a model of DiffMoE layers: see `BatchPool.threshold_scale`.
+    """Trade compute for quality in a model of DiffMoE layers: see `DiffMoERouter.threshold_scale`.
 
     Raises:
         ValueError: the scale is not positive, or the model has no thresholds and the scale is not 1.
     """
-    pools = [router for router in routers_of(model) if isinstance(router, BatchPool)]
+    pools = [router for router in routers_of(model) if isinstance(router, DiffMoERouter)]
     if scale <= 0:
         raise ValueError(f"threshold_scale is {scale}; it must be positive")
     if scale != 1 and not pools:
@@ -282,12 +286,12 @@ def scale_thresholds(model: nn.Module, scale: float) -> None:
 
 
 def limit_capacity(model: nn.Module, limit: float | None) -> None:
-    """Make room for so many experts a token in a model's DiffMoE layers: see `BatchPool.capacity_limit`.
+    """Make room for so many experts a token in a model's DiffMoE layers: see `DiffMoERouter.capacity_limit`.
 
     Raises:
         ValueError: the limit is not positive, or the model has no thresholds and the limit is not None.
     """
-    pools = [router for router in routers_of(model) if isinstance(router, BatchPool)]
+    pools = [router for router in routers_of(model) if isinstance(router, DiffMoERouter)]
     if limit is not None and limit <= 0:
         raise ValueError(f"capacity_limit is {limit}; it must be positive")
     if limit is not None and not pools:

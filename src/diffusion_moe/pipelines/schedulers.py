@@ -15,7 +15,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..model_config import ModelConfig, Process
+from ..config import ModelConfig, Process
 
 # DDPM section 4: the schedule that models of process ddpm are trained on.
 STEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02

@@ -19,8 +19,8 @@ from ..models.block import is_moe_block
 from ..models.sizes import blank_inputs
 from ..moe import recompute_experts
 from ..moe.precision import use_products
+from ..training.initialization import make_trainable
 from ..training.parallelize import stays_wide
-from ..training.start import make_prepared
 from .compute import rows_per_image
 
 INDEX_BYTES = 28
@@ -53,7 +53,7 @@ def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
             are kept.
     """
     with FakeTensorMode(), use_products("narrow"):  # as a GPU has them
-        model = make_prepared(recipe).train()
+        model = make_trainable(recipe).train()
         recompute_experts(model, recipe.training.recompute == "experts")
         if spread and recipe.training.precision == "bf16":
             _narrow(model)

@@ -88,7 +88,7 @@ class Tensors:
             weights=sum(parts.values()) + buffers,
             gradients=sum(learning),
             optimizer=sum(MOMENTS * part + STEP_BYTES for part in learning),
-            averages=(1 + len(self.state.more_emas)) * (copied + buffers),
+            averages=(1 + len(self.state.extra_emas)) * (copied + buffers),
             activations=activations,
             gathered=0 if alone else self._gathered(layout),
         )

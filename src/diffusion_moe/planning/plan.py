@@ -9,8 +9,8 @@ from typing import Any
 from ..config import ParallelConfig, Recipe
 from ..data import places_of
 from ..models.sizes import Size, model_size
+from ..training.initialization import check_initialization
 from ..training.parallelize import check_parallel
-from ..training.start import check_start
 from .activations import trace_saved, travelling_bytes
 from .compute import Compute, compute_of
 from .memory import Memory, Tensors
@@ -163,4 +163,4 @@ def _product(parallel: ParallelConfig) -> int:
 
 def _check(recipe: Recipe) -> None:
     check_parallel(recipe)
-    check_start(recipe)
+    check_initialization(recipe)

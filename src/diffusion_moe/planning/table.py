@@ -17,36 +17,36 @@ MEMORY = {
     "activations": "activations",
     "gathered": "gathered weights",
 }
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def print_plan(plan: Plan, name: str, options: PlanOptions, say: Say) -> None:
+def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     """The layouts, if there is a choice, and all numbers of the chosen one."""
     if len(plan.layouts) > 1:
-        _print_layouts(plan, options, say)
+        _print_layouts(plan, options, log)
     layout, training, compute = plan.chosen, plan.recipe.training, plan.compute
-    say(f"{name} on {_processes(plan.world)}{_layout(layout) if plan.world > 1 else ''}")
-    row = _rows(say)
-    say("parameters")
+    log(f"{name} on {_processes(plan.world)}{_layout(layout) if plan.world > 1 else ''}")
+    row = _rows(log)
+    log("parameters")
     row("all", f"{plan.size.total:,}")
     row("activated by a token", f"{round(plan.size.activated):,}")
     if plan.learning < plan.size.total - _tables(plan):
         row("that learn", f"{plan.learning:,}")
-    say("a step")
+    log("a step")
     row("images", f"{training.batch_size:,}, {plan.images_per_process:,} at a time on each process")
     row("tokens", f"{training.batch_size * plan.tokens_per_image:,}, {plan.tokens_per_image:,} an image")
     row("forward and backward", f"{_flops(compute.forward)} + {_flops(compute.backward)}")
     if compute.recompute:
         row("made again", _flops(compute.recompute))
-    say("memory of a process")
+    log("memory of a process")
     for field, label in MEMORY.items():
         if value := getattr(layout.memory, field):
             row(label, _bytes(value))
     row("together", f"{_bytes(layout.memory.total)} of {options.memory_gb:g} GB{'' if layout.fits else ': too much'}")
-    say("on the disk")
+    log("on the disk")
     row("a checkpoint", _bytes(plan.checkpoint_bytes))
     row("the averaged model", _bytes(plan.model_bytes))
-    say("the run")
+    log("the run")
     images = training.steps * training.batch_size
     row("steps", f"{training.steps:,}")
     row("images", f"{images:,}, {_short(images * plan.tokens_per_image)} tokens")
@@ -54,16 +54,16 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, say: Say) -> None:
     peak = f"{100 * options.utilisation:g} % of {plan.world} x {options.peak_tflops:g} TFLOP/s"
     row("time", f"{duration(plan.seconds)} at {peak}, {_short(images / plan.seconds)} images/s")
     if not layout.fits:
-        say("to fit: a larger training.accumulation, training.recompute blocks, or more processes")
+        log("to fit: a larger training.accumulation, training.recompute blocks, or more processes")
 
 
-def _rows(say: Say) -> Callable[[str, str], None]:
-    return lambda label, value: say(f"  {label:22}{value}")
+def _rows(log: Log) -> Callable[[str, str], None]:
+    return lambda label, value: log(f"  {label:22}{value}")
 
 
-def _print_layouts(plan: Plan, options: PlanOptions, say: Say) -> None:
-    say(f"layouts of {plan.world} processes, the least travel first")
-    say(f"  {'replicate':>9} {'shard':>6} {'experts':>8} {'memory':>10}   of {options.memory_gb:g} GB")
+def _print_layouts(plan: Plan, options: PlanOptions, log: Log) -> None:
+    log(f"layouts of {plan.world} processes, the least travel first")
+    log(f"  {'replicate':>9} {'shard':>6} {'experts':>8} {'memory':>10}   of {options.memory_gb:g} GB")
     shown = list(plan.layouts[:SHOWN])
     if plan.chosen not in shown:
         shown.append(plan.chosen)
@@ -71,10 +71,10 @@ def _print_layouts(plan: Plan, options: PlanOptions, say: Say) -> None:
         parallel = layout.parallel
         mark = ("fits" if layout.fits else "too much") + (", suggested" if layout is plan.chosen else "")
         sizes = f"{parallel.replicate:9} {parallel.shard:6} {parallel.experts:8} {_bytes(layout.memory.total):>10}"
-        say(f"  {sizes}   {mark}")
+        log(f"  {sizes}   {mark}")
     if len(plan.layouts) > len(shown):
-        say(f"  and {len(plan.layouts) - len(shown)} more (--json lists all)")
-    say("")
+        log(f"  and {len(plan.layouts) - len(shown)} more (--json lists all)")
+    log("")
 
 
 def _tables(plan: Plan) -> int:

@@ -6,9 +6,9 @@ step-00001000/
     tensors-00001-000.safetensors        what rank 1 wrote
 """
 
-from .asynchronous import AsyncWriter
+from .async_writer import AsyncWriter
+from .collective import TIMEOUT, CheckpointError, LostProcess, storage_group
 from .manifest import Manifest
-from .peers import TIMEOUT, CheckpointError, LostProcess, storage_group
 from .reading import Found, export, latest, read
 from .writing import checkpoint_path, checkpoints_in, prune, write
 

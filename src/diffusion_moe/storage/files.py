@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .peers import CheckpointError
+from .collective import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

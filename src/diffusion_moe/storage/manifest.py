@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .collective import CheckpointError
 from .files import DTYPES, FileRecord, dtype_name, sha256
-from .peers import CheckpointError
-from .pieces import Block, tiles, whole
+from .shards import Block, tiles, whole
 
 FORMAT = 2
 NAME = "manifest.json"

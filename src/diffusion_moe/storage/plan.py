@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .collective import CheckpointError, listed
 from .files import dtype_name
-from .peers import CheckpointError, listed
-from .pieces import Block, held_blocks
+from .shards import Block, held_blocks
 
 PART_BYTES = 1 << 31
 """Most bytes of a file, unless a single piece is larger; a process writes, and checks, several files at a time."""

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .collective import CheckpointError, Collective, LostProcess, listed
 from .files import Entry, flush_folder, sha256, write_safetensors
 from .manifest import NAME, Manifest, SavedPiece, SavedTensor, check_digests, piece_key
-from .peers import CheckpointError, LostProcess, Peers, listed
-from .pieces import Block, held_blocks, local_tensor, overlap
 from .plan import Layout, layouts_of
+from .shards import Block, held_blocks, local_tensor, overlap
 from .writing import checkpoints_in
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def read(
 
     Args:
         tensors: plain or DTensors; all that the checkpoint holds, of the same shapes and dtypes.
-        group: who takes part, see `Peers`.
+        group: who takes part, see `Collective`.
         optional: of a tensor's name, whether it may be on one side alone: it then stays as it is, or is left out.
 
     Returns:
@@ -46,15 +46,17 @@ def read(
         CheckpointError: on every process: the checkpoint is damaged, or not of these tensors, which are then untouched.
         LostProcess: another process died or hangs.
     """
-    peers = Peers(path, group)
+    peers = Collective(path, group)
     try:
-        manifest = peers.agree("reading a manifest", lambda: Manifest.read(path))
+        manifest = peers.run_on_all("reading a manifest", lambda: Manifest.read(path))
         if len(set(peers.gather("comparing manifests", lambda: sha256(path / NAME)))) > 1:
             raise CheckpointError(f"the processes see different checkpoints at {path}; they must share one folder")
-        peers.agree("checking a checkpoint", lambda: _check_share(path, manifest, peers))
-        peers.agree("comparing with a checkpoint", lambda: _check_fit(path, manifest, layouts_of(tensors), optional))
+        peers.run_on_all("checking a checkpoint", lambda: _check_share(path, manifest, peers))
+        peers.run_on_all(
+            "comparing with a checkpoint", lambda: _check_fit(path, manifest, layouts_of(tensors), optional)
+        )
         common = {name: tensor for name, tensor in tensors.items() if name in manifest.tensors}
-        peers.agree("reading a checkpoint", lambda: _fill(path, manifest, common))
+        peers.run_on_all("reading a checkpoint", lambda: _fill(path, manifest, common))
     except LostProcess:
         raise
     except OSError as error:
@@ -80,11 +82,11 @@ def latest(folder: Path, load: Callable[[Path], T], *, group: dist.ProcessGroup 
         load: loads one, with `read` on all processes; what it raises as CheckpointError on one of them turns all to the
             next older.
     """
-    peers = Peers(folder, group)
+    peers = Collective(folder, group)
     problems: list[str] = []
     for path in peers.first("looking for checkpoints", lambda: checkpoints_in(folder)):
         try:
-            return Found(path, peers.agree("loading a checkpoint", lambda path=path: load(path)), problems)  # type: ignore[misc]
+            return Found(path, peers.run_on_all("loading a checkpoint", lambda path=path: load(path)), problems)  # type: ignore[misc]
         except CheckpointError as error:
             problems.append(str(error))
     return Found(None, None, problems)
@@ -123,7 +125,7 @@ def export(path: Path, prefix: str, output: Path) -> None:
     flush_folder(output.parent)
 
 
-def _check_share(path: Path, manifest: Manifest, peers: Peers) -> None:
+def _check_share(path: Path, manifest: Manifest, peers: Collective) -> None:
     by_size = sorted(manifest.files, key=lambda file: (-file.bytes, file.name))
     check_digests(path, tuple(by_size[peers.rank :: peers.size]))
 

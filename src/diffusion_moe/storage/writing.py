@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import manifest as manifests
+from ..storage import manifest as manifests
+from .collective import CheckpointError, Collective, LostProcess
 from .files import Entry, FileRecord, flush_folder, write_safetensors
 from .manifest import Manifest, SavedPiece, SavedTensor, check_about, check_sizes, piece_key
-from .peers import CheckpointError, LostProcess, Peers
-from .pieces import Block, held_blocks, local_tensor
 from .plan import Plan, layouts_of, make_plan
+from .shards import Block, held_blocks, local_tensor
 
 PARTIAL, REPLACED = ".partial", ".replaced"
 
@@ -56,7 +56,7 @@ def write(
         folder: must be the same for all processes; on many nodes, a shared file system.
         tensors: plain ones (the same on all processes, written once) and DTensors (each piece is written once).
         about: what else is to be remembered, as JSON; rank 0's counts.
-        group: who takes part, see `Peers`.
+        group: who takes part, see `Collective`.
 
     Returns:
         Where it is.
@@ -65,8 +65,8 @@ def write(
         OSError, CheckpointError: on every process, if any fails; nothing is left of the checkpoint.
         LostProcess: an OSError: another process died or hangs.
     """
-    peers = Peers(checkpoint_path(folder, step), group)
-    said = peers.agree("describing a checkpoint", lambda: check_about(about))
+    peers = Collective(checkpoint_path(folder, step), group)
+    said = peers.run_on_all("describing a checkpoint", lambda: check_about(about))
     plan = make_plan(peers.gather("planning a checkpoint", lambda: layouts_of(tensors)), peers.rank)
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()  # other threads read them
@@ -95,7 +95,7 @@ def pieces_of(plan: Plan, rank: int, tensors: Mapping[str, Tensor]) -> list[list
     return [[piece(share.name, share.block) for share in part] for part in plan.parts[rank]]
 
 
-def commit(peers: Peers, step: int, plan: Plan, parts: Sequence[Sequence[Piece]], about: dict[str, Any]) -> Path:
+def commit(peers: Collective, step: int, plan: Plan, parts: Sequence[Sequence[Piece]], about: dict[str, Any]) -> Path:
     """Write the pieces of a plan and publish them as a checkpoint (see `write`)."""
     target = peers.path
     partial = target.with_suffix(PARTIAL)
@@ -201,7 +201,7 @@ def _publish(target: Path, partial: Path, manifest: Manifest) -> None:
     _remove(aside)
 
 
-def _clear_away(peers: Peers, partial: Path, lost: bool) -> None:
+def _clear_away(peers: Collective, partial: Path, lost: bool) -> None:
     """Remove a checkpoint that failed; nobody goes on before it is gone, unless a process is lost."""
     if not lost:
         peers.first("clearing away a failed checkpoint", lambda: shutil.rmtree(partial, ignore_errors=True))

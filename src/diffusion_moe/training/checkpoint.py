@@ -20,7 +20,7 @@ from ..data import Segment
 from ..models import Backbone
 from ..storage import AsyncWriter, CheckpointError, Manifest, latest, read
 from .ema import begin_average
-from .start import copy_frozen
+from .initialization import copy_frozen
 from .step import TrainState
 
 
@@ -48,7 +48,12 @@ class Checkpoints:
         Raises:
             OSError, CheckpointError: why it has not.
         """
-        about = {"step": state.step, "excluded": sorted(state.excluded), "bad": state.bad, "gone_back": state.gone_back}
+        about = {
+            "step": state.step,
+            "skipped_steps": sorted(state.skipped_steps),
+            "bad": state.bad,
+            "rolled_back": state.rolled_back,
+        }
         about |= {"seed": self.seed, "batch_sizes": [list(segment) for segment in state.segments]}
         self.writer.save(state.step, state_tensors(state), about)
 
@@ -102,11 +107,12 @@ def load_checkpoint(
     about = read(path, state_tensors(state), group=group, optional=lambda name: name.startswith("ema_"))
     begun, dropped = _changed_averages(path, state)
     for decay in begun:
-        begin_average(state.more_emas[decay], state.model)
+        begin_average(state.extra_emas[decay], state.model)
     copy_frozen(state.model, _averages(state).values())
     try:
-        state.step, state.gone_back = int(about["step"]), bool(about["gone_back"])
-        state.excluded, state.bad = {int(step) for step in about["excluded"]}, [int(step) for step in about["bad"]]
+        state.step, state.rolled_back = int(about["step"]), bool(about["rolled_back"])
+        state.skipped_steps = {int(step) for step in about["skipped_steps"]}
+        state.bad = [int(step) for step in about["bad"]]
         sizes = [Segment(int(first), int(size)) for first, size in about.get("batch_sizes", ())]
         known_seed = int(about.get("seed", seed or 0))
     except (KeyError, TypeError, ValueError) as error:
@@ -114,9 +120,9 @@ def load_checkpoint(
     state.segments = tuple(sizes) or state.segments
     notes = [f"the average of decay {decay} begins at the weights of step {state.step}" for decay in begun]
     notes += [f"the average of decay {decay} is no longer kept" for decay in dropped]
-    later = {step for step in state.excluded if step > state.step}
+    later = {step for step in state.skipped_steps if step > state.step}
     if seed is not None and seed != known_seed and later:
-        state.excluded, state.gone_back = state.excluded - later, False
+        state.skipped_steps, state.rolled_back = state.skipped_steps - later, False
         notes.append(f"the order is another one: steps {min(later)} to {max(later)} are no longer left out")
     return notes
 
@@ -130,8 +136,8 @@ def _changed_averages(path: Path, state: TrainState) -> tuple[list[float], list[
         for name in Manifest.read(path).tensors
         if name.startswith("ema_") and name.endswith(f".{one}")
     }
-    kept = {str(decay) for decay in state.more_emas}
-    return [decay for decay in state.more_emas if str(decay) not in saved], sorted(saved - kept)
+    kept = {str(decay) for decay in state.extra_emas}
+    return [decay for decay in state.extra_emas if str(decay) not in saved], sorted(saved - kept)
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -144,4 +150,4 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _averages(state: TrainState) -> dict[str, Backbone]:
-    return {"ema": state.ema} | {f"ema_{decay}": ema for decay, ema in state.more_emas.items()}
+    return {"ema": state.ema} | {f"ema_{decay}": ema for decay, ema in state.extra_emas.items()}

@@ -27,11 +27,11 @@ def go_on(state: TrainState, recipe: Recipe, dataset: ImageDataset) -> list[str]
     """
     step, before = state.step, state.segments
     after = state.segments = continued(before, step, recipe.training.batch_size)
-    later = {excluded for excluded in state.excluded if excluded > step}
+    later = {skipped_steps for skipped_steps in state.skipped_steps if skipped_steps > step}
     if not later or batch_size_at(before, step + 1) == batch_size_at(after, step + 1):
         return []
     moved = _steps_of(_draws(recipe, dataset, later, before), recipe, dataset, step, after)
-    state.excluded = state.excluded - later | moved
+    state.skipped_steps = state.skipped_steps - later | moved
     return [f"batches have another size: steps {_listed(moved)} are left out, not {_listed(later)}"]
 
 

@@ -111,9 +111,9 @@ class Progress:
     Of several processes that share a terminal, the main one shows it.
     """
 
-    def __init__(self, step: int, recipe: TrainingConfig, every: int, say: Callable[[str], None]) -> None:
+    def __init__(self, step: int, recipe: TrainingConfig, every: int, log: Callable[[str], None]) -> None:
         self.first, self.steps, self.batch_size = step, recipe.steps, recipe.batch_size
-        self.every, self.say = every, say
+        self.every, self.log = every, log
         self.began = self.spoke = time.perf_counter()
         self.bar: Any = None
 
@@ -150,7 +150,7 @@ class Progress:
         if step == self.steps or step == self.every or (logged and now - self.spoke > 10):
             self.spoke = now
             left = (self.steps - step) * self.batch_size / speed
-            self.say(f"step {step}/{self.steps}  loss {result.loss:.4f}  {speed:.0f} images/s  {_clock(left)} left")
+            self.log(f"step {step}/{self.steps}  loss {result.loss:.4f}  {speed:.0f} images/s  {_clock(left)} left")
 
 
 def _clock(seconds: float) -> str:

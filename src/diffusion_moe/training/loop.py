@@ -27,18 +27,18 @@ from ..run_folder import DATA, ORIGIN, Resume, RunFolder, write_atomically
 from ..run_history import first_recipe, record
 from ..storage import checkpoints_in
 from .checkpoint import Checkpoints
-from .feed import batches, images_of_step
+from .dataloader import batches, images_of_step
 from .fit import check_fit, check_same_images, choose_device, settled
 from .history import go_on
+from .initialization import Origin, check_initialization, initialize_from, merge_adapters
 from .log import MetricsLog, Progress, check_trackers
 from .parallelize import check_parallel, make_layout, whole_model
 from .signals import requests_to_stop, torchrun_is_gone
 from .speed import Speedometer
-from .start import Origin, begin_from, check_start, finished
 from .step import StepResult, TrainState, make_state, train_step
 from .validation import Validation
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Preview = Callable[[Backbone, Path], None]
 """Draws some images of a model into a file; called by all processes, writes on the main one."""
 PATIENCE = timedelta(minutes=30)
@@ -62,7 +62,7 @@ def train(
     recipe: Recipe,
     output_dir: Path,
     resume: Resume = "auto",
-    say: Say = print,
+    log: Log = print,
     preview: Preview | None = None,
     origin: Callable[[], Origin] | None = None,
 ) -> Outcome:
@@ -73,8 +73,8 @@ def train(
     Args:
         output_dir: the run folder; if it holds this recipe's run, training goes on from its last good checkpoint.
         resume: changed: also if the run is of another recipe; never: not at all, the folder must be empty.
-        say: receives lines of progress. preview: draws pictures every `logging.sample_every` steps.
-        origin: reads the model of `start.source`, which a fresh run begins from.
+        log: receives lines of progress. preview: draws pictures every `logging.sample_every` steps.
+        origin: reads the model of `init.from_checkpoint`, which a fresh run begins from.
 
     Raises:
         ValueError: the data, the folder, the processes or the checkpoints do not fit. NonFiniteError: the loss stays
@@ -83,7 +83,7 @@ def train(
     backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
         with torchrun_processes(backend, PATIENCE):
-            heard = say if is_main() else _silent
+            heard = log if is_main() else _silent
             return Trainer(recipe, RunFolder(output_dir), resume, heard, preview, origin).run()
     except RuntimeError as error:
         reason = " ".join(str(error).split())
@@ -117,20 +117,20 @@ class Trainer:
         recipe: Recipe,
         run: RunFolder,
         resume: Resume,
-        say: Say,
+        log: Log,
         preview: Preview | None,
         origin: Callable[[], Origin] | None = None,
     ) -> None:
         self.device = choose_device(recipe.training.device)
         recipe, precision = settled(recipe, run, resume, self.device)
-        self.recipe, self.run_folder, self.say, self.preview = recipe, run, say, preview
+        self.recipe, self.run_folder, self.log, self.preview = recipe, run, log, preview
         check_trackers(recipe.logging)
         check_parallel(recipe)
-        check_start(recipe)
+        check_initialization(recipe)
         self.layout = make_layout(recipe.parallel, self.device)
         self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
         check_fit(recipe, self.dataset)
-        begins = recipe.start.source is not None and not checkpoints_in(run.checkpoints)
+        begins = recipe.init.from_checkpoint is not None and not checkpoints_in(run.checkpoints)
         fill = functools.partial(self._begin_from, origin) if begins else None
         self.start_notes: list[str] = []
         texts = self.dataset.texts
@@ -143,10 +143,10 @@ class Trainer:
             run.claim(recipe, resume)
         barrier()
         for line in [*self.dataset.notes, *self.start_notes]:
-            say(line)
-        say(f"computing in {precision}")
+            log(line)
+        log(f"computing in {precision}")
         if recipe.training.precision == "bf16" and self.device.type == "cpu" and torch.bfloat16 in SLOW_DTYPES:
-            say("warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster")
+            log("warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster")
         self.checkpoints = Checkpoints(run.checkpoints, recipe.training)
         self.pending: deque[StepResult] = deque()
         """Steps whose numbers have not been read."""
@@ -156,7 +156,7 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train, and write the averaged model."""
-        with self.run_folder.reserved(self.say) if is_main() else nullcontext():
+        with self.run_folder.reserved(self.log) if is_main() else nullcontext():
             return self._run()
 
     def _run(self) -> Outcome:
@@ -167,28 +167,30 @@ class Trainer:
                 if state.step < steps:
                     self._take_steps(received)
             if self.stopping and state.step < steps:
-                self.say(f"interrupted; saved a checkpoint at step {state.step}. Run the same command again to go on.")
+                self.log(f"interrupted; saved a checkpoint at step {state.step}. Run the same command again to go on.")
                 return Outcome(state.step, received[0] if received else signal.SIGTERM)
         publish(self.run_folder, state, self.recipe, self.dataset)
-        self.say(f"trained {state.step} steps; the averaged model is in {self.run_folder.model}")
+        self.log(f"trained {state.step} steps; the averaged model is in {self.run_folder.model}")
         return Outcome(state.step)
 
     def _begin_from(self, origin: Callable[[], Origin] | None, model: Backbone) -> None:
         if origin is None:
-            raise ValueError(f"start.source is {self.recipe.start.source}; pass `origin`, which reads it")
-        self.start_notes = begin_from(model, self.recipe, origin(), self.dataset.record())
+            raise ValueError(
+                f"init.from_checkpoint is {self.recipe.init.from_checkpoint}; pass `origin`, which reads it"
+            )
+        self.start_notes = initialize_from(model, self.recipe, origin(), self.dataset.record())
 
     def _resume(self) -> None:
         path = self._load_checkpoint()
         if is_main():
-            record(self.run_folder, self.recipe, self.state.step, self.resume, self.say)
+            record(self.run_folder, self.recipe, self.state.step, self.resume, self.log)
             fresh = path is None  # nothing was trained on the images that were there
             check_same_images(self.recipe, self.dataset, self.run_folder, "changed" if fresh else self.resume)
         for note in self.checkpoints.notes:
-            self.say(note)
+            self.log(note)
         if path is not None:
             done = self.state.step >= self.recipe.training.steps
-            self.say(f"{path} is already at the last step" if done else f"resuming from {path}")
+            self.log(f"{path} is already at the last step" if done else f"resuming from {path}")
 
     def _load_checkpoint(self) -> Path | None:
         """Fill the state from the newest good checkpoint; None if there is none at all.
@@ -199,7 +201,7 @@ class Trainer:
         fresh, self.state.segments = self.state.segments, (Segment(0, self.first_batch_size),)
         path, problems = self.checkpoints.load_latest(self.state)
         for problem in problems:
-            self.say(f"warning: {problem}")
+            self.log(f"warning: {problem}")
         if path is None and problems:
             raise ValueError(
                 f"no checkpoint in {self.run_folder.checkpoints} can be used; move them away to start anew"
@@ -216,19 +218,19 @@ class Trainer:
         self.validation = Validation(recipe, self.device) if recipe.logging.validate_every else None
         self.skipped_log = SkippedLog(run.skipped)
         self.skipped = self.skipped_log.count()
-        self.log = MetricsLog(run, recipe, state.step) if is_main() else None
+        self.metrics = MetricsLog(run, recipe, state.step) if is_main() else None
         try:
-            with Progress(state.step, recipe.training, recipe.logging.every, self.say) as self.progress:
+            with Progress(state.step, recipe.training, recipe.logging.every, self.log) as self.progress:
                 while state.step < recipe.training.steps and not self.stopping:
                     try:
                         self._pass(received)
                     except _GoBack:
                         self._go_back()
         finally:
-            if self.log is not None:
-                self.log.close()
+            if self.metrics is not None:
+                self.metrics.close()
         if self.skipped:
-            self.say(
+            self.log(
                 f"warning: images that cannot be read were replaced by others: {self.skipped} (data.on_corrupt skip); "
                 f"{run.skipped} names them"
             )
@@ -240,7 +242,7 @@ class Trainer:
             for batch in feed:
                 self.speed.lap("data")
                 self.skipped_log.note(batch.skipped_names)
-                if state.step + 1 in state.excluded:
+                if state.step + 1 in state.skipped_steps:
                     state.step += 1
                 else:
                     detailed = self._due(recipe.logging.every, state.step + 1)
@@ -261,7 +263,7 @@ class Trainer:
         """Whether something happens after this step that wants all numbers read."""
         training, logging, step = self.recipe.training, self.recipe.logging, self.state.step
         intervals = (training.checkpoint_every, logging.validate_every, logging.sample_every)
-        waits = self.owes_checkpoint or self.state.gone_back
+        waits = self.owes_checkpoint or self.state.rolled_back
         return waits or any(self._due(every, step) for every in intervals)
 
     def _settle(self, keep: int) -> None:
@@ -273,22 +275,22 @@ class Trainer:
                 self.skipped = self.skipped_log.count()
             if result.finite:
                 bad.clear()
-                if self.state.gone_back and result.step > max(self.state.excluded, default=0):
+                if self.state.rolled_back and result.step > max(self.state.skipped_steps, default=0):
                     # Going back has helped. It may be needed again, and then leads here: no step is lost twice.
-                    self.state.gone_back, self.owes_checkpoint = False, True
+                    self.state.rolled_back, self.owes_checkpoint = False, True
             else:
                 bad.append(result.step)
-                self.say(
+                self.log(
                     f"warning: step {result.step} was left out: its loss is {result.loss} and its gradient's norm "
                     f"{result.grad_norm}"
                 )
-                if len(bad) > self.recipe.training.max_bad_steps:
+                if len(bad) > self.recipe.training.max_nonfinite_steps:
                     self.pending.clear()
                     raise _GoBack
             if self._due(self.recipe.logging.every, result.step):
                 numbers = self.speed.numbers(result) | ({"skipped_images": self.skipped} if self.skipped else {})
-                if self.log is not None:
-                    self.log.write(result.step, numbers)
+                if self.metrics is not None:
+                    self.metrics.write(result.step, numbers)
             self.progress.show(result)
 
     def _at_intervals(self) -> None:
@@ -298,9 +300,9 @@ class Trainer:
             self.checkpoints.save(self.state)
         if self.validation is not None and self._due(logging.validate_every, step):
             losses = self.validation.losses(self.state)
-            if self.log is not None:
-                self.log.write(step, losses)
-            self.say(f"step {step}  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+            if self.metrics is not None:
+                self.metrics.write(step, losses)
+            self.log(f"step {step}  " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         if self.preview is not None and self._due(logging.sample_every, step):
             self.preview(self.state.ema, self.run_folder.previews / f"step-{step:08d}.png")
         if not self.stopping:
@@ -322,19 +324,19 @@ class Trainer:
             NonFiniteError: no step has been good since the last time.
         """
         state, bad = self.state, list(self.state.bad)
-        excluded = state.excluded | set(bad)
+        skipped_steps = state.skipped_steps | set(bad)
         self.checkpoints.wait()
-        if state.gone_back:
+        if state.rolled_back:
             message = self._name_images(bad)
-            self.say(f"stopped: {message}")
+            self.log(f"stopped: {message}")
             raise NonFiniteError(message)
         if self._load_checkpoint() is None:
             state.become(self.fresh_state)
-        state.excluded, state.bad, state.gone_back, self.owes_checkpoint = excluded, [], True, False
+        state.skipped_steps, state.bad, state.rolled_back, self.owes_checkpoint = skipped_steps, [], True, False
         self.checkpoints.save(state)  # also a run that is resumed leaves them out
-        if self.log is not None:
-            self.log.go_back(state.step)
-        self.say(f"warning: went back to step {state.step}; the batches of steps {bad[0]} to {bad[-1]} are left out")
+        if self.metrics is not None:
+            self.metrics.go_back(state.step)
+        self.log(f"warning: went back to step {state.step}; the batches of steps {bad[0]} to {bad[-1]} are left out")
 
     def _name_images(self, bad: list[int]) -> str:
         path = self.run_folder.bad_batches
@@ -345,19 +347,19 @@ class Trainer:
         return (
             f"the loss or gradient of steps {bad[0]} to {bad[-1]} is not finite, also after going back; {path} "
             "lists their images. Take another learning rate or data (--resume changed), or leave more steps out by "
-            "training.max_bad_steps"
+            "training.max_nonfinite_steps"
         )
 
 
 def publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDataset) -> None:
     """Write the averaged models, each whole or not at all, with notes of their origin and of their data."""
-    averages = {recipe.training.ema_decay: state.ema, **state.more_emas}
+    averages = {recipe.training.ema_decay: state.ema, **state.extra_emas}
     for decay, ema in averages.items():
         target = run.model if ema is state.ema else run.average(decay)
         whole = whole_model(ema, recipe)
         if whole is None:
             continue
-        whole = finished(whole, recipe.start, run.lora if ema is state.ema else None)
+        whole = merge_adapters(whole, recipe.init, run.lora if ema is state.ema else None)
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         origin = {"training_steps": state.step, "ema_decay": decay}

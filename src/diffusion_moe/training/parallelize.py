@@ -23,8 +23,8 @@ from ..distributed import is_main, world_size
 from ..models import Backbone
 from ..moe import GroupedExperts, MoEFeedForward, Router
 from ..moe.precision import choose_precision
-from ..moe.routers import BatchPool
-from .start import make_prepared
+from ..moe.routers import DiffMoERouter
+from .initialization import make_trainable
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
             if hasattr(module, "set_force_sum_reduction_for_comms"):
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     if recipe.parallel.pool == "global":
-        for pool in [module for module in model.modules() if isinstance(module, BatchPool)]:
+        for pool in [module for module in model.modules() if isinstance(module, DiffMoERouter)]:
             pool.group = dist.group.WORLD
 
 
@@ -149,7 +149,7 @@ def whole_model(model: Backbone, recipe: Recipe) -> Backbone | None:
     if not is_main():
         return None
     with torch.device("meta"):
-        whole = make_prepared(recipe).train(model.training)
+        whole = make_trainable(recipe).train(model.training)
     whole.load_state_dict(tensors, assign=True)
     for name, buffer in model.named_buffers():
         if name not in tensors:  # fixed tables that no file holds

@@ -29,10 +29,10 @@ from ..moe.precision import choose_precision
 from ..randomness import derive_seed, normal, uniform
 from ..text import TextFeatures
 from .ema import ema_decay, update_ema
+from .initialization import freeze_and_add_adapters, share_frozen
 from .measures import HostCopy, loss_by_time, routing_measures
 from .optimizer import LocalAdamW, clip_, global_norm, learning_rate, make_optimizer
 from .parallelize import Layout, parallelize
-from .start import prepared, share_frozen
 
 DDPM_STEPS = 1000
 
@@ -48,15 +48,15 @@ class TrainState:
     """Steps done."""
     layout: Layout | None = None
     """Where the processes stand; None for a single one."""
-    more_emas: dict[float, Backbone] = field(default_factory=dict)
+    extra_emas: dict[float, Backbone] = field(default_factory=dict)
     """Further averages by decay."""
-    excluded: set[int] = field(default_factory=set)
+    skipped_steps: set[int] = field(default_factory=set)
     """Steps whose batches are left out, for they spoiled the loss."""
     bad: list[int] = field(default_factory=list)
     """Steps that were not finite since the last one that was."""
     segments: tuple[Segment, ...] = ()
     """How many images the steps so far and the next ones take; see `data.order`."""
-    gone_back: bool = False
+    rolled_back: bool = False
     """Whether training has gone back, and no step beyond those left out has been good since."""
 
     def become(self, make: Callable[[], TrainState]) -> None:
@@ -123,10 +123,10 @@ def make_state(
             model.text_embedder.set_null(empty.features[0], None if empty.pooled is None else empty.pooled[0])
         if fill is not None:
             fill(model)
-        prepared(model, recipe.start)
+        freeze_and_add_adapters(model, recipe.init)
     state = state_of(model, recipe, device, layout)
     if layout is None:
-        share_frozen(state.model, [state.ema, *state.more_emas.values()])
+        share_frozen(state.model, [state.ema, *state.extra_emas.values()])
     return state
 
 
@@ -142,7 +142,7 @@ def state_of(model: Backbone, recipe: Recipe, device: torch.device, layout: Layo
 
     averages = [
         placed(copy.deepcopy(model).eval().requires_grad_(False))
-        for _ in (training.ema_decay, *training.more_ema_decays)
+        for _ in (training.ema_decay, *training.extra_ema_decays)
     ]
     if training.recompute == "blocks":
         model.enable_gradient_checkpointing()
@@ -150,8 +150,8 @@ def state_of(model: Backbone, recipe: Recipe, device: torch.device, layout: Layo
     if training.compile:
         model.compile_blocks(fullgraph=layout is None)
     model = placed(model.train())
-    more = dict(zip(training.more_ema_decays, averages[1:]))
-    state = TrainState(model, averages[0], make_optimizer(model, recipe.optimizer), layout=layout, more_emas=more)
+    more = dict(zip(training.extra_ema_decays, averages[1:]))
+    state = TrainState(model, averages[0], make_optimizer(model, recipe.optimizer), layout=layout, extra_emas=more)
     state.segments = (Segment(0, training.batch_size),)
     return state
 
@@ -288,7 +288,7 @@ def train_step(
     state.optimizer.step_if(finite)
     reports = reports_over_processes([merge_reports(layer) for layer in zip(*(part.reports for part in parts))])
     _update_routing(model, reports, finite)
-    for decay, ema in {recipe.training.ema_decay: state.ema, **state.more_emas}.items():
+    for decay, ema in {recipe.training.ema_decay: state.ema, **state.extra_emas}.items():
         update_ema(ema, model, ema_decay(decay, step - 1, recipe.training.ema_warmup))
     lap("optimizer")
     state.step = step

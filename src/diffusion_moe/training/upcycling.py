@@ -64,13 +64,15 @@ def divide(config: ModelConfig) -> Division | str:
     if config.num_experts % slices:
         return f"{config.num_experts} experts cannot be copies in {slices} slices each"
     normalised = config.router == "dsmoe" and config.top_k > 1
-    whole_copies = config.top_k % slices == 0 and (config.num_experts // config.num_groups) % slices == 0
+    whole_copies = config.top_k % slices == 0 and (config.num_experts // config.n_group) % slices == 0
     return Division(shared, slices, weight, exact=normalised and whole_copies and config.shared != "identity")
 
 
 def _weight_of_a_token(config: ModelConfig) -> float:
     if config.router == "dsmoe":
-        return config.routed_scale * (1.0 if config.top_k > 1 else 0.5)  # a single one has its sigmoid, 0.5 at logit 0
+        return config.routed_scaling_factor * (
+            1.0 if config.top_k > 1 else 0.5
+        )  # a single one has its sigmoid, 0.5 at logit 0
     per_token = config.top_k if config.router == "tc" else config.capacity
     return per_token / config.num_experts  # softmax
 

@@ -40,7 +40,7 @@ class Validation:
         """`val_loss` of the weights and `val_loss_ema_DECAY` of each average."""
         training = self.recipe.training
         averages = {f"val_loss_ema_{training.ema_decay}": state.ema}
-        averages |= {f"val_loss_ema_{decay}": ema for decay, ema in state.more_emas.items()}
+        averages |= {f"val_loss_ema_{decay}": ema for decay, ema in state.extra_emas.items()}
         state.model.eval()
         try:
             return {name: self._loss(model) for name, model in {"val_loss": state.model, **averages}.items()}

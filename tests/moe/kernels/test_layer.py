@@ -77,7 +77,7 @@ def test_experts_equal_the_loop_for_any_sizes(data):
 @pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe"])
 @pytest.mark.parametrize("balance", ["none", "aux", "bias"])
 def test_a_training_step_of_the_layer_equals_torch(both, router, balance):
-    settings = {"top_k": 2, "num_groups": 2, "top_groups": 1} if router == "dsmoe" else {"top_k": 2}
+    settings = {"top_k": 2, "n_group": 2, "topk_group": 1} if router == "dsmoe" else {"top_k": 2}
     config = RouterConfig(router, num_experts=8, capacity=2.0, balance=balance, **settings)
     layer, x_BND = MoEFeedForward(6, 10, config, bias=True, shared="swiglu"), torch.randn(2, 9, 6, requires_grad=True)
 

@@ -23,9 +23,9 @@ def dense(expert_TK, value_TK, num_experts):
     return torch.zeros(len(expert_TK), num_experts).scatter(1, expert_TK, value_TK)
 
 
-@pytest.mark.parametrize(("experts", "groups", "top_groups", "top_k"), SHAPES)
+@pytest.mark.parametrize(("experts", "groups", "topk_group", "top_k"), SHAPES)
 @pytest.mark.parametrize("correction", [0.0, 0.5, -0.9])
-def test_equals_torch_in_choice_weights_and_gradient(both, experts, groups, top_groups, top_k, correction):
+def test_equals_torch_in_choice_weights_and_gradient(both, experts, groups, topk_group, top_k, correction):
     """Where no scores are equal. A negative correction makes scores of kept groups lose against dropped ones' zeros,
     which are equal: with it, the group limit is strict."""
     logits_TE = torch.randn(37, experts, requires_grad=True)
@@ -33,7 +33,7 @@ def test_equals_torch_in_choice_weights_and_gradient(both, experts, groups, top_
 
     def run():
         weight_TK, expert_TK, score_TK = grouped_topk(
-            logits_TE, correction_E, top_k, groups, top_groups, 2.5, correction < 0
+            logits_TE, correction_E, top_k, groups, topk_group, 2.5, correction < 0
         )
         (grad_TE,) = torch.autograd.grad((weight_TK * direction_TE.gather(1, expert_TK)).sum(), logits_TE)
         matrices = [dense(expert_TK, x.detach(), experts) for x in (torch.ones_like(weight_TK), weight_TK, score_TK)]

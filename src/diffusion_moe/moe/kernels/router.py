@@ -106,14 +106,14 @@ def _router_backward(
 
 
 def grouped_topk(
-    logits_TE: Tensor, correction_E: Tensor, top_k: int, num_groups: int, top_groups: int, scale: float, strict: bool
+    logits_TE: Tensor, correction_E: Tensor, top_k: int, n_group: int, topk_group: int, scale: float, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the operator: weight_TK, expert_TK and score_TK."""
     T, E = logits_TE.shape
     expert_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
     score_TK, weight_TK = (torch.empty(T, top_k, device=logits_TE.device) for _ in range(2))
     if T:
-        sizes = constants(E, top_k, num_groups, top_groups, strict)
+        sizes = constants(E, top_k, n_group, topk_group, strict)
         inputs = (logits_TE.contiguous(), correction_E.float().contiguous())
         with on_device(logits_TE):
             _choose_experts[(triton.cdiv(T, sizes["X"]),)](*inputs, expert_TK, score_TK, weight_TK, T, scale, **sizes)
@@ -134,10 +134,10 @@ def grouped_topk_backward(
     return dlogits_TE
 
 
-def constants(num_experts: int, top_k: int, num_groups: int, top_groups: int, strict: bool) -> dict[str, int]:
+def constants(num_experts: int, top_k: int, n_group: int, topk_group: int, strict: bool) -> dict[str, int]:
     """What the kernel is compiled for: the rule, never the number of tokens."""
-    groups, members = _padded(num_groups), _padded(num_experts // num_groups)
-    rule = {"E": num_experts, "GROUPS": num_groups, "TOP_GROUPS": top_groups, "TOP_K": top_k, "STRICT": strict}
+    groups, members = _padded(n_group), _padded(num_experts // n_group)
+    rule = {"E": num_experts, "GROUPS": n_group, "TOP_GROUPS": topk_group, "TOP_K": top_k, "STRICT": strict}
     return rule | {"X": max(1, TILE // (groups * members)), "G": groups, "M": members, "K": _padded(top_k)}
 
 

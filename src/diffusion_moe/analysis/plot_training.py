@@ -1,0 +1,136 @@
+"""Figures of training: loss against steps and against time, and how evenly experts were loaded.
+
+Shape suffixes: W logged steps, S bins of time, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from .losses import Curves
+from .measures import moving_average, spread_out
+from .notes import held_out_note
+from .record import Findings
+from .style import DASHES, LINES, Panel, legend_above, new_figure
+
+SHOWN_LAYERS = 6
+"""Of more MoE layers, figures with a part for each show as many."""
+
+
+def training_loss(findings: Findings) -> Panel:
+    """The loss as logged and smoothed, of every run."""
+    title = "Training loss"
+    if not any(np.isfinite(curves.loss_W).any() for curves in findings.curves):
+        return Panel("loss", title, "No training loss was logged beside the model (metrics.jsonl).")
+    figure = new_figure(3.4)
+    axes = figure.subplots()
+    shown = []
+    for i, curves in enumerate(findings.curves):
+        shown.append(_smoothed(axes, curves, curves.loss_W, i, curves.run))
+    low = min(smooth.min() for smooth in shown)
+    high = max(np.nanquantile(curves.loss_W, 0.98) for curves in findings.curves)
+    axes.set(xlabel="training step", ylabel=f"{findings.loss} loss (mean squared error)", xlim=(0, None))
+    if high > low:
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    axes.grid(True)
+    if len(findings.curves) > 1:
+        legend_above(axes)
+    caption = (
+        "Loss of the model in training (not of the averaged weights), "
+        f"{'caption' if findings.model.text_dim else 'label'} dropout included: thin as logged, thick "
+        "the mean of the last twentieth of the logged steps. The highest 2 % may lie above the figure. "
+        f"{'; '.join(curves.about for curves in findings.curves)}."
+    )
+    return Panel("loss", title, caption, figure)
+
+
+def loss_by_time(findings: Findings) -> Panel:
+    """The finished model's loss at each noise level."""
+    title = "Held-out loss at each noise level"
+    if not findings.held_out:
+        return Panel("loss_by_time", title, " ".join(findings.missing))
+    figure = new_figure(3.0)
+    axes = figure.subplots()
+    for i, run in enumerate(findings.held_out):
+        color = LINES[i % len(LINES)]
+        mean, error = run.loss_IS.mean(0), run.loss_IS.std(0, ddof=1) / np.sqrt(len(run.loss_IS))
+        axes.plot(run.times_S, mean, color=color, ls=DASHES[i % len(DASHES)], marker="o", ms=3, label=run.run)
+        axes.fill_between(run.times_S, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+    _time_axis(axes)
+    axes.set_ylabel(f"{findings.loss} loss")
+    axes.grid(True)
+    paired = ""
+    if len(findings.held_out) > 1:
+        legend_above(axes)
+        paired = "Differences between the models are surer than the bands say, as all see the same images and noise. "
+    caption = (
+        "Training loss of the averaged model by time, mean over images with a band of one standard error over images. "
+        f"{paired}{held_out_note(findings, findings.held_out)}"
+    )
+    return Panel("loss_by_time", title, caption, figure)
+
+
+def logged_loss_by_time(findings: Findings) -> Panel:
+    """The training loss of each noise level, where the run logged it."""
+    title = "Training loss by noise level"
+    curves = [curves for curves in findings.curves if curves.loss_WS.shape[1]]
+    if not curves:
+        return Panel("loss_levels", title, "")
+    figure = new_figure(2.9 * len(curves))
+    for axes, run in zip(np.atleast_1d(figure.subplots(len(curves), sharex=True)), curves):
+        bins = run.loss_WS.shape[1]
+        for i, s in enumerate(spread_out(bins, len(LINES))):
+            _smoothed(axes, run, run.loss_WS[:, s], i, f"t from {s / bins:.2g} to {(s + 1) / bins:.2g}")
+        axes.set(ylabel=f"{findings.loss} loss", title=run.run if len(curves) > 1 else "")
+        axes.grid(True)
+        legend_above(axes)
+    axes.set_xlabel("training step")
+    return Panel(
+        "loss_levels", title, f"As logged, smoothed; t = 0 is noise. {'; '.join(run.about for run in curves)}.", figure
+    )
+
+
+def balance(findings: Findings) -> Panel:
+    """How evenly the experts were loaded in each logged training batch."""
+    name, title = "balance", "Load balance over training"
+    curves = [c for c in findings.curves if np.isfinite(c.imbalance_W).any() or np.isfinite(c.imbalance_WL).any()]
+    if not curves:
+        return Panel(name, title, "No imbalance was logged.")
+    figure = new_figure(2.8)
+    axes = figure.subplots()
+    own = curves[0]
+    if len(curves) == 1 and own.imbalance_WL.shape[1]:
+        for i, layer in enumerate(spread_out(own.imbalance_WL.shape[1], SHOWN_LAYERS)):
+            _smoothed(axes, own, own.imbalance_WL[:, layer], i, f"MoE layer {layer + 1}")
+    else:
+        for i, run in enumerate(curves):
+            _smoothed(axes, run, run.imbalance_W, i, run.run)
+    axes.axhline(1, color="#7f7f7f", linewidth=0.8, ls=":")
+    axes.set(xlabel="training step", ylabel="busiest expert / mean load", xlim=(0, None))
+    axes.set_ylim(0.95, max(axes.get_ylim()[1], 1.2))
+    axes.grid(True)
+    if len(axes.get_lines()) > 3:
+        legend_above(axes)
+    caption = (
+        "Tokens of the busiest expert over the mean of all, in the training batch of each logged step; 1 is even. Thin "
+        f"as logged, thick smoothed{'' if own.imbalance_WL.shape[1] else ', averaged over MoE layers'}. "
+        f"{'; '.join(run.about for run in curves)}."
+    )
+    return Panel(name, title, caption, figure)
+
+
+def _smoothed(axes: Axes, run: Curves, values_W: np.ndarray, i: int, label: str) -> np.ndarray:
+    """Draw a curve thin as logged and thick as a moving average, which is returned."""
+    known = np.isfinite(values_W)
+    steps, values = run.steps_W[known], values_W[known]
+    window, color = max(1, len(values) // 20), LINES[i % len(LINES)]
+    smooth = moving_average(values, window)
+    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.35)
+    # Each mean stands at the last of its steps, so that no later step is in it.
+    axes.plot(steps[window - 1 :], smooth, color=color, ls=DASHES[i % len(DASHES)], label=label)
+    return smooth
+
+
+def _time_axis(axes: Axes) -> None:
+    axes.set(xlabel="t (0 is noise, 1 is data)", xlim=(0, 1))

@@ -1,0 +1,71 @@
+"""Settings of sampling and scoring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .require import require
+
+FLOW_SOLVERS = ("euler", "heun", "heun_euler", "dopri5", "sde")
+
+
+DDPM_SOLVERS = ("ddpm", "ddim")
+
+
+Solver = Literal["euler", "heun", "heun_euler", "dopri5", "sde", "ddpm", "ddim"]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How images are generated and scored."""
+
+    num_samples: int = 1000
+    """Images generated for the scores, spread evenly over the classes, or over the prompts; of coloured shapes over
+    their categories, seen and held out, so a multiple of 12."""
+    batch_size: int = 250
+    """Images generated at a time; the images are the same for any number (but with model.inference_pool batch)."""
+    solver: Solver = "euler"
+    """For flow models euler, heun, heun_euler (the last step an Euler step, as JiT), dopri5 (adaptive) or sde; for ddpm
+    models ddpm (ancestral) or ddim."""
+    steps: int = 50
+    """Solver steps (Heun evaluates the model twice a step); dopri5 chooses its own."""
+    rtol: float = 1e-3
+    """Relative tolerance (solver: dopri5)."""
+    atol: float = 1e-6
+    """Absolute tolerance (solver: dopri5)."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times t between which guidance is on (0 is noise, 1 is data)."""
+    guidance_channels: int | None = None
+    """Guide the first channels only; null: all. The published DDPM scores guided three of four."""
+    threshold_scale: float = 1.0
+    """Factor on the thresholds (diffmoe): below 1 more compute for each token, above 1 less."""
+    capacity_limit: float | None = None
+    """Experts a token on average that a batch has room for (diffmoe); null: as many as the thresholds choose. With a
+    limit the shapes are fixed and nothing waits for the device; choices of least weight beyond it are dropped and
+    counted."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: autocast; routers always compute in float32. auto: bf16 on GPUs that have it and processors that are fast
+    in it, else fp32."""
+    acceleration: Literal["none", "compile", "graph"] = "none"
+    """compile: every block by torch.compile, slow at the first call; graph: replay a CUDA graph."""
+    seed: int = 0
+    """Image number i is a function of this seed and i."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.solver in get_args(Solver),
+            f"evaluation.solver is {self.solver!r}; choose one of {', '.join(get_args(Solver))}",
+        )
+        for name in ("num_samples", "batch_size", "steps", "rtol", "atol", "threshold_scale"):
+            require(getattr(self, name) > 0, f"evaluation.{name} is {getattr(self, name)}; it must be positive")
+        low, high = self.guidance_interval
+        require(0 <= low <= high <= 1, f"evaluation.guidance_interval is {low}, {high}; give 0 <= low <= high <= 1")
+        require(self.guidance_scale >= 0, f"evaluation.guidance_scale is {self.guidance_scale}; use 1 for no guidance")
+        limit = self.capacity_limit
+        require(limit is None or limit > 0, f"evaluation.capacity_limit is {limit}; use null for none")
+        channels = self.guidance_channels
+        require(channels is None or channels > 0, f"evaluation.guidance_channels is {channels}; use null for all")
+        require(0 <= self.seed < 2**63, f"evaluation.seed is {self.seed}; choose from 0 to 2^63 - 1")

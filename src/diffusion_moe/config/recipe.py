@@ -1,0 +1,122 @@
+"""The recipe: all sections of a run, their YAML, and which fields may change when a run resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from .data import DataConfig
+from .diffusion import DiffusionConfig
+from .evaluation import EvaluationConfig
+from .initialization import InitConfig
+from .logging import LoggingConfig
+from .model import ModelConfig
+from .optimizer import OptimizerConfig
+from .parallel import ParallelConfig
+from .require import require
+from .training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run: what is trained, on what, how, and how it is judged."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            not self.init.upcycle or self.model.router != "dense",
+            "init.upcycle is true, but model.router is dense; choose a routing rule",
+        )
+        if self.model.process == "ddpm":
+            require(
+                self.diffusion.loss in (None, "epsilon"),
+                f"diffusion.loss is {self.diffusion.loss!r}, but model.process ddpm compares epsilon; leave it out",
+            )
+            require(
+                self.diffusion.time == "uniform",
+                f"diffusion.time is {self.diffusion.time!r}, but model.process ddpm draws uniform steps; leave it out",
+            )
+        loss = self.diffusion.loss or self.model.prediction
+        divides = self.model.process == "flow" and self.model.prediction != "velocity" and loss != self.model.prediction
+        require(
+            divides or self.diffusion.loss_min_gap is None,
+            f"diffusion.loss_min_gap is {self.diffusion.loss_min_gap}, but from {self.model.prediction} to {loss} "
+            "nothing is divided; leave it out",
+        )
+        require(
+            self.model.null_class or self.diffusion.class_dropout == 0 or self.model.num_classes == 0,
+            f"diffusion.class_dropout is {self.diffusion.class_dropout}, but model.null_class is false; set it to 0",
+        )
+
+    @property
+    def loss_min_gap(self) -> float:
+        """The least 1 - t or t that the loss divides by."""
+        gap = self.diffusion.loss_min_gap
+        return self.model.min_gap if gap is None else gap
+
+
+SECTIONS: dict[str, type] = {name: value.default_factory for name, value in Recipe.__dataclass_fields__.items()}  # type: ignore[misc]
+
+
+# Fields that leave the course of training as it is: a run may be continued with other values of these.
+CHANGEABLE = {
+    "training.steps",  # under a constant schedule only; see `difference`
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.keep_every",
+    "training.max_nonfinite_steps",
+    "training.stop_seconds",
+    "training.recompute",
+    "training.compile",
+    "data.num_workers",
+    "data.on_corrupt",
+}
+
+
+CHANGEABLE_SECTIONS = {"logging", "evaluation", "parallel"}
+
+
+def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The recipe as nested plain values, ready for YAML or JSON."""
+    sections = dataclasses.asdict(recipe)
+    return {
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+        for section, fields in sections.items()
+    }
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, every field written out."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def flatten(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a nested recipe."""
+    for section, fields in sections.items():
+        for key, value in fields.items():
+            yield f"{section}.{key}", value
+
+
+def difference(old: Recipe, new: Recipe) -> list[str]:
+    """Lines `name: old -> new` for every field that may not change while a run continues."""
+    fixed = {"parallel.pool"} | (set() if new.optimizer.schedule == "constant" else {"training.steps"})
+    before, after = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
+    return [
+        f"{name}: {before[name]} -> {after[name]}"
+        for name in after
+        if before[name] != after[name]
+        and (name in fixed or (name not in CHANGEABLE and name.split(".")[0] not in CHANGEABLE_SECTIONS))
+    ]

@@ -1,0 +1,110 @@
+"""Figures of a sweep: quality against guidance, against average capacity and against time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .evaluate import number_of
+
+if TYPE_CHECKING:
+    from .sweep import Outcome
+
+
+class Figure(NamedTuple):
+    """What a figure shows."""
+
+    name: str
+    key: str
+    """Of the record: the horizontal axis."""
+    label: str
+    along: tuple[str, ...]
+    """The first of these settings that varies changes along a line; lines differ in the others."""
+
+
+FIGURES = (
+    Figure("guidance.png", "guidance_scale", "guidance scale", ("guidance_scale",)),
+    Figure(
+        "capacity.png",
+        "average_capacity",
+        "average capacity (routed experts a token)",
+        ("threshold_scale", "guidance_scale"),
+    ),
+    Figure(
+        "time.png",
+        "seconds_per_image",
+        "seconds an image, generation alone",
+        ("steps", "threshold_scale", "guidance_scale"),
+    ),
+)
+LEGEND_INSIDE = 6
+"""Lines of which the names fit into the picture."""
+QUALITIES = {"overall": "share of prompts that are right", "fid": "FID", "frechet": "Fréchet distance"}
+"""Scores that may stand on the vertical axis, the first one that there is, and their names."""
+SETTINGS = ("weights", "solver", "steps", "guidance_interval", "threshold_scale", "guidance_scale")
+
+
+def draw_sweep(outcomes: list[Outcome], folder: Path) -> list[Path]:
+    """A figure for each of the axes along which the points differ; the paths written."""
+    results = [outcome.result for outcome in outcomes]
+    paths = []
+    for figure in FIGURES:
+        if len({result.get(figure.key) for result in results} - {None}) > 1:
+            _draw(results, figure, folder / figure.name)
+            paths.append(folder / figure.name)
+    return paths
+
+
+def _draw(results: list[dict[str, Any]], figure: Figure, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first = results[0]
+    quality = next(key for key in QUALITIES if key in first)
+    lines = lines_of(results, next((key for key in figure.along if _varies(results, key)), figure.along[0]))
+    many = len(lines) > LEGEND_INSIDE
+    canvas, axes = plt.subplots(figsize=(8.4 if many else 6.4, 4), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("viridis")([i / max(1, len(lines) - 1) * 0.9 for i in range(len(lines))]))
+    for title, members in lines.items():
+        known = [result for result in members if result.get(figure.key) is not None]
+        x, y = [result[figure.key] for result in known], [number_of(result[quality]) for result in known]
+        axes.plot(x, y, "o-", label=title, markersize=4)
+    axes.set_xlabel(figure.label)
+    axes.set_ylabel(QUALITIES[quality])
+    extractor = first["extractor"]
+    axes.set_title(f"{first['num_samples']:,} samples, {extractor['name']} {extractor['weights']}", fontsize=9)
+    axes.grid(alpha=0.3)
+    if many:
+        canvas.legend(loc="outside right upper", fontsize=7)
+    elif len(lines) > 1:
+        axes.legend(fontsize=7)
+    canvas.savefig(path, dpi=150)
+    plt.close(canvas)
+
+
+def lines_of(results: list[dict[str, Any]], along: str) -> dict[str, list[dict[str, Any]]]:
+    """Records of equal settings but for one, in that one's order, under a title of what differs between the lines."""
+    varying = [key for key in SETTINGS if key != along and _varies(results, key)]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for result in sorted(results, key=lambda result: result[along] or 0):  # the adaptive solver has no steps
+        lines.setdefault(", ".join(_words(key, result[key]) for key in varying), []).append(result)
+    return dict(sorted(lines.items()))
+
+
+def _varies(results: list[dict[str, Any]], key: str) -> bool:
+    return len({str(result[key]) for result in results}) > 1
+
+
+def _words(key: str, value: Any) -> str:
+    match key:
+        case "guidance_interval":
+            return "t {:g} to {:g}".format(*value)
+        case "steps":
+            return f"{value or 'adaptive'} steps"
+        case "threshold_scale":
+            return f"thresholds × {value:g}"
+        case "guidance_scale":
+            return f"guidance {value:g}"
+    return str(value)

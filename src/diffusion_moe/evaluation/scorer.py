@@ -1,0 +1,251 @@
+"""What judges images: an extractor with statistics of real images, or a run's own data with a classifier of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ..config import DataConfig
+from ..data import ImageDataset, load_dataset
+from ..distributed import from_main, is_main
+from ..pixels import to_uint8
+from .classifier import Classifier, ClassifierFeatures, train_classifier
+from .extract_features import Features, Log, collected
+from .features import INCEPTION, Extractor, make_extractor
+from .images import NpzImages
+from .metrics import (
+    KERNEL_SEED,
+    KERNEL_SUBSETS,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest_neighbour_distance,
+    precision_recall,
+)
+from .options import ReferenceOptions
+from .reference import Reference, read_reference
+from .statistics import FeatureSums, Moments
+
+ENOUGH = 50_000
+"""Samples of published scores; fewer raise a Fréchet distance."""
+OWN_DATA_LIMIT = 2**28
+"""Numbers in the pixels of a run's data, up to which a classifier of it is trained."""
+
+
+class Scorer(ABC):
+    """Scores images by what an extractor says of them."""
+
+    extractor: Extractor
+
+    @property
+    @abstractmethod
+    def reference_sha256(self) -> str:
+        """Start of a hash of what they are compared with; empty for a run's own data."""
+
+    @abstractmethod
+    def scores(self, found: Features, labels: Tensor | None) -> dict[str, Any]:
+        """The scores, and what they depend on.
+
+        Raises:
+            ValueError: the images cannot be scored.
+        """
+
+    def picture(self, found: Features) -> Image.Image | None:
+        """What a reader should see beside the scores, if anything."""
+        return None
+
+
+@dataclass(frozen=True)
+class FeatureScorer(Scorer):
+    """Scores images by their features against a reference."""
+
+    extractor: Extractor
+    reference: Reference
+
+    @property
+    def reference_sha256(self) -> str:
+        return self.reference.sha256
+
+    def scores(self, found: Features, labels: Tensor | None) -> dict[str, Any]:
+        """All that the features and the reference allow; null where the reference lacks what a score needs.
+
+        Raises:
+            ValueError: too few images, or features that are not finite.
+        """
+        inception = self.extractor.identity.name == INCEPTION
+        pool, real, count = found.pool_SD, self.reference.features_RD, len(found.pool_SD)
+        result: dict[str, Any] = {}
+        result["fid" if inception else "frechet"] = frechet_distance(_moments(pool), self.reference.pool)
+        if inception:
+            spatial = self.reference.spatial
+            no_spatial = spatial is None or found.spatial is None
+            result["sfid"] = None if no_spatial else frechet_distance(found.spatial, spatial)  # type: ignore[arg-type]
+            logits = self.extractor.logits(pool)
+            assert logits is not None
+            result["inception_score"] = inception_score(logits)
+        kernel = None if real is None else kernel_distance(*self._on_device(pool, real))
+        name = "kid" if inception else "kernel_distance"
+        result |= {name: kernel and kernel.mean, f"{name}_std": kernel and kernel.std}
+        shares = None if real is None else precision_recall(*self._on_device(pool, real))
+        result |= {"precision": shares and shares.precision, "recall": shares and shares.recall}
+        return result | {
+            "num_samples": count,
+            "num_reference_features": None if real is None else len(real),
+            "kernel_subsets": kernel and {"count": KERNEL_SUBSETS, "size": kernel.subset_size, "seed": KERNEL_SEED},
+            "extractor": asdict(self.extractor.identity),
+            "reference": self.reference.record(),
+            "images_sha256": found.images_sha256,
+            "seconds_per_image": found.seconds_per_image,
+            "warnings": self.warnings(count),
+        }
+
+    def warnings(self, count: int) -> list[str]:
+        """What a reader of the scores must know."""
+        lines = self.extractor.warnings()
+        if count < ENOUGH:
+            lines = [*lines, f"{count} samples: Fréchet distances are higher than those of {ENOUGH:,}"]
+        return lines
+
+    def _on_device(self, *features: Tensor) -> tuple[Tensor, Tensor]:
+        generated, real = (x.to(self.extractor.device) for x in features)
+        return generated, real
+
+
+def _moments(features_SD: Tensor) -> Moments:
+    """Summed over parts, so that no copy of all features in float64 is needed."""
+    first, *others = features_SD.split(1000)
+    return sum((FeatureSums.of(part) for part in others), FeatureSums.of(first)).moments()
+
+
+@dataclass(frozen=True)
+class ClassifierScorer(FeatureScorer):
+    """A classifier of a run's own data judges, and pixels are compared with the training images'."""
+
+    real: dict[str, Any]
+    """Scores of real images under the same names with `_real`, and how many there are."""
+
+    def scores(self, found: Features, labels: Tensor | None) -> dict[str, Any]:
+        """As `FeatureScorer`, and two more.
+
+        recognised: share of images that the classifier puts into their class (null without classes); nearest_neighbour:
+        mean pixel distance to the nearest training image (copies would be nearer than real ones are).
+        """
+        logits = self.extractor.logits(found.pool_SD)
+        assert logits is not None
+        recognised = None if labels is None else float((logits.argmax(1) == labels).double().mean())
+        own = {"recognised": recognised, "nearest_neighbour": float(found.others["nearest"].double().mean())}
+        general = super().scores(found, labels)
+        return own | general | self.real | {"classifier": self.extractor.identity.weights}
+
+
+class ClassifierScorerFeatures(ClassifierFeatures):
+    """The classifier's features, and `nearest`: each image's distance to the nearest training image in pixels."""
+
+    def __init__(self, classifier: Classifier, training: Tensor) -> None:
+        super().__init__(classifier)
+        self.training = training
+        self.identity = replace(self.identity, feature=f"{self.identity.feature}, nearest training image")
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        nearest = nearest_neighbour_distance(images / 127.5 - 1, self.training.to(images.device))
+        return super().extract(images) | {"nearest": nearest}
+
+
+def make_scorer(
+    options: ReferenceOptions, own: DataConfig | None, image_size: tuple[int, int], beside: Path, log: Log
+) -> Scorer:
+    """The judge that options ask for.
+
+    Args:
+        own: the data of a run, which judges where no reference is given. image_size: of the images to come, in pixels.
+        beside: where unfinished work is kept.
+
+    Raises:
+        ValueError: reference, extractor and images do not fit, or one of them is missing.
+    """
+    if options.reference is None:
+        if own is None or options.extractor is not None or options.inception is not None:
+            raise ValueError(
+                "there is nothing to compare with; give --reference FILE, as made by `diffusion-moe stats DATA`"
+            )
+        return own_judge(own)
+    reference = read_reference(options.reference)
+    made_by = reference.extractor.name if reference.extractor is not None else INCEPTION
+    extractor = make_extractor(options.extractor or made_by, options.inception, reference)
+    reference.check(extractor, image_size)
+    return FeatureScorer(extractor, with_features(reference, extractor, 50, beside, log))
+
+
+def with_features(reference: Reference, extractor: Extractor, batch_size: int, beside: Path, log: Log) -> Reference:
+    """The features of a published batch's images too, where it brings any."""
+    if reference.images is None:
+        return reference
+    images = NpzImages(reference.images)
+    log(f"reading the {images.count} images of {reference.images}")
+    with collected(images, extractor, batch_size, beside, log) as found:
+        if found is None:
+            return reference
+        about = reference.about | {"image_size": list(images.size)}
+        return replace(reference, features_RD=found.pool_SD, about=about, images=None)
+
+
+def own_judge(data: DataConfig) -> ClassifierScorer:
+    """A classifier trained on the data's training split, and the held-out split's features.
+
+    Raises:
+        ValueError: nothing is held out, or the data is too large for such a classifier.
+    """
+    training, test = load_dataset(data, "train"), load_dataset(data, "test")
+    if len(test) == 0:
+        raise ValueError(f"data.test_fraction is {data.test_fraction}, so there are no held-out images to compare with")
+    check_small(training)
+    if not training.class_names:
+        raise ValueError(
+            "the data has no classes for a small classifier to learn; give --reference FILE, as made by "
+            "`diffusion-moe stats DATA`"
+        )
+    seen, held_out = training.everything(), test.everything()
+    extractor = ClassifierScorerFeatures(shared_classifier(training), seen.images)
+    real, of_training = extractor(to_uint8(held_out.images)), extractor(to_uint8(seen.images))
+    verdicts = extractor.logits(real["pool"]).argmax(1)
+    reference = Reference(
+        "the run's held-out images",
+        _moments(real["pool"]),
+        features_RD=real["pool"],
+        extractor=extractor.identity,
+        about={"num_images": len(test), "data": asdict(data)},
+    )
+    about_real = {
+        "recognised_real": float((verdicts == held_out.labels).double().mean()),
+        "frechet_real": frechet_distance(_moments(of_training["pool"]), reference.pool),
+        "nearest_neighbour_real": float(real["nearest"].double().mean()),
+        "num_real": {"training": len(training), "held_out": len(test)},
+    }
+    return ClassifierScorer(extractor, reference, about_real)
+
+
+def check_small(training: ImageDataset) -> None:
+    """Whether a classifier of all images in memory makes sense.
+
+    Raises:
+        ValueError: it does not.
+    """
+    numbers = len(training) * training.read([0]).images[0].numel()
+    if numbers > OWN_DATA_LIMIT:
+        raise ValueError(
+            f"the data's {len(training)} images are too many for a small classifier; give --reference FILE, as made by "
+            "`diffusion-moe stats DATA`"
+        )
+
+
+def shared_classifier(training: ImageDataset) -> Classifier:
+    """One classifier for all processes: its weights could differ in the last digit between machines."""
+    weights = from_main(train_classifier(training).state_dict() if is_main() else None)
+    classifier = Classifier(training.read([0]).images.shape[1], len(training.class_names))
+    classifier.load_state_dict(weights)
+    return classifier.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Images from a run, a pipeline folder, a model's folder or a model in memory."""

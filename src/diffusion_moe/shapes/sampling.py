@@ -1,0 +1,229 @@
+"""Drawing scenes: what they hold and where, each a function of (seed, stream, scene number) alone.
+
+Shapes: S scenes, I = 4 places for objects, of which a scene fills the first ones; R = 2 rows of C = 2 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..config import ShapesLayout
+from ..randomness import uniforms
+from .scene import COLOURS, LARGE_FROM, MAX_COUNT, SHAPES, SIZES, Item, Scene, contents, held_out
+
+EDGE, GAP = 1 / 32, 0.07
+"""Least distance of an object's box to the image's edge and to another box, as a share of the side."""
+REACH = {"circle": 1.0, "square": 0.88, "triangle": 1.2, "cross": 1.05}
+"""Of a shape of radius 1: greatest distance from the centroid along x or y."""
+GRID = (1 / 4, 1 / 8)
+"""Of the layout grid, small and large objects: centres are at most one such step from the middle, along x and y."""
+SLOPE = 0.5
+"""Of two objects with a relation: greatest offset across its direction, over the offset along it."""
+KIND_SHARES = {"single": 0.2, "count": 0.2, "pair": 0.6}
+"""Of the training scenes."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Many scenes as tensors, (S, I) each; places without an object have radius 0."""
+
+    shape: Tensor
+    """Index into SHAPES, int64."""
+    colour: Tensor
+    """Index into COLOURS, int64."""
+    x: Tensor
+    """Shares of the side, as for `Item`, float32."""
+    y: Tensor
+    radius: Tensor
+
+    def __len__(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, indices: Sequence[int]) -> Scenes:
+        rows = torch.as_tensor(list(indices), dtype=torch.int64)
+        return Scenes(*(field[rows] for field in (self.shape, self.colour, self.x, self.y, self.radius)))
+
+    @classmethod
+    def of(cls, scenes: Sequence[Scene]) -> Scenes:
+        """The same scenes as tensors.
+
+        Raises:
+            ValueError: a scene has more objects than there are places.
+        """
+        whole, real = torch.zeros(2, len(scenes), MAX_COUNT).long(), torch.zeros(3, len(scenes), MAX_COUNT)
+        colours = list(COLOURS)
+        for s, scene in enumerate(scenes):
+            if len(scene.items) > MAX_COUNT:
+                raise ValueError(f"a scene has {len(scene.items)} objects; {MAX_COUNT} are the most")
+            for i, item in enumerate(scene.items):
+                whole[:, s, i] = torch.tensor([SHAPES.index(item.shape), colours.index(item.colour)])
+                real[:, s, i] = torch.tensor([item.x, item.y, item.radius])
+        return cls(*whole, *real)
+
+    def scene(self, index: int) -> Scene:
+        """One of them as a value."""
+        colours = list(COLOURS)
+        rows = zip(*(getattr(self, name)[index].tolist() for name in ("shape", "colour", "x", "y", "radius")))
+        return Scene(tuple(Item(SHAPES[shape], colours[colour], x, y, r) for shape, colour, x, y, r in rows if r > 0))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """`contents()` as tensors, a row each; (840,) or (840, I)."""
+
+    count: Tensor
+    shape: Tensor
+    colour: Tensor
+    least: Tensor
+    """Least and greatest radius."""
+    most: Tensor
+    across: Tensor
+    """Whether the relation is left or right."""
+    backwards: Tensor
+    """Whether the first object of a relation is the right or the lower one."""
+    related: Tensor
+
+
+@lru_cache
+def _table() -> _Table:
+    colours, rows = list(COLOURS), contents()
+    whole, radii = torch.zeros(2, len(rows), MAX_COUNT).long(), torch.zeros(2, len(rows), MAX_COUNT)
+    for row, content in enumerate(rows):
+        for i, look in enumerate(content.looks):
+            whole[:, row, i] = torch.tensor([SHAPES.index(look.shape), colours.index(look.colour)])
+            radii[:, row, i] = torch.tensor(SIZES[look.size])
+
+    def relation_in(*names: str | None) -> Tensor:
+        return torch.tensor([content.relation in names for content in rows])
+
+    return _Table(
+        count=torch.tensor([len(content.looks) for content in rows]),
+        shape=whole[0],
+        colour=whole[1],
+        least=radii[0],
+        most=radii[1],
+        across=relation_in("left of", "right of"),
+        backwards=relation_in("right of", "below"),
+        related=~relation_in(None),
+    )
+
+
+@lru_cache
+def _seen_rows() -> list[Tensor]:
+    """Rows of `contents()` that training shows, a tensor for each of KIND_SHARES."""
+    return [
+        torch.tensor([row for row, content in enumerate(contents()) if content.kind == kind and not held_out(content)])
+        for kind in KIND_SHARES
+    ]
+
+
+def draw_contents(seed: int, stream: str, numbers: Tensor) -> Tensor:
+    """What training scenes show, as rows of `contents()`: the kind by KIND_SHARES, then any of it that is not held out.
+
+    Args:
+        seed, stream: of the randomness. numbers: of the scenes, int64, (S,).
+    """
+    u = uniforms(seed, f"{stream}/contents", 0, numbers, 2)
+    kinds = torch.bucketize(u[:, 0].contiguous(), torch.tensor(list(KIND_SHARES.values())).cumsum(0)[:-1], right=True)
+    rows = torch.empty_like(numbers)
+    for kind, table in enumerate(_seen_rows()):
+        chosen = kinds == kind
+        rows[chosen] = table[(u[chosen, 1] * len(table)).long()]
+    return rows
+
+
+def place(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: ShapesLayout = "free") -> Scenes:
+    """Scenes that show these contents.
+
+    Objects stand in two rows of at most two. Free: rows, and objects in a row, share the free space at random, so no
+    draw has to be rejected. Grid: every centre is one of nine places, and two in a row (or two rows) stand at its two
+    ends. Half of the scenes are then turned about the diagonal; where a relation asks for it, always.
+
+    Args:
+        rows: of `contents()`, int64, (S,). seed, stream: of the randomness. numbers: of the scenes, int64, (S,).
+    """
+    table = _table()
+    shape = table.shape[rows]
+    u = uniforms(seed, f"{stream}/places", 0, numbers, 18)
+    slots = _slots(table.count[rows], u[:, 4])
+    related, across, backwards = table.related[rows], table.across[rows], table.backwards[rows]
+    least = table.least[rows]
+    radius = least + u[:, :4] * (table.most[rows] - least)
+    if layout == "free":
+        reach = radius * torch.tensor([REACH[name] for name in SHAPES])[shape]
+        x, y = _spread_over_rows(reach, slots, u[:, 5:15])
+        x = torch.where(related[:, None], _aligned(x, y, reach, u[:, 15]), x)
+    else:
+        x, y = _on_the_grid(radius, slots, related, u[:, 5:12])
+    x, y = (torch.where(backwards[:, None], 1 - z, z) for z in (x, y))
+    turned = (across | ~related & (u[:, 16] < 0.5))[:, None]
+    x, y = torch.where(turned, y, x), torch.where(turned, x, y)
+    empty = radius == 0
+    return Scenes(shape, table.colour[rows], x.masked_fill(empty, 0), y.masked_fill(empty, 0), radius)
+
+
+def draw_scenes(seed: int, split: str, numbers: Tensor, layout: ShapesLayout = "free") -> Scenes:
+    """Scenes of a split by number, int64, (S,): a function of (seed, split, number), with nothing that is held out."""
+    stream = f"shapes/{split}"
+    return place(draw_contents(seed, stream, numbers), seed, stream, numbers, layout)
+
+
+def _slots(count: Tensor, u: Tensor) -> Tensor:
+    """Slot of each place, 2 * row + column, (S, I); of three objects either row may hold two."""
+    slots = torch.tensor([[0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3, 1]])
+    return slots[count - 1 + 2 * ((count == 3) & (u < 0.5)).long()]
+
+
+def _spread_over_rows(reach: Tensor, slot: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres x and y, (S, I), that keep EDGE and GAP; u: uniform numbers, (S, 10)."""
+    boxes = torch.zeros_like(reach).scatter(1, slot, reach).view(-1, 2, 2)  # (S, R, C)
+    height = boxes.amax(2)
+    lines = _spread(height, u[:, :2])
+    x = _spread(boxes, u[:, 2:6].view(-1, 2, 2))
+    y = lines[:, :, None] + (height[:, :, None] - boxes) * (2 * u[:, 6:].view(-1, 2, 2) - 1)
+    return x.flatten(1).gather(1, slot), y.flatten(1).gather(1, slot)
+
+
+def _spread(half: Tensor, u: Tensor) -> Tensor:
+    """Centres of two intervals of half widths `half` in [0, 1], one after the other; one alone takes all the room."""
+    alone = half[..., 1] == 0
+    room = 1 - 2 * EDGE - 2 * half.sum(-1) - GAP * ~alone
+    first = room * torch.where(alone, u[..., 0], u.amin(-1))
+    second = room * u.amax(-1) + 2 * half[..., 0] + GAP
+    return EDGE + half + torch.stack((first, second), -1)
+
+
+def _aligned(x: Tensor, y: Tensor, reach: Tensor, u: Tensor) -> Tensor:
+    """x, (S, I), with the second object's drawn anew: no farther from the first's than SLOPE times the offset in y."""
+    offset = SLOPE * (y[:, 1] - y[:, 0]) * (2 * u - 1)
+    second = (x[:, 0] + offset).clamp(EDGE + reach[:, 1], 1 - EDGE - reach[:, 1])
+    return torch.stack((x[:, 0], second, x[:, 2], x[:, 3]), 1)
+
+
+def _on_the_grid(radius: Tensor, slot: Tensor, related: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres x and y, (S, I), of objects of these radii; u: uniform numbers, (S, 7)."""
+    taken = torch.zeros_like(radius, dtype=torch.bool).scatter(1, slot, radius > 0).view(-1, 2, 2)  # (S, R, C)
+    rows = _places(taken.any(2), u[:, :2])
+    x = _places(taken, u[:, 2:6].view(-1, 2, 2))
+    y = rows[:, :, None].expand_as(x)
+    x, y = (z.flatten(1).gather(1, slot) for z in (x, y))
+    aside = _step(u[:, 6])  # the rows are two steps apart: SLOPE allows one
+    x[:, 1] = torch.where(related, (x[:, 0] + aside).clamp(-1, 1), x[:, 1])
+    large = (radius[:, :1] >= LARGE_FROM).long()  # then it is alone
+    step = torch.tensor(GRID)[large]
+    return 0.5 + step * x, 0.5 + step * y
+
+
+def _places(taken: Tensor, u: Tensor) -> Tensor:
+    """Steps from the middle of two places in order, (..., 2): both ends where both are taken, else any."""
+    return torch.where(taken.all(-1, keepdim=True), torch.tensor([-1.0, 1.0]), _step(u))
+
+
+def _step(u: Tensor) -> Tensor:
+    """-1, 0 or 1 by uniform numbers."""
+    return (3 * u).floor() - 1
