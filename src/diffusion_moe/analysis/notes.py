@@ -31,7 +31,7 @@ def sampling_note(findings: Findings, sampling: Sampling) -> str:
         many += f" of {known}" * (about["num_classes"] != known)
     if "prompts" in about:
         many += f", prompts: {about['prompts']['origin']}"
-    if findings.model.router == "diffmoe" and findings.model.inference_pool == "batch":
+    if findings.model.pools_batch:
         many += f", routed in pools of {about['batch_size']}"
     return f"{many}; {examples_note(findings, sampling)}"
 

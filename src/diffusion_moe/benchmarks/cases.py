@@ -121,8 +121,7 @@ Pairs = Iterator[tuple[str, dict[str, Any], Contestant, Contestant]]
 
 def _rival(layer: MoEFeedForward, setting: Setting) -> nn.Module:
     config = setting.config
-    experts_a_token = config.top_k if config.router in ("tc", "dsmoe") else config.capacity
-    return make_rival(setting.against, layer, experts_a_token, setting.device, setting.dtype)
+    return make_rival(setting.against, layer, config.experts_per_token, setting.device, setting.dtype)
 
 
 def _layer(setting: Setting) -> Pairs:

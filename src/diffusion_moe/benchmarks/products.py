@@ -29,8 +29,7 @@ def products(
         ValueError: there are fewer rows than experts.
     """
     E, D, F = config.num_experts, config.hidden_size, config.expert_dim
-    experts_a_token = config.top_k if config.router in ("tc", "dsmoe") else config.capacity
-    C = int(images * tokens_an_image * experts_a_token) // E
+    C = int(images * tokens_an_image * config.experts_per_token) // E
     if C < 1:
         raise ValueError(f"tokens is {images * tokens_an_image}, too few for {E} experts to have a row each; give more")
     torch.manual_seed(0)

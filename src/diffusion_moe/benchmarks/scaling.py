@@ -137,7 +137,7 @@ def _changed(config: ModelConfig, fields: dict[str, Any]) -> ModelConfig:
 
 
 def _name_of_top_k(config: ModelConfig) -> str:
-    return "top_k" if config.router in ("tc", "dsmoe") else "capacity"
+    return "top_k" if config.rule is not None and "top_k" in config.rule.reads else "capacity"
 
 
 def _least_experts(config: ModelConfig) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from ..routing_rules import RoutingRule, rule_of
 from .require import require
 
-Router = Literal["dense", "tc", "ec", "diffmoe", "dsmoe"]
+Router = str
+"""dense, or a name in `routing_rules.RULES`."""
 Balance = Literal["none", "aux", "bias"]
 Activation = Literal["gelu", "silu", "swiglu"]
 Position = Literal["sincos", "rope1d", "rope2d", "sincos+rope2d"]
@@ -177,8 +179,23 @@ class ModelConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name} is {value}; it must be positive, or null")
         require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}; use 0 for an unconditional model")
-        if self.router != "dense":
+        if self.rule is not None:
             self._check_experts()
+
+    @property
+    def rule(self) -> type[RoutingRule] | None:
+        """The routing rule; None for dense."""
+        return rule_of(self.router)
+
+    @property
+    def experts_per_token(self) -> float:
+        """Routed experts that serve a token of an MoE layer, on average."""
+        return 0.0 if self.rule is None else self.rule.experts_per_token(self)
+
+    @property
+    def pools_batch(self) -> bool:
+        """True where images of a batch depend on each other at inference."""
+        return self.rule is not None and self.rule.pools_batch(self)
 
     @property
     def head_width(self) -> int:
@@ -270,7 +287,7 @@ class ModelConfig:
                 getattr(self, name) <= self.num_experts,
                 f"model.{name} is {getattr(self, name)}, more than model.num_experts {self.num_experts}",
             )
-        if self.router == "dsmoe":
+        if self.rule is not None and "n_group" in self.rule.reads:
             require(
                 self.n_group > 0 and self.num_experts % self.n_group == 0,
                 f"model.num_experts {self.num_experts} is not divisible by model.n_group {self.n_group}",

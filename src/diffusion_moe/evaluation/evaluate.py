@@ -98,11 +98,12 @@ def score_model(
     with collected(images, scorer.extractor, settings.batch_size, path.parent, log) as found:
         if found is None:
             return None
-        pools = source.config.router == "diffmoe" and source.config.inference_pool == "batch"
         result = (
             scorer.scores(found, images.labels)
             | provenance(settings, found.usage)
-            | ({"batch_size": settings.batch_size} if pools else {})  # images then depend on their batch
+            | (
+                {"batch_size": settings.batch_size} if source.config.pools_batch else {}
+            )  # images then depend on their batch
             | ({} if shown is None else shown.record())
             | {"weights": source.weights}
             | source.origin()

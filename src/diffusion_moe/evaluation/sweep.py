@@ -100,7 +100,7 @@ def check_point(source: Source, point: Point) -> None:
     """
     check_solver(source.config, point.settings)
     scale = point.settings.threshold_scale
-    if scale != 1 and source.config.router != "diffmoe":
+    if scale != 1 and not (source.config.rule and source.config.rule.has_thresholds):
         raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; leave it at 1")
     if source.config.num_classes == 0 and source.config.text_dim == 0 and point.settings.guidance_scale != 1:
         raise ValueError(

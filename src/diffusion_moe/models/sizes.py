@@ -37,8 +37,7 @@ def model_size(config: ModelConfig) -> Size:
         )
         total = sum(parameter.numel() for parameter in model.parameters())
         total += model.pos_embed.numel() if config.adds_sincos else 0
-    per_token = config.top_k if config.router in ("tc", "dsmoe") else config.capacity
-    return Size(total, total - experts * (1 - per_token / config.num_experts))
+    return Size(total, total - experts * (1 - config.experts_per_token / config.num_experts))
 
 
 def model_flops(config: ModelConfig) -> int:

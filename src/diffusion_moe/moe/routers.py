@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class RouterConfig:
     """Settings of a routing rule; each rule reads the ones it knows."""
 
-    kind: Literal["tc", "ec", "diffmoe", "dsmoe"]
+    kind: str
     """Row of `ROUTERS`: token choice, expert choice per image, DiffMoE's batch pool, DSMoE's sigmoid grouped top-k."""
     num_experts: int
     """Routed experts E."""

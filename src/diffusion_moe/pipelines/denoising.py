@@ -253,7 +253,7 @@ class DenoisingPipeline(DiffusionPipeline):
         if null is None:
             return answer(x, conditions)
         # Where routing pools the batch, a doubled one would mix the two.
-        if self.settings.router == "diffmoe" and self.settings.inference_pool == "batch":
+        if self.settings.pools_batch:
             without, output = answer(x, null), answer(x, conditions)
         else:
             pairs = {name: (null[name], conditions[name]) for name in conditions}

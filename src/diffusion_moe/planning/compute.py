@@ -57,4 +57,4 @@ def rows_per_image(config: ModelConfig) -> float:
     tokens = (config.sample_size // config.patch_size) ** 2 + config.class_tokens
     if config.text_dim and config.text_conditioning == "joint":
         tokens += config.text_length
-    return tokens * (config.top_k if config.router in ("tc", "dsmoe") else config.capacity)
+    return tokens * config.experts_per_token

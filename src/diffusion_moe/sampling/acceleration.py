@@ -27,7 +27,12 @@ def check_acceleration(config: ModelConfig, settings: EvaluationConfig, device: 
     """
     if settings.acceleration == "graph" and device.type != "cuda":
         raise ValueError(f"acceleration is graph, but the model is on {device.type}; use compile or none")
-    if settings.acceleration != "none" and config.router == "diffmoe" and settings.capacity_limit is None:
+    if (
+        settings.acceleration != "none"
+        and config.rule is not None
+        and config.rule.has_thresholds
+        and settings.capacity_limit is None
+    ):
         raise ValueError(
             f"acceleration is {settings.acceleration}, but the diffmoe router chooses any number of experts a token; "
             "give it a capacity_limit (2 leaves ample room)"

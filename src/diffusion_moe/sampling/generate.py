@@ -247,10 +247,9 @@ def _guided(
         return output, without
 
     # One batch of both, but where routing pools the batch and would mix them.
-    pools = config.router == "diffmoe" and config.inference_pool == "batch"
     channels = settings.guidance_channels or config.in_channels
     scale, interval = settings.guidance_scale, settings.guidance_interval
-    return guided(conditional, answer(null, negative), scale, interval, channels, None if pools else both)
+    return guided(conditional, answer(null, negative), scale, interval, channels, None if config.pools_batch else both)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:

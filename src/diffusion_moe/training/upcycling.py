@@ -52,10 +52,11 @@ def divide(config: ModelConfig) -> Division | str:
     """How dense layers of this configuration become its experts; or why they cannot, in words."""
     if config.expert_activation != config.mlp_activation:
         return f"the dense layers use {config.mlp_activation} and the experts {config.expert_activation}"
+    assert config.rule is not None
     units, shared = config.mlp_width, 0
     if config.shared == config.mlp_activation:
         shared = min(units, config.shared_dim or config.expert_dim)
-    left, weight = units - shared, _weight_of_a_token(config)
+    left, weight = units - shared, config.rule.initial_weight(config)
     if not left:
         return Division(shared, 0, weight, exact=True)
     if config.expert_dim < left and left % config.expert_dim:
@@ -66,15 +67,6 @@ def divide(config: ModelConfig) -> Division | str:
     normalised = config.router == "dsmoe" and config.top_k > 1
     whole_copies = config.top_k % slices == 0 and (config.num_experts // config.n_group) % slices == 0
     return Division(shared, slices, weight, exact=normalised and whole_copies and config.shared != "identity")
-
-
-def _weight_of_a_token(config: ModelConfig) -> float:
-    if config.router == "dsmoe":
-        return config.routed_scaling_factor * (
-            1.0 if config.top_k > 1 else 0.5
-        )  # a single one has its sigmoid, 0.5 at logit 0
-    per_token = config.top_k if config.router == "tc" else config.capacity
-    return per_token / config.num_experts  # softmax
 
 
 def loses_biases(config: ModelConfig, division: Division) -> bool:

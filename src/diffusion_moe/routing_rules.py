@@ -1,0 +1,125 @@
+"""What the rest of the project must know of each routing rule, without torch.
+
+A router class inherits from its rule (see `moe.routers`), so that all facts of a rule stand in its class. Sizes, plans,
+benchmarks, checks of a recipe, sampling and reports ask the rule and never compare names.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+
+class RoutingSettings(Protocol):
+    """The settings that rules read; `ModelConfig` and `RouterConfig` have them."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def capacity(self) -> float: ...
+    @property
+    def inference_pool(self) -> str: ...
+    @property
+    def routed_scaling_factor(self) -> float: ...
+
+
+class RoutingRule:
+    """Facts of one routing rule. Subclasses override what differs."""
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Settings of routing that the rule reads beside num_experts, by their names in `ModelConfig`."""
+    can_balance: ClassVar[bool] = False
+    """The setting `balance` evens out the load of its experts."""
+    has_thresholds: ClassVar[bool] = False
+    """Thresholds decide at inference how many experts a token gets."""
+
+    @staticmethod
+    def experts_per_token(settings: RoutingSettings) -> float:
+        """Experts that serve a token, on average."""
+        raise NotImplementedError
+
+    @staticmethod
+    def pools_batch(settings: RoutingSettings) -> bool:
+        """True where images of a batch depend on each other at inference."""
+        return False
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        """Sum of the weights of a token's experts while all logits are 0: softmax gives each expert 1 / E."""
+        return cls.experts_per_token(settings) / settings.num_experts
+
+    @staticmethod
+    def num_parameters(settings: RoutingSettings, dim: int) -> int:
+        """Parameters of one router for tokens of width `dim`."""
+        return settings.num_experts * dim
+
+
+class TokenChoiceRule(RoutingRule):
+    """TC-DiT, DiT-MoE: each token takes its K best experts."""
+
+    reads = frozenset({"top_k", "balance", "balance_weight", "balance_rate"})
+    can_balance = True
+
+    @staticmethod
+    def experts_per_token(settings: RoutingSettings) -> float:
+        return settings.top_k
+
+
+class DSMoERule(TokenChoiceRule):
+    """DSMoE: each token takes the K best experts of its best groups."""
+
+    reads = TokenChoiceRule.reads | {"n_group", "topk_group", "routed_scaling_factor"}
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        # Weights are normalised over the K; a single expert has its sigmoid, 0.5 at logit 0.
+        return settings.routed_scaling_factor * (1.0 if settings.top_k > 1 else 0.5)
+
+
+class ExpertChoiceRule(RoutingRule):
+    """EC-DiT: each expert takes the best tokens of each image."""
+
+    reads = frozenset({"capacity"})
+
+    @staticmethod
+    def experts_per_token(settings: RoutingSettings) -> float:
+        return settings.capacity
+
+
+class DiffMoERule(ExpertChoiceRule):
+    """DiffMoE: each expert takes the best tokens of the whole batch; thresholds decide at inference."""
+
+    reads = frozenset({"capacity", "capacity_loss_weight", "threshold_decay", "inference_pool"})
+    has_thresholds = True
+
+    @staticmethod
+    def pools_batch(settings: RoutingSettings) -> bool:
+        return settings.inference_pool == "batch"
+
+    @staticmethod
+    def num_parameters(settings: RoutingSettings, dim: int) -> int:
+        # The gate, and the capacity predictor's two linear layers with biases.
+        return settings.num_experts * dim + dim * dim + dim + dim * settings.num_experts + settings.num_experts
+
+
+RULES: dict[str, type[RoutingRule]] = {
+    "tc": TokenChoiceRule,
+    "ec": ExpertChoiceRule,
+    "diffmoe": DiffMoERule,
+    "dsmoe": DSMoERule,
+}
+"""Rules by the value of `ModelConfig.router`; `moe.routers.register_router` adds to them."""
+
+
+def rule_of(router: str) -> type[RoutingRule] | None:
+    """The rule of a value of `ModelConfig.router`; None for dense, which routes nothing.
+
+    Raises:
+        ValueError: no such rule is registered.
+    """
+    if router == "dense":
+        return None
+    if router not in RULES:
+        raise ValueError(f"model.router is {router!r}; choose one of dense, {', '.join(RULES)}")
+    return RULES[router]
