@@ -99,7 +99,7 @@ def test_the_backend_is_what_moe_backend_chooses(monkeypatch):
         ("auto", False, "torch"),
         ("auto", True, "triton"),
         ("torch", True, "torch"),
-        ("sonic", True, "sonic"),
+        ("triton", False, "triton"),
     ]:
         pretend(chosen, triton)
         assert backend(CPU) == expected

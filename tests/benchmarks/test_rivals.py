@@ -2,7 +2,7 @@
 
 import sys
 from enum import Enum
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -84,8 +84,7 @@ def sonicmoe(monkeypatch):
     package.moe_general_routing_inputs, enums.ActivationType = moe_general_routing_inputs, ActivationType
     monkeypatch.setitem(sys.modules, "sonicmoe", package)
     monkeypatch.setitem(sys.modules, "sonicmoe.enums", enums)
-    probe = SimpleNamespace(why_not=lambda dim, expert_dim, dtype, device, token_choice, bias: None)
-    monkeypatch.setitem(sys.modules, "diffusion_moe.moe.sonic", probe)
+    monkeypatch.setitem(UNSUITED, "sonicmoe", lambda layer, device, dtype: None)
 
 
 @pytest.mark.parametrize("kind", ["tc", "dsmoe"])
@@ -131,6 +130,7 @@ def test_the_libraries_version_is_told():
         ("transformers", {"bias": True}, torch.float32, "but the experts are swiglu with biases"),
         ("transformers", {"dim": 12}, torch.bfloat16, "a width of 12 is not a multiple of 8"),
         ("scattermoe", {}, torch.float32, "it needs a CUDA device"),
+        ("sonicmoe", {}, torch.bfloat16, "it needs a Hopper GPU"),
     ],
 )
 def test_what_does_not_suit_is_refused(against, layer, dtype, expected):
@@ -146,22 +146,3 @@ def test_what_is_not_installed_is_named(against, monkeypatch):
     with pytest.raises(ValueError, match=f"against is {against}, which cannot be imported") as caught:
         make_rival(against, make_layer(), 2, CPU, torch.float32)
     assert "\n" not in str(caught.value)
-
-
-def test_sonicmoe_is_refused_with_its_probes_reason(monkeypatch):
-    asked = []
-
-    def why_not(*arguments):
-        asked.append(arguments)
-        return "H is below 512"
-
-    monkeypatch.setitem(sys.modules, "diffusion_moe.moe.sonic", SimpleNamespace(why_not=why_not))
-    with pytest.raises(ValueError, match="against is sonicmoe, which cannot run here: H is below 512"):
-        make_rival("sonicmoe", make_layer(), 2, CPU, torch.bfloat16)
-    assert asked == [(16, 32, torch.bfloat16, CPU, True, False)]
-
-
-def test_sonicmoe_without_its_probe_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusion_moe.moe.sonic", None)
-    with pytest.raises(ValueError, match=r"no diffusion_moe\.moe\.sonic"):
-        make_rival("sonicmoe", make_layer(), 2, CPU, torch.bfloat16)

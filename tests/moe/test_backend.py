@@ -1,4 +1,4 @@
-"""The one switch between torch, Triton and SonicMoE."""
+"""The switch between torch and Triton."""
 
 import subprocess
 import sys
@@ -45,8 +45,6 @@ def test_auto_takes_triton_on_a_gpu_only(on_hopper):
     assert not backend.takes_triton(torch.empty(1))
     with backend.use("torch"):
         assert not backend.takes_triton(on_hopper)
-    with backend.use("sonic"):
-        assert backend.takes_triton(on_hopper)
     for name in ("auto", "triton"):
         with backend.use(name):
             assert not backend.takes_triton(on_hopper, FakeTensor("cuda", torch.float64)), "float64 is torch's"
@@ -68,9 +66,8 @@ def test_auto_falls_back_and_triton_says_what_is_missing(on_hopper, monkeypatch,
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cuda", "DIFFUSION_MOE_KERNELS is 'cuda'; choose auto, torch, triton, sonic"),
+        ("cuda", "DIFFUSION_MOE_KERNELS is 'cuda'; choose auto, torch, triton$"),
         ("triton", "DIFFUSION_MOE_KERNELS is triton, but the tensors are on cpu and TRITON_INTERPRET=1 is not set"),
-        ("sonic", "SonicMoE computes in bfloat16, not float32; set DIFFUSION_MOE_KERNELS to auto"),
     ],
 )
 def test_a_choice_that_cannot_be_is_refused_in_one_line(monkeypatch, name, message):

@@ -209,13 +209,9 @@ def _scattermoe_unsuited(layer: MoEFeedForward, device: torch.device, dtype: tor
 
 
 def _sonicmoe_unsuited(layer: MoEFeedForward, device: torch.device, dtype: torch.dtype) -> str | None:
-    try:
-        sonic = import_module("diffusion_moe.moe.sonic")
-    except ModuleNotFoundError:
-        return "this version has no diffusion_moe.moe.sonic, which tells what it takes"
-    F, D = layer.experts.w_out.shape[1:]
-    reason: str | None = sonic.why_not(D, F, dtype, device, True, False)
-    return reason
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "it needs a Hopper GPU"
+    return None if dtype == torch.bfloat16 else f"it computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
 
 
 UNSUITED: dict[str, Callable[[MoEFeedForward, torch.device, torch.dtype], str | None]] = {

@@ -1,6 +1,7 @@
-"""Which implementation of the layer's operators runs: torch's, our Triton kernels, or SonicMoE's experts.
+"""The choice between torch and our Triton kernels for the layer's operators, made here alone.
 
-The one place that decides. Triton is imported only where a kernel is about to run: builds of torch for CPUs have none.
+On a CUDA device the kernels in `moe/kernels` run, unless DIFFUSION_MOE_KERNELS says otherwise. Triton is imported only
+where a kernel is about to run: builds of torch for CPUs have none.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-Kernels = Literal["auto", "torch", "triton", "sonic"]
+Kernels = Literal["auto", "torch", "triton"]
 VARIABLE = "DIFFUSION_MOE_KERNELS"
-"""Environment variable: auto (Triton on a CUDA device that can, else torch), torch, triton (always, on a CPU only under
-Triton's interpreter), or sonic (SonicMoE's experts, the rest as by auto)."""
+"""Environment variable: auto (Triton on a CUDA device that supports it, else torch), torch, or triton (always; on a CPU
+only under Triton's interpreter)."""
 MAX_EXPERTS = 1024
-"""Experts that one program of a kernel holds side by side."""
+"""Most experts that one program of a kernel can hold."""
 
-_chosen: list[Kernels] = []  # by `use`, innermost last; no context variable, for backward passes run on other threads
+# Choices of `use`, innermost last. Not a context variable, because backward passes run on other threads.
+_chosen: list[Kernels] = []
 
 
 def chosen() -> Kernels:
-    """The innermost `use`, else the environment variable, else auto.
+    """The choice of the innermost `use`, else of the environment variable, else auto.
 
     Raises:
-        ValueError: there is no such choice.
+        ValueError: the choice is none of `Kernels`.
     """
     name = _chosen[-1] if _chosen else os.environ.get(VARIABLE) or "auto"
     if name not in get_args(Kernels):
@@ -38,20 +40,20 @@ def chosen() -> Kernels:
 
 @contextmanager
 def use(name: Kernels) -> Iterator[None]:
-    """Choose for the operators that run inside, whatever the environment variable says."""
+    """Choose for the operators that run inside the block; the environment variable is ignored."""
     _chosen.append(name)
     try:
-        chosen()  # refuses what there is not
+        chosen()  # raises for an unknown name
         yield
     finally:
         _chosen.pop()
 
 
 def takes_triton(*tensors: Tensor, experts: int = 1) -> bool:
-    """Whether a Triton kernel runs on these tensors. float64 is always torch's.
+    """True where a Triton kernel runs on these tensors. float64 always runs in torch.
 
     Args:
-        experts: how many of them the kernel must hold side by side.
+        experts: number of experts that one program of the kernel must hold.
 
     Raises:
         ValueError: Triton is asked for and cannot run.
@@ -59,19 +61,19 @@ def takes_triton(*tensors: Tensor, experts: int = 1) -> bool:
     name = chosen()
     if name == "torch" or any(x.dtype == torch.float64 for x in tensors):
         return False
-    why_not = _why_not(tensors[0].device, experts)
-    if name == "triton" and why_not is not None:
-        raise ValueError(f"{VARIABLE} is triton, but {why_not}; set it to auto")
-    return why_not is None and (name == "triton" or tensors[0].is_cuda)
+    obstacle = _obstacle(tensors[0].device, experts)
+    if name == "triton" and obstacle is not None:
+        raise ValueError(f"{VARIABLE} is triton, but {obstacle}; set it to auto")
+    return obstacle is None and (name == "triton" or tensors[0].is_cuda)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device: make it that of `x`."""
+    """A context that makes the device of `x` the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _why_not(device: torch.device, experts: int) -> str | None:
-    """Why no Triton kernel can run, if so."""
+def _obstacle(device: torch.device, experts: int) -> str | None:
+    """The reason why no Triton kernel can run; None if one can."""
     if device.type != "cuda" and not _is_interpreting():
         return f"the tensors are on {device.type} and TRITON_INTERPRET=1 is not set"
     if not _has_triton():

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .activation import ExpertActivation, activate
-from .backend import chosen
 from .expert_autograd import ExpertFunction, by_token
 from .ops import gmm
 from .parallel import parallel_experts
 from .precision import compute_dtype, product_dtype
 from .routing import Routing
-from .sonic import sonic_experts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,8 +72,6 @@ class GroupedExperts(nn.Module):
         dtype = compute_dtype(x_TD)
         if self.group is not None:
             return parallel_experts(self, x_TD, routing, self.group)
-        if chosen() == "sonic":
-            return sonic_experts(self, x_TD.to(dtype), routing).to(x_TD.dtype)
         if self.dropout.p and self.training:
             return self._with_dropout(x_TD.to(product_dtype(x_TD, dtype)), routing).to(x_TD.dtype)
         weights = (self.w_in, self.w_out, self.b_in, self.b_out)
