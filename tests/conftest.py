@@ -6,7 +6,7 @@ import subprocess
 # Small products on several threads are slower than on one, and threads that wait by spinning disturb their neighbours.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Processors differ in what `precision: auto` chooses and in what bfloat16 is multiplied in; tests do not.
-os.environ["DIFFUSION_MOE_CPU_PRODUCTS"] = "float32"
+os.environ["DIFFUSION_MOE_CPU_MATMUL"] = "float32"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -36,13 +36,13 @@ def test_layer_lines_hold_what_was_measured(capsys, against):
     assert records[1]["flops"] == 3 * forward
 
 
-@pytest.mark.parametrize(("asked", "products"), [("narrow", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize(("asked", "products"), [("low_precision", "bfloat16"), ("float32", "float32")])
 @pytest.mark.parametrize("what", ["layer", "products"])
 def test_lines_say_what_products_run_in(what, asked, products, capsys, monkeypatch):
     """And are held against what the machine can do in that."""
     from diffusion_moe.benchmarks.measure import ceilings
 
-    monkeypatch.setenv("DIFFUSION_MOE_CPU_PRODUCTS", asked)
+    monkeypatch.setenv("DIFFUSION_MOE_CPU_MATMUL", asked)
     assert main(["bench", what, *QUICK, "--dtype=bfloat16"]) == 0
     ceiling = ceilings(torch.device("cpu"), getattr(torch, products)).matmul_flops
     for line in capsys.readouterr().out.splitlines():
@@ -52,10 +52,10 @@ def test_lines_say_what_products_run_in(what, asked, products, capsys, monkeypat
 
 
 def test_a_choice_of_products_that_there_is_not_is_one_line(capsys, monkeypatch):
-    monkeypatch.setenv("DIFFUSION_MOE_CPU_PRODUCTS", "fp32")
+    monkeypatch.setenv("DIFFUSION_MOE_CPU_MATMUL", "fp32")
     assert main(["bench", "layer", *QUICK, "--dtype=bfloat16"]) != 0
     told = capsys.readouterr().err
-    assert told == "diffusion-moe: DIFFUSION_MOE_CPU_PRODUCTS is 'fp32'; choose auto, narrow, float32\n"
+    assert told == "diffusion-moe: DIFFUSION_MOE_CPU_MATMUL is 'fp32'; choose auto, low_precision, float32\n"
 
 
 @pytest.mark.parametrize("what", ["step", "sample"])

@@ -13,7 +13,7 @@ from torch import nn
 from diffusion_moe.distributed import rank, torchrun_processes, world_size
 from diffusion_moe.moe import GroupedExperts
 from diffusion_moe.moe.experts import experts_loop
-from diffusion_moe.moe.precision import use_products
+from diffusion_moe.moe.precision import use_cpu_matmul
 from diffusion_moe.moe.routing import route_by_expert, route_by_mask, route_by_token
 
 E, D, F = 8, 12, 6
@@ -116,11 +116,11 @@ def compare_in_bf16(products):
     generator = torch.Generator().manual_seed(1 + rank())
     x_TD = torch.randn(16, D, generator=generator)
     routing = ROUTINGS["any"](16, generator)
-    with torch.autocast("cpu", torch.bfloat16), use_products(products):
+    with torch.autocast("cpu", torch.bfloat16), use_cpu_matmul(products):
         expected, found = experts(x_TD, routing), held(experts)(x_TD, routing)
     assert found.dtype == x_TD.dtype
     # What is kept is rounded to bfloat16 in both ways, now and then one unit apart.
-    bound = {"narrow": 2**-7, "float32": 2**-10}[products]
+    bound = {"low_precision": 2**-7, "float32": 2**-10}[products]
     torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
 
 
@@ -151,5 +151,5 @@ if __name__ == "__main__":
                 compare(name, *case, dtype)
             except AssertionError as error:
                 raise AssertionError(f"{name}, {case}, {dtype}") from error
-        for products in ("narrow", "float32"):
+        for products in ("low_precision", "float32"):
             compare_in_bf16(products)

@@ -15,7 +15,7 @@ from diffusion_moe.moe import (
 )
 from diffusion_moe.moe.activation import weighted_activation, weighted_activation_backward_
 from diffusion_moe.moe.grouped_topk import grouped_topk
-from diffusion_moe.moe.ops import sum_rows
+from diffusion_moe.moe.ops import combine
 from diffusion_moe.moe.routing import sort_by_expert
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -104,10 +104,10 @@ def test_sum_of_equally_many_rows(per_token, dim, dtype):
     rows = 300 * per_token
     y_AD, row_A = torch.randn(rows, dim, device=DEVICE).to(dtype), torch.randperm(rows, device=DEVICE)
     start_T = torch.arange(300, device=DEVICE) * per_token
-    kernel, oracle = both(lambda: (sum_rows(y_AD, row_A, start_T, per_token),))
+    kernel, oracle = both(lambda: (combine(y_AD, row_A, start_T, per_token),))
     close(kernel, oracle, dtype)
     with backend.use("triton"):
-        assert torch.equal(sum_rows(y_AD, row_A, start_T), kernel[0])
+        assert torch.equal(combine(y_AD, row_A, start_T), kernel[0])
 
 
 @DTYPES
@@ -116,7 +116,7 @@ def test_sum_of_any_number_of_rows(dtype):
     rows = int(counts_T.sum())
     y_AD, row_A = torch.randn(rows, 384, device=DEVICE).to(dtype), torch.randperm(rows, device=DEVICE)
     start_T = counts_T.cumsum(0) - counts_T
-    kernel, oracle = both(lambda: (sum_rows(y_AD, row_A, start_T),))
+    kernel, oracle = both(lambda: (combine(y_AD, row_A, start_T),))
     close(kernel, oracle, dtype)
     assert torch.all(kernel[0][counts_T == 0] == 0)
 
@@ -202,7 +202,7 @@ def test_auto_runs_the_kernels_here():
         layer(x).hidden_states.sum().backward()
         torch.cuda.synchronize()
     names = {event.key for event in profile.key_averages()}
-    assert {"_activation_forward", "_activation_backward", "_sum_rows", "_choose_experts", "_router_backward"} <= names
+    assert {"_activation_forward", "_activation_backward", "_combine", "_choose_experts", "_router_backward"} <= names
     assert {"_count_by_block", "_add_up_counts", "_place_assignments"} <= names
 
 
@@ -213,7 +213,7 @@ def test_one_compilation_serves_every_batch_size():
     kernels = [
         activation._activation_forward,
         activation._activation_backward,
-        combine._sum_rows,
+        combine._combine,
         router._choose_experts,
         router._router_backward,
     ]

@@ -15,9 +15,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["narrow", "float32"])
-def cpu_products(request, monkeypatch) -> str:
-    """In what products run that are asked for in bfloat16: both ways, whatever is faster on this processor."""
+@pytest.fixture(params=["low_precision", "float32"])
+def cpu_matmul(request, monkeypatch) -> str:
+    """The dtype of matmuls that are asked for in bfloat16: both, whatever is faster on this processor."""
     monkeypatch.setenv(VARIABLE, request.param)
     return request.param
 

@@ -22,22 +22,12 @@ from diffusion_moe.moe.activation import activate
 from diffusion_moe.moe.precision import VARIABLE
 
 KINDS = list(itertools.product(["swiglu", "gelu"], [True, False]))
-WAYS = {"grouped": {"MAX_ROWS": -1}, "sorted": {"MIN_EXPERTS": 0, "MAX_BYTES": 8}}
-"""What makes experts with uneven rows be multiplied in that way."""
-
-
-@pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
-    """How experts with uneven rows are multiplied."""
-    for name, value in WAYS[request.param].items():
-        monkeypatch.setattr(expert_matmul, name, value)
-    return request.param
 
 
 @pytest.fixture(autouse=True)
-def _narrow(monkeypatch):
-    """bfloat16 is multiplied as it is, whatever is faster on this processor, but where a test asks for both."""
-    monkeypatch.setenv(VARIABLE, "narrow")
+def _low_precision(monkeypatch):
+    """Matmuls in bfloat16 stay so, whatever is faster on this processor, unless a test asks for both."""
+    monkeypatch.setenv(VARIABLE, "low_precision")
 
 
 def make_experts(dim, expert_dim, num_experts, activation="swiglu", bias=True) -> GroupedExperts:
@@ -72,7 +62,7 @@ def route(expert_TK, num_experts):
 
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
-def test_equals_the_loop(activation, bias, way):
+def test_equals_the_loop(activation, bias):
     experts = make_experts(8, 12, 5, activation, bias)
     routing, weight = route(torch.rand(23, 5).argsort(1)[:, :2], 5)  # 23 tokens do not divide by 5 experts
     assert_equals_loop(experts, torch.randn(23, 8, requires_grad=True), routing, weight)
@@ -80,7 +70,7 @@ def test_equals_the_loop(activation, bias, way):
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 @pytest.mark.parametrize("chosen", [[2, 4], [1]], ids=["some experts idle", "one expert has all"])
-def test_equals_the_loop_with_idle_experts(activation, bias, chosen, way):
+def test_equals_the_loop_with_idle_experts(activation, bias, chosen):
     experts = make_experts(8, 12, 5, activation, bias)
     routing, weight = route(torch.tensor(chosen).expand(9, -1), 5)
     assert [e for e, n in enumerate(routing.report.counts_E.tolist()) if n] == chosen
@@ -94,7 +84,7 @@ def test_equals_the_loop_with_idle_experts(activation, bias, chosen, way):
 
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
-def test_a_token_without_experts_gets_exactly_zero(activation, bias, way):
+def test_a_token_without_experts_gets_exactly_zero(activation, bias):
     experts = make_experts(8, 12, 3, activation, bias)
     chosen_TE = torch.rand(10, 3) < 0.4
     chosen_TE[4], chosen_TE[0] = False, True
@@ -107,7 +97,7 @@ def test_a_token_without_experts_gets_exactly_zero(activation, bias, way):
     assert torch.equal(experts(x_TD, nothing), torch.zeros(10, 8))
 
 
-def test_one_assignment_is_the_plain_formula(way):
+def test_one_assignment_is_the_plain_formula():
     """SwiGLU takes gates first, then values; GELU is the tanh form; the weight multiplies the whole output."""
     x = torch.randn(1, 4)
     for activation in ("swiglu", "gelu"):
@@ -121,7 +111,7 @@ def test_one_assignment_is_the_plain_formula(way):
 
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
-def test_autocast_stays_within_bfloat16_of_float32(activation, bias, way, cpu_products):
+def test_autocast_stays_within_bfloat16_of_float32(activation, bias, cpu_matmul):
     experts = make_experts(32, 32, 4, activation, bias)
     routing, weight = route(torch.rand(64, 4).argsort(1)[:, :2], 4)
     x_TD = torch.randn(64, 32, requires_grad=True)
@@ -132,10 +122,10 @@ def test_autocast_stays_within_bfloat16_of_float32(activation, bias, way, cpu_pr
     for a, e in zip(actual, expected):
         error = float(((a - e).norm() / e.norm()).detach())
         assert error < 4 * 2.0**-8, f"relative error {error}: bfloat16 rounds to 2^-8, four roundings on the way"
-        assert error > 1e-4 or cpu_products == "float32"
+        assert error > 1e-4 or cpu_matmul == "float32"
 
 
-def test_the_sum_over_experts_runs_in_float32_under_autocast(way, cpu_products):
+def test_the_sum_over_experts_runs_in_float32_under_autocast(cpu_matmul):
     """1 + 2^-8 + 2^-8 is lost when partial sums are rounded to bfloat16, in the output and in the input's gradient."""
     experts = make_experts(8, 8, 3, "gelu", bias=False)
     parts = torch.tensor([1.0, 2.0**-8, 2.0**-8])[:, None, None]
@@ -160,10 +150,7 @@ def test_equals_the_loop_for_any_sizes(data):
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     routing, weight = route(torch.rand(tokens, experts).argsort(1)[:, :top_k], experts)
     layer = make_experts(dim, width, experts, activation, bias)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in WAYS[data.draw(st.sampled_from(sorted(WAYS)))].items():
-            patch.setattr(expert_matmul, name, value)
-        assert_equals_loop(layer, torch.randn(tokens, dim, requires_grad=True), routing, weight)
+    assert_equals_loop(layer, torch.randn(tokens, dim, requires_grad=True), routing, weight)
 
 
 def test_experts_are_initialised_one_by_one():
@@ -177,7 +164,7 @@ def test_experts_are_initialised_one_by_one():
     assert not torch.equal(experts.w_in[0], experts.w_in[1])
 
 
-def test_gradcheck_in_float64(way):
+def test_gradcheck_in_float64():
     """Every input's gradient against finite differences, with both kinds of grouping."""
     for activation, bias in KINDS:
         experts = make_experts(4, 6, 3, activation, bias).double()
@@ -200,8 +187,8 @@ def test_gradcheck_in_float64(way):
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 @pytest.mark.parametrize("keep", [0, 10**9])
-def test_bfloat16_is_close_to_float32_whether_casts_are_kept_or_made_again(
-    activation, bias, keep, monkeypatch, way, cpu_products
+def test_bfloat16_is_close_to_float32_whether_casts_are_kept_or_recomputed(
+    activation, bias, keep, monkeypatch, cpu_matmul
 ):
     monkeypatch.setattr("diffusion_moe.moe.expert_autograd.KEEP_CAST_BELOW", keep)
     experts = make_experts(32, 48, 4, activation, bias)
@@ -219,7 +206,7 @@ def test_bfloat16_is_close_to_float32_whether_casts_are_kept_or_made_again(
 
 
 @pytest.mark.parametrize("frozen", [["w_in", "b_in"], ["w_out", "b_out"], ["w_in", "w_out", "b_in", "b_out"]], ids=str)
-def test_frozen_experts_cost_no_products_and_get_no_gradient(frozen, way):
+def test_frozen_experts_cost_no_matmuls_and_get_no_gradient(frozen):
     T, D, width, E = 23, 8, 12, 5
     experts = make_experts(D, width, E, "gelu")
     routing, weight = route(torch.rand(T, E).argsort(1)[:, :2], E)
@@ -241,8 +228,8 @@ def test_frozen_experts_cost_no_products_and_get_no_gradient(frozen, way):
     after, fewer = backward()
     assert [name for name, gradient in after.items() if gradient is None] == [n for n in after if n in frozen]
     assert all(gradient is None or torch.equal(gradient, before[name]) for name, gradient in after.items())
-    rows = len(expert_matmul.products_of(routing.offsets_E, 2 * T, False, 1, x_TD.dtype).spread(torch.arange(2 * T)))
-    sums = 2 * rows * expert_matmul.ONES * width if way == "grouped" else 0
+    rows = 2 * T
+    sums = 2 * rows * expert_matmul.ONES * width
     costs = {"w_in": 2 * rows * D * width, "w_out": 2 * rows * D * width, "b_in": sums, "b_out": 2 * T * E * D}
     assert operations - fewer == sum(costs[name] for name in frozen)
 
@@ -266,7 +253,7 @@ def test_only_input_first_projection_and_routing_are_kept(activation):
 
 @pytest.mark.parametrize(("activation", "bias"), KINDS)
 @pytest.mark.parametrize("pool", [True, False])
-def test_making_the_first_projection_again_changes_nothing_and_keeps_less(activation, bias, pool, way):
+def test_recomputing_the_first_projection_changes_nothing_and_keeps_less(activation, bias, pool):
     T, D, F_, E, K = 64, 8, 16, 4, 2
     experts = make_experts(D, F_, E, activation, bias)
     weight = torch.rand((E, 5) if pool else (T, K), requires_grad=True)
@@ -278,14 +265,12 @@ def test_making_the_first_projection_again_changes_nothing_and_keeps_less(activa
     before, kept = outputs_and_gradients(experts, experts, x_TD, routing, weight), kept_bytes(experts, x_TD, routing)
     experts.recompute = True
     assert all(map(torch.equal, outputs_and_gradients(experts, experts, x_TD, routing, weight), before))
-    A = len(routing.token_A)
-    rows = expert_matmul.products_of(routing.offsets_E, A, pool, 1, torch.float32).spread(torch.arange(A))
-    first_projection = 4 * len(rows) * experts.w_in.shape[2]
+    first_projection = 4 * len(routing.token_A) * experts.w_in.shape[2]
     assert kept_bytes(experts, x_TD, routing) == kept - first_projection
 
 
 @pytest.mark.parametrize("pool", [True, False])
-def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch, way, cpu_products):
+def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch, cpu_matmul):
     experts = make_experts(16, 24, 5, "swiglu", bias=False)
     weight = torch.rand((5, 6) if pool else (30, 2), requires_grad=True)
     if pool:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion_moe.benchmarks.measure import saved_bytes
 from diffusion_moe.moe.activation import activated
 from diffusion_moe.moe.feed_forward_autograd import FeedForwardFunction, WideLinear, feed_forward
-from diffusion_moe.moe.precision import use_products
+from diffusion_moe.moe.precision import use_cpu_matmul
 
 KINDS = list(itertools.product(["gelu", "silu", "swiglu"], [True, False]))
 """Activations, with and without biases."""
@@ -44,7 +44,7 @@ def test_equals_the_formula_in_float32(kind, bias, shape):
 
 
 @pytest.mark.parametrize(("kind", "bias"), KINDS)
-def test_is_within_bfloat16_under_autocast_in_either_kind_of_product(kind, bias, cpu_products):
+def test_is_within_bfloat16_under_autocast_in_either_kind_of_product(kind, bias, cpu_matmul):
     first, last = make_layers(kind, bias, 32, 48, 16)
     x = torch.randn(3, 7, 32, requires_grad=True)
     exact = results(lambda: plain(x, first, last, kind), x, (*first, last))
@@ -55,7 +55,7 @@ def test_is_within_bfloat16_under_autocast_in_either_kind_of_product(kind, bias,
         assert actual.dtype == other.dtype
         error = float(((actual.float() - expected).norm() / expected.norm()).detach())
         assert error < 1e-2
-        assert error > 1e-4 or cpu_products == "float32"
+        assert error > 1e-4 or cpu_matmul == "float32"
 
 
 @pytest.mark.parametrize("kind", ["gelu", "silu", "swiglu"])
@@ -68,7 +68,7 @@ def test_float32_products_round_what_is_kept_and_answered_and_nothing_else(kind)
         return h + (h.bfloat16().float() - h).detach()
 
     def asked():
-        with torch.autocast("cpu", torch.bfloat16), use_products("float32"):
+        with torch.autocast("cpu", torch.bfloat16), use_cpu_matmul("float32"):
             y = feed_forward(x, first, last, kind)
         assert y.dtype == torch.bfloat16
         return y.float()
@@ -84,7 +84,7 @@ def test_float32_products_round_what_is_kept_and_answered_and_nothing_else(kind)
         assert (actual - exact).norm() < 4e-3 * exact.norm()
 
 
-@pytest.mark.parametrize("products", ["narrow", "float32"])
+@pytest.mark.parametrize("products", ["low_precision", "float32"])
 def test_a_weights_last_bits_count_in_float32(products):
     """(1 + 2^-10) - 1, of which bfloat16 sees 1 - 1, in the first layer and in the last."""
     fine, one = torch.tensor([[1 + 2.0**-10, -1.0]]), torch.tensor([[1.0]])
@@ -94,7 +94,7 @@ def test_a_weights_last_bits_count_in_float32(products):
             first.weight.copy_(up)
             last.weight.copy_(down)
         x = torch.full((1, 2), 2.0**16, dtype=torch.bfloat16)  # whose SiLU is itself; 64 times the sum's too
-        with torch.autocast("cpu", torch.bfloat16), use_products(products):
+        with torch.autocast("cpu", torch.bfloat16), use_cpu_matmul(products):
             y = feed_forward(x, [first], last, "silu")
         assert float(y) == (64 if products == "float32" else 0)
 
@@ -116,7 +116,7 @@ def test_gradcheck_in_float64(kind, bias):
 
 @pytest.mark.parametrize("kind", ["gelu", "silu", "swiglu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_only_the_input_and_the_first_projection_are_kept(kind, dtype, cpu_products):
+def test_only_the_input_and_the_first_projection_are_kept(kind, dtype, cpu_matmul):
     first, last = make_layers(kind, True)
     x = torch.randn(2, 5, 6).to(dtype).requires_grad_()
     parameters = tuple(p for layer in (*first, last) for p in layer.parameters())

@@ -66,7 +66,7 @@ def test_every_kernel_compiles_for_hopper(monkeypatch, tmp_path):
             assert "ld.global.v4.b32" in ptx and "atom" not in ptx
     for per_token in (0, 5):
         sizes = combine.constants(384, per_token)
-        ptx = compiled(combine._sum_rows, sizes, num_warps=combine.warps(sizes["C"]))
+        ptx = compiled(combine._combine, sizes, num_warps=combine.warps(sizes["C"]))
         assert "ld.global.v4.b32" in ptx and "atom" not in ptx
         assert ("bra" in ptx) == (per_token == 0), "a loop only where the number of rows is not known"
     for experts in (48, backend.MAX_EXPERTS):

@@ -137,15 +137,15 @@ def test_training_never_waits_for_the_device_nor_widens_to_all_experts(settings,
     """No operator whose answer the host needs, no tensor as large as every expert on every token."""
     for name in ("gmm_loop", "gmm_wgrad_loop"):  # would read the offsets inside our operators, out of the mode's sight
         monkeypatch.setattr(ops, name, None)
-    monkeypatch.setattr("diffusion_moe.moe.expert_matmul._known_on_host", lambda offsets_E: False)  # as on a GPU
+    monkeypatch.setattr("diffusion_moe.moe.expert_matmul._is_on_host", lambda offsets_E: False)  # as on a GPU
     B, N, D, E, F = 2, 64, 32, 8, 16
     layer = MoEFeedForward(D, F, RouterConfig(num_experts=E, **settings), bias=True)
     with Watch() as watch:
         out = layer(torch.randn(B, N, D, requires_grad=True))
         (out.hidden_states.sum() + sum(out.report.losses.values())).backward()
     assert not watch.called & WAITS_FOR_DEVICE
-    products = {"bmm", "baddbmm"} if settings["kind"] in ("ec", "diffmoe") else {"gmm", "gmm_wgrad"}
-    assert products | {"sum_rows"} <= watch.called
+    matmuls = {"bmm", "baddbmm"} if settings["kind"] in ("ec", "diffmoe") else {"gmm", "gmm_wgrad"}
+    assert matmuls | {"combine"} <= watch.called
     assignments = int(out.report.counts_E.sum())
     assert watch.largest == max(assignments * max(2 * F, D), E * D * 2 * F) < B * N * E * D / 2
 
@@ -167,8 +167,8 @@ class Computing(TorchDispatchMode):
 
 @pytest.mark.parametrize(("kind", "operators"), [("dsmoe", 52), ("diffmoe", 74)])
 def test_a_training_step_has_few_operators(kind, operators, monkeypatch):
-    """Each is about a kernel on a GPU. Traced as there: without values, under autocast, products as asked."""
-    monkeypatch.setenv(VARIABLE, "narrow")
+    """Each is about a kernel on a GPU. Traced as there: without values, under autocast, matmuls as asked."""
+    monkeypatch.setenv(VARIABLE, "low_precision")
     is_pool = kind == "diffmoe"
     config = RouterConfig(kind, num_experts=16, top_k=2)
     with FakeTensorMode():

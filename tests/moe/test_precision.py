@@ -1,4 +1,4 @@
-"""In which dtype products run: what autocast asks for, or float32 on processors that are faster so."""
+"""The dtype of matmuls: what autocast asks for, or float32 on processors that are faster in it."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from torch import nn
 from diffusion_moe.benchmarks.measure import saved_bytes
 from diffusion_moe.moe import GroupedExperts, MoEFeedForward, RouterConfig, precision, route_by_token
 from diffusion_moe.moe.activation import activate
-from diffusion_moe.moe.precision import product_dtype, slower_than_float32, use_products
+from diffusion_moe.moe.precision import matmul_dtype, slower_than_float32, use_cpu_matmul
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PROCESSORS = {
@@ -37,24 +37,31 @@ def test_nothing_is_said_of_processors_that_are_not_known(text):
     assert slower_than_float32(text) == set()
 
 
-def test_products_run_as_asked_or_in_float32(monkeypatch):
+def test_matmuls_run_as_asked_or_in_float32(monkeypatch):
     x = torch.empty(1)
     monkeypatch.delenv(precision.VARIABLE, raising=False)
     monkeypatch.setattr(precision, "SLOW_DTYPES", frozenset({BF16}))
-    assert [product_dtype(x, dtype) for dtype in (BF16, FP16, FP32, torch.float64)] == [FP32, FP16, FP32, torch.float64]
-    assert product_dtype(torch.empty(1, device="meta"), BF16) == BF16
-    monkeypatch.setenv(precision.VARIABLE, "narrow")
-    assert product_dtype(x, BF16) == BF16
-    with use_products("float32"):
-        assert product_dtype(x, FP16) == FP32
-        with use_products("auto"):
-            assert product_dtype(x, BF16) == FP32
-        assert product_dtype(x, torch.float64) == torch.float64
-    assert product_dtype(x, BF16) == BF16
+    assert [matmul_dtype(x, dtype) for dtype in (BF16, FP16, FP32, torch.float64)] == [FP32, FP16, FP32, torch.float64]
+    assert matmul_dtype(torch.empty(1, device="meta"), BF16) == BF16
+    monkeypatch.setenv(precision.VARIABLE, "low_precision")
+    assert matmul_dtype(x, BF16) == BF16
+    with use_cpu_matmul("float32"):
+        assert matmul_dtype(x, FP16) == FP32
+        with use_cpu_matmul("auto"):
+            assert matmul_dtype(x, BF16) == FP32
+        assert matmul_dtype(x, torch.float64) == torch.float64
+    assert matmul_dtype(x, BF16) == BF16
     monkeypatch.setenv(precision.VARIABLE, "fp32")
-    with pytest.raises(ValueError, match="DIFFUSION_MOE_CPU_PRODUCTS is 'fp32'; choose auto, narrow, float32"):
-        product_dtype(x, BF16)
-    assert product_dtype(x, FP32) == FP32
+    with pytest.raises(ValueError, match="DIFFUSION_MOE_CPU_MATMUL is 'fp32'; choose auto, low_precision, float32"):
+        matmul_dtype(x, BF16)
+    assert matmul_dtype(x, FP32) == FP32
+
+
+def test_the_old_name_of_the_variable_is_refused_with_the_new_one(monkeypatch):
+    monkeypatch.setenv("DIFFUSION_MOE_CPU_PRODUCTS", "narrow")
+    with pytest.raises(ValueError, match=r"CPU_PRODUCTS is set; use DIFFUSION_MOE_CPU_MATMUL \(one of auto, low_pre"):
+        matmul_dtype(torch.empty(1), BF16)
+    assert matmul_dtype(torch.empty(1), FP32) == FP32
 
 
 def rounded(h):
@@ -83,7 +90,7 @@ def test_experts_in_float32_round_what_they_keep_and_nothing_else(activation, bi
     inputs = (x_TD, weight_TK, *experts.parameters())
 
     def ours():
-        with torch.autocast("cpu", BF16), use_products("float32"):
+        with torch.autocast("cpu", BF16), use_cpu_matmul("float32"):
             return experts(x_TD, route_by_token(expert_TK, weight_TK, 5))
 
     def plain():
@@ -99,26 +106,26 @@ def test_experts_in_float32_round_what_they_keep_and_nothing_else(activation, bi
 
 @pytest.mark.parametrize("shared", ["swiglu", "gelu", "none"])
 def test_the_layer_keeps_as_much_whatever_it_multiplies_in(shared, monkeypatch):
-    """A pool, where no rows are filled in, and without the casts of weights that experts keep where rows are few."""
+    """Without the casts of weights that experts keep where rows are few."""
     torch.manual_seed(0)
     monkeypatch.setattr("diffusion_moe.moe.expert_autograd.KEEP_CAST_BELOW", 0)
     layer = MoEFeedForward(16, 32, RouterConfig("diffmoe", num_experts=4, capacity=2.0), shared=shared).train()
     x = torch.randn(4, 16, 16, requires_grad=True)
 
-    def kept(products):
+    def kept(choice):
         def forward():
-            with torch.autocast("cpu", BF16), use_products(products):
+            with torch.autocast("cpu", BF16), use_cpu_matmul(choice):
                 out = layer(x)
             return out.hidden_states, *out.report.losses.values()
 
         return saved_bytes(forward, tuple(layer.parameters()))
 
-    assert kept("float32") == kept("narrow") > 0
+    assert kept("float32") == kept("low_precision") > 0
 
 
-@pytest.mark.parametrize("products", ["narrow", "float32"])
-def test_a_compiled_layer_is_the_same(products, monkeypatch):
-    monkeypatch.setenv(precision.VARIABLE, products)
+@pytest.mark.parametrize("choice", ["low_precision", "float32"])
+def test_a_compiled_layer_is_the_same(choice, monkeypatch):
+    monkeypatch.setenv(precision.VARIABLE, choice)
     torch.manual_seed(0)
     layer = MoEFeedForward(16, 32, RouterConfig("dsmoe", num_experts=4, top_k=2), shared="swiglu").train()
     x = torch.randn(4, 16, 16, requires_grad=True)
@@ -134,6 +141,6 @@ def test_a_compiled_layer_is_the_same(products, monkeypatch):
     torch._dynamo.reset()
     compiled = answer(torch.compile(layer, backend="aot_eager", fullgraph=True))
     eager = answer(layer)
-    torch.testing.assert_close(compiled[0], eager[0], rtol=1e-5, atol=1e-6)  # nearer than the two kinds of products
+    torch.testing.assert_close(compiled[0], eager[0], rtol=1e-5, atol=1e-6)  # closer than matmuls of the two dtypes
     for actual, expected in zip(compiled, eager):
         torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)

@@ -15,7 +15,7 @@ from diffusion_moe.cli import main
 from diffusion_moe.models import make_model
 from diffusion_moe.models.sizes import blank_inputs
 from diffusion_moe.moe import recompute_experts
-from diffusion_moe.moe.precision import use_products
+from diffusion_moe.moe.precision import use_cpu_matmul
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.planning.activations import trace_saved, travelling_bytes
 from diffusion_moe.planning.compute import compute_of
@@ -113,7 +113,7 @@ def check_kept(options, precision="fp32", recompute="none"):
     recompute_experts(model, recompute == "experts")
 
     def forward():
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), use_products("narrow"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), use_cpu_matmul("low_precision"):
             out = model(*blank_inputs(recipe.model, 3))
         return (out.sample.float() - 1).square().mean()
 

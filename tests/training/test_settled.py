@@ -40,10 +40,10 @@ def test_auto_on_processors(fast, monkeypatch):
     assert str(choose_precision("auto", CPU)) == "bf16 (auto: this processor is fast in bfloat16)"
     assert str(choose_precision("fp32", CPU)) == "fp32"
     monkeypatch.setenv(precision.VARIABLE, "float32")
-    assert str(choose_precision("auto", CPU)) == "fp32 (auto: DIFFUSION_MOE_CPU_PRODUCTS is float32)"
+    assert str(choose_precision("auto", CPU)) == "fp32 (auto: DIFFUSION_MOE_CPU_MATMUL is float32)"
     assert str(choose_precision("bf16", CPU)) == "bf16"
     monkeypatch.setattr(precision, "FAST_IN_BF16", False)
-    monkeypatch.setenv(precision.VARIABLE, "narrow")
+    monkeypatch.setenv(precision.VARIABLE, "low_precision")
     assert choose_precision("auto", CPU).precision == "fp32"
 
 
@@ -69,7 +69,7 @@ def test_training_records_what_auto_has_chosen_and_a_resumed_run_keeps_it(tiny, 
 
 def test_what_auto_computes_is_what_it_says(tiny, tmp_path, fast, monkeypatch):
     """Bit for bit the weights of a run that asks for it."""
-    monkeypatch.setenv(precision.VARIABLE, "narrow")
+    monkeypatch.setenv(precision.VARIABLE, "low_precision")
     for name in ("auto", "bf16", "fp32"):
         recipe = read_recipe("digits", [*tiny, "--training.steps=2", f"--training.precision={name}"])
         train(recipe, tmp_path / name, log=str)

@@ -15,7 +15,7 @@ from ..data import Batch
 from ..models import Backbone, make_model
 from ..models.block import make_moe
 from ..moe import MoEFeedForward, recompute_experts
-from ..moe.precision import product_dtype
+from ..moe.precision import matmul_dtype
 from ..parsing import read_recipe
 from ..sampling.generate import generate
 from ..training.step import state_of, train_step
@@ -63,7 +63,7 @@ def measure(what: What, options: BenchOptions) -> Iterator[dict[str, Any]]:
         if options.against is not None:
             raise ValueError(f"against is {options.against}, but {what} has no rivals; leave it out")
         run = products if what == "products" else scaling
-        taken = product_dtype(torch.empty(0, device=device), dtype) if what == "products" else dtype
+        taken = matmul_dtype(torch.empty(0, device=device), dtype) if what == "products" else dtype
         for record in run(setting.config, setting.images, setting.tokens_an_image, options.seconds, device, taken):
             yield {"benchmark": what, **about, **record} | machine(device)
         return

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..moe.precision import product_dtype
+from ..moe.precision import matmul_dtype
 from .contestants import Contestant
 from .counting import Run, kernels, peak_bytes, saved_bytes, work
 
@@ -111,7 +111,7 @@ def compare(
         record |= {f"{prefix}operators": done.operators, f"{prefix}waits": done.waits}
         record[f"{prefix}kernels"] = kernels(contestant.run, device)
         if not prefix:
-            multiplied = product_dtype(torch.empty(0, device=device), dtype)
+            multiplied = matmul_dtype(torch.empty(0, device=device), dtype)
             record |= utilisation(done.flops, done.bytes, time_.median, device, multiplied)
     if record.get("saved_bytes"):
         record["memory_ratio"] = record["against_saved_bytes"] / record["saved_bytes"]

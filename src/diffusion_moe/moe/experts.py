@@ -1,6 +1,14 @@
-"""The experts: one stack of weights a projection, one grouped product a projection.
+"""The experts: stacked weights, and one grouped matmul for each of the two projections.
 
-Shape suffixes: T tokens of the batch, D width, E experts, F expert width, A assignments, H columns of the first
+The way of a forward pass, the same on a CPU and a GPU:
+
+1. `GroupedExperts.forward` hands weights and routing to `expert_autograd.apply_experts`.
+2. `ExpertFunction` dispatches tokens to rows, multiplies (`expert_matmul.py`: `ops.gmm`, which is torch's `grouped_mm`,
+   or `bmm`), applies the weighted activation, multiplies again and combines rows to tokens.
+3. On a GPU dispatch is a gather and matmuls are torch's; activation and combine are the Triton kernels of `kernels/`
+   (`backend.py` chooses).
+
+Shape suffixes: T tokens of the batch, D width, E experts, F expert width, A assignments (rows), H columns of the first
 projection (F for GELU, 2F for SwiGLU: gates first, then values).
 """
 
@@ -12,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .activation import ExpertActivation, activate
-from .expert_autograd import ExpertFunction, by_token
+from .expert_autograd import ExpertSettings, ExpertWeights, apply_experts
 from .ops import gmm
 from .parallel import parallel_experts
-from .precision import compute_dtype, product_dtype
+from .precision import compute_dtype, matmul_dtype
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -26,16 +34,20 @@ class GroupedExperts(nn.Module):
     """E feed-forward networks of one shape, each applied to the tokens routed to it.
 
     Args:
-        dim: token width D. expert_dim: hidden width F. num_experts: E. activation: "swiglu" or "gelu" (tanh form).
-        bias: whether both projections have biases. dropout: of the hidden layer, in training.
+        dim: token width D.
+        expert_dim: hidden width F.
+        num_experts: E.
+        activation: "swiglu" or "gelu" (tanh form).
+        bias: add a bias to both projections.
+        dropout: rate of dropout of the hidden layer, in training.
     """
 
     recompute = False
-    """Whether the backward pass makes the first projection again: a third less kept, a fifth more products."""
+    """Recompute the first projection in the backward pass: a third less is kept, a fifth more is computed."""
     group: ProcessGroup | None = None
-    """Processes that the experts are spread over (see `moe.parallel`); None: all are here."""
+    """Processes that the experts are sharded over (see `moe.parallel`); None: this process holds all."""
     is_transposed = True
-    """For peft: the matrices are (inputs, outputs), so that LoRA's A reads the inputs."""
+    """Layout of the matrices for peft: (inputs, outputs), so that LoRA's A multiplies the inputs."""
 
     def __init__(
         self,
@@ -58,7 +70,7 @@ class GroupedExperts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier-uniform for each expert's matrices by themselves, zero biases."""
+        """Draw each expert's matrices Xavier-uniform by themselves; set biases to zero."""
         for w_in_DH, w_out_FD in zip(self.w_in, self.w_out):
             for w_DF in w_in_DH.split(w_out_FD.shape[0], dim=1):
                 nn.init.xavier_uniform_(w_DF)
@@ -69,36 +81,37 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of each token's experts, (T, D) in the dtype of x_TD; zero for a token with none."""
-        dtype = compute_dtype(x_TD)
-        if self.group is not None:
-            return parallel_experts(self, x_TD, routing, self.group)
-        if self.dropout.p and self.training:
-            return self._with_dropout(x_TD.to(product_dtype(x_TD, dtype)), routing).to(x_TD.dtype)
-        weights = (self.w_in, self.w_out, self.b_in, self.b_out)
-        groups = (routing.token_A, routing.offsets_E, *by_token(routing, len(x_TD)))
-        return ExpertFunction.apply(
-            x_TD, routing.weight_A, *weights, *groups, self.activation, routing.equal, dtype, self.recompute
-        ).to(x_TD.dtype)
+        if self.dropout.p and self.training and self.group is None:
+            return self._with_dropout(x_TD, routing)
+        weights = ExpertWeights(self.w_in, self.w_out, self.b_in, self.b_out)
+        settings = ExpertSettings(self.activation, compute_dtype(x_TD), self.recompute)
+        if self.group is None:
+            out_TD = apply_experts(x_TD, routing, weights, settings)
+        else:
+            out_TD = parallel_experts(x_TD, routing, weights, settings, self.group)
+        return out_TD.to(x_TD.dtype)
 
     def _with_dropout(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """The same step by step, so that autograd keeps the mask."""
-        dtype, offsets_E = x_TD.dtype, routing.offsets_E
-        h_AH = gmm(x_TD.index_select(0, routing.token_A), self.w_in.to(dtype), offsets_E)
+        """`forward` operator by operator, so that autograd keeps the dropout mask."""
+        dtype, offsets_E = matmul_dtype(x_TD, compute_dtype(x_TD)), routing.offsets_E
+        h_AH = gmm(x_TD.to(dtype).index_select(0, routing.token_A), self.w_in.to(dtype), offsets_E)
         if self.b_in is not None:
             h_AH = h_AH + self.b_in.to(dtype).index_select(0, routing.expert_A())
         y_AD = gmm(self.dropout(activate(h_AH, self.activation)), self.w_out.to(dtype), offsets_E)
         if self.b_out is not None:
             y_AD = y_AD + self.b_out.to(dtype).index_select(0, routing.expert_A())
         weighted_AD = routing.weight_A[:, None] * y_AD
-        return weighted_AD.new_zeros(x_TD.shape).index_add(0, routing.token_A, weighted_AD)
+        out_TD = weighted_AD.new_zeros(x_TD.shape).index_add(0, routing.token_A, weighted_AD)
+        return out_TD.to(x_TD.dtype)
 
 
 def experts_loop(experts: GroupedExperts, x_TD: Tensor, routing: Routing) -> Tensor:
-    """`GroupedExperts.forward` as a plain loop over experts: the oracle that every faster way is tested against."""
+    """`GroupedExperts.forward` as a plain loop over experts: the oracle of the tests."""
     out_TD = x_TD.new_zeros(x_TD.shape)
     start = 0
     for e, end in enumerate(routing.offsets_E.tolist()):
-        token, weight = routing.token_A[start:end], routing.weight_A[start:end]
+        token = routing.token_A[start:end]
+        weight = routing.weight_A[start:end]
         start = end
         h = x_TD[token] @ experts.w_in[e]
         if experts.b_in is not None:

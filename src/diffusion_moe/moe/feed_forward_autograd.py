@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .activation import activated, weighted_activation, weighted_activation_backward_
-from .precision import compute_dtype, full_precision, product_dtype
+from .precision import compute_dtype, full_precision, matmul_dtype
 
 
 class WideLinear(nn.Linear):
@@ -37,7 +37,7 @@ def feed_forward(x: Tensor, first: Sequence[nn.Linear], last: nn.Linear, activat
     dtype = compute_dtype(x)
     # A compiler decides for itself what to make again, but not what to multiply in.
     keeps_nothing = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    as_asked = product_dtype(x, dtype) == dtype
+    as_asked = matmul_dtype(x, dtype) == dtype
     if (keeps_nothing and as_asked) or not all(map(_is_plain, (*first, last))):
         return last(activated(activation, *(linear(x) for linear in first)))
     parameters = [p for linear in (*first, last) for p in (linear.weight, linear.bias)]
@@ -52,7 +52,7 @@ def _is_plain(linear: nn.Linear) -> bool:
 class FeedForwardFunction(torch.autograd.Function):
     """Two or three linear layers around an activation: see `feed_forward`.
 
-    Products run in `dtype`, or wider where a CPU is faster so (`precision.product_dtype`); what is kept and answered is
+    Products run in `dtype`, or wider where a CPU is faster so (`precision.matmul_dtype`); what is kept and answered is
     in `dtype`.
     """
 
@@ -60,7 +60,7 @@ class FeedForwardFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, activation: str, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
         """x: any leading shape. parameters: weight and bias (or None) of each layer, the last one's at the end."""
         *first, last_weight, last_bias = parameters
-        wide = product_dtype(x, dtype)
+        wide = matmul_dtype(x, dtype)
         with full_precision(x):
             b_H = None if first[1] is None else _stacked(first[1::2], wide)
             h_TH = F.linear(x.flatten(0, -2).to(wide), _stacked(first[::2], wide), b_H).to(dtype)

@@ -1,39 +1,37 @@
-"""Experts spread over processes: rows travel to the process that holds their expert, and the answers back.
+"""Expert parallelism: each process holds a part of the experts, and rows are exchanged by all-to-all.
 
-Every process of the group calls the layer at the same time, each with tokens of its own; process r holds experts
-r * E / P to (r + 1) * E / P. Shape suffixes as in `experts.py`, P processes, R rows received, L experts held here.
+Every process of the group calls the layer at the same time with its own tokens. A row is sent to the process that holds
+its expert, and the expert's output is sent back. Process r holds experts r * E / P to (r + 1) * E / P. Shape suffixes
+as in `expert_autograd.py`, P processes, R rows received, L experts held here.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .expert_autograd import ByToken, ExpertFunction, by_token
-from .ops import sum_rows
-from .precision import compute_dtype, product_dtype
-from .routing import Routing
-
-if TYPE_CHECKING:
-    from .experts import GroupedExperts
+from .expert_autograd import ExpertSettings, ExpertWeights, apply_experts, rows_by_token
+from .ops import combine
+from .precision import matmul_dtype
+from .routing import Routing, RoutingReport
 
 
 class Splits(NamedTuple):
-    """How many rows go to each process and come from each."""
+    """Numbers of rows, by process."""
 
     sent: list[int]
     received: list[int]
 
-    def back(self) -> Splits:
-        """Those of the way back."""
+    def reverse(self) -> Splits:
+        """The splits of the way back."""
         return Splits(self.received, self.sent)
 
 
 class Exchange(torch.autograd.Function):
-    """Rows to their processes, in the order of the processes; gradients the other way."""
+    """Rows sent to their processes, in the order of the processes. Gradients are sent back."""
 
     @staticmethod
     def forward(ctx: Any, rows_AD: Tensor, splits: Splits, group: dist.ProcessGroup) -> Tensor:
@@ -42,11 +40,11 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, drows_RD: Tensor) -> tuple[Tensor, None, None]:
-        return _all_to_all(drows_RD, ctx.splits.back(), ctx.group), None, None
+        return _all_to_all(drows_RD, ctx.splits.reverse(), ctx.group), None, None
 
 
-class Gather(torch.autograd.Function):
-    """Rows of x_TD by token; their gradients are summed in float32 in a fixed order."""
+class Dispatch(torch.autograd.Function):
+    """The token of each row, (A, D). Gradients of a token are summed in float32 in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, token_A: Tensor, row_A: Tensor, start_T: Tensor, per_token: int) -> Tensor:
@@ -56,16 +54,16 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, drows_AD: Tensor) -> tuple[Tensor | None, ...]:
-        return sum_rows(drows_AD.contiguous(), *ctx.saved_tensors, ctx.per_token), None, None, None, None
+        return combine(drows_AD.contiguous(), *ctx.saved_tensors, ctx.per_token), None, None, None, None
 
 
 class Combine(torch.autograd.Function):
-    """The sum of each token's rows: the reverse of `Gather`."""
+    """The sum of each token's rows, (T, D): the reverse of `Dispatch`."""
 
     @staticmethod
     def forward(ctx: Any, y_AD: Tensor, token_A: Tensor, row_A: Tensor, start_T: Tensor, per_token: int) -> Tensor:
         ctx.save_for_backward(token_A)
-        return sum_rows(y_AD, row_A, start_T, per_token)
+        return combine(y_AD, row_A, start_T, per_token)
 
     @staticmethod
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,42 +71,53 @@ class Combine(torch.autograd.Function):
         return dout_TD.index_select(0, token_A), None, None, None, None
 
 
-@torch.compiler.disable  # the host has to know how many rows come, which breaks a graph anyway
-def parallel_experts(experts: GroupedExperts, x_TD: Tensor, routing: Routing, group: dist.ProcessGroup) -> Tensor:
-    """`GroupedExperts.forward` with the experts of a whole group of processes, (T, D) in the dtype of x_TD.
+@torch.compiler.disable  # the host must know the numbers of rows, which breaks a graph anyway
+def parallel_experts(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights, settings: ExpertSettings, group: dist.ProcessGroup
+) -> Tensor:
+    """`apply_experts` with the experts of all processes of the group.
 
-    The numbers of rows come to the host once a call.
+    The host waits once a call, for the numbers of rows.
+
+    Args:
+        weights: those of the experts held here, or DTensors sharded by expert.
     """
-    dtype = compute_dtype(x_TD)
-    rows = by_token(routing, len(x_TD))
-    received_PL, splits = _announce(routing.offsets_E, group)
-    # Rows travel as they are multiplied, so that the answer is one process' own.
-    x_AD = Gather.apply(x_TD.to(product_dtype(x_TD, dtype)), routing.token_A, *rows)
+    rows = rows_by_token(routing, len(x_TD))
+    received_PL, splits = _exchange_counts(routing.offsets_E, group)
+    # Rows are sent in the dtype of the matmuls, so that the result equals that of one process.
+    x_AD = Dispatch.apply(x_TD.to(matmul_dtype(x_TD, settings.dtype)), routing.token_A, *rows)
     x_RD = Exchange.apply(x_AD, splits, group)
     weight_R = Exchange.apply(routing.weight_A[:, None], splits, group)[:, 0]
-    # Rows come by process, in each by expert; products want them by expert.
-    expert_PL = torch.arange(received_PL.shape[1], device=x_TD.device).expand_as(received_PL)
-    expert_R = expert_PL.flatten().repeat_interleave(received_PL.flatten(), output_size=sum(splits.received))
+    local_weights = ExpertWeights._make(local_part(weight) for weight in weights)
+    y_RD = apply_experts(x_RD, _local_routing(received_PL, weight_R), local_weights, settings)
+    y_AD = Exchange.apply(y_RD, splits.reverse(), group)
+    return Combine.apply(y_AD, routing.token_A, *rows)
+
+
+def _local_routing(received_PL: Tensor, weight_R: Tensor) -> Routing:
+    """Received rows, each a token with one expert. They come by process and in each by expert; matmuls want them by
+    expert."""
+    expert_PL = torch.arange(received_PL.shape[1], device=received_PL.device).expand_as(received_PL)
+    expert_R = expert_PL.flatten().repeat_interleave(received_PL.flatten(), output_size=len(weight_R))
     order_R = expert_R.argsort(stable=True)
-    place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-    one_each = ByToken(place_R, torch.arange(len(place_R), device=place_R.device), 1)
-    offsets_L = received_PL.sum(0).cumsum(0).to(torch.int32)
-    weights = (local_part(w) for w in (experts.w_in, experts.w_out, experts.b_in, experts.b_out))
-    settings = (experts.activation, False, dtype, experts.recompute)
-    y_RD = ExpertFunction.apply(
-        x_RD, weight_R.index_select(0, order_R), *weights, order_R, offsets_L, *one_each, *settings
+    row_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    counts_L = received_PL.sum(0)
+    return Routing(
+        token_A=order_R,
+        weight_A=weight_R.index_select(0, order_R),
+        offsets_E=counts_L.cumsum(0).to(torch.int32),
+        report=RoutingReport(counts_L, {}),
+        row_TK=row_R[:, None],
     )
-    y_AD = Exchange.apply(y_RD, splits.back(), group)
-    return Combine.apply(y_AD, routing.token_A, *rows).to(x_TD.dtype)
 
 
 def local_part(weight: Tensor | None) -> Tensor | None:
-    """What this process holds of a weight: of a DTensor its local part."""
+    """The part of a DTensor that this process holds; other tensors unchanged."""
     return weight.to_local() if weight is not None and hasattr(weight, "to_local") else weight
 
 
-def _announce(offsets_E: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Splits]:
-    """Tell every process how many rows it will get for each of its experts: (P, L) of them here, and the splits."""
+def _exchange_counts(offsets_E: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Splits]:
+    """The number of rows that each process sends to each expert held here, (P, L), and the splits."""
     sent_PL = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).long().view(group.size(), -1)
     received_PL = torch.empty_like(sent_PL)
     dist.all_to_all_single(received_PL, sent_PL, group=group)
@@ -118,15 +127,15 @@ def _announce(offsets_E: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Spli
 
 def _all_to_all(rows_AD: Tensor, splits: Splits, group: dist.ProcessGroup) -> Tensor:
     received = rows_AD.new_empty(sum(splits.received), *rows_AD.shape[1:])
-    # Gloo's thread lets go of what it sent later than it says, and a graph holds the group and so the thread itself:
-    # with the graph in its hands it may live to the interpreter's end, and die of it.
+    # Gloo's thread keeps what it sent longer than it says. A graph holds the group and so the thread itself: if the
+    # thread kept the graph, it could live until the interpreter's end and crash it. So no tensor with a graph is sent.
     sent = rows_AD.detach().contiguous()
     dist.all_to_all_single(received.detach(), sent, splits.received, splits.sent, group=group)
     return received
 
 
-def gathered(x_TE: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The rows of all processes, in the order of the processes, without a gradient; all have as many."""
-    every = x_TE.new_empty(group.size() * len(x_TE), *x_TE.shape[1:])
-    dist.all_gather(list(every.chunk(group.size())), x_TE.detach().contiguous(), group=group)
-    return every
+def all_gather_rows(x_TE: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of all processes, in the order of the processes, without a gradient. All have the same number."""
+    gathered = x_TE.new_empty(group.size() * len(x_TE), *x_TE.shape[1:])
+    dist.all_gather(list(gathered.chunk(group.size())), x_TE.detach().contiguous(), group=group)
+    return gathered

@@ -1,8 +1,8 @@
-"""What autocast means for the layer: products in its dtype, routers always in full precision.
+"""The dtypes of the layer: matmuls follow autocast, routers always compute in float32.
 
-What autocast asks for is fast on GPUs and on some processors. Others multiply bfloat16 at half the speed of float32
-(Intel without AMX) or at a hundredth (without AVX512). There the layer multiplies in float32, and keeps and answers in
-what was asked for.
+Low precision (bfloat16, float16) is fast on GPUs and on some processors. Other processors multiply bfloat16 at half the
+speed of float32 (Intel without AMX) or at a hundredth (without AVX512). On these the layer multiplies in float32; what
+it keeps and returns still has the dtype that autocast asks for.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ import torch
 from torch import Tensor
 
 Precision = Literal["auto", "bf16", "fp32"]
-CpuProducts = Literal["auto", "narrow", "float32"]
-VARIABLE = "DIFFUSION_MOE_CPU_PRODUCTS"
-"""Environment variable, for tensors on a CPU: auto (bfloat16 and float16 are multiplied in float32 where the processor
-is faster so), narrow (as they are) or float32."""
+CpuMatmul = Literal["auto", "low_precision", "float32"]
+VARIABLE = "DIFFUSION_MOE_CPU_MATMUL"
+"""Environment variable for matmuls on a CPU that are asked for in low precision: auto (float32 where the processor is
+faster in it), low_precision (as asked) or float32."""
+OLD_VARIABLE = "DIFFUSION_MOE_CPU_PRODUCTS"
+"""Former name of the variable, refused with the new one."""
 
-_chosen: list[CpuProducts] = []  # by `use_products`, innermost last; backward passes run on other threads
+# Choices of `use_cpu_matmul`, innermost last. Not a context variable, because backward passes run on other threads.
+_chosen: list[CpuMatmul] = []
 
 
 def slower_than_float32(cpuinfo: str) -> frozenset[torch.dtype]:
-    """The dtypes that a processor multiplies slower than float32.
+    """The low-precision dtypes whose matmuls are slower than float32 on a processor.
 
     Measured (docs/log.md): with AVX512-BF16 but no AMX float32 is twice as fast as bfloat16 on an Intel Xeon, and half
     as fast on an AMD EPYC; without any of these bfloat16 is emulated, 5 to 200 times slower than float32.
 
     Args:
-        cpuinfo: the text of /proc/cpuinfo, of which the first processor counts. Nothing is known of processors that
-            list no x86 flags there; they are taken to be as fast.
+        cpuinfo: the text of /proc/cpuinfo; its first processor counts. Processors without x86 flags are unknown, and
+            taken to be fast in every dtype.
     """
     fields = dict(line.replace("\t", "").partition(":")[::2] for line in cpuinfo.strip().split("\n\n")[0].splitlines())
     flags = set(fields.get("flags", "").split())
@@ -48,7 +51,7 @@ def slower_than_float32(cpuinfo: str) -> frozenset[torch.dtype]:
 
 
 def _cpuinfo() -> str:
-    """As much as the first processor needs."""
+    """The beginning of /proc/cpuinfo, which holds the first processor; empty where there is none."""
     try:
         with Path("/proc/cpuinfo").open() as file:
             return file.read(2**14)
@@ -57,24 +60,24 @@ def _cpuinfo() -> str:
 
 
 SLOW_DTYPES = slower_than_float32(_cpuinfo())
-"""Of this machine's processor."""
+"""`slower_than_float32` of this machine's processor."""
 FAST_IN_BF16 = "flags" in _cpuinfo() and torch.bfloat16 not in SLOW_DTYPES
-"""Whether this machine's processor is known to multiply bfloat16 faster than float32."""
+"""True where this machine's processor is known to multiply bfloat16 faster than float32."""
 
 
 class Chosen(NamedTuple):
-    """What a model computes in."""
+    """The precision that a model computes in."""
 
     precision: Literal["bf16", "fp32"]
     why: str = ""
-    """Of auto, the reason."""
+    """The reason, where auto chose."""
 
     def __str__(self) -> str:
         return f"{self.precision} (auto: {self.why})" if self.why else self.precision
 
 
 def choose_precision(asked: Precision, device: torch.device) -> Chosen:
-    """What is asked for; for auto bf16 where the device is known to be fast in it, else fp32."""
+    """The precision that is asked for; for auto bf16 where the device is known to be fast in it, else fp32."""
     if asked != "auto":
         return Chosen(asked)
     if device.type == "cuda":
@@ -82,39 +85,41 @@ def choose_precision(asked: Precision, device: torch.device) -> Chosen:
             return Chosen("bf16", "this GPU multiplies bfloat16")
         return Chosen("fp32", "this GPU emulates bfloat16")
     if device.type != "cpu":
-        return Chosen("fp32", f"of {device.type} nothing is known")
+        return Chosen("fp32", f"nothing is known about {device.type}")
     if not FAST_IN_BF16:
         return Chosen("fp32", "this processor is not known to be fast in bfloat16")
-    if product_dtype(torch.empty(0), torch.bfloat16) == torch.float32:
+    if matmul_dtype(torch.empty(0), torch.bfloat16) == torch.float32:
         return Chosen("fp32", f"{VARIABLE} is {os.environ.get(VARIABLE)}")
     return Chosen("bf16", "this processor is fast in bfloat16")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of `x` are asked for in: autocast's where it is on, else its own."""
+    """The dtype that matmuls of `x` are asked for in: autocast's where it is on, else that of `x`."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
 
-def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype to multiply in, on the device of `x`, what is asked for in `dtype`: that, or float32 on some CPUs.
+def matmul_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of matmuls on the device of `x` that are asked for in `dtype`: the same, or float32 on some CPUs.
 
     Raises:
-        ValueError: the environment variable names no choice.
+        ValueError: the environment variable has an unknown value, or the variable's old name is set.
     """
     if x.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
+    if os.environ.get(OLD_VARIABLE):
+        raise ValueError(f"{OLD_VARIABLE} is set; use {VARIABLE} (one of {', '.join(get_args(CpuMatmul))}) instead")
     name = _chosen[-1] if _chosen else os.environ.get(VARIABLE) or "auto"
-    if name not in get_args(CpuProducts):
-        raise ValueError(f"{VARIABLE} is {name!r}; choose {', '.join(get_args(CpuProducts))}")
+    if name not in get_args(CpuMatmul):
+        raise ValueError(f"{VARIABLE} is {name!r}; choose {', '.join(get_args(CpuMatmul))}")
     return torch.float32 if name == "float32" or (name == "auto" and dtype in SLOW_DTYPES) else dtype
 
 
 @contextmanager
-def use_products(name: CpuProducts) -> Iterator[None]:
-    """Choose for the products on a CPU that run inside, whatever the environment variable says."""
+def use_cpu_matmul(name: CpuMatmul) -> Iterator[None]:
+    """Choose for matmuls on a CPU that run inside the block; the environment variable is ignored."""
     _chosen.append(name)
     try:
         yield
@@ -123,6 +128,6 @@ def use_products(name: CpuProducts) -> Iterator[None]:
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
-    """A context with autocast off on the device of `x` (the meta device knows none)."""
+    """A context with autocast off on the device of `x`. The meta device has no autocast."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -24,7 +24,7 @@ from .capacity import (
     observed_threshold,
 )
 from .grouped_topk import grouped_topk
-from .parallel import gathered
+from .parallel import all_gather_rows
 from .precision import full_precision
 from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
 
@@ -241,7 +241,7 @@ class DiffMoERouter(Router):
 
         Costs one gathering of all scores and probabilities, and one synchronisation for how many were chosen here.
         """
-        every_T2E = gathered(torch.stack((gate_TE, predicted_TE), dim=1), group)
+        every_T2E = all_gather_rows(torch.stack((gate_TE, predicted_TE), dim=1), group)
         every_gate_TE, every_predicted_TE = every_T2E.unbind(1)
         capacity = self.expert_capacity(len(every_gate_TE))
         token_EC = every_gate_TE.T.topk(capacity, dim=-1, sorted=False).indices

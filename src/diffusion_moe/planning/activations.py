@@ -18,7 +18,7 @@ from ..models import Backbone
 from ..models.block import is_moe_block
 from ..models.sizes import blank_inputs
 from ..moe import recompute_experts
-from ..moe.precision import use_products
+from ..moe.precision import use_cpu_matmul
 from ..training.initialization import make_trainable
 from ..training.parallelize import stays_wide
 from .compute import rows_per_image
@@ -52,7 +52,7 @@ def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
         spread: FSDP2 gathers each block's weights in the dtype of the products, and frees them again, so that no casts
             are kept.
     """
-    with FakeTensorMode(), use_products("narrow"):  # as a GPU has them
+    with FakeTensorMode(), use_cpu_matmul("low_precision"):  # as a GPU has them
         model = make_trainable(recipe).train()
         recompute_experts(model, recipe.training.recompute == "experts")
         if spread and recipe.training.precision == "bf16":

@@ -100,7 +100,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
     for module, name in (
         (activation, "weighted_activation"),
         (activation, "weighted_activation_backward_"),
-        (combine, "sum_rows"),
+        (combine, "combine"),
         (router, "grouped_topk"),
         (router, "grouped_topk_backward"),
         (sort, "sort_by_expert"),
@@ -111,7 +111,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
     with backend.use("triton"):
         layer(torch.randn(2, 5, 6)).hidden_states.sum().backward()
     assert called == {
-        *("weighted_activation", "weighted_activation_backward_", "sum_rows"),
+        *("weighted_activation", "weighted_activation_backward_", "combine"),
         *("grouped_topk", "grouped_topk_backward", "sort_by_expert"),
     }
 
@@ -119,7 +119,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
 def test_float64_is_always_torchs(monkeypatch):
     from diffusion_moe.moe.kernels import activation, combine, router
 
-    for module, name in ((activation, "weighted_activation"), (combine, "sum_rows"), (router, "grouped_topk")):
+    for module, name in ((activation, "weighted_activation"), (combine, "combine"), (router, "grouped_topk")):
         monkeypatch.setattr(module, name, None)
     layer = MoEFeedForward(6, 10, RouterConfig("dsmoe", num_experts=4, top_k=2)).double()
     x_BND = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
