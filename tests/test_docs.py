@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from diffusion_moe.moe import ROUTERS
+from diffusion_moe.routing_rules import RULES
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -25,7 +26,8 @@ def test_the_layer_and_a_rule_of_your_own():
         out = names["layer"](names["x"])
         assert out.report.counts_E.sum() == 2 * 5 * 2
     finally:
-        ROUTERS.pop("noisy", None)
+        for table in (ROUTERS, RULES):
+            table.pop("noisy", None)
 
 
 def test_the_models_page(monkeypatch):

@@ -1,6 +1,6 @@
-"""What the rest of the project must know of each routing rule, without torch.
+"""Facts of each routing rule that the rest of the project uses, without torch.
 
-A router class inherits from its rule (see `moe.routers`), so that all facts of a rule stand in its class. Sizes, plans,
+A router class inherits from its rule (see `moe.routers`), so that one class holds all facts of a rule. Sizes, plans,
 benchmarks, checks of a recipe, sampling and reports ask the rule and never compare names.
 """
 
@@ -19,20 +19,50 @@ class RoutingSettings(Protocol):
     @property
     def capacity(self) -> float: ...
     @property
+    def balance(self) -> str: ...
+    @property
     def inference_pool(self) -> str: ...
     @property
     def routed_scaling_factor(self) -> float: ...
+    @property
+    def n_group(self) -> int: ...
+    @property
+    def topk_group(self) -> int: ...
+
+
+CHOICES = {"balance": ("none", "aux", "bias"), "inference_pool": ("image", "batch")}
+"""Values of settings that are words."""
 
 
 class RoutingRule:
     """Facts of one routing rule. Subclasses override what differs."""
 
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Settings of routing that the rule reads beside num_experts, by their names in `ModelConfig`."""
-    can_balance: ClassVar[bool] = False
-    """The setting `balance` evens out the load of its experts."""
+    """Names of the settings in `ModelConfig` that the rule reads, num_experts aside."""
     has_thresholds: ClassVar[bool] = False
     """Thresholds decide at inference how many experts a token gets."""
+
+    @classmethod
+    def check(cls, settings: RoutingSettings, section: str = "") -> None:
+        """Check the settings that the rule reads.
+
+        Args:
+            section: prefix of the settings' names in messages, as "model.".
+
+        Raises:
+            ValueError: a setting has an impossible value.
+        """
+        if settings.num_experts < 1:
+            raise ValueError(f"{section}num_experts is {settings.num_experts}; it must be positive")
+        for name in sorted({"top_k", "capacity"} & cls.reads):
+            value = getattr(settings, name)
+            if value <= 0:
+                raise ValueError(f"{section}{name} is {value}; it must be positive")
+            if value > settings.num_experts:
+                raise ValueError(f"{section}{name} is {value}, more than {section}num_experts {settings.num_experts}")
+        for name, choices in CHOICES.items():
+            if name in cls.reads and getattr(settings, name) not in choices:
+                raise ValueError(f"{section}{name} is {getattr(settings, name)!r}; choose one of {', '.join(choices)}")
 
     @staticmethod
     def experts_per_token(settings: RoutingSettings) -> float:
@@ -50,6 +80,11 @@ class RoutingRule:
         return cls.experts_per_token(settings) / settings.num_experts
 
     @staticmethod
+    def has_fixed_weight(settings: RoutingSettings) -> bool:
+        """True where the weights of a token's experts sum to `initial_weight` whatever the logits."""
+        return False
+
+    @staticmethod
     def num_parameters(settings: RoutingSettings, dim: int) -> int:
         """Parameters of one router for tokens of width `dim`."""
         return settings.num_experts * dim
@@ -59,7 +94,6 @@ class TokenChoiceRule(RoutingRule):
     """TC-DiT, DiT-MoE: each token takes its K best experts."""
 
     reads = frozenset({"top_k", "balance", "balance_weight", "balance_rate"})
-    can_balance = True
 
     @staticmethod
     def experts_per_token(settings: RoutingSettings) -> float:
@@ -72,9 +106,27 @@ class DSMoERule(TokenChoiceRule):
     reads = TokenChoiceRule.reads | {"n_group", "topk_group", "routed_scaling_factor"}
 
     @classmethod
+    def check(cls, settings: RoutingSettings, section: str = "") -> None:
+        super().check(settings, section)
+        experts, groups, kept = settings.num_experts, settings.n_group, settings.topk_group
+        if groups < 1 or experts % groups:
+            raise ValueError(f"{section}num_experts {experts} is not divisible by {section}n_group {groups}")
+        if not 0 < kept <= groups:
+            raise ValueError(f"{section}topk_group is {kept}; choose 1 to {section}n_group {groups}")
+        reachable = kept * experts // groups
+        if settings.top_k > reachable:
+            raise ValueError(
+                f"{section}top_k is {settings.top_k}, but {section}topk_group {kept} leaves {reachable} experts"
+            )
+
+    @classmethod
     def initial_weight(cls, settings: RoutingSettings) -> float:
         # Weights are normalised over the K; a single expert has its sigmoid, 0.5 at logit 0.
         return settings.routed_scaling_factor * (1.0 if settings.top_k > 1 else 0.5)
+
+    @staticmethod
+    def has_fixed_weight(settings: RoutingSettings) -> bool:
+        return settings.top_k > 1
 
 
 class ExpertChoiceRule(RoutingRule):
@@ -85,6 +137,11 @@ class ExpertChoiceRule(RoutingRule):
     @staticmethod
     def experts_per_token(settings: RoutingSettings) -> float:
         return settings.capacity
+
+    @staticmethod
+    def expert_capacity(settings: RoutingSettings, tokens: int) -> int:
+        """Tokens each expert takes out of a pool of `tokens`: the papers' int(T / E * capacity), at least one."""
+        return max(1, int(tokens / settings.num_experts * settings.capacity))
 
 
 class DiffMoERule(ExpertChoiceRule):

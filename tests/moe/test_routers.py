@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_moe.moe import ROUTERS, RouterConfig
+from diffusion_moe.moe import ROUTERS, RouterConfig, register_router
 
 KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
 
@@ -334,13 +334,13 @@ def test_initial_gates(kind, std):
         ({"kind": "best"}, "'best'"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": 9}, "top_k is 9"),
-        ({"capacity": 0.0}, r"capacity is 0\.0"),
-        ({"capacity": 8.5}, r"capacity is 8\.5"),
+        ({"kind": "ec", "capacity": 0.0}, r"capacity is 0\.0"),
+        ({"kind": "diffmoe", "capacity": 8.5}, r"capacity is 8\.5"),
         ({"n_group": 3}, "n_group 3"),
         ({"n_group": 0}, "n_group 0"),
-        ({"n_group": 2, "topk_group": 3}, "topk_group 3"),
-        ({"n_group": 2, "topk_group": 0}, "topk_group 0"),
-        ({"n_group": 4, "topk_group": 1, "top_k": 3}, "top_k 3"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group is 3"),
+        ({"n_group": 2, "topk_group": 0}, "topk_group is 0"),
+        ({"n_group": 4, "topk_group": 1, "top_k": 3}, "top_k is 3, but topk_group 1 leaves 2"),
         ({"balance": "magic"}, "'magic'"),
         ({"kind": "diffmoe", "inference_pool": "world"}, "'world'"),
         ({"num_experts": 0, "top_k": 0}, "0"),
@@ -350,3 +350,14 @@ def test_initial_gates(kind, std):
 def test_wrong_settings_are_named(settings, match):
     with pytest.raises(ValueError, match=match):
         RouterConfig(**{"kind": "dsmoe", "num_experts": 8, **settings})
+
+
+def test_settings_that_a_rule_does_not_read_are_not_checked():
+    assert RouterConfig("ec", 4, top_k=9, balance="magic").top_k == 9
+    assert RouterConfig("tc", 4, capacity=0.0, n_group=3).n_group == 3
+
+
+@pytest.mark.parametrize("name", ["dense", *KINDS])
+def test_a_taken_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"router '{name}' exists already"):
+        register_router(name, ROUTERS["tc"])

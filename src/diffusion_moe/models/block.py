@@ -1,7 +1,8 @@
-"""The transformer block that every backbone is made of. Shape suffixes: B images, N tokens of one image, D width."""
+"""The transformer block of every backbone. Shape suffixes: B images, N tokens of one image, D width."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -15,14 +16,15 @@ from .text import TextTokens
 
 
 class BlockOutput(NamedTuple):
-    """Tokens after a block, and its router's report if it has one."""
+    """Tokens after a block, and the report of its router."""
 
     hidden_states: Tensor
     report: RoutingReport | None
+    """None for a dense block."""
 
 
 class DiTBlock(nn.Module):
-    """Attention and a feed-forward layer, dense or a mixture, both modulated by adaLN-Zero (DiT section 3.2)."""
+    """Attention and a feed-forward layer, dense or MoE, both modulated by adaLN-Zero (DiT section 3.2)."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition_BD).chunk(6, dim=-1)
         x_BND = x_BND + gate1[:, None] * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rotary)
         if self.cross_attn is not None and self.cross_norm is not None and text is not None:
-            # PixArt-alpha section 2.3: between the two, beside adaLN's path; its projection starts at zero.
+            # PixArt-alpha section 2.3: after self-attention, not modulated by adaLN; its projection starts at zero.
             x_BND = x_BND + self.cross_attn(self.cross_norm(x_BND), *text)
         out = self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
         y_BND, report = (out.hidden_states, out.report) if isinstance(out, MoEOutput) else (out, None)
@@ -70,7 +72,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and a projection back to pixels."""
+    """Modulated norm and projection to pixels."""
 
     def __init__(self, dim: int, out_features: int, norm: nn.Module) -> None:
         super().__init__()
@@ -84,26 +86,12 @@ class FinalLayer(nn.Module):
 
 
 def make_moe(config: ModelConfig) -> MoEFeedForward:
-    """The mixture that a configuration asks for."""
-    assert config.router != "dense"
+    """The MoE layer of a configuration."""
+    settings = {field.name: getattr(config, field.name) for field in fields(RouterConfig) if field.name != "kind"}
     return MoEFeedForward(
         dim=config.hidden_size,
         expert_dim=config.expert_dim,
-        router=RouterConfig(
-            kind=config.router,
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            capacity=config.capacity,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            routed_scaling_factor=config.routed_scaling_factor,
-            balance=config.balance,
-            balance_weight=config.balance_weight,
-            balance_rate=config.balance_rate,
-            capacity_loss_weight=config.capacity_loss_weight,
-            threshold_decay=config.threshold_decay,
-            inference_pool=config.inference_pool,
-        ),
+        router=RouterConfig(config.router, **settings),
         activation=config.expert_activation,
         bias=config.expert_bias,
         shared=config.shared,
@@ -114,12 +102,12 @@ def make_moe(config: ModelConfig) -> MoEFeedForward:
 
 
 def is_moe_block(config: ModelConfig, index: int) -> bool:
-    """Whether block `index` is an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
-    of_group = (index + 1) % config.moe_layer_freq == 0
-    return config.router != "dense" and index >= config.first_k_dense and of_group
+    """True for MoE blocks: the last of every `moe_layer_freq` blocks, after the first `first_k_dense`."""
+    is_last_of_group = (index + 1) % config.moe_layer_freq == 0
+    return config.router != "dense" and index >= config.first_k_dense and is_last_of_group
 
 
 def in_middle_half(config: ModelConfig, index: int) -> bool:
-    """Whether block `index` has dropout, as JiT spreads it."""
+    """True for the blocks that have dropout, as in JiT."""
     quarter = config.depth // 4
     return quarter <= index < 3 * quarter

@@ -1,10 +1,22 @@
-"""The mixture-of-experts feed-forward layer and its routing rules. Imports torch alone."""
+"""The mixture-of-experts feed-forward layer and its routing rules. Imports torch alone.
 
-from .balance import update_routing_state
+Read in this order: `layer.py`, `routers.py`, `routing.py`, `experts.py`, `expert_autograd.py`, `ops.py`. Triton kernels
+for GPUs are in `kernels/`; `backend.py` chooses between them and torch.
+"""
+
 from .experts import GroupedExperts, experts_loop
 from .feed_forward import FeedForward
 from .layer import MoEFeedForward, MoEOutput, recompute_experts
-from .routers import ROUTERS, Router, RouterConfig, limit_capacity, routers_of, scale_thresholds
+from .routers import (
+    ROUTERS,
+    Router,
+    RouterConfig,
+    limit_capacity,
+    register_router,
+    routers_of,
+    scale_thresholds,
+    update_routing_state,
+)
 from .routing import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
 
 __all__ = [
@@ -21,6 +33,7 @@ __all__ = [
     "limit_capacity",
     "merge_reports",
     "recompute_experts",
+    "register_router",
     "route_by_expert",
     "route_by_mask",
     "route_by_token",

@@ -1,6 +1,7 @@
-"""Routing rules, one class each. A new rule is one class here and one row in `ROUTERS`.
+"""Routing rules, one class each. A new rule is one class and one call of `register_router`.
 
-Routers compute in float32 whatever autocast says, and their forward is pure: what they learn stands in the report.
+A router inherits the facts of its rule from `routing_rules`. It computes in float32 whatever autocast says. Its forward
+changes nothing: what it learns is in the report, and `update_routing_state` moves its state after the optimizer step.
 Shape suffixes: B images, N tokens of one image, T tokens of the batch (B * N), D width, E experts, K experts a token,
 C tokens an expert takes, G groups of experts.
 """
@@ -8,6 +9,7 @@ C tokens an expert takes, G groups of experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,14 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..routing_rules import RULES, DiffMoERule, DSMoERule, ExpertChoiceRule, RoutingRule, TokenChoiceRule
 from .balance import balance_loss, updated_correction_bias
-from .capacity import (
-    CapacityPredictor,
-    capacity_loss,
-    chosen_by_threshold,
-    chosen_from_pool,
-    observed_threshold,
-)
+from .capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, chosen_from_pool, observed_threshold
 from .grouped_topk import grouped_topk
 from .parallel import all_gather_rows
 from .precision import full_precision
@@ -34,24 +31,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Settings of a routing rule; each rule reads the ones it knows."""
+    """Settings of a routing rule. Each rule reads some of them (`RoutingRule.reads`), and checks these alone."""
 
     kind: str
-    """Row of `ROUTERS`: token choice, expert choice per image, DiffMoE's batch pool, DSMoE's sigmoid grouped top-k."""
+    """Name of the rule: tc (token choice), ec (expert choice per image), diffmoe (batch pool with a capacity
+    predictor), dsmoe (sigmoid grouped top-k), or one of `register_router`."""
     num_experts: int
-    """Routed experts E."""
+    """Number of routed experts E."""
     top_k: int = 2
     """Experts a token is sent to (tc, dsmoe)."""
     capacity: float = 1.0
     """Experts a token is sent to on average (ec, diffmoe)."""
     n_group: int = 1
-    """Groups of experts (dsmoe)."""
+    """Number of groups that the experts are divided into (dsmoe)."""
     topk_group: int = 1
-    """Groups a token may choose from (dsmoe)."""
+    """Number of groups that a token may choose experts from (dsmoe)."""
     routed_scaling_factor: float = 1.0
-    """Factor on the weights (dsmoe)."""
+    """Factor on the routed experts' weights (dsmoe)."""
     balance: Literal["none", "aux", "bias"] = "none"
-    """Balancing of tc and dsmoe: none, auxiliary loss, or a correction bias moved after each step."""
+    """Load balancing of tc and dsmoe: none, an auxiliary loss, or a correction bias moved after each step."""
     balance_weight: float = 0.01
     """Weight of the auxiliary loss."""
     balance_rate: float = 0.001
@@ -59,31 +57,30 @@ class RouterConfig:
     capacity_loss_weight: float = 1.0
     """Weight of the capacity predictor's loss (diffmoe)."""
     threshold_decay: float = 0.95
-    """Decay of the thresholds' moving average (diffmoe)."""
+    """Decay of the moving average of the thresholds (diffmoe)."""
     inference_pool: Literal["image", "batch"] = "image"
-    """Tokens that a threshold decides over at inference (diffmoe)."""
+    """Tokens that thresholds choose from at inference (diffmoe): those of each image, or of the whole batch."""
 
     def __post_init__(self) -> None:
         if self.kind not in ROUTERS:
             raise ValueError(f"router kind {self.kind!r} is unknown; choose one of {', '.join(ROUTERS)}")
-        if self.balance not in ("none", "aux", "bias"):
-            raise ValueError(f"balance is {self.balance!r}; choose none, aux or bias")
-        if self.inference_pool not in ("image", "batch"):
-            raise ValueError(f"inference_pool is {self.inference_pool!r}; choose image or batch")
-        if not 0 < self.top_k <= self.num_experts:
-            raise ValueError(f"top_k is {self.top_k}; choose 1 to num_experts {self.num_experts}")
-        if not 0 < self.capacity <= self.num_experts:
-            raise ValueError(f"capacity is {self.capacity}; choose above 0 to num_experts {self.num_experts}")
-        if self.n_group < 1 or self.num_experts % self.n_group:
-            raise ValueError(f"num_experts {self.num_experts} is not divisible by n_group {self.n_group}")
-        if self.top_k > self.topk_group * self.num_experts // self.n_group or self.topk_group > self.n_group:
-            raise ValueError(
-                f"topk_group {self.topk_group} of n_group {self.n_group} cannot give top_k {self.top_k} experts"
-            )
+        ROUTERS[self.kind].check(self)
 
 
-class Router(nn.Module):
-    """What all rules share: one vector an expert, scored against the token in float32."""
+class Router(RoutingRule, nn.Module):
+    """Base of all routers: one vector an expert, scored against each token in float32.
+
+    Subclasses implement `route`, and `update_state` if they have a state.
+    """
+
+    group: ProcessGroup | None = None
+    """Processes whose batches make one pool while training, for rules that choose over the whole batch; None: the pool
+    is this process' batch."""
+    threshold_scale: float = 1.0
+    """Factor on the thresholds at inference, for rules with `has_thresholds`: below 1 more experts a token, above 1
+    fewer."""
+    capacity_limit: float | None = None
+    """Experts a token on average that inference has room for, for rules with `has_thresholds`; None: no limit."""
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
         super().__init__()
@@ -92,28 +89,24 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal of standard deviation 0.006, as the published DiffMoE and EC-DiT draw their gates."""
+        """Draw from a normal of standard deviation 0.006, as the published DiffMoE and EC-DiT do."""
         nn.init.normal_(self.weight, std=0.006)
 
     def forward(self, x_BND: Tensor) -> Routing:
-        """Route the tokens of a batch of images; token n of image b is number b * N + n."""
+        """Route the tokens of a batch of images; token n of image b has index b * N + n."""
         with full_precision(x_BND):
             x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
             return self.route(x_BND, F.linear(x_BND, self.weight.to(x_BND.dtype)))
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
-        """The rule itself, in full precision."""
+        """Assign tokens to experts, in float32 or float64."""
         raise NotImplementedError
 
     def update_state(self, report: RoutingReport) -> None:
-        """Move the state by what a step learned (`update_routing_state` calls this after the optimizer step)."""
-
-    def expert_capacity(self, num_tokens: int) -> int:
-        """Tokens each expert takes out of a pool of `num_tokens`: the published int(T / E * capacity), at least one."""
-        return max(1, int(num_tokens / self.config.num_experts * self.config.capacity))
+        """Move the state by the report of a whole step; `update_routing_state` calls this after the optimizer step."""
 
 
-class TokenChoice(Router):
+class TokenChoice(TokenChoiceRule, Router):
     """Each token takes the K experts of highest softmax score, weighted by that score (TC-DiT, DiT-MoE)."""
 
     e_score_correction_bias: Tensor | None
@@ -126,21 +119,27 @@ class TokenChoice(Router):
         )
 
     def reset_parameters(self) -> None:
-        """Kaiming-uniform as for a linear layer."""
+        """Draw Kaiming-uniform, as a linear layer does."""
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
         score_TE = logits_BNE.flatten(0, 1).softmax(dim=-1)
-        corrected_TE = score_TE if self.e_score_correction_bias is None else score_TE + self.e_score_correction_bias
-        expert_TK = corrected_TE.topk(self.config.top_k, dim=-1, sorted=False).indices
+        bias_E = self.e_score_correction_bias
+        expert_TK = (
+            (score_TE if bias_E is None else score_TE + bias_E).topk(self.config.top_k, dim=-1, sorted=False).indices
+        )
         return self.routing(expert_TK, score_TE.gather(-1, expert_TK), score_TE)
 
     def has_loss(self) -> bool:
-        """Whether there is an auxiliary loss now."""
+        """True while an auxiliary loss is added."""
         return self.training and self.config.balance == "aux"
 
     def routing(self, expert_TK: Tensor, weight_TK: Tensor, share_TE: Tensor | None) -> Routing:
-        """Group by expert; `share_TE` (summing to 1 over experts) is what an auxiliary loss evens out."""
+        """Group the choices by expert.
+
+        Args:
+            share_TE: scores that sum to 1 over experts, for the auxiliary loss; unused without.
+        """
         losses = {}
         if self.has_loss():
             assert share_TE is not None
@@ -154,12 +153,12 @@ class TokenChoice(Router):
             bias_E.copy_(updated_correction_bias(bias_E, report.counts_E, self.config.balance_rate))
 
 
-class DSMoERouter(TokenChoice):
-    """DSMoE: sigmoid scores; a token keeps its best groups of experts and the K best experts inside them.
+class DSMoERouter(DSMoERule, TokenChoice):
+    """Sigmoid scores; each token takes the K best experts of its best groups (DSMoE).
 
-    A group scores the sum of its two best experts. Weights are the chosen sigmoids, normalised over the K (not for
-    K = 1: then the router would learn nothing) and scaled. The correction bias takes part in the choice only; it is
-    kept with `balance: none` too, as published checkpoints do.
+    The score of a group is the sum of its two best experts. Weights are the chosen sigmoids, normalised over the K and
+    scaled; for K = 1 they are not normalised, because the router would learn nothing. The correction bias affects the
+    choice only. It exists with `balance: none` too, as in published checkpoints.
     """
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
@@ -167,50 +166,49 @@ class DSMoERouter(TokenChoice):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal."""
+        """Draw Kaiming-normal."""
         nn.init.kaiming_normal_(self.weight)
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
-        config, logits_TE, share_TE = self.config, logits_BNE.flatten(0, 1), None
+        config, logits_TE = self.config, logits_BNE.flatten(0, 1)
         assert self.e_score_correction_bias is not None
-        groups = (config.n_group, config.topk_group)
-        # The published models score experts of dropped groups 0; where we move the bias ourselves, they are out.
-        strict = config.balance == "bias"
         weight_TK, expert_TK, _ = grouped_topk(
-            logits_TE, self.e_score_correction_bias, config.top_k, *groups, config.routed_scaling_factor, strict
+            logits_TE,
+            self.e_score_correction_bias,
+            config.top_k,
+            config.n_group,
+            config.topk_group,
+            config.routed_scaling_factor,
+            # The published models score experts of dropped groups 0. Where we move the bias, they are excluded.
+            strict=config.balance == "bias",
         )
-        if self.has_loss():  # DeepSeek-V3 eq. 19: it sees the scores' shares
+        share_TE = None
+        if self.has_loss():  # DeepSeek-V3 eq. 19: of the scores' shares
             score_TE = logits_TE.sigmoid()
             share_TE = score_TE / score_TE.sum(dim=-1, keepdim=True)
         return self.routing(expert_TK, weight_TK, share_TE)
 
 
-class ExpertChoice(Router):
+class ExpertChoice(ExpertChoiceRule, Router):
     """Each expert takes the C best tokens of each image by softmax score (EC-DiT)."""
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
         B, N, _ = logits_BNE.shape
         gate_BEN = logits_BNE.softmax(dim=-1).transpose(1, 2)
-        weight_BEC, token_BEC = gate_BEN.topk(self.expert_capacity(N), dim=-1, sorted=False)
+        weight_BEC, token_BEC = gate_BEN.topk(self.expert_capacity(self.config, N), dim=-1, sorted=False)
         token_BEC = token_BEC + N * torch.arange(B, device=token_BEC.device)[:, None, None]
         return route_by_expert(token_BEC.transpose(0, 1).flatten(1), weight_BEC.transpose(0, 1).flatten(1))
 
 
-class DiffMoERouter(Router):
-    """DiffMoE: each expert takes the C best tokens of the whole batch by softmax score while training; at inference
-    thresholds on a predictor's probabilities decide how many.
+class DiffMoERouter(DiffMoERule, Router):
+    """While training, each expert takes the C best tokens of the whole batch by softmax score; at inference thresholds
+    on a predictor's probabilities decide how many tokens it takes (DiffMoE).
 
-    The published inference rule pools the batch, so that one image's answer depends on the others. With
+    The published inference rule pools the batch, so that one image's output depends on the others. With
     `inference_pool: image` the same rule is applied to each image by itself.
     """
 
     threshold: Tensor
-    threshold_scale: float = 1.0
-    """Factor on the thresholds at inference: below 1 more compute for each token, above 1 less."""
-    group: ProcessGroup | None = None
-    """Processes whose batches make one pool while training; None: the pool is this process' batch."""
-    capacity_limit: float | None = None
-    """Experts a token on average that inference makes room for; None: as many as the thresholds choose."""
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
         super().__init__(dim, config)
@@ -218,43 +216,47 @@ class DiffMoERouter(Router):
         self.register_buffer("threshold", torch.zeros(config.num_experts))
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
-        """In training the pool's best tokens, and what the predictor learns of them; else by threshold."""
+        """Route by capacity and train the predictor; at inference, route by thresholds."""
         gate_BNE = logits_BNE.softmax(dim=-1)
         predicted_BNE = self.predictor(x_BND.detach())
         if not self.training:
-            if self.config.inference_pool == "batch":
-                predicted_BNE, gate_BNE = predicted_BNE.flatten(0, 1)[None], gate_BNE.flatten(0, 1)[None]
-            chosen_PME = chosen_by_threshold(predicted_BNE, gate_BNE, self.threshold * self.threshold_scale)
-            gate_TE = gate_BNE.flatten(0, 1)
-            room = None if self.capacity_limit is None else math.ceil(self.capacity_limit * len(gate_TE))
-            return route_by_mask(chosen_PME.flatten(0, 1), gate_TE, room)
+            return self.route_by_threshold(gate_BNE, predicted_BNE)
         gate_TE, predicted_TE = gate_BNE.flatten(0, 1), predicted_BNE.flatten(0, 1)
         if self.group is not None:
             return self.route_over_processes(gate_TE, predicted_TE, self.group)
-        capacity = self.expert_capacity(len(gate_TE))
+        capacity = self.expert_capacity(self.config, len(gate_TE))
         weight_EC, token_EC = gate_TE.T.topk(capacity, dim=-1, sorted=False)
         losses = self.losses(predicted_TE, chosen_from_pool(token_EC, len(gate_TE)))
         return route_by_expert(token_EC, weight_EC, losses, observed_threshold(predicted_TE, capacity))
 
-    def route_over_processes(self, gate_TE: Tensor, predicted_TE: Tensor, group: ProcessGroup) -> Routing:
-        """The same over the tokens of a group of processes, of which each serves its own.
+    def route_by_threshold(self, gate_BNE: Tensor, predicted_BNE: Tensor) -> Routing:
+        """Route at inference; the pool is an image or, as published, the batch."""
+        if self.config.inference_pool == "batch":
+            gate_BNE, predicted_BNE = gate_BNE.flatten(0, 1)[None], predicted_BNE.flatten(0, 1)[None]
+        chosen_BNE = chosen_by_threshold(predicted_BNE, gate_BNE, self.threshold * self.threshold_scale)
+        gate_TE = gate_BNE.flatten(0, 1)
+        room = None if self.capacity_limit is None else math.ceil(self.capacity_limit * len(gate_TE))
+        return route_by_mask(chosen_BNE.flatten(0, 1), gate_TE, room)
 
-        Costs one gathering of all scores and probabilities, and one synchronisation for how many were chosen here.
+    def route_over_processes(self, gate_TE: Tensor, predicted_TE: Tensor, group: ProcessGroup) -> Routing:
+        """Route in training over the tokens of all processes, each of which serves its own tokens.
+
+        Costs one all-gather of scores and probabilities, and one host synchronisation for the number of choices.
         """
-        every_T2E = all_gather_rows(torch.stack((gate_TE, predicted_TE), dim=1), group)
-        every_gate_TE, every_predicted_TE = every_T2E.unbind(1)
-        capacity = self.expert_capacity(len(every_gate_TE))
-        token_EC = every_gate_TE.T.topk(capacity, dim=-1, sorted=False).indices
-        chosen_TE = chosen_from_pool(token_EC, len(every_gate_TE)).chunk(group.size())[group.rank()]
+        all_T2E = all_gather_rows(torch.stack((gate_TE, predicted_TE), dim=1), group)
+        all_gate_TE, all_predicted_TE = all_T2E.unbind(1)
+        capacity = self.expert_capacity(self.config, len(all_gate_TE))
+        token_EC = all_gate_TE.T.topk(capacity, dim=-1, sorted=False).indices
+        chosen_TE = chosen_from_pool(token_EC, len(all_gate_TE)).chunk(group.size())[group.rank()]
         routing = route_by_mask(chosen_TE, gate_TE)
         report = routing.report._replace(
             losses=self.losses(predicted_TE, chosen_TE),
-            threshold_E=observed_threshold(every_predicted_TE, capacity),
+            threshold_E=observed_threshold(all_predicted_TE, capacity),
         )
         return routing._replace(report=report)
 
     def losses(self, predicted_TE: Tensor, chosen_TE: Tensor) -> dict[str, Tensor]:
-        """What the predictor learns from."""
+        """The predictor's weighted loss."""
         return {"capacity": self.config.capacity_loss_weight * capacity_loss(predicted_TE, chosen_TE)}
 
     def update_state(self, report: RoutingReport) -> None:
@@ -268,38 +270,67 @@ ROUTERS: dict[str, type[Router]] = {
     "diffmoe": DiffMoERouter,
     "dsmoe": DSMoERouter,
 }
+"""Router classes by the names of `RouterConfig.kind`; `register_router` adds to them."""
 
 
-def scale_thresholds(model: nn.Module, scale: float) -> None:
-    """Trade compute for quality in a model of DiffMoE layers: see `DiffMoERouter.threshold_scale`.
+def register_router(name: str, router: type[Router]) -> None:
+    """Add a routing rule, under a name for `RouterConfig.kind` and `model.router`.
 
-    Raises:
-        ValueError: the scale is not positive, or the model has no thresholds and the scale is not 1.
-    """
-    pools = [router for router in routers_of(model) if isinstance(router, DiffMoERouter)]
-    if scale <= 0:
-        raise ValueError(f"threshold_scale is {scale}; it must be positive")
-    if scale != 1 and not pools:
-        raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; leave it at 1")
-    for pool in pools:
-        pool.threshold_scale = scale
-
-
-def limit_capacity(model: nn.Module, limit: float | None) -> None:
-    """Make room for so many experts a token in a model's DiffMoE layers: see `DiffMoERouter.capacity_limit`.
+    Args:
+        router: subclass of `Router` with the facts of its rule, such as `experts_per_token`.
 
     Raises:
-        ValueError: the limit is not positive, or the model has no thresholds and the limit is not None.
+        ValueError: the name is taken.
     """
-    pools = [router for router in routers_of(model) if isinstance(router, DiffMoERouter)]
-    if limit is not None and limit <= 0:
-        raise ValueError(f"capacity_limit is {limit}; it must be positive")
-    if limit is not None and not pools:
-        raise ValueError(f"capacity_limit is {limit}, but only diffmoe routers need one; leave it out")
-    for pool in pools:
-        pool.capacity_limit = limit
+    if name == "dense" or name in RULES:
+        raise ValueError(f"router {name!r} exists already; choose another name")
+    RULES[name] = router
+    ROUTERS[name] = router
 
 
 def routers_of(model: nn.Module) -> list[Router]:
     """The routers of a model, in the order of its layers."""
     return [module for module in model.modules() if isinstance(module, Router)]
+
+
+@torch.no_grad()
+def update_routing_state(routers: Sequence[Router], reports: Sequence[RoutingReport]) -> None:
+    """Move the state of every router by what the step learned. Call it once, after the optimizer step.
+
+    Args:
+        routers: the model's routers, in the order of the reports (`routers_of`).
+        reports: of the whole step, merged over micro-batches (`merge_reports`).
+    """
+    assert len(routers) == len(reports)
+    for router, report in zip(routers, reports):
+        router.update_state(report)
+
+
+def scale_thresholds(model: nn.Module, scale: float) -> None:
+    """Set `Router.threshold_scale` of all routers with thresholds.
+
+    Raises:
+        ValueError: the scale is not positive, or it is not 1 and the model has no thresholds.
+    """
+    routers = [router for router in routers_of(model) if router.has_thresholds]
+    if scale <= 0:
+        raise ValueError(f"threshold_scale is {scale}; it must be positive")
+    if scale != 1 and not routers:
+        raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; leave it at 1")
+    for router in routers:
+        router.threshold_scale = scale
+
+
+def limit_capacity(model: nn.Module, limit: float | None) -> None:
+    """Set `Router.capacity_limit` of all routers with thresholds.
+
+    Raises:
+        ValueError: the limit is not positive, or it is not None and the model has no thresholds.
+    """
+    routers = [router for router in routers_of(model) if router.has_thresholds]
+    if limit is not None and limit <= 0:
+        raise ValueError(f"capacity_limit is {limit}; it must be positive")
+    if limit is not None and not routers:
+        raise ValueError(f"capacity_limit is {limit}, but only diffmoe routers need one; remove it")
+    for router in routers:
+        router.capacity_limit = limit

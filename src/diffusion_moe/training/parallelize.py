@@ -21,9 +21,8 @@ from ..config import ParallelConfig, Recipe
 from ..data import places_of
 from ..distributed import is_main, world_size
 from ..models import Backbone
-from ..moe import GroupedExperts, MoEFeedForward, Router
+from ..moe import GroupedExperts, MoEFeedForward, Router, routers_of
 from ..moe.precision import choose_precision
-from ..moe.routers import DiffMoERouter
 from .initialization import make_trainable
 
 
@@ -108,8 +107,8 @@ def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
             if hasattr(module, "set_force_sum_reduction_for_comms"):
                 module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     if recipe.parallel.pool == "global":
-        for pool in [module for module in model.modules() if isinstance(module, DiffMoERouter)]:
-            pool.group = dist.group.WORLD
+        for router in routers_of(model):
+            router.group = dist.group.WORLD
 
 
 def stays_wide(module: nn.Module) -> bool:

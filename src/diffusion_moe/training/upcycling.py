@@ -64,7 +64,7 @@ def divide(config: ModelConfig) -> Division | str:
     slices = max(1, left // config.expert_dim)
     if config.num_experts % slices:
         return f"{config.num_experts} experts cannot be copies in {slices} slices each"
-    normalised = config.router == "dsmoe" and config.top_k > 1
+    normalised = config.rule.has_fixed_weight(config)
     whole_copies = config.top_k % slices == 0 and (config.num_experts // config.n_group) % slices == 0
     return Division(shared, slices, weight, exact=normalised and whole_copies and config.shared != "identity")
 
