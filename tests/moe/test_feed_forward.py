@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_moe.benchmarks.measure import saved_bytes
 from diffusion_moe.moe.activation import activated
-from diffusion_moe.moe.feed_forward_autograd import FeedForwardFunction, WideLinear, feed_forward
+from diffusion_moe.moe.feed_forward import CastingLinear, FeedForwardFunction, feed_forward
 from diffusion_moe.moe.precision import use_cpu_matmul
 
 KINDS = list(itertools.product(["gelu", "silu", "swiglu"], [True, False]))
@@ -166,7 +166,7 @@ def test_frozen_layers_cost_no_products_and_get_no_gradient(kind, frozen):
 
 
 def test_wide_layers_compute_in_the_inputs_dtype():
-    first, last = [WideLinear(6, 10)], WideLinear(10, 7)
+    first, last = [CastingLinear(6, 10)], CastingLinear(10, 7)
     exact = feed_forward(torch.ones(2, 6), first, last, "silu")
     for layer in (*first, last):
         layer.bfloat16()

@@ -1,4 +1,4 @@
-"""The published architectures by name: the `model` sections of the shipped recipes."""
+"""Published architectures by name: the `model` sections of the shipped recipes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..parsing import read_recipe, recipe_names
 
 
 def preset_names() -> list[str]:
-    """Names of the shipped recipes, as `dsmoe-s-e16`; docs/models.md says what each is."""
+    """Names of the shipped recipes, such as `dsmoe-s-e16`; docs/models.md describes them."""
     return recipe_names()
 
 
 def model_preset(name: str) -> dict[str, Any]:
-    """The keyword arguments for `DiT` (or for `JiT`, where the name starts with jit) of a shipped recipe.
+    """Keyword arguments for `DiT` (for `JiT` if the name starts with jit) of a shipped recipe.
 
     Raises:
         ValueError: no such recipe; the message names the nearest ones.
@@ -26,7 +26,7 @@ def model_preset(name: str) -> dict[str, Any]:
 
 
 def make_preset(name: str) -> Backbone:
-    """A fresh `DiT` or `JiT` of a shipped recipe.
+    """A newly initialised `DiT` or `JiT` of a shipped recipe.
 
     Raises:
         ValueError: no such recipe; the message names the nearest ones.

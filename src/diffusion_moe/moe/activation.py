@@ -1,9 +1,9 @@
-"""The activation of experts, weighted by their routing, and of ordinary networks: one pass forward, one backward.
+"""The activation of experts, times the routing weights, and of dense networks: one pass forward, one backward.
 
-On a GPU each is one kernel (`kernels.activation`), in float32 inside. On a CPU the experts' run over blocks of rows
-that stay in the cache, in float32 too: faster than operator by operator in bfloat16, and exact; without weights torch's
-own operators are as fast. Shape suffixes: A rows, F width of the hidden layer, H columns of the first projection (F for
-GELU and SiLU, 2F for SwiGLU: gates first, then values).
+On a GPU each pass is one kernel (`kernels.activation`) with float32 arithmetic. On a CPU the experts' activation runs
+in float32 over blocks of rows that fit the cache, which is faster than operator by operator in bfloat16, and exact.
+Without weights torch's own operators are as fast. Shape suffixes: A rows, F width of the hidden layer, H columns of the
+first projection (F for GELU and SiLU, 2F for SwiGLU: gates first, then values).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from .backend import takes_triton
 
 ExpertActivation = Literal["gelu", "swiglu"]
 Activation = Literal["gelu", "silu", "swiglu"]
-GELU_LINE = 2 * math.sqrt(2 / math.pi)
-GELU_CUBE = 0.044715 * GELU_LINE
+GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715 * GELU_LINEAR
+"""Coefficients of z = 2 sqrt(2 / pi) (h + 0.044715 h^3)."""
 BLOCK = 2**18
-"""Numbers of width F in a block on a CPU: with its temporaries about a core's second-level cache."""
+"""Elements (rows times F) of a block on a CPU; with its temporaries it fills a core's second-level cache."""
 
 
 def activate(h_AH: Tensor, activation: str) -> Tensor:
@@ -42,7 +43,7 @@ def activated(activation: str, *inputs: Tensor) -> Tensor:
 
 @torch.library.custom_op("diffusion_moe::weighted_activation", mutates_args=())
 def weighted_activation(h_AH: Tensor, weight_A: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
-    """activate(h) times each row's weight if there are any, (A, F), in `dtype`. Weighted rows know no SiLU."""
+    """activate(h), times each row's weight if given, (A, F), in `dtype`. SiLU is not supported with weights."""
     if weight_A is None and not takes_triton(h_AH):
         return activate(h_AH.to(dtype), activation)
     out_AF = h_AH.new_empty(len(h_AH), _width(h_AH, activation), dtype=dtype)
@@ -53,7 +54,7 @@ def weighted_activation(h_AH: Tensor, weight_A: Tensor | None, activation: str, 
         return out_AF
     assert weight_A is not None
     for rows in _blocks(out_AF):
-        h = _wide(h_AH[rows])
+        h = _float32_copy(h_AH[rows])
         a = gelu(h) if activation == "gelu" else activate(h, activation)
         out_AF[rows] = a.mul_(weight_A[rows, None])
     return out_AF
@@ -63,13 +64,13 @@ def weighted_activation(h_AH: Tensor, weight_A: Tensor | None, activation: str, 
 def weighted_activation_backward_(
     h_AH: Tensor, weight_A: Tensor | None, grad_AF: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """What the backward pass needs of an activation, which is made again rather than kept.
+    """Backward pass of `weighted_activation`, which also recomputes the weighted activation.
 
     Args:
-        grad_AF: the gradient of the weighted activation, contiguous; the weighted activation takes its place.
+        grad_AF: gradient of the weighted activation, contiguous; overwritten with the weighted activation itself.
 
     Returns:
-        The gradient of h (A, H), in the dtype of grad_AF; that of the weights (A,), empty without any.
+        The gradient of h (A, H), in the dtype of grad_AF, and that of the weights (A,), empty without weights.
     """
     assert weight_A is None or activation != "silu"
     dh_AH = grad_AF.new_empty(h_AH.shape)
@@ -84,7 +85,8 @@ def weighted_activation_backward_(
         return dh_AH, dweight_A
     width = grad_AF.shape[1]
     for rows in _blocks(grad_AF):
-        h, grad, weight = _wide(h_AH[rows]), _wide(grad_AF[rows]), weight_A[rows, None]
+        h, grad = _float32_copy(h_AH[rows]), _float32_copy(grad_AF[rows])
+        weight = weight_A[rows, None]
         if activation == "gelu":
             a, slope = gelu_and_slope(h)
             dweight_A[rows] = torch.linalg.vecdot(grad, a).to(weight_A.dtype)
@@ -103,7 +105,7 @@ def weighted_activation_backward_(
 
 
 def _backward_(h_AH: Tensor, grad_AF: Tensor, activation: str, dh_AH: Tensor) -> None:
-    """`weighted_activation_backward_` without weights, operator by operator; all in one dtype."""
+    """`weighted_activation_backward_` without weights, operator by operator, with all tensors in one dtype."""
     if activation == "swiglu":
         gate, value = h_AH.chunk(2, dim=-1)
         dgate, dvalue = dh_AH.chunk(2, dim=-1)
@@ -120,35 +122,37 @@ def _backward_(h_AH: Tensor, grad_AF: Tensor, activation: str, dh_AH: Tensor) ->
 
 
 def gelu(h: Tensor) -> Tensor:
-    """tanh-GELU, as h sigmoid(z) with z = 2 sqrt(2 / pi) (h + 0.044715 h^3): the same, for 1 + tanh(z / 2) is
-    2 sigmoid(z). On a CPU a sigmoid takes a fraction of a tanh's time (docs/log.md)."""
-    return _line(h.square(), GELU_CUBE).mul_(h).sigmoid_().mul_(h)
+    """tanh-GELU, as h sigmoid(z) with z = 2 sqrt(2 / pi) (h + 0.044715 h^3).
+
+    The two are equal because 1 + tanh(z / 2) = 2 sigmoid(z). A sigmoid is much faster on a CPU (docs/log.md).
+    """
+    return _linear_in(h.square(), GELU_CUBIC).mul_(h).sigmoid_().mul_(h)
 
 
 def gelu_and_slope(h: Tensor) -> tuple[Tensor, Tensor]:
     """`gelu` and its derivative, sigmoid(z) + h sigmoid(z) (1 - sigmoid(z)) dz/dh."""
     square = h.square()
-    gate = _line(square, GELU_CUBE).mul_(h).sigmoid_()
+    gate = _linear_in(square, GELU_CUBIC).mul_(h).sigmoid_()
     a = h * gate
-    return a, torch.addcmul(gate, torch.addcmul(a, a, gate, value=-1), _line(square, 3 * GELU_CUBE))
+    return a, torch.addcmul(gate, torch.addcmul(a, a, gate, value=-1), _linear_in(square, 3 * GELU_CUBIC))
 
 
-def _line(square: Tensor, cube: float) -> Tensor:
-    """GELU_LINE + cube * square, in one pass."""
-    return torch.add(square.new_full((), GELU_LINE), square, alpha=cube)
+def _linear_in(square: Tensor, slope: float) -> Tensor:
+    """GELU_LINEAR + slope * square, in one pass."""
+    return torch.add(square.new_full((), GELU_LINEAR), square, alpha=slope)
 
 
 def _width(h_AH: Tensor, activation: str) -> int:
     return h_AH.shape[1] // (2 if activation == "swiglu" else 1)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """A copy of its own in float32 (or float64)."""
+def _float32_copy(x: Tensor) -> Tensor:
+    """A new tensor in float32 (float64 stays float64)."""
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
 def _blocks(x_AF: Tensor) -> Iterator[slice]:
-    """Slices of rows: small ones on a CPU, one elsewhere."""
+    """Slices of rows: small ones on a CPU, a single one elsewhere."""
     rows = max(1, BLOCK // x_AF.shape[1]) if x_AF.device.type == "cpu" else max(1, len(x_AF))
     for start in range(0, len(x_AF), rows):
         yield slice(start, start + rows)

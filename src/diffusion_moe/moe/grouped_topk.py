@@ -1,4 +1,4 @@
-"""DSMoE's choice of experts and their weights as one operator, with its gradient in closed form.
+"""DSMoE's choice of experts and their weights as one operator, with a gradient in closed form.
 
 Shape suffixes: T tokens, E experts, K experts a token, G groups of M experts.
 """
@@ -25,17 +25,22 @@ def grouped_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The K experts of highest sigmoid score plus correction in each token's best groups, and their weights.
 
-    A group scores the sum of its two best experts. Which of equal experts is taken depends on the implementation; the
-    Triton kernel takes the one of the lowest number.
+    The score of a group is the sum of its two best experts. Among experts of equal score the Triton kernel takes that
+    of the lowest index; torch does not define which.
 
     Args:
-        logits_TE: float32 or float64. correction_E: takes part in the choice only. scale: factor on the weights.
-        strict: whether experts of dropped groups are out; else they score 0, as in the published models, so that
-            one of them wins against an expert whose correction makes its score negative.
+        logits_TE: float32 or float64.
+        correction_E: correction bias, which affects the choice only.
+        top_k: K.
+        n_group: G.
+        topk_group: groups kept for each token.
+        scale: factor on the weights.
+        strict: exclude experts of dropped groups. Else they score 0, as in the published models, and win against an
+            expert whose correction makes its score negative.
 
     Returns:
-        The weights, which are the sigmoids normalised over the K (not for K = 1) and scaled; the experts, int64; the
-        sigmoids themselves, for the backward pass: no gradient flows through them. All (T, K).
+        Weights, experts (int64) and sigmoids, all (T, K). The weights are the sigmoids normalised over the K (not for
+        K = 1) and scaled. The sigmoids are for the backward pass; no gradient flows through them.
     """
     if takes_triton(logits_TE, experts=logits_TE.shape[1]):
         from .kernels import router as kernel
@@ -49,7 +54,7 @@ def grouped_topk(
 
 
 def _choose(score_TE: Tensor, top_k: int, n_group: int, topk_group: int, strict: bool) -> Tensor:
-    """The K experts of highest score in each token's best groups."""
+    """The K experts of highest score in each token's best groups, (T, K)."""
     if topk_group < n_group:
         score_TGM = score_TE.unflatten(1, (n_group, -1))
         best_TG = score_TGM.topk(min(2, score_TGM.shape[2]), dim=2).values.sum(dim=2)
@@ -63,7 +68,7 @@ def _choose(score_TE: Tensor, top_k: int, n_group: int, topk_group: int, strict:
 def grouped_topk_backward(
     expert_TK: Tensor, score_TK: Tensor, dweight_TK: Tensor, num_experts: int, scale: float
 ) -> Tensor:
-    """The gradient of `grouped_topk` in its logits, (T, E), for that of its weights."""
+    """The gradient of `grouped_topk` in its logits, (T, E), from the gradient of its weights."""
     if takes_triton(score_TK, experts=num_experts):
         from .kernels import router as kernel
 

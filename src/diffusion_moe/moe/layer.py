@@ -1,4 +1,4 @@
-"""The mixture-of-experts feed-forward layer: route, apply the experts, add what every token gets."""
+"""The mixture-of-experts feed-forward layer: route, apply the experts, add the shared expert."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ Shared = Literal["none", "identity", "gelu", "swiglu"]
 
 
 class MoEOutput(NamedTuple):
-    """What the layer returns."""
+    """The layer's output and its report."""
 
     hidden_states: Tensor
-    """Of the input's shape and dtype; the residual is not added."""
+    """Output of the input's shape and dtype; the residual is not added."""
     report: RoutingReport
-    """Counts, losses to add, and what `update_routing_state` needs."""
+    """Counts, losses to add, and the input of `update_routing_state`."""
 
 
 class MoEFeedForward(nn.Module):
     """A drop-in replacement for a transformer's feed-forward layer.
 
     Args:
-        dim: token width D. expert_dim: hidden width of one expert. router: the routing rule and its settings.
-        activation: of the experts. bias: whether the experts have biases.
-        shared: what every token gets beside its experts: nothing, the input itself (published DSMoE without its shared
-            expert), or a shared expert of that activation. shared_dim: its hidden width; None: expert_dim.
-        shared_bias: whether it has biases. dropout: inside routed and shared experts, in training.
+        dim: token width D.
+        expert_dim: hidden width of one expert.
+        router: the routing rule and its settings.
+        activation: activation of the experts, "gelu" or "swiglu".
+        bias: add biases to the experts.
+        shared: output added for every token: "none", "identity" (the input, as in the published DSMoE without a shared
+            expert), or that of a shared expert with activation "gelu" or "swiglu".
+        shared_dim: hidden width of the shared expert; None: expert_dim.
+        shared_bias: add biases to the shared expert.
+        dropout: rate of dropout inside routed and shared experts, in training.
 
     Example:
         >>> layer = MoEFeedForward(64, 32, RouterConfig("dsmoe", num_experts=8, top_k=2, balance="bias"))
@@ -68,27 +73,26 @@ class MoEFeedForward(nn.Module):
         """Apply the layer.
 
         Args:
-            x: tokens, (B, N, D), or (N, D) for one image. router_input: what the router looks at
-                instead of x, with as many tokens.
+            x: tokens, (B, N, D), or (N, D) for one image.
+            router_input: input of the router instead of x, with the same number of tokens.
         """
         x_BND = x if x.ndim == 3 else x[None]
-        seen_BND = x_BND if router_input is None else router_input.reshape(*x_BND.shape[:2], -1)
-        routing = self.router(seen_BND)
+        router_BND = x_BND if router_input is None else router_input.reshape(*x_BND.shape[:2], -1)
+        routing = self.router(router_BND)
         if self.shared is not None:
-            # Cast once for routed and shared experts, unless nothing but the input is to be kept.
+            # Cast once for routed and shared experts, unless only the input is kept.
             cast_BND = x_BND if self.shared.recompute else x_BND.to(compute_dtype(x_BND))
             y_BND = self.experts(cast_BND.flatten(0, 1), routing).view_as(x_BND) + self.shared(cast_BND)
         else:
             y_BND = self.experts(x_BND.flatten(0, 1), routing).view_as(x_BND)
             if self.add_input:
                 y_BND = y_BND + x_BND
-        return MoEOutput(
-            y_BND.to(x.dtype).view_as(x), routing.report._replace(num_tokens=seen_BND.shape[0] * seen_BND.shape[1])
-        )
+        report = routing.report._replace(num_tokens=x_BND.shape[0] * x_BND.shape[1])
+        return MoEOutput(y_BND.to(x.dtype).view_as(x), report)
 
 
 def recompute_experts(model: nn.Module, recompute: bool = True) -> None:
-    """Whether the backward pass makes the hidden layers of routed and shared experts again instead of keeping them."""
+    """Recompute the hidden layers of routed and shared experts in the backward pass, or keep them."""
     for layer in [module for module in model.modules() if isinstance(module, MoEFeedForward)]:
         layer.experts.recompute = recompute
         if layer.shared is not None:

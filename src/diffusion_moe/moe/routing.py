@@ -1,4 +1,4 @@
-"""The one currency between routers and experts: which token goes to which expert, with which weight.
+"""The value between routers and experts: which token goes to which expert, with which weight.
 
 Shape suffixes: B images, N tokens of one image, T tokens of the batch (B * N), E experts, K experts a token,
 A assignments (pairs of token and expert), C tokens an expert takes.
@@ -17,34 +17,34 @@ from .backend import takes_triton
 
 
 class RoutingReport(NamedTuple):
-    """What one forward pass of a router learned. Nothing in the router has changed yet: see `moe.balance`."""
+    """Results of one forward pass of a router, for its state and for logs. The router itself has not changed yet."""
 
     counts_E: Tensor
-    """Tokens each expert served, int64."""
+    """Tokens served by each expert, int64."""
     losses: dict[str, Tensor]
     """Scalars to add to the training loss, already weighted; empty at inference."""
     threshold_E: Tensor | None = None
-    """DiffMoE in training: the lowest predicted probability among each expert's C most probable tokens."""
+    """Lowest predicted probability among each expert's C most probable tokens (DiffMoE in training)."""
     num_tokens: int = 0
-    """Tokens that asked to be served; `MoEFeedForward` fills it in."""
+    """Tokens of the batch; set by `MoEFeedForward`."""
     dropped: Tensor | None = None
-    """Choices for which there was no room, int64 scalar (DiffMoE at inference with a capacity limit)."""
+    """Choices dropped by a capacity limit, int64 scalar (DiffMoE at inference)."""
 
 
 class Routing(NamedTuple):
-    """Assignments of tokens to experts, grouped by expert; a dropped token simply does not occur."""
+    """Assignments of tokens to experts, grouped by expert; a dropped token has none."""
 
     token_A: Tensor
     """Token of each assignment in [0, T), int64; expert e owns rows offsets_E[e - 1] to offsets_E[e]."""
     weight_A: Tensor
-    """Weight of the expert's output for that token; carries the router's gradient."""
+    """Weight of the expert's output for that token, with the router's gradient."""
     offsets_E: Tensor
     """End of each expert's rows, int32, on the tokens' device."""
     report: RoutingReport
     row_TK: Tensor | None = None
-    """The rows of each token, int64, where every token has K of them."""
+    """Rows of each token, int64, if every token has K of them."""
     equal: bool = False
-    """Whether every expert has as many rows."""
+    """True if every expert has the same number of rows."""
 
     def expert_A(self) -> Tensor:
         """Expert of each assignment in [0, E), int64."""
@@ -52,9 +52,9 @@ class Routing(NamedTuple):
 
 
 def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
-    """The expert of each of so many rows, in [0, E), int64, (A,)."""
-    places_A = torch.arange(len(rows), device=rows.device, dtype=offsets_E.dtype)
-    return torch.searchsorted(offsets_E, places_A, right=True)
+    """Expert of each row, in [0, E), int64, (A,); of `rows` only the length is read."""
+    index_A = torch.arange(len(rows), device=rows.device, dtype=offsets_E.dtype)
+    return torch.searchsorted(offsets_E, index_A, right=True)
 
 
 @torch.library.custom_op("diffusion_moe::sort_by_expert", mutates_args=())
@@ -65,14 +65,14 @@ def sort_by_expert(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
         expert_A: experts in [0, num_experts), int64.
 
     Returns:
-        order_A, the assignment that each row holds, and row_A, the row of each assignment, int64; offsets_E, the end of
-        each expert's rows, int32; counts_E, how many they are, int64.
+        order_A, the assignment in each row, and row_A, the row of each assignment, int64; offsets_E, the end of each
+        expert's rows, int32; counts_E, the number of each expert's rows, int64.
     """
     if takes_triton(expert_A, experts=num_experts):
         from .kernels import sort as kernel
 
         return kernel.sort_by_expert(expert_A, num_experts)
-    # Up to 256 experts one pass of radix sort over bytes does instead of eight.
+    # For up to 256 experts a radix sort of bytes takes one pass instead of eight.
     sorted_A, order_A = torch.sort(expert_A.to(torch.uint8) if num_experts <= 256 else expert_A, stable=True)
     bounds_E = torch.arange(num_experts, device=expert_A.device, dtype=sorted_A.dtype)
     offsets_E = torch.searchsorted(sorted_A, bounds_E, right=True, out_int32=True)
@@ -87,8 +87,8 @@ def _(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return order_A, torch.empty_like(order_A), counts_E.to(torch.int32), counts_E
 
 
-class Permuted(torch.autograd.Function):
-    """Numbers in another order. The gradient is a gather too, by the inverse: nothing is added up, in no order."""
+class Permute(torch.autograd.Function):
+    """Values in another order. The gradient is a gather by the inverse permutation, so nothing is summed."""
 
     @staticmethod
     def forward(ctx: Any, values_A: Tensor, order_A: Tensor, inverse_A: Tensor) -> Tensor:
@@ -108,12 +108,15 @@ def route_by_token(
     """Routing in which every token chose K experts. No host synchronisation.
 
     Args:
-        expert_TK: chosen experts, int64. weight_TK: their weights.
+        expert_TK: chosen experts, int64.
+        weight_TK: weights of these experts' outputs.
+        num_experts: E.
+        losses: scalars to add to the training loss, already weighted.
     """
     order_A, row_A, offsets_E, counts_E = sort_by_expert(expert_TK.flatten(), num_experts)
     return Routing(
         token_A=order_A // expert_TK.shape[1],
-        weight_A=Permuted.apply(weight_TK.flatten(), order_A, row_A),
+        weight_A=Permute.apply(weight_TK.flatten(), order_A, row_A),
         offsets_E=offsets_E,
         report=RoutingReport(counts_E, losses or {}),
         row_TK=row_A.view_as(expert_TK),
@@ -139,9 +142,11 @@ def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor, room: int | None = None)
     """Routing with any number of tokens an expert.
 
     Args:
-        weight_TE: positive. room: rows to make room for; None: as many as are chosen, a number that comes to the host
-            (one synchronisation). With room the shapes do not depend on the choices: those of least weight that find
-            none are dropped and counted, and room to spare is filled with rows of weight 0.
+        chosen_TE: the choices, boolean.
+        weight_TE: positive weights.
+        room: fixed number of rows, so that shapes do not depend on the choices. Choices beyond it are dropped, those of
+            least weight first, and counted; spare rows have weight 0. None: one row a choice, which the host must wait
+            for (one synchronisation).
     """
     counts_E = chosen_TE.sum(0)
     if room is None:
@@ -150,10 +155,10 @@ def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor, room: int | None = None)
         return Routing(token_A, weight_A, counts_E.cumsum(0).to(torch.int32), RoutingReport(counts_E, {}))
     T, E = chosen_TE.shape
     wanted_A = torch.where(chosen_TE, weight_TE, -1.0).T.flatten()
-    wanted_A, place_A = wanted_A.topk(min(room, T * E), sorted=False)
-    place_A, order_A = place_A.sort()  # by expert, then by token
+    wanted_A, index_A = wanted_A.topk(min(room, T * E), sorted=False)
+    index_A, order_A = index_A.sort()  # by expert, then by token
     served_A = wanted_A.index_select(0, order_A) > 0
-    expert_A, token_A = place_A // T, place_A % T
+    expert_A, token_A = index_A // T, index_A % T
     served_E = torch.zeros_like(counts_E).scatter_add(0, expert_A, served_A.long())
     return Routing(
         token_A=token_A,
@@ -164,7 +169,7 @@ def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor, room: int | None = None)
 
 
 def merge_reports(reports: Sequence[RoutingReport]) -> RoutingReport:
-    """One report for a step made of several micro-batches: counts add up, thresholds and losses are averaged."""
+    """The report of a step of several micro-batches: counts are summed, thresholds and losses averaged."""
     thresholds = [report.threshold_E for report in reports if report.threshold_E is not None]
     dropped = [report.dropped for report in reports if report.dropped is not None]
     return RoutingReport(

@@ -1,3 +1,5 @@
-"""Triton kernels for what stands between the experts' products. Import from here only through `moe.backend`'s consent:
-the modules import triton. Each one's oracle is the torch code in the operator that calls it.
+"""Triton kernels for everything between the experts' matmuls.
+
+These modules import triton, so import them only after `backend.takes_triton` returned true. The oracle of each kernel
+is the torch code in the operator that calls it.
 """

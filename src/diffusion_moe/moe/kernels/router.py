@@ -1,8 +1,8 @@
-"""`grouped_topk` in one pass: sigmoid, correction, the best groups, the best experts in them, their weights.
+"""`grouped_topk` in one pass: sigmoid, correction bias, the best groups, the best experts in them, their weights.
 
-The best are taken one after another; among equals the one of the lowest number. NaN counts as the highest score, as
-in torch, so that expert numbers stay in range whatever the logits. Shape suffixes: T tokens, E experts, K experts a
-token; X tokens of a program, and G groups of M experts, both padded to powers of two, with S = G * M places.
+The best are selected one after another; of equal ones that of the lowest index. NaN counts as the highest score, as in
+torch, so that expert indices stay in range whatever the logits. Shape suffixes: T tokens, E experts, K experts a token;
+X tokens of a program, and G groups of M experts, both padded to powers of two, with S = G * M slots.
 """
 
 # mypy: ignore-errors
@@ -16,14 +16,14 @@ from torch import Tensor
 from ..backend import on_device
 
 TILE = 2048
-"""Places of a program's tokens."""
+"""Slots of experts, over all tokens of a program."""
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 NEVER = tl.constexpr(-float("inf"))
 
 
 @triton.jit
 def _best_of_groups(score_XGM, WIDTH: tl.constexpr, M: tl.constexpr):
-    """The sum of each group's two best scores, (X, G)."""
+    """Sum of each group's two best scores, (X, G)."""
     best_XG = tl.max(score_XGM, axis=2)
     if WIDTH > 1:
         at_XG = tl.argmax(score_XGM, axis=2)
@@ -40,8 +40,8 @@ def _choose_experts(
 ):  # fmt: skip
     width: tl.constexpr = E // GROUPS
     token_X = tl.program_id(0).to(tl.int64) * X + tl.arange(0, X)
-    place_S = tl.arange(0, G * M)
-    group_S, inside_S = place_S // M, place_S % M
+    index_S = tl.arange(0, G * M)
+    group_S, inside_S = index_S // M, index_S % M
     expert_S = group_S * width + inside_S
     real_S = (group_S < GROUPS) & (inside_S < width)
     logits_XS = tl.load(
@@ -65,7 +65,7 @@ def _choose_experts(
     expert_XK, score_XK = tl.zeros((X, K), dtype=tl.int32), tl.zeros((X, K), dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         at_X = tl.argmax(corrected_XS, axis=1)
-        here_XS = place_S[None, :] == at_X[:, None]
+        here_XS = index_S[None, :] == at_X[:, None]
         corrected_XS = tl.where(here_XS, NEVER, corrected_XS)
         expert_XK = tl.where(slot_K[None, :] == k, ((at_X // M) * width + at_X % M)[:, None], expert_XK)
         best_X = tl.sum(tl.where(here_XS, score_XS, 0.0), axis=1)
@@ -108,7 +108,7 @@ def _router_backward(
 def grouped_topk(
     logits_TE: Tensor, correction_E: Tensor, top_k: int, n_group: int, topk_group: int, scale: float, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the operator: weight_TK, expert_TK and score_TK."""
+    """weight_TK, expert_TK and score_TK; see `grouped_topk.grouped_topk`."""
     T, E = logits_TE.shape
     expert_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
     score_TK, weight_TK = (torch.empty(T, top_k, device=logits_TE.device) for _ in range(2))
@@ -123,7 +123,7 @@ def grouped_topk(
 def grouped_topk_backward(
     expert_TK: Tensor, score_TK: Tensor, dweight_TK: Tensor, num_experts: int, scale: float
 ) -> Tensor:
-    """See the operator: the gradient of the logits."""
+    """The gradient in the logits; see `grouped_topk.grouped_topk_backward`."""
     T, top_k = expert_TK.shape
     dlogits_TE = torch.empty(T, num_experts, device=expert_TK.device)
     if T:
@@ -135,17 +135,17 @@ def grouped_topk_backward(
 
 
 def constants(num_experts: int, top_k: int, n_group: int, topk_group: int, strict: bool) -> dict[str, int]:
-    """What the kernel is compiled for: the rule, never the number of tokens."""
+    """The constants that the kernel is compiled for: the rule, never the number of tokens."""
     groups, members = _padded(n_group), _padded(num_experts // n_group)
     rule = {"E": num_experts, "GROUPS": n_group, "TOP_GROUPS": topk_group, "TOP_K": top_k, "STRICT": strict}
     return rule | {"X": max(1, TILE // (groups * members)), "G": groups, "M": members, "K": _padded(top_k)}
 
 
 def backward_constants(num_experts: int, top_k: int) -> dict[str, int]:
-    """The same for the backward pass."""
+    """The constants of the backward kernel."""
     padded = _padded(num_experts)
     return {"E": num_experts, "TOP_K": top_k, "X": max(1, TILE // padded), "N": padded, "K": _padded(top_k)}
 
 
-def _padded(number: int) -> int:
-    return triton.next_power_of_2(number)
+def _padded(size: int) -> int:
+    return triton.next_power_of_2(size)

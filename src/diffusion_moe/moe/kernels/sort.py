@@ -1,6 +1,6 @@
-"""`sort_by_expert` as a stable counting sort in three passes: count by block, add up the counts, place.
+"""`sort_by_expert` as a stable counting sort in three passes: count by block, sum the counts, write the rows.
 
-Deterministic, for no pass uses atomics. Shape suffixes: A assignments, E experts, B blocks of L assignments each,
+Deterministic, because no pass uses atomics. Shape suffixes: A assignments, E experts, B blocks of L assignments each,
 C blocks of a tile, N experts padded to a power of two.
 """
 
@@ -15,25 +15,25 @@ from torch import Tensor
 from ..backend import on_device
 
 TILE = 8192
-"""Numbers in a block's table of assignments and experts."""
+"""Elements in a block's table of assignments and experts."""
 MAX_BLOCK = 512
 COLUMNS = 1024
-"""Blocks added up at a time."""
+"""Blocks whose counts are summed at a time."""
 
 
 @triton.jit(do_not_specialize=["A", "B"])
 def _count_by_block(expert, count_EB, A, B, E: tl.constexpr, L: tl.constexpr, N: tl.constexpr):
-    """How many assignments of each block go to each expert."""
+    """Count the assignments of each block to each expert."""
     block = tl.program_id(0)
-    place_L, expert_N = block * L + tl.arange(0, L), tl.arange(0, N)
-    expert_L = tl.load(expert + place_L, mask=place_L < A, other=N)
+    index_L, expert_N = block * L + tl.arange(0, L), tl.arange(0, N)
+    expert_L = tl.load(expert + index_L, mask=index_L < A, other=N)
     count_N = tl.sum((expert_L[:, None] == expert_N[None, :]).to(tl.int32), axis=0)
     tl.store(count_EB + expert_N * B + block, count_N, mask=expert_N < E)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _add_up_counts(count_EB, total_E, B, C: tl.constexpr):
-    """Turn an expert's counts into how many assignments of earlier blocks go to it, in place; its total."""
+    """Replace an expert's counts by those of all earlier blocks, and store its total."""
     row = count_EB + tl.program_id(0) * B
     total = tl.zeros((), dtype=tl.int32)
     for start in range(0, B, C):
@@ -48,23 +48,23 @@ def _add_up_counts(count_EB, total_E, B, C: tl.constexpr):
 def _place_assignments(
     expert, earlier_EB, total_E, order_A, row_A, offsets_E, A, B, E: tl.constexpr, L: tl.constexpr, N: tl.constexpr
 ):
-    """Write where each assignment goes: after all of earlier experts, earlier blocks and earlier places."""
+    """Write the row of each assignment: after those of earlier experts, earlier blocks and earlier indices."""
     block = tl.program_id(0)
-    place_L, expert_N = block * L + tl.arange(0, L), tl.arange(0, N)
+    index_L, expert_N = block * L + tl.arange(0, L), tl.arange(0, N)
     total_N = tl.load(total_E + expert_N, mask=expert_N < E, other=0).to(tl.int32)
     end_N = tl.cumsum(total_N, axis=0)
     if block == 0:
         tl.store(offsets_E + expert_N, end_N, mask=expert_N < E)
     first_N = end_N - total_N + tl.load(earlier_EB + expert_N * B + block, mask=expert_N < E, other=0)
-    expert_L = tl.load(expert + place_L, mask=place_L < A, other=N)
+    expert_L = tl.load(expert + index_L, mask=index_L < A, other=N)
     here_LN = (expert_L[:, None] == expert_N[None, :]).to(tl.int32)
     row_L = tl.sum(here_LN * (first_N[None, :] + tl.cumsum(here_LN, axis=0) - 1), axis=1)
-    tl.store(row_A + place_L, row_L, mask=place_L < A)
-    tl.store(order_A + row_L, place_L, mask=place_L < A)
+    tl.store(row_A + index_L, row_L, mask=index_L < A)
+    tl.store(order_A + row_L, index_L, mask=index_L < A)
 
 
 def sort_by_expert(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See the operator: order_A, row_A, offsets_E and counts_E."""
+    """order_A, row_A, offsets_E and counts_E; see `routing.sort_by_expert`."""
     A, E, device = len(expert_A), num_experts, expert_A.device
     order_A, row_A = (torch.empty(A, dtype=torch.int64, device=device) for _ in range(2))
     if not A:
@@ -82,6 +82,6 @@ def sort_by_expert(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
 
 
 def constants(num_experts: int) -> dict[str, int]:
-    """What the kernels are compiled for: the number of experts, never that of assignments."""
+    """The constants that the kernels are compiled for: the number of experts, never that of assignments."""
     padded = triton.next_power_of_2(num_experts)
     return {"E": num_experts, "L": min(MAX_BLOCK, TILE // padded), "N": padded}
