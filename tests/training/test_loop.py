@@ -99,7 +99,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_resumes(tiny, tmp_path, 
     os.killpg(process.pid, number)
     output = process.communicate()[0]
     assert process.returncode == status, output
-    assert "Run the same command again to go on." in output
+    assert "Run the same command again to resume." in output
     assert "Traceback" not in output
     again = start(options(tiny), folder)
     assert "resuming from" in again.communicate()[0]
@@ -228,7 +228,7 @@ def test_unreadable_images_are_counted_in_the_metrics(tiny, tmp_path, images):
     train(recipe, tmp_path / "run", log=lines.append)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["skipped_images"] == 1  # each step of 16 draws it once
-    assert any("images that cannot be read were replaced by others: 1 (data.on_corrupt" in line for line in lines)
+    assert any("unreadable images were replaced by others: 1 (data.on_corrupt" in line for line in lines)
     assert (tmp_path / "run" / "skipped.txt").read_text() == f"{tmp_path / 'images' / 'a' / '0.png'}\n"
 
 

@@ -10,7 +10,8 @@ from diffusion_moe.parsing import read_recipe, recipe_names
 from diffusion_moe.training.dataloader import batches
 from diffusion_moe.training.ema import ema_decay, update_ema
 from diffusion_moe.training.optimizer import learning_rate, make_optimizer
-from diffusion_moe.training.step import make_state, train_step
+from diffusion_moe.training.state import make_state
+from diffusion_moe.training.step import train_step
 
 PLACE = {"image-folder": ("--data.path=photos",)}
 
