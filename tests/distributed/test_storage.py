@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -21,14 +20,6 @@ sys.path.append(str(Path(__file__).parent))
 import storage_worker
 
 KEY_BYTES = 64 * 4
-
-
-@pytest.fixture(scope="module")
-def context():
-    """A server that imports torch once, and what it imports when first used, and from which processes are forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch._dynamo", "diffusion_moe.storage"])
-    return context
 
 
 @pytest.fixture

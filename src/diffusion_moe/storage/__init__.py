@@ -7,13 +7,12 @@ step-00001000/
 """
 
 from .async_writer import AsyncWriter
-from .collective import TIMEOUT, CheckpointError, LostProcess, storage_group
+from .collective import CheckpointError, LostProcess
 from .manifest import Manifest
 from .reading import LoadedCheckpoint, export, latest, read
 from .writing import checkpoint_path, checkpoints_in, prune
 
 __all__ = [
-    "TIMEOUT",
     "AsyncWriter",
     "CheckpointError",
     "LoadedCheckpoint",
@@ -25,5 +24,4 @@ __all__ = [
     "latest",
     "prune",
     "read",
-    "storage_group",
 ]
