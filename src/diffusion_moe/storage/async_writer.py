@@ -63,7 +63,7 @@ class AsyncWriter:
         self._save_in_progress = self._thread.submit(self._write, collective, step, plan, files, checked)
 
     def failed(self) -> bool:
-        """Whether the save in progress is known to have failed; `save` and `wait` raise why."""
+        """True if the save in progress is known to have failed; `save` and `wait` raise why."""
         save = self._save_in_progress
         return save is not None and save.done() and save.exception() is not None
 

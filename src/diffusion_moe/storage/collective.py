@@ -41,7 +41,7 @@ class _Failure(NamedTuple):
 
 
 class _Message(NamedTuple):
-    """What one process sends to the others."""
+    """A message of one process to the others."""
 
     doing: str
     result: object = None

@@ -50,7 +50,7 @@ class Manifest(NamedTuple):
 
     step: int
     metadata: dict[str, Any]
-    """As given to `AsyncWriter.save`."""
+    """Metadata given to `AsyncWriter.save`."""
     files: tuple[FileRecord, ...]
     tensors: dict[str, SavedTensor]
 

@@ -45,7 +45,7 @@ def overlap(a: Block, b: Block) -> Block | None:
 
 
 def tiles(shape: Sequence[int], blocks: Sequence[Block]) -> bool:
-    """Whether blocks cover a tensor, each element once."""
+    """True if blocks cover a tensor, each element once."""
     if sum(block.numel for block in blocks) != math.prod(shape):
         return False
     starts = np.array([block.offsets for block in blocks], dtype=np.int64).reshape(len(blocks), len(shape))

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, Self
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,36 +17,21 @@ from torch import Tensor
 from ..config import TrainingConfig
 from ..data import Segment
 from ..models import Backbone
-from ..storage import AsyncWriter, CheckpointError, Manifest, latest, read
+from ..storage import AsyncWriter, CheckpointError, LoadedCheckpoint, Manifest, latest, read
 from .ema import reset_ema
 from .initialization import copy_frozen
 from .state import TrainState
 
 
-class Resumed(NamedTuple):
-    """The checkpoint that a run resumes from."""
-
-    path: Path | None
-    """The newest good checkpoint; None if there is none."""
-    problems: list[str]
-    """A line for each newer one that could not be used."""
-
-
-class Checkpoints:
+class Checkpoints(AsyncWriter):
     """The checkpoints of a run. All processes call every method together."""
 
     def __init__(self, folder: Path, training: TrainingConfig) -> None:
-        self.folder, self.seed = folder, training.seed
-        self.notes: list[str] = []
-        """Lines for the user on how the state differs from the checkpoint that was loaded last."""
-        self.writer = AsyncWriter(folder, training.keep_checkpoints, training.keep_every)
+        super().__init__(folder, training.keep_checkpoints, training.keep_every)
+        self.seed = training.seed
 
-    def save(self, state: TrainState) -> None:
-        """Begin to write the state as it is now; training may continue.
-
-        Raises:
-            OSError, CheckpointError: why the last save failed.
-        """
+    def save_state(self, state: TrainState) -> None:
+        """Begin to write the state as it is now (see `save`); training may continue."""
         metadata = {
             "step": state.step,
             "skipped_steps": sorted(state.skipped_steps),
@@ -56,33 +40,16 @@ class Checkpoints:
             "seed": self.seed,
             "batch_sizes": [list(segment) for segment in state.segments],
         }
-        self.writer.save(state.step, state_tensors(state), metadata)
+        self.save(state.step, state_tensors(state), metadata)
 
-    def failed(self) -> bool:
-        """True if the save in progress is known to have failed; `save` and `wait` raise why."""
-        return self.writer.failed()
+    def load_latest(self, state: TrainState) -> LoadedCheckpoint[list[str]]:
+        """Fill `state` from the newest good checkpoint; no save may be in progress.
 
-    def wait(self) -> None:
-        """Wait until the last save is on the disk; raises as `save` does."""
-        self.writer.wait()
-
-    def close(self) -> None:
-        """Wait and end."""
-        self.writer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *reason: Any) -> None:
-        """As `close`, but an error that is already raised is not replaced."""
-        self.writer.__exit__(*reason)
-
-    def load_latest(self, state: TrainState) -> Resumed:
-        """Fill `state` from the newest good checkpoint; no save may be in progress."""
-        group = self.writer.group  # gloo: the default group may be NCCL, which would send messages through the GPU
-        found = latest(self.folder, lambda path: load_checkpoint(path, state, group, self.seed), group=group)
-        self.notes = found.loaded or []
-        return Resumed(found.path, found.problems)
+        Returns:
+            The checkpoint, with lines for the user on how the state differs from it (see `load_checkpoint`).
+        """
+        group = self.group  # gloo: the default group may be NCCL, which would send messages through the GPU
+        return latest(self.folder, lambda path: load_checkpoint(path, state, group, self.seed), group=group)
 
 
 def load_checkpoint(
@@ -93,8 +60,6 @@ def load_checkpoint(
     An extra EMA that the checkpoint lacks starts at the weights.
 
     Args:
-        path: the checkpoint.
-        state: the state to fill.
         group: the processes that read, see `storage.read`.
         seed: seed of the recipe that resumes. Another seed means another order, in which the skipped steps have other
             images, so those to come are forgotten.

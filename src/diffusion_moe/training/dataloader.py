@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..config import Recipe
 from ..data import Batch, ImageDataset, Segment, batches_from, places_of
+from ..data.order import Draw
 from ..distributed import rank, world_size
 
 
@@ -19,8 +20,6 @@ def batches(
     """This process' parts of the batches of steps `step` + 1 to the recipe's last.
 
     Args:
-        recipe: the recipe.
-        dataset: the training images.
         step: number of steps done.
         segments: the run's batch sizes; by default the recipe's from the first step on.
 
@@ -50,12 +49,16 @@ def batches(
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
+def draws_of_step(recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment] = ()) -> list[Draw]:
+    """Images of a step's global batch, as draws from the training split (arguments as for `batches`)."""
+    sizes = segments or recipe.training.batch_size
+    (draws,) = batches_from(step - 1, step, len(dataset), sizes, recipe.training.seed, None, dataset.buckets)
+    return draws
+
+
 def images_of_step(recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment] = ()) -> list[int]:
-    """Indices in the training split of the images in a step's global batch (arguments as for `batches`)."""
-    training = recipe.training
-    sizes = segments or training.batch_size
-    (draws,) = batches_from(step - 1, step, len(dataset), sizes, training.seed, None, dataset.buckets)
-    return [draw.image for draw in draws]
+    """Indices in the training split of a step's images."""
+    return [draw.image for draw in draws_of_step(recipe, dataset, step, segments)]
 
 
 def _ignore_signals(worker: int) -> None:

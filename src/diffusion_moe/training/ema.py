@@ -15,13 +15,7 @@ def ema_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def ema_decay(decay: float, updates: int, warmup: bool) -> float:
-    """Decay of an EMA's next update.
-
-    Args:
-        decay: its final value.
-        updates: number of updates before this one.
-        warmup: begin with a lower decay.
-    """
+    """Decay of an EMA's next update, after so many; with warm-up it begins lower."""
     # TensorFlow's ExponentialMovingAverage with num_updates; diffusers' EMAModel.get_decay for updates > 0.
     return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
 

@@ -123,9 +123,6 @@ def initialize_from(model: Backbone, recipe: Recipe, pretrained: Pretrained, dat
     """Fill a fresh model, still without adapters, with another's weights.
 
     Args:
-        model: the model to fill.
-        recipe: its recipe.
-        pretrained: the other model.
         data: metadata of the data set, with the names of its classes.
 
     Returns:
@@ -165,13 +162,7 @@ def initialize_from(model: Backbone, recipe: Recipe, pretrained: Pretrained, dat
 
 
 def check_settings(name: str, old: ModelConfig, new: ModelConfig, upcycle: bool) -> None:
-    """Check that a model of the new settings can take the weights of one of the old settings.
-
-    Args:
-        name: name of the old model for messages.
-        old: its settings.
-        new: the new settings.
-        upcycle: the experts are upcycled from a dense model.
+    """Check that a model of the new settings can take the weights of the old one, whose name is for messages.
 
     Raises:
         ValueError: the weights do not fit the new settings.
@@ -214,14 +205,7 @@ def label_rows(
 
 
 def relabelled(table: Tensor, rows: Sequence[int | None], classes: int, seed: int) -> Tensor:
-    """A label table of these rows of another; new rows are the mean of its classes plus normal noise.
-
-    Args:
-        table: the other table.
-        rows: see `label_rows`.
-        classes: number of its rows that are classes.
-        seed: seed of the noise.
-    """
+    """A label table of rows of another (see `label_rows`); new ones are the mean of its `classes` plus normal noise."""
     noise = normal(seed, "new classes", 0, torch.arange(len(rows)), (table.shape[1],)).to(table.dtype)
     new = table[:classes].mean(0) + NEW_ROW_STD * noise
     kept = [index for index, row in enumerate(rows) if row is not None]

@@ -41,7 +41,7 @@ from .validation import Validation
 Preview = Callable[[Backbone, Path], None]
 """Saves sampled images of a model in a file; all processes call it, the main one writes."""
 PATIENCE = timedelta(minutes=30)
-"""How long a process waits for another before it ends."""
+"""Longest wait of a process for another before it ends."""
 
 
 class TrainingOutcome(NamedTuple):
@@ -66,7 +66,6 @@ def train(
     Under torchrun every process calls this.
 
     Args:
-        recipe: the recipe.
         output_dir: the run folder; if it holds this recipe's run, training resumes from its last good checkpoint.
         resume: changed: resume also if the run has another recipe; never: the folder must be empty.
         log: receives lines of progress.
@@ -188,36 +187,35 @@ class Trainer:
         self.init_notes = initialize_from(model, self.recipe, self.pretrained(), self.dataset.record())
 
     def _resume(self) -> None:
-        path = self._load_checkpoint()
+        path, notes = self._load_checkpoint()
         if is_main():
             record(self.run_folder, self.recipe, self.state.step, self.resume, self.log)
             fresh = path is None  # no step was trained on the images that were there
             check_same_images(self.recipe, self.dataset, self.run_folder, "changed" if fresh else self.resume)
-        for note in self.checkpoints.notes:
+        for note in notes:
             self.log(note)
         if path is not None:
             done = self.state.step >= self.recipe.training.steps
             self.log(f"{path} is already at the last step" if done else f"resuming from {path}")
 
-    def _load_checkpoint(self) -> Path | None:
-        """Fill the state from the newest good checkpoint; None if there is none.
+    def _load_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """Fill the state from the newest good checkpoint; its path, or None if there is none, and lines for the user.
 
         Raises:
             ValueError: there are some, but all are damaged.
         """
         fresh, self.state.segments = self.state.segments, (Segment(0, self.first_batch_size),)
-        path, problems = self.checkpoints.load_latest(self.state)
+        path, notes, problems = self.checkpoints.load_latest(self.state)
         for problem in problems:
             self.log(f"warning: {problem}")
         if path is None and problems:
             raise ValueError(
                 f"no checkpoint in {self.run_folder.checkpoints} can be used; move them away to start from scratch"
             )
-        if path is None:
+        if path is None or notes is None:
             self.state.segments = fresh
-        else:
-            self.checkpoints.notes += resume_with(self.state, self.recipe, self.dataset)
-        return path
+            return None, []
+        return path, notes + resume_with(self.state, self.recipe, self.dataset)
 
     def _train(self, received: list[int]) -> None:
         """Take steps until the last, or until asked to stop; after a roll-back from the step it led to."""
@@ -289,7 +287,7 @@ class Trainer:
         """Save a checkpoint, compute the validation loss and sample images where they are due."""
         training, logging, step = self.recipe.training, self.recipe.logging, self.state.step
         if self.stopping:  # first of all, because time may be short
-            self.checkpoints.save(self.state)
+            self.checkpoints.save_state(self.state)
         if self.validation is not None and self._due(logging.validate_every, step):
             losses = self.validation.losses(self.state)
             self.metrics.write(step, losses)
@@ -298,7 +296,7 @@ class Trainer:
             self.preview(self.state.ema, self.run_folder.previews / f"step-{step:08d}.png")
         due = self._due(training.checkpoint_every, step)
         if not self.stopping and self.nonfinite.should_save(due, last=step == training.steps):
-            self.checkpoints.save(self.state)
+            self.checkpoints.save_state(self.state)
         self.speed.restart()
 
     def _roll_back(self) -> None:
@@ -316,11 +314,11 @@ class Trainer:
             )
             self.log(f"stopped: {message}")
             raise NonFiniteError(message)
-        self.checkpoints.save(self.state)  # a run that is resumed from here skips them too
+        self.checkpoints.save_state(self.state)  # a run that is resumed from here skips them too
         self.metrics.open(self.state.step)
         skipped = f"the batches of steps {steps[0]} to {steps[-1]} are skipped"
         self.log(f"warning: rolled back to step {self.state.step}; {skipped}")
 
     def _load_checkpoint_or_restart(self) -> None:
-        if self._load_checkpoint() is None:
+        if self._load_checkpoint()[0] is None:
             self.state.replace_with(self._fresh_state)

@@ -45,8 +45,6 @@ def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, s
     """Loss of some of a step's images; noise, times and label dropout are functions of (seed, step, sample).
 
     Args:
-        model: the model.
-        recipe: its recipe.
         batch: the images, with labels or text.
         step: number of the step, from 1.
         samples: indices of the images in the step's global batch, int64, (B,), on the model's device.

@@ -16,6 +16,8 @@ from ..storage.shards import local_tensor
 class LocalAdamW(torch.optim.AdamW):
     """AdamW over this process' part of every parameter: plain tensors, so that one kernel updates them all.
 
+    Weight decay is applied to linear and expert matrices only. Frozen parameters do not change.
+
     Attributes:
         local: the parts, in the order of `model.parameters()`; they share the parameters' memory.
     """
@@ -78,11 +80,6 @@ class LocalAdamW(torch.optim.AdamW):
         return moments
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> LocalAdamW:
-    """AdamW; weight decay on linear and expert matrices only. Frozen parameters never move."""
-    return LocalAdamW(model, config)
-
-
 def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
     from torch.distributed.tensor import DTensor
 
@@ -108,12 +105,7 @@ def _sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
 
 
 def global_norm(gradients: list[Tensor], replicas: int = 1) -> Tensor:
-    """Norm of the gradients of all processes together.
-
-    Args:
-        gradients: this process' parts.
-        replicas: number of processes that hold each part.
-    """
+    """Norm of the gradients of all processes together; `replicas` processes hold each part."""
     squares = torch.stack(torch._foreach_norm(gradients)).float().square().sum()
     return (all_reduce_sum(squares) / replicas).sqrt()
 

@@ -15,7 +15,7 @@ from ..models import Backbone, make_model
 from ..moe import recompute_experts
 from ..text import TextFeatures
 from .initialization import freeze_and_add_adapters, share_frozen
-from .optimizer import LocalAdamW, make_optimizer
+from .optimizer import LocalAdamW
 from .parallelize import Meshes, parallelize
 
 
@@ -63,8 +63,6 @@ def make_state(
     """A fresh model, determined by the seed, with its EMAs and optimizer.
 
     Args:
-        recipe: the recipe.
-        device: the device of all tensors.
         meshes: the meshes to shard over; None for a single process.
         initialize: gives the model other weights before adapters are added (see `initialization`).
         empty_prompt: features of the empty prompt, which model.text_null empty takes for no prompt.
@@ -109,7 +107,7 @@ def state_from_model(model: Backbone, recipe: Recipe, device: torch.device, mesh
     return TrainState(
         model,
         main_ema,
-        make_optimizer(model, recipe.optimizer),
+        LocalAdamW(model, recipe.optimizer),
         meshes=meshes,
         extra_emas=extra_emas,
         segments=(Segment(0, training.batch_size),),

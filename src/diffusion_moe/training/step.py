@@ -94,8 +94,6 @@ def train_step(
     unchanged weights.
 
     Args:
-        state: the state, changed in place.
-        recipe: its recipe.
         batch: this process' share of the global batch.
         stop: this process wants to stop; the result's `stop` is then True on all.
         detailed: measure more, see `measures`.

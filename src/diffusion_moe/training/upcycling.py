@@ -79,10 +79,8 @@ def upcycled(dense: Backbone, model: Backbone, noise: float, seed: int) -> tuple
     """A dense model's weights under the names of a model with MoE layers.
 
     Args:
-        dense: the dense model.
         model: a fresh model with MoE layers.
         noise: noise added to the experts' weights, in standard deviations of each matrix.
-        seed: seed of the noise.
 
     Returns:
         The state, without tensors that cannot be upcycled, and lines for the user.
