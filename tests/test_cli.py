@@ -360,9 +360,9 @@ def test_a_diverging_run_goes_back_once_then_stops_and_names_the_images(capsys, 
         capsys, "train", "digits", "--output_dir", tmp_path / "run", *options, "--optimizer.learning_rate=1e30"
     )
     assert status == 1
-    assert "step 2 was left out" in out and "went back to step 1" in out
-    assert "bad-batches.json" in out + err
-    bad = json.loads((tmp_path / "run" / "bad-batches.json").read_text())
+    assert "step 2 was skipped" in out and "rolled back to step 1" in out
+    assert "nonfinite-steps.json" in out + err
+    bad = json.loads((tmp_path / "run" / "nonfinite-steps.json").read_text())
     assert list(map(str, bad["steps"])) == list(bad["training_images"])
     assert all(len(images) == 16 for images in bad["training_images"].values())
     assert any((tmp_path / "run" / "checkpoints").glob("step-*"))

@@ -218,7 +218,7 @@ def test_upcycling_takes_the_dense_width_unless_told(tmp_path, capsys, tiny):
     )
     status, out, err = run(capsys, "train", tmp_path / "up.yaml", "--output_dir", tmp_path / "up")
     assert (status, err) == (0, "")
-    assert "16 routed ones are copies of the layer; they begin as the dense layers" in out
+    assert "16 routed ones are copies of the layer; they start exactly equal to the dense layers" in out
     experts = load_model(tmp_path / "up" / "model").settings
     assert (experts.expert_dim, experts.expert_activation, experts.expert_bias) == (128, "gelu", True)
 

@@ -1,4 +1,4 @@
-"""Rank and collectives: the identity on one process."""
+"""Rank and collectives; on one process they are the identity."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Index of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this process writes files and progress."""
+    """True on the main process, which writes files and progress."""
     return rank() == 0
 
 
@@ -48,7 +48,7 @@ def barrier() -> None:
 
 
 def from_main(value: Any) -> Any:
-    """The main process's value, on every process."""
+    """The main process' value, on every process."""
     if world_size() == 1:
         return value
     box = [value]
@@ -60,34 +60,37 @@ def to_main(value: Any) -> list[Any]:
     """The values of all processes in their order, on the main process; an empty list elsewhere."""
     if world_size() == 1:
         return [value]
-    found: list[Any] | None = [None] * world_size() if is_main() else None
-    dist.gather_object(value, found)
-    return found or []
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def meet(store: dist.Store, number: int, world: int, timeout: timedelta) -> str:
-    """A name that the processes running now agree on, and that none before them has heard.
+    """A fresh name that the running processes agree on, and that no process before a restart knows.
 
-    Restarts cannot be counted: agents of several nodes disagree on their number. So every process calls with a word
-    of its own, and process 0 answers to each word with the name, until all have heard it.
+    Restarts cannot be counted, because agents of several nodes disagree on their number. So every other process posts a
+    key of its own, and process 0 answers each key with the name, until all have it.
 
     Args:
-        number: of this process. world: how many there are.
+        store: the store of all processes, which may hold entries of earlier ones.
+        number: index of this process.
+        world: number of processes.
+        timeout: longest wait for the others.
 
     Raises:
-        TimeoutError, torch.distributed.DistStoreError: not all have come in time.
+        TimeoutError, torch.distributed.DistStoreError: some processes did not start in time.
     """
     if number:
-        word = uuid.uuid4().hex
-        store.set(f"meet/call/{store.add('meet/calls', 1)}", word)
-        store.wait([f"meet/answer/{word}"], timeout)
-        name = store.get(f"meet/answer/{word}").decode()
+        key = uuid.uuid4().hex
+        store.set(f"meet/call/{store.add('meet/calls', 1)}", key)
+        store.wait([f"meet/answer/{key}"], timeout)
+        name = store.get(f"meet/answer/{key}").decode()
         store.add(f"meet/present/{name}", 1)
         return name
     name, end, answered = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds(), set[int]()
     while (present := 1 + store.add(f"meet/present/{name}", 0)) < world:
         for call in set(range(1, 1 + store.add("meet/calls", 0))) - answered:
-            if store.check([f"meet/call/{call}"]):  # else it comes later, or who called has died over it
+            if store.check([f"meet/call/{call}"]):  # else it comes later, or its process has ended
                 store.set(f"meet/answer/{store.get(f'meet/call/{call}').decode()}", name)
                 answered.add(call)
         if time.monotonic() > end:
@@ -98,10 +101,11 @@ def meet(store: dist.Store, number: int, world: int, timeout: timedelta) -> str:
 
 @contextmanager
 def torchrun_processes(backend: str = "gloo", timeout: timedelta = timedelta(days=7)) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did, each with a GPU of its own where there are any.
+    """Join the processes that torchrun started, if it did, each with its own GPU if there are any.
 
     Args:
-        backend: of the group. timeout: after which a process that waits for another gives up.
+        backend: backend of the process group.
+        timeout: how long a process waits for another before it raises an error.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or dist.is_initialized():
@@ -110,9 +114,9 @@ def torchrun_processes(backend: str = "gloo", timeout: timedelta = timedelta(day
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     shared, number, _ = next(rendezvous("env://", timeout=timeout))
-    # torchrun keeps its store over restarts, and with it the addresses of processes that are gone.
+    # torchrun keeps its store over restarts, and with it the addresses of processes that have ended.
     store = dist.PrefixStore(meet(shared, number, world, timeout), shared)
     dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
     yield
-    # Only after success: with NCCL this waits for all others, of whom some may be gone.
+    # Only after success: with NCCL this waits for all others, some of which may have ended.
     dist.destroy_process_group()

@@ -14,7 +14,7 @@ from .sampling.source import Source, read_source
 
 if TYPE_CHECKING:
     from .models import Backbone
-    from .training.initialization import Origin
+    from .training.initialization import Pretrained
 
 
 class PretrainedModel:
@@ -58,7 +58,7 @@ class PretrainedModel:
             options = " (`diffusion-moe convert` takes such options and makes a folder to start from)"
             raise ValueError(f"init.from_checkpoint: {error}{options if ' --' in str(error) else ''}") from error
 
-    def origin(self) -> Origin:
+    def origin(self) -> Pretrained:
         """Read it.
 
         Raises:
@@ -66,17 +66,17 @@ class PretrainedModel:
         """
         from .models import load_model
         from .models.trained import last_weights
-        from .training.initialization import Origin
+        from .training.initialization import Pretrained
 
         name = f"{self.path} ({self.init.weights} weights)"
         if self.source is None:
-            return Origin(name, self._published)
+            return Pretrained(name, self._published)
         if self.init.weights == "model":
             model = last_weights(RunFolder(self.path), "init.weights")
         else:
             model = load_model(self.source.model_folder)
         space = None if self.source.latent_space is None else self.source.latent_space.to_dict()
-        return Origin(name, model, self.source.class_names, space)
+        return Pretrained(name, model, self.source.class_names, space)
 
 
 def model_options(init: InitConfig, point: PretrainedModel, run: RunFolder | None = None) -> list[str]:
@@ -90,7 +90,7 @@ def model_options(init: InitConfig, point: PretrainedModel, run: RunFolder | Non
         recorded = read_recipe(run.recipe)
         if recorded.init.from_checkpoint == init.from_checkpoint:
             return _options(recorded.model, set())
-    from .training.initialization import EXPERTS
+    from .training.initialization import UPCYCLED
 
     config = point.settings
     if not init.upcycle:
@@ -103,7 +103,7 @@ def model_options(init: InitConfig, point: PretrainedModel, run: RunFolder | Non
     }
     if config.mlp_activation == "silu":
         del own["expert_activation"]  # there are no such experts
-    return [*_options(config, EXPERTS), *(f"--model.{name}={as_text(value)}" for name, value in own.items())]
+    return [*_options(config, UPCYCLED), *(f"--model.{name}={as_text(value)}" for name, value in own.items())]
 
 
 def _options(config: ModelConfig, without: set[str]) -> list[str]:

@@ -6,13 +6,14 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
 from .config import Recipe, difference, to_yaml
+from .log import Log
 from .parsing import as_text, read_recipe, read_yaml
 
 Resume = Literal["auto", "never", "changed"]
@@ -22,14 +23,14 @@ ONE_FOR_ALL = ("model", "init")
 YOUNGER_FIELDS = {"ema_warmup": False}
 """Fields of the training section that recipes of older versions lack, and what their runs did."""
 ORIGIN = "training.json"
-"""In the model's folder: how many steps it was trained, and the decay of its average."""
+"""In the model's folder: number of its training steps, and the decay of its EMA."""
 HANDOVER_SECONDS = 120.0
 """How long a run waits for one before it that has not ended yet, or whose machine is gone and its lock with it."""
 DATA = "data.json"
 """In the model's folder: names of the classes, and which latents it draws."""
 
-AVERAGE = "model-ema-"
-"""How folders of further averages begin; their decay follows."""
+EMA_MODEL = "model-ema-"
+"""Prefix of the folders of extra EMAs; the decay follows."""
 EVALUATION = "evaluation.json"
 """In a run: its scores by its own data."""
 
@@ -67,8 +68,8 @@ class RunFolder:
         return self.path / "listing.sha256"
 
     @property
-    def bad_batches(self) -> Path:
-        return self.path / "bad-batches.json"
+    def nonfinite_steps(self) -> Path:
+        return self.path / "nonfinite-steps.json"
 
     @property
     def tensorboard(self) -> Path:
@@ -90,9 +91,9 @@ class RunFolder:
     def lora(self) -> Path:
         return self.path / "lora"
 
-    def average(self, decay: float) -> Path:
-        """Where a further average's model lies."""
-        return self.path / f"{AVERAGE}{decay}"
+    def ema_model(self, decay: float) -> Path:
+        """Model of an extra EMA."""
+        return self.path / f"{EMA_MODEL}{decay}"
 
     @property
     def previews(self) -> Path:
@@ -143,7 +144,7 @@ class RunFolder:
             )
 
     @contextmanager
-    def reserved(self, log: Callable[[str], None], wait_seconds: float = HANDOVER_SECONDS) -> Iterator[None]:
+    def reserved(self, log: Log, wait_seconds: float = HANDOVER_SECONDS) -> Iterator[None]:
         """Keep other runs out while this one trains. The lock ends with the process, however that ends.
 
         Raises:

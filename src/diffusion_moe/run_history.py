@@ -6,10 +6,10 @@ beside it, `recipes/step-00001000.yaml`, with each recipe under the number of st
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from .config import Recipe, difference, to_yaml
+from .log import Log
 from .run_folder import Resume, RunFolder, read_run_recipe, write_atomically
 
 
@@ -25,7 +25,7 @@ def first_recipe(run: RunFolder, recipe: Recipe) -> Recipe:
     return read_run_recipe(path) if path.is_file() else recipe
 
 
-def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, log: Callable[[str], None]) -> None:
+def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, log: Log) -> None:
     """Write down that a run goes on after `step` by this recipe. Only the holder of the folder's lock may.
 
     Whenever this is interrupted, each file is whole, and the same command finishes it.

@@ -1,8 +1,9 @@
 """Several gloo processes on this machine."""
 
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,36 +12,66 @@ import pytest
 
 HERE = Path(__file__).parent
 LIMIT_SECONDS = 600
+PRELOADED = ["torch.distributed.fsdp", "torch._dynamo", "diffusion_moe.cli", "diffusion_moe.training.loop"]
+PRELOADED += ["diffusion_moe.evaluation.scorer", "diffusion_moe.storage", "diffusers"]
 
 
-def processes(world: int, script: str, *arguments: object) -> list[str]:
-    """What so many processes of a script of this folder print, once all have ended well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    running = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    end = time.monotonic() + LIMIT_SECONDS
-    try:
-        said = [process.communicate(timeout=max(1, end - time.monotonic()))[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * world, "\n".join(said)
-    return said
+def _run_script(script: str, arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    """In a process of its own: the script as Python would run it, with all that it prints in a file."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.update(environment)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(HERE))
+    runpy.run_path(str(HERE / script), run_name="__main__")
 
 
 @pytest.fixture(scope="session")
-def run_processes():
-    """The function `processes`."""
-    return processes
+def context():
+    """A server that imports torch and this library once, and from which processes are forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+@pytest.fixture(scope="session")
+def start_processes(context, tmp_path_factory):
+    """A function: runs a script of this folder in so many processes; their exit codes, and what they print."""
+
+    def start(world: int, script: str, *arguments: object) -> tuple[list[int | None], list[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        folder = tmp_path_factory.mktemp("processes")
+        running = []
+        for rank in range(world):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            work = (script, [str(argument) for argument in arguments], environment, folder / str(rank))
+            running.append(context.Process(target=_run_script, args=work))
+        for process in running:
+            process.start()
+        end = time.monotonic() + LIMIT_SECONDS
+        try:
+            for process in running:
+                process.join(max(1, end - time.monotonic()))
+        finally:
+            for process in running:
+                process.kill()
+        return [process.exitcode for process in running], [(folder / str(rank)).read_text() for rank in range(world)]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_processes(start_processes):
+    """The same for processes that must end well: what they print."""
+
+    def run(world: int, script: str, *arguments: object) -> list[str]:
+        codes, said = start_processes(world, script, *arguments)
+        assert codes == [0] * world, "\n".join(said)
+        return said
+
+    return run

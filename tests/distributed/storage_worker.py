@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from checkpoints import write
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from diffusion_moe.storage import AsyncWriter, latest, read, storage_group, write, writing
+from diffusion_moe.storage import AsyncWriter, latest, read, writing
 from diffusion_moe.storage.shards import held_blocks, local_tensor, whole
 
 
@@ -203,7 +204,7 @@ def disagree(folder: Path) -> dict:
     own = folder.with_name(f"node {rank()}")  # as on two machines
     for attempt in (
         lambda: write(folder, 1, tensors, {}),
-        lambda: write(folder, 1, {}, {}) if rank() else latest(folder, load_numbered),
+        lambda: _one_writes_and_one_reads(folder),
         lambda: write(own, 1, {"same": torch.ones(2)}, {}),
         lambda: write(folder, 1, {"same": torch.ones(2)}, {1: {2}} if rank() else {}),
     ):
@@ -215,10 +216,18 @@ def disagree(folder: Path) -> dict:
     return {"reasons": reasons, "left": left}
 
 
+def _one_writes_and_one_reads(folder: Path) -> None:
+    with AsyncWriter(folder, keep=2) as writer:
+        if rank():
+            writer.save(1, {}, {})
+        else:
+            latest(folder, load_numbered, group=writer.group)
+
+
 def lose_one(folder: Path, by: int, timeout: float) -> dict:
     """Rank 1 is killed, or stops, in the middle of its file."""
-    group = storage_group(timedelta(seconds=timeout))
-    write(folder, 1, numbered(1), {}, group=group)
+    patience = timedelta(seconds=timeout)
+    write(folder, 1, numbered(1), {}, timeout=patience)
     if rank() == 1:
 
         def end(path: Path, entries: list) -> None:
@@ -228,7 +237,7 @@ def lose_one(folder: Path, by: int, timeout: float) -> dict:
         writing.write_safetensors = end
     begun = time.monotonic()
     try:
-        write(folder, 2, numbered(2), {}, group=group)
+        write(folder, 2, numbered(2), {}, timeout=patience)
     except OSError as error:
         return failure(error) | {"seconds": time.monotonic() - begun}
     return {}

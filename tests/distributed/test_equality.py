@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffusion_moe.parsing import read_recipe
-from diffusion_moe.training.step import make_state
+from diffusion_moe.training.state import make_state
 
 OPTIONS = ["--optimizer.eps=1e-5", "--optimizer.weight_decay=0.1", "--training.extra_ema_decays=[0.5]"]
 ROUTERS = {

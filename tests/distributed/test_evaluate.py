@@ -1,12 +1,7 @@
 """Scores and statistics of two gloo processes equal those of one, also after a kill."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,22 +10,15 @@ from diffusion_moe.cli import main
 from diffusion_moe.evaluation import classifier, extract_features, make_statistics
 from diffusion_moe.evaluation.reference import read_reference
 
-WORKER = Path(__file__).with_name("command_worker.py")
 
-
-def start(world, arguments, parts=0):
+@pytest.fixture
+def start(start_processes):
     """The command in `world` processes with the environment that torchrun gives them; their exit codes and outputs."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        environment = os.environ | {key: str(value) for key, value in place.items()}
-        command = [sys.executable, str(WORKER), str(parts), *map(str, arguments)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    return [process.returncode for process in processes], outputs
+
+    def start(world, arguments, parts=0):
+        return start_processes(world, "command_worker.py", parts, *arguments)
+
+    return start
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +41,7 @@ def scores(path):
 
 
 @pytest.mark.parametrize(("run", "count"), [("run_folder", 45), pytest.param("shapes_run", 48, marks=pytest.mark.slow)])
-def test_a_killed_evaluation_is_finished_by_two_processes_bit_for_bit(run, count, tmp_path, request):
+def test_a_killed_evaluation_is_finished_by_two_processes_bit_for_bit(run, count, tmp_path, request, start):
     folder = request.getfixturevalue(run)
     options = ["evaluate", folder, f"--num_samples={count}", "--batch_size=5", "--steps=2", "--output"]
     codes, _ = start(1, [*options, tmp_path / "killed.json"], parts=2)
@@ -71,7 +59,7 @@ def test_a_killed_evaluation_is_finished_by_two_processes_bit_for_bit(run, count
     assert len({(tmp_path / name).read_bytes() for name in pictures}) == len(pictures) // 2
 
 
-def test_statistics_of_two_processes_equal_those_of_one(tmp_path):
+def test_statistics_of_two_processes_equal_those_of_one(tmp_path, start):
     options = ["stats", "digits", "--extractor=classifier", "--split=test", "--num_features=50", "--batch_size=5"]
     assert main([*options, "--output", str(tmp_path / "1.npz")]) == 0
     assert start(2, [*options, "--output", tmp_path / "2.npz"])[0] == [0, 0]

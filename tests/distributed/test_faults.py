@@ -131,7 +131,7 @@ def test_a_run_is_preempted_and_then_loses_a_process(torchrun, undisturbed, tmp_
     assert ended.status == 1  # torchrun's own, whatever its processes say
     saved = step_of(checkpoints_in(tmp_path / "run" / "checkpoints")[0])
     assert saved in (first + 1, first + 2)  # which of them learned of it
-    assert f"interrupted; saved a checkpoint at step {saved}. Run the same command again to go on." in ended.said
+    assert f"interrupted; saved a checkpoint at step {saved}. Run the same command again to resume." in ended.said
     ended = torchrun(tmp_path / "run", fault("raise_signal", second, KILL, rank=second % 2), restarts=1)
     assert ended.status == 0
     assert ended.said.count("resuming from") == 2
@@ -258,7 +258,7 @@ def test_a_process_that_hangs_does_not_keep_the_others(torchrun, undisturbed, tm
     ended = torchrun(tmp_path / "run", *faults, more=["--training.stop_seconds=2"])
     assert ended.status == 1 and ended.seconds < 90
     assert ended.ours == [
-        "diffusion-moe: could not stop within 2 s; what was saved before stays. Run the same command again to go on."
+        "diffusion-moe: could not stop within 2 s; finished checkpoints are kept. Run the same command again to resume."
     ]
     assert torchrun(tmp_path / "run").status == 0
     assert_same(tmp_path / "run", undisturbed)
@@ -271,7 +271,7 @@ def test_a_process_that_hangs_is_started_again(torchrun, undisturbed, tmp_path):
     ended = torchrun(tmp_path / "run", *faults, restarts=1)
     assert ended.status == 0
     (line,) = ended.ours
-    assert line.startswith("diffusion-moe: another process ended or cannot be reached; see what it says (")
+    assert line.startswith("diffusion-moe: another process ended or cannot be reached; see its messages (")
     assert_same(tmp_path / "run", undisturbed)
 
 

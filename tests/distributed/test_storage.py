@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -21,14 +20,6 @@ sys.path.append(str(Path(__file__).parent))
 import storage_worker
 
 KEY_BYTES = 64 * 4
-
-
-@pytest.fixture(scope="module")
-def context():
-    """A server that imports torch once, and what it imports when first used, and from which processes are forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch._dynamo", "diffusion_moe.storage"])
-    return context
 
 
 @pytest.fixture
@@ -75,7 +66,7 @@ def test_every_layout_reads_what_every_other_wrote(run, tmp_path):
         path = tmp_path / "checkpoints" / f"step-{step:08d}"
         found = [load_file(path / record.name) for record in Manifest.read(path).files]
         parts += [sum(tensor.nbytes for tensor in file.values()) for file in found]
-        # Each piece is written once, and the replicated ones fill up what the split ones leave uneven.
+        # Each shard is written once, and the replicated ones fill up what the split ones leave uneven.
         assert sum(parts) == sum(tensor.nbytes for tensor in full.values())
         assert max(parts) - min(parts) <= 100
 
@@ -134,9 +125,12 @@ def test_training_goes_on_while_the_background_writes(run):
 def test_processes_that_disagree_are_told(run):
     expected = [
         ("CheckpointError", "ranks 0 and 1 save different tensors: one of them lacks extra"),
-        ("RuntimeError", "the processes are not at the same work: {0: 'looking for checkpoints', 1: 'describing"),
-        ("FileNotFoundError", "cannot write the checkpoint (rank 1: rank 0 made this folder, but it is not here"),
-        ("ValueError", "rank 1: what a checkpoint says about itself must be JSON"),
+        ("RuntimeError", "the processes do different work: {0: 'looking for checkpoints', 1: 'checking metadata"),
+        (
+            "FileNotFoundError",
+            "cannot write the checkpoint (rank 1: rank 0 created this folder, but it is missing here",
+        ),
+        ("ValueError", "rank 1: the metadata of a checkpoint must be JSON"),
     ]
     for answer in run("disagree", 2):
         assert [found["kind"] for found in answer["reasons"]] == [kind for kind, _ in expected]

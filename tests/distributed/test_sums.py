@@ -1,25 +1,15 @@
 """Feature sums over two gloo processes equal those of one."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 
 from diffusion_moe.distributed import all_reduce_sum, is_main, rank, world_size
 from diffusion_moe.evaluation.statistics import FeatureSums
 
-WORKER = Path(__file__).with_name("feature_sums_worker.py")
 
-
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, run_processes):
     features = torch.randn(21, 5)
     torch.save(features, tmp_path / "features.pt")
-    files = [str(tmp_path / name) for name in ("rendezvous", "features.pt")]
-    processes = [
-        subprocess.Popen([sys.executable, str(WORKER), str(i), *files, str(tmp_path / f"{i}.pt")]) for i in range(2)
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
+    run_processes(2, "feature_sums_worker.py", tmp_path)
     whole = FeatureSums.of(features)
     for i in range(2):
         found = torch.load(tmp_path / f"{i}.pt", weights_only=True)

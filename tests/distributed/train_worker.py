@@ -16,8 +16,9 @@ from diffusion_moe.distributed import is_main, torchrun_processes
 from diffusion_moe.models import Backbone
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.dataloader import batches
-from diffusion_moe.training.parallelize import check_parallel, make_layout, whole_model
-from diffusion_moe.training.step import make_state, train_step
+from diffusion_moe.training.parallelize import check_parallel, make_meshes, whole_model
+from diffusion_moe.training.state import make_state
+from diffusion_moe.training.step import train_step
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,7 @@ def train(options, steps):
     """The numbers of each step, and weights and averages at the end; None but on the main process."""
     recipe = read_recipe("digits", options)
     check_parallel(recipe)
-    state = make_state(recipe, CPU, make_layout(recipe.parallel, CPU))
+    state = make_state(recipe, CPU, make_meshes(recipe.parallel, CPU))
     numbers = []
     for batch in batches(recipe, load_dataset(recipe.data, "train", recipe.training.seed), 0):
         numbers.append(train_step(state, recipe, batch, detailed=True).numbers.read())

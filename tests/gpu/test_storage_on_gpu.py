@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from checkpoints import write
 
-from diffusion_moe.storage import AsyncWriter, read, write
+from diffusion_moe.storage import AsyncWriter, read
 
 pytestmark = pytest.mark.gpu
 

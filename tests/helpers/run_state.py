@@ -4,7 +4,7 @@ import torch
 
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
-from diffusion_moe.training.step import make_state
+from diffusion_moe.training.state import make_state
 
 
 def final_state(folder, step):

@@ -24,8 +24,8 @@ from diffusion_moe.planning.options import PlanOptions
 from diffusion_moe.planning.plan import ROOM, layouts_of, make_plan
 from diffusion_moe.planning.table import duration
 from diffusion_moe.run_folder import RunFolder
-from diffusion_moe.training.parallelize import make_layout
-from diffusion_moe.training.step import make_state
+from diffusion_moe.training.parallelize import make_meshes
+from diffusion_moe.training.state import make_state
 
 CPU = torch.device("cpu")
 TEXT = ["--model.num_classes=0", "--model.text_dim=12", "--model.text_length=5"]
@@ -99,7 +99,7 @@ def test_a_process_of_many_holds_its_part(spread, tiny, fake_processes):
     recipe = read_recipe("digits", [*tiny, *(f"--parallel.{part}" for part in spread.split())])
     planned = dataclasses.asdict(Tensors(recipe).memory(recipe.parallel, activations=0))
     fake_processes(4)
-    real = parts_of(make_state(recipe, CPU, make_layout(recipe.parallel, CPU)))
+    real = parts_of(make_state(recipe, CPU, make_meshes(recipe.parallel, CPU)))
     if spread == "replicate=4":
         assert planned["weights"] == real["weights"] > planned["gradients"] == real["gradients"]
     for name, size in real.items():  # FSDP2 rounds parts up in a buffer of its own
@@ -173,7 +173,7 @@ def test_files_are_as_large_as_planned(tiny, tmp_path):
     run = RunFolder(tmp_path)
     tensors = sum(tensors_in(path) for path in (run.checkpoints / "step-00000002").glob("*.safetensors"))
     assert tensors == plan.checkpoint_bytes
-    for folder in (run.model, run.average(0.9)):
+    for folder in (run.model, run.ema_model(0.9)):
         assert sum(tensors_in(path) for path in folder.glob("*.safetensors")) == plan.model_bytes
 
 

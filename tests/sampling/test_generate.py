@@ -14,7 +14,7 @@ from diffusion_moe.parsing import read_recipe
 from diffusion_moe.pixels import image_grid, to_uint8
 from diffusion_moe.randomness import normal
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, provenance
-from diffusion_moe.training.step import make_state
+from diffusion_moe.training.state import make_state
 
 
 def randomised(model):

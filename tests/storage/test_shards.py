@@ -58,13 +58,13 @@ def test_tiles_cover_each_element_once(boxes):
 def test_a_tensor_of_ranks_is_shared_out_evenly_and_once():
     layouts = [
         {
-            "split": plan.Layout(torch.float32, (8, 4), (Block((rank * 2, 0), (2, 4)),)),
-            "in pairs": plan.Layout(torch.float32, (8, 4), (Block((rank // 2 * 4, 0), (4, 4)),)),
+            "split": plan.TensorLayout(torch.float32, (8, 4), (Block((rank * 2, 0), (2, 4)),)),
+            "in pairs": plan.TensorLayout(torch.float32, (8, 4), (Block((rank // 2 * 4, 0), (4, 4)),)),
         }
-        | {f"plain {i}": plan.Layout(torch.int64, (i,), (Block((0,), (i,)),)) for i in range(10)}
+        | {f"plain {i}": plan.TensorLayout(torch.int64, (i,), (Block((0,), (i,)),)) for i in range(10)}
         for rank in range(4)
     ]
-    shares = plan.share_out(layouts)
+    shares = plan.assign_writes(layouts)
     everything = [(share.name, share.block) for own in shares for share in own]
     assert len(everything) == len(set(everything)) == 4 + 2 + 10
     sizes = [sum(share.bytes for share in own) for own in shares]
@@ -72,12 +72,12 @@ def test_a_tensor_of_ranks_is_shared_out_evenly_and_once():
     assert all(share.block in layouts[rank][share.name].blocks for rank in range(4) for share in shares[rank])
     del layouts[2]["plain 3"]
     with pytest.raises(CheckpointError, match="ranks 0 and 2 save different tensors: one of them lacks plain 3"):
-        plan.share_out(layouts)
-    layouts[2]["plain 3"] = plan.Layout(torch.int64, (4,), (Block((0,), (4,)),))
+        plan.assign_writes(layouts)
+    layouts[2]["plain 3"] = plan.TensorLayout(torch.int64, (4,), (Block((0,), (4,)),))
     with pytest.raises(CheckpointError, match=r"plain 3 is .* on rank 2"):
-        plan.share_out(layouts)
+        plan.assign_writes(layouts)
     with pytest.raises(CheckpointError, match="split: the processes hold"):
-        plan.share_out([{"split": layout["split"]} for layout in layouts[:3]])
+        plan.assign_writes([{"split": layout["split"]} for layout in layouts[:3]])
 
 
 def test_a_strange_layout_is_refused_by_name():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import write
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -26,11 +27,10 @@ from diffusion_moe.storage import (
     plan,
     prune,
     read,
-    write,
     writing,
 )
 
-ABOUT = {"step": 7, "recipe": "0f" * 32, "stream": [3, 0.1, None, "ü"]}
+METADATA = {"step": 7, "recipe": "0f" * 32, "stream": [3, 0.1, None, "ü"]}
 
 
 def some_tensors():
@@ -78,16 +78,16 @@ def load_numbered(path):
 
 def test_what_is_written_is_read(tmp_path):
     tensors = some_tensors()
-    path = write(tmp_path, 7, tensors, ABOUT)
+    path = write(tmp_path, 7, tensors, METADATA)
     found = blank(tensors)
-    assert read(path, found) == ABOUT
+    assert read(path, found) == METADATA
     assert same(tensors, found)
     assert not same(tensors, blank(tensors))
 
 
 def test_files_are_plain_safetensors_and_hashed(tmp_path):
     tensors = some_tensors()
-    path = write(tmp_path, 7, tensors, ABOUT)
+    path = write(tmp_path, 7, tensors, METADATA)
     manifest = Manifest.read(path)
     (record,) = manifest.files
     data = (path / record.name).read_bytes()
@@ -100,7 +100,7 @@ def test_files_are_plain_safetensors_and_hashed(tmp_path):
 
 
 def test_much_is_split_over_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "PART_BYTES", 100)
+    monkeypatch.setattr(plan, "FILE_BYTES", 100)
     tensors = {str(i): torch.full((i,), i) for i in range(20)}
     path = write(tmp_path, 1, tensors, {})
     sizes = [sum(t.nbytes for t in load_file(file).values()) for file in path.glob("*.safetensors")]
@@ -164,8 +164,8 @@ DAMAGES = {
     "manifest of another": "safetensors is corrupt",
     "manifest deeply nested": "no readable manifest.json",
     "[1, 2]": "no readable manifest.json",
-    '{"format": 1}': "has format 1; this version reads format 2",
-    '{"format": 2}': "no readable manifest.json",
+    '{"format": 2}': "has format 2; this version reads format 3",
+    '{"format": 3}': "no readable manifest.json",
 }
 
 
@@ -192,11 +192,11 @@ def _claim(path, change):
     "change",
     [
         lambda body: body["files"][0].update(name="../step-00000002/tensors-00000-000.safetensors"),
-        lambda body: body["tensors"]["a"].update(pieces=[]),
-        lambda body: body["tensors"]["a"].update(pieces=[[0, [0, 0], [20, 3]], [0, [10, 0], [20, 3]]]),
-        lambda body: body["tensors"]["a"].update(pieces=[[0, [-1, 0], [40, 3]]]),
-        lambda body: body["tensors"]["a"].update(pieces=[[1, [0, 0], [40, 3]]]),
-        lambda body: body["tensors"]["a"].update(pieces=[[0, [0, 0], [20, 3]], [0, [20, 0], [20, 3]]]),
+        lambda body: body["tensors"]["a"].update(shards=[]),
+        lambda body: body["tensors"]["a"].update(shards=[[0, [0, 0], [20, 3]], [0, [10, 0], [20, 3]]]),
+        lambda body: body["tensors"]["a"].update(shards=[[0, [-1, 0], [40, 3]]]),
+        lambda body: body["tensors"]["a"].update(shards=[[1, [0, 0], [40, 3]]]),
+        lambda body: body["tensors"]["a"].update(shards=[[0, [0, 0], [20, 3]], [0, [20, 0], [20, 3]]]),
         lambda body: body["tensors"]["a"].update(dtype="I32"),
         lambda body: body["tensors"]["a"].update(dtype="pickle"),
         lambda body: body["tensors"].update(c=body["tensors"]["a"]),
@@ -353,12 +353,12 @@ def gate(monkeypatch):
 def test_in_the_background_the_state_at_the_call_is_written(tmp_path, gate):
     tensors = some_tensors()
     expected = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    about = {"step": [1]}
+    metadata = {"step": [1]}
     with AsyncWriter(tmp_path, keep=2) as writer:
-        writer.save(1, tensors, about)
+        writer.save(1, tensors, metadata)
         for tensor in tensors.values():
             tensor.detach().zero_()
-        about["step"].append(2)
+        metadata["step"].append(2)
         with pytest.raises(TimeoutError):
             writer.wait(timeout_s=0.01)
         assert checkpoints_in(tmp_path) == []
@@ -406,7 +406,7 @@ def test_a_failure_in_the_background_hides_no_other_error(tmp_path, monkeypatch)
 
 
 def test_some_tensors_are_exported_into_one_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "PART_BYTES", 100)
+    monkeypatch.setattr(plan, "FILE_BYTES", 100)
     tensors = some_tensors()
     path = write(tmp_path, 1, {f"ema.{name}": tensor for name, tensor in tensors.items()} | numbered(1), {})
     output = tmp_path / "ema.safetensors"

@@ -16,12 +16,13 @@ from diffusion_moe.data.digits import Digits
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.run_folder import RunFolder
 from diffusion_moe.run_history import recipes_in, record
-from diffusion_moe.storage import AsyncWriter, Manifest
+from diffusion_moe.storage import Manifest
 from diffusion_moe.training import loop
 from diffusion_moe.training.dataloader import images_of_step
-from diffusion_moe.training.history import continued, go_on
+from diffusion_moe.training.history import extend_segments, resume_with
 from diffusion_moe.training.loop import train
-from diffusion_moe.training.step import make_state
+from diffusion_moe.training.nonfinite import NonFiniteError
+from diffusion_moe.training.state import make_state
 
 FIRST, STEPS = 6, 14
 OTHER = [
@@ -87,7 +88,7 @@ def test_a_run_goes_on_longer_under_another_recipe(recipe, tmp_path):
         "  training.steps: 6 -> 14",
         "  training.batch_size: 16 -> 24",
         "  training.extra_ema_decays: [] -> [0.5]",
-        "the average of decay 0.5 begins at the weights of step 6",
+        "the EMA of decay 0.5 starts at the weights of step 6",
         f"resuming from {tmp_path / 'checkpoints' / 'step-00000006'}",
     ]
     assert losses(tmp_path)[:FIRST] == before and len(losses(tmp_path)) == STEPS
@@ -97,7 +98,7 @@ def test_a_run_goes_on_longer_under_another_recipe(recipe, tmp_path):
     last = final_state(tmp_path, STEPS)
     assert not torch.equal(first["model.x_embedder.weight"], last["model.x_embedder.weight"])
     manifest = Manifest.read(tmp_path / "checkpoints" / f"step-{STEPS:08d}")
-    assert manifest.about["batch_sizes"] == [[0, 16], [FIRST, 24]]
+    assert manifest.metadata["batch_sizes"] == [[0, 16], [FIRST, 24]]
 
 
 def test_a_new_average_begins_at_the_weights_and_follows_its_formula(recipe, tmp_path):
@@ -121,7 +122,7 @@ def test_an_average_that_is_no_longer_kept_is_dropped_with_a_line(recipe, tmp_pa
     assert lines[2:5] == [
         "  training.steps: 6 -> 8",
         "  training.extra_ema_decays: [0.5, 0.25] -> [0.25]",
-        "the average of decay 0.5 is no longer kept",
+        "the EMA of decay 0.5 is dropped",
     ]
     names = Manifest.read(tmp_path / "checkpoints" / "step-00000008").tensors
     assert {name.split(".x_embedder.weight")[0] for name in names if name.endswith(".x_embedder.weight")} == {
@@ -183,8 +184,8 @@ def test_several_changes_are_all_kept(recipe, tmp_path):
         train(recipe(*more), tmp_path, "changed", log=str)
     first, second, third = (recipe(*more) for more in options)
     assert recorded(tmp_path) == ({0: first, 6: second, 8: third}, third)
-    about = Manifest.read(tmp_path / "checkpoints" / "step-00000010").about
-    assert about["batch_sizes"] == [[0, 16], [6, 8], [8, 20]]
+    metadata = Manifest.read(tmp_path / "checkpoints" / "step-00000010").metadata
+    assert metadata["batch_sizes"] == [[0, 16], [6, 8], [8, 20]]
 
 
 def test_without_a_difference_or_a_run_it_is_as_auto(recipe, tmp_path):
@@ -222,21 +223,7 @@ def test_a_damaged_checkpoint_leads_to_before_the_change_and_the_record_says_so(
         path.write_bytes(path.read_bytes()[:-4])
     train(other, tmp_path, log=str)
     assert list(recorded(tmp_path)[0]) == [0, 4]
-    assert Manifest.read(tmp_path / "checkpoints" / "step-00000008").about["batch_sizes"] == [[0, 16], [4, 8]]
-
-
-def test_a_checkpoint_of_an_older_version_had_the_first_recipes_batches(recipe, tmp_path, monkeypatch):
-    save = AsyncWriter.save
-
-    def save_less(self, step, tensors, about):
-        known = ("step", "skipped_steps", "bad", "rolled_back")
-        save(self, step, tensors, {name: about[name] for name in known})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AsyncWriter, "save", save_less)
-        train(recipe(), tmp_path, log=str)
-    train(recipe("--training.steps=8", "--training.batch_size=8"), tmp_path, "changed", log=str)
-    assert Manifest.read(tmp_path / "checkpoints" / "step-00000008").about["batch_sizes"] == [[0, 16], [6, 8]]
+    assert Manifest.read(tmp_path / "checkpoints" / "step-00000008").metadata["batch_sizes"] == [[0, 16], [4, 8]]
 
 
 def test_the_images_of_each_step_go_on_where_the_stream_stood(recipe, tmp_path, monkeypatch):
@@ -300,29 +287,22 @@ def test_steps_that_are_left_out_follow_their_images(recipe):
     state = make_state(recipe("--training.batch_size=8"), torch.device("cpu"))
     state.step, state.skipped_steps = 4, {2, 6, 7}
     spoilt = {i for step in (6, 7) for i in images_of_step(recipe(), data, step, state.segments)}
-    lines = go_on(state, recipe("--training.batch_size=3", "--training.steps=40"), data)
+    lines = resume_with(state, recipe("--training.batch_size=3", "--training.steps=40"), data)
     assert state.segments == (Segment(0, 8), Segment(4, 3)) and state.skipped_steps == {2, 7, 8, 9, 10, 11, 12}
-    assert lines == ["batches have another size: steps 7, 8, 9, 10, 11, 12 are left out, not 6, 7"]
+    assert lines == ["the batch size changes: steps 7, 8, 9, 10, 11, 12 are skipped instead of 6, 7"]
     found = {i for step in range(7, 13) for i in images_of_step(recipe(), data, step, state.segments)}
     assert spoilt < found and len(found) - len(spoilt) == 2
-    assert go_on(state, recipe("--training.batch_size=3"), data) == [] and state.skipped_steps == {
-        2,
-        7,
-        8,
-        9,
-        10,
-        11,
-        12,
-    }
+    assert resume_with(state, recipe("--training.batch_size=3"), data) == []
+    assert state.skipped_steps == {2, 7, 8, 9, 10, 11, 12}
 
 
 def test_a_segment_without_steps_goes():
     first = (Segment(0, 8), Segment(4, 3))
-    assert continued(first, 4, 5) == (Segment(0, 8), Segment(4, 5))
-    assert continued(first, 4, 8) == (Segment(0, 8),)
-    assert continued(first, 9, 3) == first
-    assert continued(first, 9, 8) == (*first, Segment(9, 8))
-    assert continued(first, 0, 5) == (Segment(0, 5),)
+    assert extend_segments(first, 4, 5) == (Segment(0, 8), Segment(4, 5))
+    assert extend_segments(first, 4, 8) == (Segment(0, 8),)
+    assert extend_segments(first, 9, 3) == first
+    assert extend_segments(first, 9, 8) == (*first, Segment(9, 8))
+    assert extend_segments(first, 0, 5) == (Segment(0, 5),)
 
 
 def test_bad_steps_after_the_change_are_left_out_and_named_by_the_segments(recipe, tmp_path, monkeypatch):
@@ -341,24 +321,24 @@ def test_bad_steps_after_the_change_are_left_out_and_named_by_the_segments(recip
     monkeypatch.setattr(Digits, "read", read_some)
     train(recipe(*bad), tmp_path, log=str)
     lines = []
-    with pytest.raises(loop.NonFiniteError):
+    with pytest.raises(NonFiniteError):
         train(changed, tmp_path, "changed", log=lines.append)
-    assert "warning: went back to step 6; the batches of steps 8 to 9 are left out" in lines
-    named = json.loads((tmp_path / "bad-batches.json").read_text())
+    assert "warning: rolled back to step 6; the batches of steps 8 to 9 are skipped" in lines
+    named = json.loads((tmp_path / "nonfinite-steps.json").read_text())
     assert named["steps"] == [10, 11]
     assert named["training_images"] == {str(s): images_of_step(changed, data, s, segments) for s in (10, 11)}
     # Of another seed the order is another one, and steps mean other images.
     monkeypatch.setattr(Digits, "read", read)
     lines = []
     train(recipe("--training.steps=14", "--training.seed=1"), tmp_path, "changed", log=lines.append)
-    assert "the order is another one: steps 8 to 9 are no longer left out" in lines
-    assert Manifest.read(tmp_path / "checkpoints" / "step-00000014").about["skipped_steps"] == []
+    assert "the seed changes the order: steps 8 to 9 are no longer skipped" in lines
+    assert Manifest.read(tmp_path / "checkpoints" / "step-00000014").metadata["skipped_steps"] == []
 
 
 def test_the_page_of_run_folders_lists_what_may_change():
     page = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text()
     start = page.index("These may change")
-    listed = page[start : page.index("## Going on under another recipe")]
+    listed = page[start : page.index("`--resume never`")]
     for name in [*(f"{section}.*" for section in CHANGEABLE_SECTIONS), *CHANGEABLE]:
         assert f"`{name}`" in listed or f"`{name.removeprefix('training.')}`" in listed, name
 
@@ -381,7 +361,7 @@ def test_other_images_are_refused_unless_wanted(tiny, tmp_path):
     go(2)
     began = (run / "listing.sha256").read_text()
     (folder / "a" / "8.png").symlink_to("../b/0.png")
-    with pytest.raises(ValueError, match=r"images holds other images than when .* began: .*; --resume changed goes on"):
+    with pytest.raises(ValueError, match=r"images holds other images than when .* began: .*; resume with them by"):
         go(4)
     assert (run / "listing.sha256").read_text() == began
     go(4, "changed")

@@ -7,9 +7,10 @@ import torch
 
 from diffusion_moe.data import batches_from, load_dataset
 from diffusion_moe.parsing import read_recipe
-from diffusion_moe.storage import CheckpointError, checkpoint_path, checkpoints_in
+from diffusion_moe.storage import AsyncWriter, CheckpointError, checkpoint_path, checkpoints_in
 from diffusion_moe.training.checkpoint import Checkpoints, load_checkpoint, state_tensors
-from diffusion_moe.training.step import make_state, train_step
+from diffusion_moe.training.state import make_state
+from diffusion_moe.training.step import train_step
 
 CPU = torch.device("cpu")
 
@@ -28,13 +29,14 @@ def run(recipe, state, steps):
 def save_checkpoint(folder, state, keep):
     recipe = read_recipe("digits", [f"--training.keep_checkpoints={keep}"])
     checkpoints = Checkpoints(folder, recipe.training)
-    checkpoints.save(state)
+    checkpoints.save_state(state)
     checkpoints.close()
     return checkpoint_path(folder, state.step)
 
 
 def load_latest(folder, state):
-    return Checkpoints(folder, read_recipe("digits").training).load_latest(state)
+    found = Checkpoints(folder, read_recipe("digits").training).load_latest(state)
+    return found.path, found.problems
 
 
 def test_a_restored_state_goes_on_bit_for_bit(recipe, tmp_path):
@@ -154,7 +156,7 @@ def test_training_goes_on_while_the_state_of_the_call_is_written(recipe, tmp_pat
     state.skipped_steps = {7}
     at_two = {name: tensor.clone() for name, tensor in state_tensors(state).items()}
     checkpoints = Checkpoints(tmp_path, recipe.training)
-    checkpoints.save(state)
+    checkpoints.save_state(state)
     run(recipe, state, 1)
     checkpoints.close()
     restored = make_state(recipe, CPU)
@@ -171,3 +173,16 @@ def test_another_models_checkpoint_is_refused(recipe, tmp_path, tiny):
     with pytest.raises(CheckpointError, match="is of other tensors") as caught:
         load_checkpoint(path, other)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["step", "skipped_steps", "nonfinite_steps", "rolled_back", "seed", "batch_sizes"])
+def test_a_checkpoint_that_lacks_metadata_is_refused(recipe, tmp_path, monkeypatch, name):
+    save = AsyncWriter.save
+
+    def save_less(self, step, tensors, metadata):
+        save(self, step, tensors, {key: value for key, value in metadata.items() if key != name})
+
+    monkeypatch.setattr(AsyncWriter, "save", save_less)
+    path = save_checkpoint(tmp_path, make_state(recipe, CPU), keep=1)
+    with pytest.raises(CheckpointError, match=f"is of another version: its metadata lack '{name}'"):
+        load_checkpoint(path, make_state(recipe, CPU))

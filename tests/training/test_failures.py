@@ -13,9 +13,10 @@ from diffusion_moe.data import load_dataset
 from diffusion_moe.data.digits import Digits
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.run_folder import RunFolder
-from diffusion_moe.training.log import MetricsLog
-from diffusion_moe.training.loop import publish, train
-from diffusion_moe.training.step import make_state
+from diffusion_moe.training.export import export_models
+from diffusion_moe.training.loop import train
+from diffusion_moe.training.metrics_log import MetricsLog
+from diffusion_moe.training.state import make_state
 
 
 @contextmanager
@@ -33,7 +34,8 @@ def files_end_at(size):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 @pytest.mark.parametrize("board", ["true", "false"])
 def test_metrics_that_cannot_be_written(tiny, tmp_path, board):
-    log = MetricsLog(RunFolder(tmp_path), read_recipe("digits", [*tiny, f"--logging.tensorboard={board}"]), 0)
+    log = MetricsLog(RunFolder(tmp_path), read_recipe("digits", [*tiny, f"--logging.tensorboard={board}"]))
+    log.open(0)
     with files_end_at(4096):
         with pytest.raises(OSError, match=r"cannot write the metrics \(File too large\)") as failed:
             try:
@@ -47,10 +49,10 @@ def test_metrics_that_cannot_be_written(tiny, tmp_path, board):
 def test_a_model_that_cannot_be_written_leaves_the_one_before(tiny, tmp_path):
     recipe, run = read_recipe("digits", tiny), RunFolder(tmp_path)
     state, dataset = make_state(recipe, torch.device("cpu")), load_dataset(recipe.data, "train")
-    publish(run, state, recipe, dataset)
+    export_models(run, state, recipe, dataset)
     before = {path.name: path.read_bytes() for path in run.model.iterdir()}
     with files_end_at(1 << 16), pytest.raises(OSError, match=r"cannot write the model .*File too large") as failed:
-        publish(run, state, recipe, dataset)
+        export_models(run, state, recipe, dataset)
     assert "\n" not in failed.value.strerror
     assert {path.name: path.read_bytes() for path in run.model.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -69,7 +71,7 @@ def test_a_loading_process_is_killed(tiny, tmp_path, monkeypatch, capsys):
     arguments = [*tiny, "--data.num_workers=1", "--output_dir", str(tmp_path)]
     assert main(["train", "digits", *arguments]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("diffusion-moe: a process that loads data ended (DataLoader worker")
+    assert said.startswith("diffusion-moe: a data loading process ended (DataLoader worker")
     assert "lower data.num_workers" in said and said.count("\n") == 1
 
 

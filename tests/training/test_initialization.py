@@ -18,7 +18,7 @@ from diffusion_moe.models.adapters import load_lora
 from diffusion_moe.nn.position import sincos_table
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.initialization import (
-    Origin,
+    Pretrained,
     check_initialization,
     check_settings,
     freeze_and_add_adapters,
@@ -28,25 +28,26 @@ from diffusion_moe.training.initialization import (
     share_frozen,
 )
 from diffusion_moe.training.loop import train
-from diffusion_moe.training.step import make_state, train_step
+from diffusion_moe.training.state import make_state
+from diffusion_moe.training.step import train_step
 
 SMALL = ModelConfig(sample_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=4, num_experts=4,
                     expert_dim=16)  # fmt: skip
 CPU = torch.device("cpu")
 
 
-def origin_of(config=SMALL, names=("a", "b", "c", "d"), space=None):
+def pretrained_of(config=SMALL, names=("a", "b", "c", "d"), space=None):
     """A model none of whose weights is zero."""
     torch.manual_seed(1)
     model = make_model(config).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return Origin("there", model, names, space)
+    return Pretrained("there", model, names, space)
 
 
-def begun(origin, recipe, names):
+def begun(pretrained, recipe, names):
     model = make_model(recipe.model)
-    notes = initialize_from(model, recipe, origin, {"class_names": list(names)})
+    notes = initialize_from(model, recipe, pretrained, {"class_names": list(names)})
     return model, notes
 
 
@@ -58,32 +59,32 @@ def recipe_of(start=None, **settings):
 
 
 def test_the_same_model_takes_all_weights():
-    origin = origin_of()
-    model, notes = begun(origin, recipe_of(), "abcd")
+    pretrained = pretrained_of()
+    model, notes = begun(pretrained, recipe_of(), "abcd")
     assert notes == ["starting from there"]
-    expected = origin.model.state_dict()
+    expected = pretrained.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 def test_weights_of_a_narrow_dtype_become_float32():
-    origin = origin_of()
-    origin = origin._replace(model=origin.model.to(torch.bfloat16))
-    model, _ = begun(origin, recipe_of(), "abcd")
+    pretrained = pretrained_of()
+    pretrained = pretrained._replace(model=pretrained.model.to(torch.bfloat16))
+    model, _ = begun(pretrained, recipe_of(), "abcd")
     assert model.x_embedder.weight.dtype == torch.float32
-    assert torch.equal(model.x_embedder.weight, origin.model.x_embedder.weight.float())
+    assert torch.equal(model.x_embedder.weight, pretrained.model.x_embedder.weight.float())
 
 
 def test_what_no_weight_depends_on_may_differ():
-    origin = origin_of(dataclasses.replace(SMALL, router="tc", balance="bias"))
-    model, notes = begun(origin, recipe_of(router="tc", balance="aux", dropout=0.1, expert_dropout=0.1), "abcd")
+    pretrained = pretrained_of(dataclasses.replace(SMALL, router="tc", balance="bias"))
+    model, notes = begun(pretrained, recipe_of(router="tc", balance="aux", dropout=0.1, expert_dropout=0.1), "abcd")
     assert notes == ["starting from there"] and "blocks.1.mlp.router.e_score_correction_bias" not in model.state_dict()
-    origin = origin_of(dataclasses.replace(SMALL, router="tc"))
-    _, notes = begun(origin, recipe_of(router="tc", balance="bias"), "abcd")
-    assert notes[1:] == ["drawn anew: blocks.*.mlp.router.e_score_correction_bias"]
+    pretrained = pretrained_of(dataclasses.replace(SMALL, router="tc"))
+    _, notes = begun(pretrained, recipe_of(router="tc", balance="bias"), "abcd")
+    assert notes[1:] == ["newly initialized: blocks.*.mlp.router.e_score_correction_bias"]
 
 
 CONTRADICTIONS = {
-    "width": ({"hidden_size": 64}, "model.hidden_size is 64, but that of there is 32; leave it out"),
+    "width": ({"hidden_size": 64}, "model.hidden_size is 64, but that of there is 32; remove it"),
     "depth": ({"depth": 4}, "model.depth is 4, but that of there is 2"),
     "position": ({"position": "sincos"}, "model.position is sincos, but that of there is rope2d"),
     "prediction": ({"prediction": "x"}, "model.prediction is x, but that of there is velocity"),
@@ -106,7 +107,7 @@ def test_experts_of_a_dense_model_need_upcycling():
     with pytest.raises(ValueError, match=r"model.router is dsmoe, but that of there is dense.*init.upcycle makes"):
         check_settings("there", dense, SMALL, upcycle=False)
     check_settings("there", dense, SMALL, upcycle=True)
-    with pytest.raises(ValueError, match=r"there has experts already \(router dsmoe\)"):
+    with pytest.raises(ValueError, match=r"there already has experts \(router dsmoe\)"):
         check_settings("there", SMALL, SMALL, upcycle=True)
     with pytest.raises(ValueError, match=r"model.hidden_size is 64"):
         check_settings("there", dense, dataclasses.replace(SMALL, hidden_size=64), upcycle=True)
@@ -152,41 +153,41 @@ def test_new_rows_are_the_mean_of_the_old_classes_plus_noise():
 
 
 def test_other_classes_are_told():
-    origin = origin_of()
-    model, notes = begun(origin, recipe_of(num_classes=3), ["x", "d", "b"])
+    pretrained = pretrained_of()
+    model, notes = begun(pretrained, recipe_of(num_classes=3), ["x", "d", "b"])
     assert notes[1].startswith("label table: 2 of 3 rows are kept, by the names of the classes; 1 are new")
-    old, new = origin.model.y_embedder.weight, model.y_embedder.weight
+    old, new = pretrained.model.y_embedder.weight, model.y_embedder.weight
     assert torch.equal(new[1:], old[[3, 1, 4]])
     assert (new[0] - old[:4].mean(0)).abs().max() < 0.1
-    assert begun(origin, recipe_of(), "wxyz")[1][1:] == [
+    assert begun(pretrained, recipe_of(), "wxyz")[1][1:] == [
         "label table: all 4 rows are kept, by number, as there has no class of an equal name"
     ]
-    assert "names no classes" in begun(origin._replace(class_names=()), recipe_of(), "wxyz")[1][1]
-    without = origin_of(dataclasses.replace(SMALL, null_class=False))
+    assert "names no classes" in begun(pretrained._replace(class_names=()), recipe_of(), "wxyz")[1][1]
+    without = pretrained_of(dataclasses.replace(SMALL, null_class=False))
     assert begun(without, recipe_of(), "abcd")[1][1:] == ["label table: the row of no class is new"]
 
 
 def test_an_unconditional_model_can_learn_classes():
-    model, notes = begun(origin_of(dataclasses.replace(SMALL, num_classes=0), ()), recipe_of(), "abcd")
-    assert notes[1:] == ["drawn anew: y_embedder.weight"]
+    model, notes = begun(pretrained_of(dataclasses.replace(SMALL, num_classes=0), ()), recipe_of(), "abcd")
+    assert notes[1:] == ["newly initialized: y_embedder.weight"]
     assert float(model.y_embedder.weight.detach().std()) == pytest.approx(0.02, rel=0.3)
 
 
 def test_adapters_cannot_learn_new_classes_but_the_table_can():
     start = InitConfig(from_checkpoint="there", lora_rank=2)
     with pytest.raises(ValueError, match="1 classes are new to there, and adapters cannot learn their rows; add y_emb"):
-        begun(origin_of(), recipe_of(start), ["a", "b", "c", "x"])
-    begun(origin_of(), recipe_of(start), "dcba")
+        begun(pretrained_of(), recipe_of(start), ["a", "b", "c", "x"])
+    begun(pretrained_of(), recipe_of(start), "dcba")
     start = InitConfig(from_checkpoint="there", lora_rank=2, lora_targets=("attn.qkv", "y_embedder"))
-    assert begun(origin_of(), recipe_of(start), ["a", "b", "c", "x"])[1][1].startswith("label table: 3 of 4")
+    assert begun(pretrained_of(), recipe_of(start), ["a", "b", "c", "x"])[1][1].startswith("label table: 3 of 4")
 
 
 def test_other_latents_are_warned_of():
     space = {"vae": "x", "encoder_sha256": "1", "scaling": {"shift": [0.0], "scale": [2.0]}}
-    origin, data = origin_of(space=space), {"class_names": list("abcd"), "latent_space": space | {"vae": "y"}}
-    assert initialize_from(make_model(SMALL), recipe_of(), origin, data) == ["starting from there"]
+    pretrained, data = pretrained_of(space=space), {"class_names": list("abcd"), "latent_space": space | {"vae": "y"}}
+    assert initialize_from(make_model(SMALL), recipe_of(), pretrained, data) == ["starting from there"]
     data["latent_space"] = space | {"encoder_sha256": "2"}
-    (_, warning) = initialize_from(make_model(SMALL), recipe_of(), origin, data)
+    (_, warning) = initialize_from(make_model(SMALL), recipe_of(), pretrained, data)
     assert warning == "warning: the data's latents differ from those of there in encoder_sha256: 2, not 1"
 
 
@@ -196,8 +197,8 @@ def test_other_latents_are_warned_of():
 def test_the_table_of_positions_is_interpolated():
     """Twice as many places: the middle of the table is that of the formula at half steps."""
     config = dataclasses.replace(SMALL, position="sincos+rope2d", hidden_size=16, sample_size=32)
-    origin = origin_of(config)
-    model, notes = begun(origin, Recipe(model=dataclasses.replace(config, sample_size=64)), "abcd")
+    pretrained = pretrained_of(config)
+    model, notes = begun(pretrained, Recipe(model=dataclasses.replace(config, sample_size=64)), "abcd")
     assert "model.sample_size is 64 instead of 32: the table of positions is interpolated, rotary" in notes[1]
     halves = torch.arange(32) / 2 - 0.25
     angle = halves[:, None] * 10000.0 ** -(torch.arange(4) / 4)
@@ -205,14 +206,14 @@ def test_the_table_of_positions_is_interpolated():
     # The first half encodes the column, sines before cosines; the fastest waves are smoothed the most.
     for place, values in ((1, angle.sin()[:, 1]), (3, angle.sin()[:, 3]), (5, angle.cos()[:, 1])):
         torch.testing.assert_close(inner[0, :, place], values[8:24], rtol=0, atol=1e-2)
-    assert torch.equal(origin.model.pos_embed, sincos_table(16, 16, 16))
-    same, notes = begun(origin, Recipe(model=config), "abcd")
-    assert torch.equal(same.pos_embed, origin.model.pos_embed) and len(notes) == 1
+    assert torch.equal(pretrained.model.pos_embed, sincos_table(16, 16, 16))
+    same, notes = begun(pretrained, Recipe(model=config), "abcd")
+    assert torch.equal(same.pos_embed, pretrained.model.pos_embed) and len(notes) == 1
 
 
-def test_rotary_positions_go_on():
-    model, notes = begun(origin_of(), recipe_of(sample_size=16), "abcd")
-    assert notes[1:] == ["model.sample_size is 16 instead of 8: rotary positions go on with the same step"]
+def test_rotary_positions_resume_with():
+    model, notes = begun(pretrained_of(), recipe_of(sample_size=16), "abcd")
+    assert notes[1:] == ["model.sample_size is 16 instead of 8: rotary positions continue with the same step"]
     before, after = make_model(SMALL).rotary_cos.view(4, 4, -1), model.rotary_cos.view(8, 8, -1)
     assert torch.equal(after[:4, :4], before)
 
@@ -220,7 +221,7 @@ def test_rotary_positions_go_on():
 @pytest.mark.parametrize("settings", [{"position": "rope1d"}, {"sliding_window": 3}])
 def test_positions_along_rows_have_one_size(settings):
     old = dataclasses.replace(SMALL, **settings)
-    with pytest.raises(ValueError, match="counts tokens along rows of one length"):
+    with pytest.raises(ValueError, match="counts tokens along rows of a constant length"):
         check_settings("there", old, dataclasses.replace(old, sample_size=16), upcycle=False)
 
 
@@ -251,13 +252,13 @@ def test_patterns_freeze_what_they_match():
     ],
 )
 def test_a_pattern_that_matches_nothing_is_told_with_near_names(pattern, near):
-    with pytest.raises(ValueError, match=r"init.freeze has .*, but no parameter's name is like it; did you mean") as e:
+    with pytest.raises(ValueError, match=r"init.freeze has .*, which matches no parameter; did you mean") as e:
         freeze_and_add_adapters(make_model(SMALL), freezing(pattern))
     assert near.replace("\\", "") in str(e.value) and "\n" not in str(e.value)
 
 
 def test_nothing_left_to_learn_is_refused():
-    with pytest.raises(ValueError, match=r"init.freeze is \*, which leaves nothing to learn"):
+    with pytest.raises(ValueError, match=r"init.freeze is \*, which freezes all parameters"):
         freeze_and_add_adapters(make_model(SMALL), freezing("*"))
 
 
@@ -304,18 +305,18 @@ def base(tmp_path_factory, tiny_options):
 
 
 def reading(folder):
-    def origin():
-        return Origin(str(folder), load_model(folder / "model"), tuple(map(str, range(10))))
+    def pretrained():
+        return Pretrained(str(folder), load_model(folder / "model"), tuple(map(str, range(10))))
 
-    return origin
+    return pretrained
 
 
-def tuned(tiny, folder, base, *options, steps=8, origin=True):
+def tuned(tiny, folder, base, *options, steps=8, pretrained=True):
     """Train on from the base; returns the lines it says."""
     lines = []
     given = [*tiny, "--optimizer.schedule=constant", f"--training.steps={steps}", "--training.checkpoint_every=4"]
     recipe = read_recipe("digits", [*given, f"--init.from_checkpoint={base}", "--training.ema_decay=0.9", *options])
-    train(recipe, folder, log=lines.append, origin=reading(base) if origin else None)
+    train(recipe, folder, log=lines.append, pretrained=reading(base) if pretrained else None)
     return lines
 
 
@@ -334,7 +335,7 @@ def test_a_run_resumes_bit_for_bit_and_without_its_source(tiny, tmp_path, base, 
     lines = tuned(tiny, tmp_path / "whole", base, *LORA[kind])
     assert lines[0] == f"starting from {base}"
     tuned(tiny, tmp_path / "parts", base, *LORA[kind], steps=4)
-    lines = tuned(tiny, tmp_path / "parts", base, *LORA[kind], origin=False)
+    lines = tuned(tiny, tmp_path / "parts", base, *LORA[kind], pretrained=False)
     assert any("resuming from" in line for line in lines) and not any("starting from" in line for line in lines)
     one, other = (load_file(next(tmp_path.glob(f"{n}/checkpoints/*08/*.safetensors"))) for n in ("whole", "parts"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -392,8 +393,8 @@ def test_a_changed_start_is_refused_on_resuming(tiny, tmp_path, base):
 
 
 def test_a_source_without_a_reader_is_refused(tiny, tmp_path, base):
-    with pytest.raises(ValueError, match="pass `origin`"):
-        tuned(tiny, tmp_path / "run", base, origin=False)
+    with pytest.raises(ValueError, match="pass `pretrained`"):
+        tuned(tiny, tmp_path / "run", base, pretrained=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -450,7 +451,7 @@ def test_upcycling_a_dense_run_beats_beginning_from_scratch(tiny, tmp_path):
     lines = tuned(tiny, tmp_path / "mixture", tmp_path / "dense", "--init.upcycle=true", *mixture, steps=5)
     assert lines[1] == (
         "experts of 1 blocks: the shared expert takes 16 of 48 hidden units, the routed ones are 2 copies of what is "
-        "left in 2 slices each; they begin as the dense layers, and their routers are new"
+        "left in 2 slices each; they start exactly equal to the dense layers, and their routers are new"
     )
     train(read_recipe("digits", [*tiny, *mixture, "--training.steps=5"]), tmp_path / "fresh", log=lambda line: None)
     rows = {
@@ -465,7 +466,7 @@ def test_adapters_of_experts_neither_compile_nor_spread(tiny, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot be compiled; set training.compile to false"):
         check_initialization(read_recipe("digits", [*tiny, *start, "--training.compile=true"]))
     monkeypatch.setattr("diffusion_moe.training.initialization.world_size", lambda: 2)
-    with pytest.raises(ValueError, match="train on one process, and there are 2"):
+    with pytest.raises(ValueError, match="are not supported on 2 processes"):
         check_initialization(read_recipe("digits", [*tiny, *start]))
 
 

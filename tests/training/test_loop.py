@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusion_moe.cli import main
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training import loop
 from diffusion_moe.training.loop import train
@@ -68,16 +69,28 @@ def assert_same_run(one, other):
     assert losses(one) == losses(other)
 
 
-@pytest.fixture
-def uninterrupted(tiny, tmp_path):
-    folder = tmp_path / "whole"
-    process = start(options(tiny), folder)
-    assert process.communicate()[0].endswith("model\n")
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_options, tmp_path_factory):
+    """A run in this process, to which runs in others are compared."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(read_recipe("digits", options(tiny_options)), folder, log=quietly)
     return folder
 
 
-def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, uninterrupted):
-    """SIGKILL at a random step; weights, average, optimizer, order, flips and thresholds end the same."""
+@pytest.fixture
+def resume(tiny, capsys):
+    """Give the command again, in this process; what it prints."""
+
+    def resume(folder):
+        capsys.readouterr()
+        assert main(["train", "digits", "--output_dir", str(folder), *options(tiny)]) == 0
+        return capsys.readouterr().out
+
+    return resume
+
+
+def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, uninterrupted, resume):
+    """SIGKILL at a random step; weights, EMA, optimizer, order, flips and thresholds end the same."""
     folder = tmp_path / "killed"
     step = random.SystemRandom().randint(1, STEPS - 2)
     process = start([*options(tiny), "--data.num_workers=1"], folder)
@@ -85,13 +98,13 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, uninterrupted):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "model").exists()
-    output = start(options(tiny), folder).communicate()[0]
+    output = resume(folder)
     assert ("resuming from" in output) == (step >= 5), output
     assert_same_run(uninterrupted, folder)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_saves_says_how_to_go_on_and_resumes(tiny, tmp_path, uninterrupted, number, status):
+def test_an_interrupted_run_saves_says_how_to_go_on_and_resumes(tiny, tmp_path, uninterrupted, resume, number, status):
     """The signal goes to the whole process group, as a terminal's Ctrl-C does: the loading process gets it too."""
     folder = tmp_path / "interrupted"
     process = start([*options(tiny), "--data.num_workers=1"], folder)
@@ -99,11 +112,9 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_resumes(tiny, tmp_path, 
     os.killpg(process.pid, number)
     output = process.communicate()[0]
     assert process.returncode == status, output
-    assert "Run the same command again to go on." in output
+    assert "Run the same command again to resume." in output
     assert "Traceback" not in output
-    again = start(options(tiny), folder)
-    assert "resuming from" in again.communicate()[0]
-    assert again.returncode == 0
+    assert "resuming from" in resume(folder)
     assert_same_run(uninterrupted, folder)
 
 
@@ -228,7 +239,7 @@ def test_unreadable_images_are_counted_in_the_metrics(tiny, tmp_path, images):
     train(recipe, tmp_path / "run", log=lines.append)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["skipped_images"] == 1  # each step of 16 draws it once
-    assert any("images that cannot be read were replaced by others: 1 (data.on_corrupt" in line for line in lines)
+    assert any("unreadable images were replaced by others: 1 (data.on_corrupt" in line for line in lines)
     assert (tmp_path / "run" / "skipped.txt").read_text() == f"{tmp_path / 'images' / 'a' / '0.png'}\n"
 
 

@@ -9,8 +9,9 @@ from diffusion_moe.data import load_dataset
 from diffusion_moe.parsing import read_recipe, recipe_names
 from diffusion_moe.training.dataloader import batches
 from diffusion_moe.training.ema import ema_decay, update_ema
-from diffusion_moe.training.optimizer import learning_rate, make_optimizer
-from diffusion_moe.training.step import make_state, train_step
+from diffusion_moe.training.optimizer import LocalAdamW, learning_rate
+from diffusion_moe.training.state import make_state
+from diffusion_moe.training.step import train_step
 
 PLACE = {"image-folder": ("--data.path=photos",)}
 
@@ -65,7 +66,7 @@ def test_warm_up_is_linear_and_the_cosine_ends_at_zero():
 def test_weight_decay_acts_on_matrices_only(tiny):
     recipe = read_recipe("digits", [*tiny, "--optimizer.weight_decay=0.1"])
     model = make_state(recipe, torch.device("cpu")).model
-    decayed, plain = make_optimizer(model, recipe.optimizer).param_groups
+    decayed, plain = LocalAdamW(model, recipe.optimizer).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
     plain_names = {names[id(parameter)] for parameter in plain["params"]}

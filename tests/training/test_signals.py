@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from diffusion_moe.training.signals import requests_to_stop, torchrun_is_gone
+from diffusion_moe.training.signals import requests_to_stop, torchrun_has_ended
 
 WAITS_FOR_ANOTHER = """
 import sys
@@ -69,7 +69,7 @@ def test_torchrun_is_missed_only_by_what_it_started(monkeypatch):
         monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
         if started:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-        gone = torchrun_is_gone()
+        gone = torchrun_has_ended()
         assert not gone()
         monkeypatch.setattr("os.getppid", lambda: 1)
         assert gone() is expected

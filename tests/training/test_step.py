@@ -11,7 +11,9 @@ from diffusion_moe.diffusion.times import draw_steps, draw_times
 from diffusion_moe.moe import routers_of
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.randomness import normal
-from diffusion_moe.training.step import make_state, micro_batch_loss, train_step
+from diffusion_moe.training.loss import micro_batch_loss
+from diffusion_moe.training.state import make_state
+from diffusion_moe.training.step import train_step
 
 CPU = torch.device("cpu")
 

@@ -73,7 +73,7 @@ def test_the_mixture_begins_as_the_dense_model(case):
     dense = dense_model(**dense)
     expert_activation = dense.settings.mlp_activation
     model, notes, missing = experts_of(dense, **{"num_experts": 8, "expert_activation": expert_activation} | mixture)
-    assert not missing and "begin as the dense" in notes[0] and len(notes) == 1
+    assert not missing and "start exactly equal to the dense" in notes[0] and len(notes) == 1
     before, after = answers(dense, model)
     assert before.std() > 0.05
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
@@ -100,7 +100,7 @@ def test_other_rules_begin_near_the_dense_model(router, settings):
     model, notes, _ = experts_of(
         dense, **COPIES | {"router": router, "expert_dim": 48, "expert_activation": "gelu"} | settings
     )
-    assert "begin about as the dense" in notes[0]
+    assert "start approximately equal to the dense" in notes[0]
     before, after = answers(dense, model)
     assert (after - before).norm() < 0.3 * before.norm()
     for block in model.blocks[1::2]:
@@ -117,7 +117,7 @@ def test_expert_choice_serves_each_token_as_often_as_it_is_chosen():
     for block in model.blocks[1::2]:
         block.mlp.router.weight.data.zero_()  # of capacity 6 of 6 experts all serve every token
     before, after = answers(dense, model)
-    assert "about as" in notes[0]
+    assert "approximately equal" in notes[0]
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_biases_without_a_place_are_told():
     dense = dense_model(**GELU)
     lacking = COPIES | {"expert_dim": 48, "expert_activation": "gelu", "expert_bias": False}
     model, notes, _ = experts_of(dense, **lacking)
-    assert "about as" in notes[0] and "biases of the dense layers are left out" in notes[1]
+    assert "approximately equal" in notes[0] and "biases of the dense layers are skipped" in notes[1]
     for block in dense.blocks[1::2]:
         for linear in (block.mlp.up_proj, block.mlp.down_proj):
             linear.bias.data.zero_()
@@ -158,7 +158,7 @@ def test_what_cannot_be_made_is_left_to_be_drawn(case):
     settings, reason = CANNOT[case]
     dense = dense_model(**GELU)
     model, notes, missing = experts_of(dense, **COPIES | {"expert_dim": 48, "expert_activation": "gelu"} | settings)
-    assert notes == [f"no experts can be made of the dense layers, as {reason}"]
+    assert notes == [f"the dense layers cannot be upcycled: {reason}"]
     assert {name.split(".")[2] for name in missing} == {"mlp"} and {name.split(".")[1] for name in missing} == {
         "1",
         "3",

@@ -7,7 +7,7 @@ I example images.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import EvaluationConfig, ModelConfig, Recipe
 from ..data import ImageDataset, load_dataset
 from ..evaluation.options import TextOptions
+from ..log import Log
 from ..models import Backbone
 from ..moe import MoEFeedForward, routers_of
 from ..pixels import to_uint8
@@ -30,7 +31,6 @@ from .measures import cosines, expert_maps, spread_out
 from .records import RoutingCounts, record_routing
 from .subjects import Noted, Subjects, captions_of, subjects_of
 
-Log = Callable[[str], None]
 GROUPS, EXAMPLES, TIME_BINS = 5, 6, 20
 """Images are drawn in at least so many groups, whose spread gives standard errors; so many are shown one by one; and
 times are told apart in so many bins, or as many as there are solver steps."""

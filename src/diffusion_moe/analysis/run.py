@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..config import EvaluationConfig
+from ..log import Log
 from ..run_folder import write_atomically
 from ..sampling.source import Source
 from .figures import PANELS, panels
@@ -26,7 +26,7 @@ ALL_FILES = {f"{name}.{ending}" for name in PANELS for ending in ("png", "svg")}
 """All that there may be beside a report."""
 
 
-def analyze(source: Source, settings: EvaluationConfig, options: AnalyzeOptions, log: Callable[[str], None]) -> Path:
+def analyze(source: Source, settings: EvaluationConfig, options: AnalyzeOptions, log: Log) -> Path:
     """Write a report and return its path.
 
     Raises:

@@ -12,7 +12,8 @@ from ..config import EvaluationConfig
 from ..data import ImageDataset
 from ..data.captions import CachedCaptions
 from ..evaluation.options import TextOptions
-from ..evaluation.prompts import Log, Once, PromptSource, Questions, Texts, check_text_options, held_out_captions
+from ..evaluation.prompts import Once, PromptSource, Questions, Texts, check_text_options, held_out_captions
+from ..log import Log
 from ..run_folder import RunFolder
 from ..sampling.generate import Prompts
 from ..sampling.prompts import read_prompts

@@ -18,7 +18,8 @@ from ..moe import MoEFeedForward, recompute_experts
 from ..moe.precision import matmul_dtype
 from ..parsing import read_recipe
 from ..sampling.generate import generate
-from ..training.step import state_of, train_step
+from ..training.state import state_from_model
+from ..training.step import train_step
 from .contestants import Contestant, layer_contestants
 from .measure import compare, machine
 from .options import Against, BenchOptions, What
@@ -192,8 +193,8 @@ def _step(setting: Setting) -> Pairs:
     model, rival = _models(setting)
     again = replace(training, recompute="experts" if setting.options.recompute else "none")
     ours, theirs = (
-        state_of(model, replace(recipe, training=again), setting.device),
-        state_of(rival, recipe, setting.device),
+        state_from_model(model, replace(recipe, training=again), setting.device),
+        state_from_model(rival, recipe, setting.device),
     )
     contestants = [
         Contestant(lambda: train_step(ours, recipe, batch)),

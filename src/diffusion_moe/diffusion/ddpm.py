@@ -19,6 +19,9 @@ from .guidance import Model
 from .loss import mean_square
 from .path import Noise, spread
 
+DDPM_STEPS = 1000
+"""Steps from data to noise in training."""
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -71,7 +74,7 @@ class Losses(NamedTuple):
 
 
 @cache
-def linear_schedule(steps: int = 1000) -> Schedule:
+def linear_schedule(steps: int = DDPM_STEPS) -> Schedule:
     """Betas from 1e-4 to 0.02 in equal steps (DDPM, section 4)."""
     return Schedule(torch.linspace(1e-4, 0.02, steps, dtype=torch.float64), torch.arange(steps))
 

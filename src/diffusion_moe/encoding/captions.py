@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ import torch
 from ..data.captions import DTYPE, EMPTY, FOLDER, HEADER, VERSION, feature_files, read_record
 from ..data.latents import CachePlan
 from ..data.table import TableImages
+from ..log import Log
 from ..text import TextEncoder, TextFeatures, TextSpace, load_encoder
 from .files import record_path, write_json
 from .options import EncodeOptions
 from .process import Process
-
-Log = Callable[[str], None]
 
 
 def claim_captions(dataset: TableImages, options: EncodeOptions, log: Log) -> TextEncoder | None:

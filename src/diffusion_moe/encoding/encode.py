@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +24,7 @@ from ..data import load_dataset
 from ..data.latent_space import LatentScaling, LatentSpace, encoder_sha256
 from ..data.latents import DTYPE, CachePlan
 from ..data.table import TableImages
+from ..log import Log
 from ..randomness import normal
 from ..sampling.source import load_vae
 from .captions import claim_captions, encode_captions, missing_captions
@@ -33,8 +34,6 @@ from .process import Process
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-Log = Callable[[str], None]
 
 
 def encode(data: DataConfig, options: EncodeOptions, log: Log = print) -> str:

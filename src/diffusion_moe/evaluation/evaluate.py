@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DataConfig, EvaluationConfig
+from ..log import Log
 from ..run_folder import EVALUATION, RunFolder, replace_atomically, write_atomically
 from ..sampling.generate import check_solver, provenance
 from ..sampling.sample import settings_name, weights_name
 from ..sampling.source import Loaded, Source
 from ..shapes.report import as_table
-from .extract_features import Log, collected
+from .extract_features import collected
 from .images import GeneratedImages, Images, open_images
 from .metrics import NEIGHBOURS
 from .options import EvaluateOptions, ImagesOptions, SweepOptions

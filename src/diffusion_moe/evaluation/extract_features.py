@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..distributed import barrier, from_main, is_main, rank, world_size
+from ..log import Log
 from ..run_folder import replace_atomically, write_atomically
 from ..sampling.generate import SamplingStats
 from .features import Extractor
@@ -33,7 +34,6 @@ PART = 250
 """Images in a part, rounded down to whole batches."""
 SPEAK_EVERY = 10.0
 """Seconds between lines of progress."""
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from ..log import Log
 from ..pixels import image_grid, to_uint8
 from ..run_folder import write_atomically
 
@@ -179,7 +180,7 @@ def draw_all(
     folder: Path,
     prompts: Sequence[GenEvalPrompt],
     draw: Callable[[str, int], Tensor],
-    log: Callable[[str], None] = print,
+    log: Log = print,
 ) -> int:
     """Draw and write what is missing; a stopped call goes on where it was.
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..config import DataConfig
 from ..data import load_dataset
 from ..distributed import is_main, rank, to_main, world_size
+from ..log import Log
 from ..sampling.generate import SamplingStats
 from .classifier import ClassifierFeatures
-from .extract_features import PART, Log, Progress
+from .extract_features import PART, Progress
 from .features import CLASSIFIER, Extractor, make_extractor
 from .images import DatasetImages, Images, digest_of_all, digests_of, open_images
 from .options import StatsOptions

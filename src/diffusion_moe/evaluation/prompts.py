@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import DataConfig, EvaluationConfig
 from ..data import load_dataset
 from ..data.captions import CachedCaptions
+from ..log import Log
 from ..run_folder import RunFolder
 from ..sampling.generate import Prompts
 from ..sampling.prompts import read_prompts
@@ -24,8 +25,6 @@ from ..shapes.prompts import CATEGORIES, SPLITS, Prompt, evaluation_prompts
 from ..text import TextEncoder, TextFeatures, TextSpace
 from .features import HASH_DIGITS
 from .options import TextOptions
-
-Log = Callable[[str], None]
 
 
 class PromptSource(ABC):

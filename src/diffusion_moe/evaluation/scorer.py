@@ -13,9 +13,10 @@ from torch import Tensor
 from ..config import DataConfig
 from ..data import ImageDataset, load_dataset
 from ..distributed import from_main, is_main
+from ..log import Log
 from ..pixels import to_uint8
 from .classifier import Classifier, ClassifierFeatures, train_classifier
-from .extract_features import Features, Log, collected
+from .extract_features import Features, collected
 from .features import INCEPTION, Extractor, make_extractor
 from .images import NpzImages
 from .metrics import (

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..distributed import from_main, is_main
+from ..log import Log
 from ..run_folder import write_atomically
 from ..sampling.generate import check_solver
 from ..sampling.source import Loaded, Source
 from .evaluate import Result, number_of, own_data, score_model, scorer_of, summary
-from .extract_features import Log
 from .features import fingerprint
 from .grid import Point
 from .options import SweepOptions

@@ -15,6 +15,7 @@ from ..data.decoding import decode_pixels, parse_background
 from ..data.image_table import Table
 from ..data.reading import read_table
 from ..data.splits import split_rows
+from ..log import Log
 from .contact_sheet import write_contact_sheet
 from .examine import examine_row, for_each
 from .options import InspectOptions
@@ -25,7 +26,7 @@ LONG = 500
 """From so many images on there is a progress bar."""
 
 
-def inspect(config: DataConfig, options: InspectOptions, log: Callable[[str], None]) -> Report:
+def inspect(config: DataConfig, options: InspectOptions, log: Log) -> Report:
     """Read every file of a data set, say what training would see of it, and write what the options ask for.
 
     Raises:

@@ -20,7 +20,7 @@ from ..models.sizes import blank_inputs
 from ..moe import recompute_experts
 from ..moe.precision import use_cpu_matmul
 from ..training.initialization import make_trainable
-from ..training.parallelize import stays_wide
+from ..training.parallelize import computes_in_float32
 from .compute import rows_per_image
 
 INDEX_BYTES = 28
@@ -125,7 +125,7 @@ def _counted(model: Backbone, saved: Saved, own: set[int]) -> Iterator[None]:
 def _narrow(model: Backbone) -> None:
     """Give the blocks' weights the dtype in which FSDP2 gathers them."""
     modules = [module for block in model.blocks for module in block.modules()]
-    wide = {id(parameter) for module in modules if stays_wide(module) for parameter in module.parameters()}
+    wide = {id(parameter) for module in modules if computes_in_float32(module) for parameter in module.parameters()}
     for module in modules:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in wide:

@@ -15,8 +15,8 @@ from ..models import Backbone, make_model
 from ..moe import GroupedExperts
 from ..text import TextFeatures
 from ..training.checkpoint import state_tensors
-from ..training.parallelize import stays_wide
-from ..training.step import make_state
+from ..training.parallelize import computes_in_float32
+from ..training.state import make_state
 
 MOMENTS, STEP_BYTES = 2, 4
 """AdamW's tensors a parameter, and its step count."""
@@ -114,7 +114,7 @@ class Tensors:
 
     def _gathered_of(self, block: nn.Module, layout: ParallelConfig, narrow: int) -> Iterator[tuple[int, int, bool]]:
         """Numbers, bytes of one, and whether it learns, of a block's parameters while they are used."""
-        wide = {id(p) for module in block.modules() if stays_wide(module) for p in module.parameters()}
+        wide = {id(p) for module in block.modules() if computes_in_float32(module) for p in module.parameters()}
         for parameter in block.parameters():
             numbers = parameter.numel() // (layout.experts if id(parameter) in self.stacked else 1)
             yield numbers, 4 if id(parameter) in wide else narrow, parameter.requires_grad

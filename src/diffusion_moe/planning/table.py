@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..log import Log
 from .options import PlanOptions
 from .plan import Layout, Plan
 
@@ -17,7 +18,6 @@ MEMORY = {
     "activations": "activations",
     "gathered": "gathered weights",
 }
-Log = Callable[[str], None]
 
 
 def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..config import DDPM_SOLVERS, FLOW_SOLVERS, EvaluationConfig, ModelConfig
 from ..data.latent_space import LatentScaling
-from ..diffusion.ddpm import ddim, ddpm_ancestral, linear_schedule, respaced
+from ..diffusion.ddpm import DDPM_STEPS, ddim, ddpm_ancestral, linear_schedule, respaced
 from ..diffusion.guidance import Model, guided
 from ..diffusion.prediction import convert
 from ..diffusion.solvers import SOLVERS, Counted, dopri5, even_times, sde
 from ..distributed import from_main
+from ..log import Log
 from ..models import Backbone
 from ..moe import RoutingReport, limit_capacity, scale_thresholds
 from ..moe.precision import choose_precision
@@ -26,7 +27,6 @@ from .acceleration import Network, accelerated
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-DDPM_STEPS = 1000
 DECODED_AT_A_TIME = 32
 """Images: a VAE's decoder needs far more memory for each than the model."""
 
@@ -98,7 +98,7 @@ def usual_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def with_precision(settings: EvaluationConfig, log: Callable[[str], None]) -> EvaluationConfig:
+def with_precision(settings: EvaluationConfig, log: Log) -> EvaluationConfig:
     """Settings with the precision that they leave open, the main process' for all; says which."""
     chosen = from_main(choose_precision(settings.precision, usual_device()))
     log(f"computing in {chosen}")

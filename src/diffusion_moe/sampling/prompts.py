@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import ModelConfig
+from ..log import Log
 from ..text import TextFeatures
 from .generate import Prompts
 from .source import Source
@@ -29,7 +29,7 @@ class PromptRequest:
     text_encoder: str | None = None
     """Where the encoder is, if not where training left it."""
 
-    def encoded(self, source: Source, each: int, log: Callable[[str], None]) -> Prompts:
+    def encoded(self, source: Source, each: int, log: Log) -> Prompts:
         """Features of the prompts, `each` times one after another, on the CPU."""
         encoder = source.load_text_encoder(self.text_encoder, log)
         texts = encoder.encode_all(self.prompts)

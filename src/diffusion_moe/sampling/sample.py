@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import EvaluationConfig
+from ..log import Log
 from ..models.labels import by_name, class_number
 from ..pixels import image_grid, to_uint8
 from ..run_folder import write_atomically
@@ -35,7 +36,7 @@ def generate_images(
     per_class: int,
     form: Literal["grid", "png", "npz"],
     output: Path | None,
-    log: Callable[[str], None] = print,
+    log: Log = print,
     asked: PromptRequest | None = None,
     size: tuple[int | None, int | None] = (None, None),
 ) -> Path:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import EvaluationConfig, ModelConfig
-from ..run_folder import AVERAGE, DATA, ORIGIN, RunFolder
+from ..log import Log
+from ..run_folder import DATA, EMA_MODEL, ORIGIN, RunFolder
 from .options import Weights
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Source:
             )
         return Loaded(model, vae)
 
-    def load_text_encoder(self, place: str | None = None, warn: Callable[[str], None] | None = None) -> TextEncoder:
+    def load_text_encoder(self, place: str | None = None, warn: Log | None = None) -> TextEncoder:
         """The encoder for the model's prompts, on the best device there is.
 
         Args:
@@ -165,11 +165,11 @@ class Source:
             return self.model_folder
         run, remedy = RunFolder(self.path), "choose ema or model"
         try:
-            folder = run.average(float(self.weights))
+            folder = run.ema_model(float(self.weights))
         except ValueError as error:
             raise ValueError(f"weights is {self.weights}; {remedy}, or the decay of a further average") from error
         if not folder.is_dir():
-            kept = sorted(found.name.removeprefix(AVERAGE) for found in self.path.glob(f"{AVERAGE}*"))
+            kept = sorted(found.name.removeprefix(EMA_MODEL) for found in self.path.glob(f"{EMA_MODEL}*"))
             more = f", or of its further averages {' or '.join(kept)}" if kept else ": it has no further averages"
             raise ValueError(f"weights is {self.weights}, but {self.path} has no such average; {remedy}{more}")
         return folder

@@ -1,22 +1,21 @@
 """Checkpoint files: sharded safetensors with a JSON manifest, for any number of processes; see docs/checkpoints.md.
 
 step-00001000/
-    manifest.json                        what was said about it; files with sizes and SHA-256; where each piece lies
-    tensors-00000-000.safetensors        what rank 0 wrote; several files if it is much
-    tensors-00001-000.safetensors        what rank 1 wrote
+    manifest.json                        metadata; files with sizes and SHA-256; the position of each shard
+    tensors-00000-000.safetensors        written by rank 0; several files if it is large
+    tensors-00001-000.safetensors        written by rank 1
 """
 
 from .async_writer import AsyncWriter
-from .collective import TIMEOUT, CheckpointError, LostProcess, storage_group
+from .collective import CheckpointError, LostProcess
 from .manifest import Manifest
-from .reading import Found, export, latest, read
-from .writing import checkpoint_path, checkpoints_in, prune, write
+from .reading import LoadedCheckpoint, export, latest, read
+from .writing import checkpoint_path, checkpoints_in, prune
 
 __all__ = [
-    "TIMEOUT",
     "AsyncWriter",
     "CheckpointError",
-    "Found",
+    "LoadedCheckpoint",
     "LostProcess",
     "Manifest",
     "checkpoint_path",
@@ -25,6 +24,4 @@ __all__ = [
     "latest",
     "prune",
     "read",
-    "storage_group",
-    "write",
 ]

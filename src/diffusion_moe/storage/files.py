@@ -1,4 +1,4 @@
-"""Safetensors files written as a stream: hashed on the way, in no more memory than one tensor takes."""
+"""Safetensors files, written and hashed as a stream in the memory of one tensor."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Safetensors' names."""
+"""Safetensors' names of dtypes."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 1 << 24
 """Bytes hashed and written at a time."""
 
 
 class Entry(NamedTuple):
-    """A tensor of a file."""
+    """A tensor to be written into a file."""
 
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
-    """Called when the tensor is written; any device."""
+    """Called when the tensor is written; its result may be on any device."""
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 
 class FileRecord(NamedTuple):
-    """A file as it was written."""
+    """A written file."""
 
     name: str
     bytes: int
@@ -61,7 +61,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     """Safetensors' name of a dtype.
 
     Raises:
-        CheckpointError: it has none.
+        CheckpointError: safetensors cannot store it.
     """
     if dtype not in DTYPE_NAMES:
         raise CheckpointError(f"a tensor of {dtype} cannot be saved; the dtypes are {', '.join(DTYPES)}")
@@ -69,7 +69,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def aligned(entries: Iterable[Entry]) -> list[Entry]:
-    """The wide dtypes first, so that every tensor of a file starts at a multiple of its element's size."""
+    """Entries with the largest elements first, so that every tensor starts at a multiple of its element's size."""
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
@@ -91,7 +91,7 @@ def write_safetensors(path: Path, entries: Iterable[Entry]) -> FileRecord:
             for start in range(0, len(data), CHUNK):
                 digest.update(data[start : start + CHUNK])
                 size += file.write(data[start : start + CHUNK])
-            del data  # before the next tensor is made
+            del data  # before the next tensor is loaded
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(path.name, size, digest.hexdigest())

@@ -1,6 +1,6 @@
-"""The table of a checkpoint: its files with their digests, and where each piece of each tensor lies.
+"""Manifest of a checkpoint: its files with their digests, and the file of each shard of each tensor.
 
-It is JSON, written last, and carries a digest of itself. Files from strangers are not trusted: what it says is checked.
+It is JSON, written last, and contains a digest of itself. All it claims is checked: a file may be from a stranger.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .collective import CheckpointError
 from .files import DTYPES, FileRecord, dtype_name, sha256
 from .shards import Block, tiles, whole
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 THREADS = 4
 """Files checked at a time."""
 
 
-class SavedPiece(NamedTuple):
-    """A box of a tensor in a file."""
+class SavedShard(NamedTuple):
+    """A block of a tensor in a file."""
 
     file: int
-    """Which of the manifest's files."""
+    """Index into the manifest's files."""
     block: Block
 
 
@@ -38,7 +38,7 @@ class SavedTensor(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: tuple[SavedPiece, ...]
+    shards: tuple[SavedShard, ...]
 
     @property
     def nbytes(self) -> int:
@@ -46,26 +46,26 @@ class SavedTensor(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint holds."""
+    """Content of a checkpoint."""
 
     step: int
-    about: dict[str, Any]
-    """What was given to `write`."""
+    metadata: dict[str, Any]
+    """Metadata given to `AsyncWriter.save`."""
     files: tuple[FileRecord, ...]
     tensors: dict[str, SavedTensor]
 
     def to_text(self) -> str:
-        """As it is written."""
+        """The file's text, with its digest."""
         body = {
             "format": FORMAT,
             "step": self.step,
-            "about": self.about,
+            "metadata": self.metadata,
             "files": [file._asdict() for file in self.files],
             "tensors": {
                 name: {
                     "dtype": dtype_name(tensor.dtype),
                     "shape": tensor.shape,
-                    "pieces": [[piece.file, *piece.block] for piece in tensor.pieces],
+                    "shards": [[shard.file, *shard.block] for shard in tensor.shards],
                 }
                 for name, tensor in self.tensors.items()
             },
@@ -78,7 +78,7 @@ class Manifest(NamedTuple):
         """The manifest of the checkpoint in a folder.
 
         Raises:
-            CheckpointError: there is none, or it contradicts itself.
+            CheckpointError: it is missing, damaged or contradicts itself.
         """
         try:
             body = json.loads((path / NAME).read_text())
@@ -102,25 +102,25 @@ class Manifest(NamedTuple):
         tensors = {}
         for name, entry in body["tensors"].items():
             shape = tuple(map(int, entry["shape"]))
-            pieces = tuple(
-                SavedPiece(int(file), Block(tuple(map(int, offsets)), tuple(map(int, sizes))))
-                for file, offsets, sizes in entry["pieces"]
+            shards = tuple(
+                SavedShard(int(file), Block(tuple(map(int, offsets)), tuple(map(int, sizes))))
+                for file, offsets, sizes in entry["shards"]
             )
-            if not all(0 <= piece.file < len(files) for piece in pieces):
+            if not all(0 <= shard.file < len(files) for shard in shards):
                 raise ValueError(f"{name} is in a file that is not listed")
-            if not tiles(shape, [piece.block for piece in pieces]):
-                raise ValueError(f"the pieces of {name} do not make it up")
-            tensors[name] = SavedTensor(DTYPES[entry["dtype"]], shape, pieces)
+            if not tiles(shape, [shard.block for shard in shards]):
+                raise ValueError(f"the shards of {name} do not cover it once")
+            tensors[name] = SavedTensor(DTYPES[entry["dtype"]], shape, shards)
         if sum(tensor.nbytes for tensor in tensors.values()) > sum(file.bytes for file in files):
             raise ValueError("more tensors than the files can hold")
-        return cls(int(body["step"]), dict(body["about"]), files, tensors)
+        return cls(int(body["step"]), dict(body["metadata"]), files, tensors)
 
 
 def check_sizes(path: Path, files: tuple[FileRecord, ...]) -> None:
-    """Whether files are there with all their bytes.
+    """Check that files exist with their recorded size.
 
     Raises:
-        CheckpointError: one is missing or cut short.
+        CheckpointError: one is missing or truncated.
     """
     for record in files:
         file = path / record.name
@@ -131,7 +131,7 @@ def check_sizes(path: Path, files: tuple[FileRecord, ...]) -> None:
 
 
 def check_digests(path: Path, files: tuple[FileRecord, ...]) -> None:
-    """Whether files are as they were written.
+    """Check files against their SHA-256.
 
     Raises:
         CheckpointError: one is missing, truncated or changed.
@@ -143,23 +143,23 @@ def check_digests(path: Path, files: tuple[FileRecord, ...]) -> None:
                 raise CheckpointError(f"checkpoint {path}: {record.name} is corrupt")
 
 
-def piece_key(name: str, shape: tuple[int, ...], block: Block) -> str:
-    """The name of a piece in its file: the tensor's own if it is whole, else with its place, as in `w[0:4,8:16]`."""
+def shard_key(name: str, shape: tuple[int, ...], block: Block) -> str:
+    """Name of a shard in its file: the tensor's own if it is whole, else with its range, as in `w[0:4,8:16]`."""
     if block == whole(shape):
         return name
     return f"{name}[{','.join(f'{start}:{start + size}' for start, size in zip(*block))}]"
 
 
-def check_about(about: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of what is to be said about a checkpoint, as JSON gives it back.
+def check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of metadata as JSON restores it.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: they are not JSON.
     """
     try:
-        return json.loads(_to_json(dict(about)))
+        return json.loads(_to_json(dict(metadata)))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"what a checkpoint says about itself must be JSON: {error}") from error
+        raise ValueError(f"the metadata of a checkpoint must be JSON: {error}") from error
 
 
 def _to_json(body: Mapping[str, Any]) -> str:

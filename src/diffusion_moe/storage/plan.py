@@ -1,4 +1,4 @@
-"""Which process writes which pieces, into which files."""
+"""The plan of a save: which process writes which shards into which files."""
 
 from __future__ import annotations
 
@@ -13,69 +13,69 @@ from .collective import CheckpointError, listed
 from .files import dtype_name
 from .shards import Block, held_blocks
 
-PART_BYTES = 1 << 31
-"""Most bytes of a file, unless a single piece is larger; a process writes, and checks, several files at a time."""
+FILE_BYTES = 1 << 31
+"""Largest size of a file, unless a single shard is larger; a process writes and checks several files at a time."""
 
 
-class Layout(NamedTuple):
-    """A tensor and the boxes of it that one process holds."""
+class TensorLayout(NamedTuple):
+    """A tensor and its blocks that one process holds."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     blocks: tuple[Block, ...]
 
 
-class Share(NamedTuple):
-    """A box that a process writes."""
+class WriteItem(NamedTuple):
+    """A block that a process writes."""
 
     name: str
     block: Block
     bytes: int
 
 
-class Plan(NamedTuple):
-    """Who writes what."""
+class WritePlan(NamedTuple):
+    """All processes' writes."""
 
-    layouts: Mapping[str, Layout]
-    """Of this process; dtypes and shapes are everyone's."""
-    parts: tuple[tuple[tuple[Share, ...], ...], ...]
-    """By rank, then by file."""
-
-
-def make_plan(layouts: Sequence[Mapping[str, Layout]], rank: int) -> Plan:
-    """The plan that every process comes to, from the layouts of all by rank (see `share_out`)."""
-    return Plan(layouts[rank], tuple(tuple(_split(share)) for share in share_out(layouts)))
+    layouts: Mapping[str, TensorLayout]
+    """Layouts of this process; dtypes and shapes are the same on all."""
+    files: tuple[tuple[tuple[WriteItem, ...], ...], ...]
+    """Writes by rank and file."""
 
 
-def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """How this process holds each of its tensors.
+def make_write_plan(layouts: Sequence[Mapping[str, TensorLayout]], rank: int) -> WritePlan:
+    """The plan from the layouts of all processes by rank, the same on every process (see `assign_writes`)."""
+    return WritePlan(layouts[rank], tuple(tuple(_split(items)) for items in assign_writes(layouts)))
+
+
+def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
+    """The layout of each tensor on this process.
 
     Raises:
-        CheckpointError: a tensor cannot be saved; names it.
+        CheckpointError: a tensor cannot be saved; the message names it.
     """
     layouts = {}
     for name, tensor in tensors.items():
         try:
             dtype_name(tensor.dtype)
-            layouts[name] = Layout(tensor.dtype, tuple(tensor.shape), tuple(held_blocks(tensor)))
+            layouts[name] = TensorLayout(tensor.dtype, tuple(tensor.shape), tuple(held_blocks(tensor)))
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
     return layouts
 
 
-def share_out(layouts: Sequence[Mapping[str, Layout]]) -> list[list[Share]]:
-    """What each process writes: every box once, by one that holds it, spread evenly by bytes.
+def assign_writes(layouts: Sequence[Mapping[str, TensorLayout]]) -> list[list[WriteItem]]:
+    """The writes of each process: every block once, by a process that holds it, balanced by bytes.
 
     Args:
-        layouts: of each process, by rank.
+        layouts: the layouts of each process, by rank.
 
     Raises:
-        CheckpointError: the processes hold different tensors, or some part of a tensor is held by none.
+        CheckpointError: the processes hold different tensors, or no process holds some part of a tensor.
     """
     _check_same(layouts)
-    shares: list[list[Share]] = [[] for _ in layouts]
+    writes: list[list[WriteItem]] = [[] for _ in layouts]
     load = [0] * len(layouts)
-    replicated: list[tuple[Share, list[int]]] = []
+    replicated: list[tuple[WriteItem, list[int]]] = []
     for name, layout in layouts[0].items():
         holders: dict[Block, list[int]] = {}
         for rank, own in enumerate(layouts):
@@ -84,20 +84,20 @@ def share_out(layouts: Sequence[Mapping[str, Layout]]) -> list[list[Share]]:
         if sum(block.numel for block in holders) != math.prod(layout.shape):
             raise CheckpointError(f"{name}: the processes hold {list(holders)} of its shape {layout.shape}")
         for block, ranks in holders.items():
-            share = Share(name, block, block.numel * layout.dtype.itemsize)
+            item = WriteItem(name, block, block.numel * layout.dtype.itemsize)
             if len(ranks) == 1:
-                shares[ranks[0]].append(share)
-                load[ranks[0]] += share.bytes
+                writes[ranks[0]].append(item)
+                load[ranks[0]] += item.bytes
             else:
-                replicated.append((share, ranks))
-    for share, ranks in sorted(replicated, key=lambda entry: -entry[0].bytes):  # large first: a more even end
+                replicated.append((item, ranks))
+    for item, ranks in sorted(replicated, key=lambda entry: -entry[0].bytes):  # largest first balances better
         rank = min(ranks, key=load.__getitem__)
-        shares[rank].append(share)
-        load[rank] += share.bytes
-    return shares
+        writes[rank].append(item)
+        load[rank] += item.bytes
+    return writes
 
 
-def _check_same(layouts: Sequence[Mapping[str, Layout]]) -> None:
+def _check_same(layouts: Sequence[Mapping[str, TensorLayout]]) -> None:
     for rank, own in enumerate(layouts):
         if own.keys() != layouts[0].keys():
             names = sorted(own.keys() ^ layouts[0].keys())
@@ -107,13 +107,14 @@ def _check_same(layouts: Sequence[Mapping[str, Layout]]) -> None:
                 raise CheckpointError(f"{name} is {layouts[0][name][:2]} on rank 0 and {layout[:2]} on rank {rank}")
 
 
-def _split(share: Iterable[Share]) -> list[tuple[Share, ...]]:
-    parts: list[list[Share]] = []
-    size = PART_BYTES + 1
-    for piece in share:
-        size += piece.bytes
-        if size > PART_BYTES:
-            parts.append([])
-            size = piece.bytes
-        parts[-1].append(piece)
-    return [tuple(part) for part in parts]
+def _split(items: Iterable[WriteItem]) -> list[tuple[WriteItem, ...]]:
+    """A process' writes in order, divided into files of at most FILE_BYTES."""
+    files: list[list[WriteItem]] = []
+    size = FILE_BYTES + 1
+    for item in items:
+        size += item.bytes
+        if size > FILE_BYTES:
+            files.append([])
+            size = item.bytes
+        files[-1].append(item)
+    return [tuple(file) for file in files]

@@ -1,7 +1,8 @@
-"""Reading checkpoints: checked first, then filled into tensors of any layout; and one file of some of them."""
+"""Reading of checkpoints: checked first, then copied into tensors of any layout or exported into one file."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from .collective import CheckpointError, Collective, LostProcess, listed
 from .files import Entry, flush_folder, sha256, write_safetensors
-from .manifest import NAME, Manifest, SavedPiece, SavedTensor, check_digests, piece_key
-from .plan import Layout, layouts_of
+from .manifest import NAME, Manifest, SavedShard, SavedTensor, check_digests, shard_key
+from .plan import TensorLayout, layouts_of
 from .shards import Block, held_blocks, local_tensor, overlap
 from .writing import checkpoints_in
 
@@ -31,74 +32,78 @@ def read(
 ) -> dict[str, Any]:
     """Fill tensors in place from a checkpoint; every process calls it with the same names.
 
-    All files are checked first, each by one process; then each process reads what it holds of every tensor. The number
-    of processes and the layouts may differ from those at saving.
+    All files are checked first, each by one process; then each process reads its own shards. The number of processes
+    and the layouts may differ from those at saving.
 
     Args:
-        tensors: plain or DTensors; all that the checkpoint holds, of the same shapes and dtypes.
-        group: who takes part, see `Collective`.
-        optional: of a tensor's name, whether it may be on one side alone: it then stays as it is, or is left out.
+        tensors: plain or DTensors: all that the checkpoint holds, with the same shapes and dtypes.
+        group: the reading processes, see `Collective`.
+        optional: returns whether the tensor of a name may be missing on one side; it is then unchanged, or ignored.
 
     Returns:
-        What `write` was told about it.
+        The metadata that it was saved with.
 
     Raises:
-        CheckpointError: on every process: the checkpoint is damaged, or not of these tensors, which are then untouched.
-        LostProcess: another process died or hangs.
+        CheckpointError: on every process: the checkpoint is damaged, or of other tensors; `tensors` are unchanged.
+        LostProcess: another process ended or hangs.
     """
-    peers = Collective(path, group)
+    collective = Collective(path, group)
     try:
-        manifest = peers.run_on_all("reading a manifest", lambda: Manifest.read(path))
-        if len(set(peers.gather("comparing manifests", lambda: sha256(path / NAME)))) > 1:
+        manifest = collective.run_on_all("reading a manifest", lambda: Manifest.read(path))
+        if len(set(collective.gather("comparing manifests", lambda: sha256(path / NAME)))) > 1:
             raise CheckpointError(f"the processes see different checkpoints at {path}; they must share one folder")
-        peers.run_on_all("checking a checkpoint", lambda: _check_share(path, manifest, peers))
-        peers.run_on_all(
-            "comparing with a checkpoint", lambda: _check_fit(path, manifest, layouts_of(tensors), optional)
+        collective.run_on_all("checking a checkpoint", lambda: _check_own_files(path, manifest, collective))
+        collective.run_on_all(
+            "comparing with a checkpoint", lambda: _check_tensors(path, manifest, layouts_of(tensors), optional)
         )
         common = {name: tensor for name, tensor in tensors.items() if name in manifest.tensors}
-        peers.run_on_all("reading a checkpoint", lambda: _fill(path, manifest, common))
+        collective.run_on_all("reading a checkpoint", lambda: _fill(path, manifest, common))
     except LostProcess:
         raise
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror or error})") from error
-    return manifest.about
+    return manifest.metadata
 
 
-class Found(NamedTuple, Generic[T]):
-    """The newest checkpoint that could be used."""
+class LoadedCheckpoint(NamedTuple, Generic[T]):
+    """The newest checkpoint that could be loaded."""
 
     path: Path | None
-    """None if there is none."""
+    """None if no checkpoint could be loaded."""
     loaded: T | None
-    """What loading it answered."""
+    """Result of `load`."""
     problems: list[str]
-    """A line for each newer one that could not be used."""
+    """A line for each newer one that could not be loaded."""
 
 
-def latest(folder: Path, load: Callable[[Path], T], *, group: dist.ProcessGroup | None = None) -> Found[T]:
-    """Load the newest good checkpoint; every process calls it, and all come to the same one.
+def latest(folder: Path, load: Callable[[Path], T], *, group: dist.ProcessGroup | None = None) -> LoadedCheckpoint[T]:
+    """Load the newest good checkpoint; every process calls it, and all load the same one.
 
     Args:
-        load: loads one, with `read` on all processes; what it raises as CheckpointError on one of them turns all to the
-            next older.
+        load: loads one, with `read` on all processes; if it raises CheckpointError on any of them, all try the next
+            older one.
     """
-    peers = Collective(folder, group)
+    collective = Collective(folder, group)
     problems: list[str] = []
-    for path in peers.first("looking for checkpoints", lambda: checkpoints_in(folder)):
+    for path in collective.run_on_main("looking for checkpoints", lambda: checkpoints_in(folder)):
         try:
-            return Found(path, peers.run_on_all("loading a checkpoint", lambda path=path: load(path)), problems)  # type: ignore[misc]
+            loaded = collective.run_on_all("loading a checkpoint", functools.partial(load, path))
         except CheckpointError as error:
             problems.append(str(error))
-    return Found(None, None, problems)
+        else:
+            return LoadedCheckpoint(path, loaded, problems)
+    return LoadedCheckpoint(None, None, problems)
 
 
 def export(path: Path, prefix: str, output: Path) -> None:
-    """Write the tensors whose names begin with `prefix` into one safetensors file, without it; one process.
+    """Write the tensors whose names begin with `prefix` into one safetensors file, without the prefix; one process.
 
-    It takes the memory of the largest tensor, appears under its name when it is whole, and is checked as in `read`.
+    Takes the memory of the largest tensor. The checkpoint is checked first; the file appears when it is complete.
 
     Raises:
-        CheckpointError: the checkpoint is damaged. ValueError: no name begins so. OSError: the file cannot be written.
+        CheckpointError: the checkpoint is damaged.
+        ValueError: no name has the prefix.
+        OSError: the file cannot be written.
     """
     manifest = Manifest.read(path)
     chosen = {name: tensor for name, tensor in manifest.tensors.items() if name.startswith(prefix)}
@@ -107,12 +112,12 @@ def export(path: Path, prefix: str, output: Path) -> None:
         raise ValueError(f"no tensor of {path} begins with {prefix}; its names begin with {', '.join(names)}")
     check_digests(path, manifest.files)
     partial = output.with_name(f".{output.name}.partial")
-    with _Pieces(path, manifest) as pieces:
+    with _ShardReader(path, manifest) as reader:
 
         def entry(name: str, tensor: SavedTensor) -> Entry:
             def assemble() -> Tensor:
                 full = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                pieces.fill(name, full)
+                reader.fill(name, full)
                 return full
 
             return Entry(name.removeprefix(prefix), tensor.dtype, tensor.shape, assemble)
@@ -125,12 +130,14 @@ def export(path: Path, prefix: str, output: Path) -> None:
     flush_folder(output.parent)
 
 
-def _check_share(path: Path, manifest: Manifest, peers: Collective) -> None:
+def _check_own_files(path: Path, manifest: Manifest, collective: Collective) -> None:
     by_size = sorted(manifest.files, key=lambda file: (-file.bytes, file.name))
-    check_digests(path, tuple(by_size[peers.rank :: peers.size]))
+    check_digests(path, tuple(by_size[collective.rank :: collective.size]))
 
 
-def _check_fit(path: Path, manifest: Manifest, layouts: Mapping[str, Layout], optional: Callable[[str], bool]) -> None:
+def _check_tensors(
+    path: Path, manifest: Manifest, layouts: Mapping[str, TensorLayout], optional: Callable[[str], bool]
+) -> None:
     problems = []
     lacking = sorted(name for name in layouts.keys() - manifest.tensors.keys() if not optional(name))
     excess = sorted(name for name in manifest.tensors.keys() - layouts.keys() if not optional(name))
@@ -153,13 +160,13 @@ def _kind(tensor: Any) -> str:
 
 
 def _fill(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    with _Pieces(path, manifest) as pieces:
+    with _ShardReader(path, manifest) as reader:
         for name, tensor in tensors.items():
-            pieces.fill(name, tensor)
+            reader.fill(name, tensor)
 
 
-class _Pieces:
-    """The pieces of a checkpoint; files are mapped into memory when first used."""
+class _ShardReader:
+    """Reader of a checkpoint's shards; files are mapped into memory when first used."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
@@ -173,24 +180,24 @@ class _Pieces:
         self._stack.close()
 
     def fill(self, name: str, tensor: Tensor) -> None:
-        """Copy what this process holds of a tensor into it."""
+        """Fill this process' blocks of a tensor."""
         saved, local = self.manifest.tensors[name], local_tensor(tensor)
-        for block, place in held_blocks(tensor).items():
-            for piece in saved.pieces:
-                common = overlap(block, piece.block)
+        for block, slices in held_blocks(tensor).items():
+            for shard in saved.shards:
+                common = overlap(block, shard.block)
                 if common is not None:
-                    source = self._part(piece, piece_key(name, saved.shape, piece.block), common, saved.dtype)
-                    local[place][common.within(block)].copy_(source)
+                    source = self._read(shard, shard_key(name, saved.shape, shard.block), common, saved.dtype)
+                    local[slices][common.within(block)].copy_(source)
 
-    def _part(self, piece: SavedPiece, key: str, part: Block, dtype: torch.dtype) -> Tensor:
-        index, name = piece.file, self.manifest.files[piece.file].name
+    def _read(self, shard: SavedShard, key: str, block: Block, dtype: torch.dtype) -> Tensor:
+        index, name = shard.file, self.manifest.files[shard.file].name
         try:
             if index not in self._files:
                 self._files[index] = self._stack.enter_context(safe_open(self.path / name, framework="pt"))
             file = self._files[index]
-            found = file.get_tensor(key) if part == piece.block else file.get_slice(key)[part.within(piece.block)]
+            found = file.get_tensor(key) if block == shard.block else file.get_slice(key)[block.within(shard.block)]
         except SafetensorError as error:
             raise CheckpointError(f"checkpoint {self.path}: {name} cannot be read ({error})") from error
-        if (tuple(found.shape), found.dtype) != (part.sizes, dtype):
-            raise CheckpointError(f"checkpoint {self.path}: {key} in {name} is not what the manifest says")
+        if (tuple(found.shape), found.dtype) != (block.sizes, dtype):
+            raise CheckpointError(f"checkpoint {self.path}: shape or dtype of {key} in {name} is not the manifest's")
         return found

@@ -1,4 +1,4 @@
-"""Which boxes of a tensor a process holds, whatever the mesh."""
+"""The blocks of a tensor that a process holds, for any mesh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .collective import CheckpointError
 
 
 class Block(NamedTuple):
-    """A box of a tensor."""
+    """A box of consecutive elements of a tensor."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -26,18 +26,18 @@ class Block(NamedTuple):
         return math.prod(self.sizes)
 
     def within(self, outer: Block) -> tuple[slice, ...]:
-        """Where this box lies in `outer`."""
+        """Slices of `outer` that select this block."""
         starts = [mine - theirs for mine, theirs in zip(self.offsets, outer.offsets)]
         return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes))
 
 
 def whole(shape: Sequence[int]) -> Block:
-    """The box that is all of a tensor."""
+    """The block of all elements."""
     return Block((0,) * len(shape), tuple(shape))
 
 
 def overlap(a: Block, b: Block) -> Block | None:
-    """What two boxes share; None if nothing."""
+    """Intersection of two blocks; None if it is empty."""
     starts = tuple(map(max, a.offsets, b.offsets))
     ends = (min(i + n, j + m) for i, n, j, m in zip(a.offsets, a.sizes, b.offsets, b.sizes))
     sizes = tuple(end - start for start, end in zip(starts, ends))
@@ -45,7 +45,7 @@ def overlap(a: Block, b: Block) -> Block | None:
 
 
 def tiles(shape: Sequence[int], blocks: Sequence[Block]) -> bool:
-    """Whether boxes cover a tensor, each element once."""
+    """True if blocks cover a tensor, each element once."""
     if sum(block.numel for block in blocks) != math.prod(shape):
         return False
     starts = np.array([block.offsets for block in blocks], dtype=np.int64).reshape(len(blocks), len(shape))
@@ -53,36 +53,36 @@ def tiles(shape: Sequence[int], blocks: Sequence[Block]) -> bool:
     if (starts < 0).any() or (ends < starts).any() or (ends > np.array(shape, dtype=np.int64)).any():
         return False
     meet = ((starts[:, None] < ends[None]) & (starts[None] < ends[:, None])).all(-1)
-    return int(meet.sum()) == (len(blocks) if math.prod(shape) else 0)  # each meets itself alone
+    return int(meet.sum()) == (len(blocks) if math.prod(shape) else 0)  # each overlaps itself alone
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The memory that this process holds of a plain tensor or DTensor."""
+    """This process' part of a DTensor, or a plain tensor itself; shares the memory, without a gradient."""
     with torch.no_grad():
         return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
 
 
 def held_blocks(tensor: Tensor) -> dict[Block, tuple[slice, ...]]:
-    """The boxes of a tensor that this process holds, each with its place in `local_tensor`.
+    """The blocks of a tensor that this process holds, each with its slices of `local_tensor`.
 
-    A plain tensor is held whole by every process. A DTensor is split as its placements say; `_StridedShard`, which
-    FSDP2 leaves on a dimension that another mesh dimension splits too, may leave several boxes.
+    Every process holds all of a plain tensor. A DTensor is split as its placements say; `_StridedShard`, which
+    FSDP2 leaves on a dimension that another mesh dimension splits too, may leave several blocks.
 
     Raises:
-        CheckpointError: the tensor awaits a reduction, or its layout is of an unknown kind.
+        CheckpointError: the tensor is partial (awaits a reduction), or its placement is of an unknown kind.
     """
     shape, mesh = tuple(tensor.shape), getattr(tensor, "device_mesh", None)
     everything = whole(shape)
     if mesh is None or not everything.numel:
         return {everything: (slice(None),) * len(shape)}
     coordinate = mesh.get_coordinate()
-    if coordinate is None:  # this process is not on the mesh
+    if coordinate is None:  # this process is not in the mesh
         return {}
     splits: list[list[_Split]] = [[] for _ in shape]
     for parts, part, placement in zip(mesh.shape, coordinate, tensor.placements):  # type: ignore[attr-defined]
         _note_split(splits, parts, part, placement)
     runs = [_runs(size, tuple(split)) for size, split in zip(shape, splits)]
-    # The sizes differ where a strided split is uneven: FSDP2 then holds other rows than the placements say.
+    # The sizes differ if a strided split is uneven: FSDP2 then holds other rows than the placements say.
     if tuple(sum(run.length for run in row) for row in runs) != tuple(local_tensor(tensor).shape):
         raise CheckpointError(
             f"a tensor of shape {shape} on a mesh of {tuple(mesh.shape)} is split as {tensor.placements}, "  # type: ignore[attr-defined]
@@ -90,26 +90,27 @@ def held_blocks(tensor: Tensor) -> dict[Block, tuple[slice, ...]]:
         )
     return {
         Block(tuple(run.start for run in box), tuple(run.length for run in box)): tuple(
-            slice(run.place, run.place + run.length) for run in box
+            slice(run.local_start, run.local_start + run.length) for run in box
         )
         for box in itertools.product(*runs)
     }
 
 
 class _Split(NamedTuple):
-    """One mesh dimension that splits a tensor's dimension."""
+    """A mesh dimension that splits a tensor's dimension."""
 
     parts: int
     part: int
     strips: int
-    """How many strips the dimension is cut into first; each is then split by itself (`_StridedShard.split_factor`)."""
+    """Strips that the dimension is cut into first; each is then split by itself (`_StridedShard.split_factor`)."""
 
 
 class _Run(NamedTuple):
-    """Consecutive rows of a dimension: first one, place in the local tensor, number."""
+    """Consecutive rows of a dimension."""
 
     start: int
-    place: int
+    local_start: int
+    """Index of the first row in the local tensor."""
     length: int
 
 

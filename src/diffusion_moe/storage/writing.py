@@ -1,8 +1,9 @@
-"""Writing checkpoints: by all processes, atomically, and dropping old ones."""
+"""Writing of checkpoints by all processes, atomically, and deletion of old ones."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,22 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..storage import manifest as manifests
 from .collective import CheckpointError, Collective, LostProcess
 from .files import Entry, FileRecord, flush_folder, write_safetensors
-from .manifest import Manifest, SavedPiece, SavedTensor, check_about, check_sizes, piece_key
-from .plan import Plan, layouts_of, make_plan
+from .manifest import NAME, THREADS, Manifest, SavedShard, SavedTensor, check_sizes, shard_key
+from .plan import WritePlan
 from .shards import Block, held_blocks, local_tensor
 
 PARTIAL, REPLACED = ".partial", ".replaced"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
@@ -35,77 +33,51 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name tells."""
+    """Step in a checkpoint's name."""
     return int(path.name[5:])
 
 
-def write(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    about: Mapping[str, Any],
-    *,
-    group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Write a checkpoint; every process calls it with the same names.
-
-    The checkpoint appears under its name when all of it is on the disk, or not at all; an older one of the same step is
-    replaced then. What earlier attempts left unfinished in the folder is removed.
-
-    Args:
-        folder: must be the same for all processes; on many nodes, a shared file system.
-        tensors: plain ones (the same on all processes, written once) and DTensors (each piece is written once).
-        about: what else is to be remembered, as JSON; rank 0's counts.
-        group: who takes part, see `Collective`.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        OSError, CheckpointError: on every process, if any fails; nothing is left of the checkpoint.
-        LostProcess: an OSError: another process died or hangs.
-    """
-    peers = Collective(checkpoint_path(folder, step), group)
-    said = peers.run_on_all("describing a checkpoint", lambda: check_about(about))
-    plan = make_plan(peers.gather("planning a checkpoint", lambda: layouts_of(tensors)), peers.rank)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()  # other threads read them
-    return commit(peers, step, plan, pieces_of(plan, peers.rank, tensors), said)
-
-
-class Piece(NamedTuple):
-    """A box that this process writes."""
+class Shard(NamedTuple):
+    """A block that this process writes."""
 
     key: str
     tensor: Tensor
-    """Of the box's size, on any device."""
+    """Its values, on any device."""
 
     def entry(self) -> Entry:
         return Entry(self.key, self.tensor.dtype, tuple(self.tensor.shape), lambda: self.tensor)
 
 
-def pieces_of(plan: Plan, rank: int, tensors: Mapping[str, Tensor]) -> list[list[Piece]]:
-    """What a process writes, by file, as views of its tensors."""
+def shards_of(plan: WritePlan, rank: int, tensors: Mapping[str, Tensor]) -> list[list[Shard]]:
+    """The shards that a process writes, by file, as views of its tensors."""
 
-    def piece(name: str, block: Block) -> Piece:
-        place = held_blocks(tensors[name])[block]
-        view = local_tensor(tensors[name])[place].reshape(block.sizes)
-        return Piece(piece_key(name, plan.layouts[name].shape, block), view)
+    def shard(name: str, block: Block) -> Shard:
+        slices = held_blocks(tensors[name])[block]
+        view = local_tensor(tensors[name])[slices].reshape(block.sizes)
+        return Shard(shard_key(name, plan.layouts[name].shape, block), view)
 
-    return [[piece(share.name, share.block) for share in part] for part in plan.parts[rank]]
+    return [[shard(item.name, item.block) for item in file] for file in plan.files[rank]]
 
 
-def commit(peers: Collective, step: int, plan: Plan, parts: Sequence[Sequence[Piece]], about: dict[str, Any]) -> Path:
-    """Write the pieces of a plan and publish them as a checkpoint (see `write`)."""
-    target = peers.path
+def commit(
+    collective: Collective, step: int, plan: WritePlan, files: Sequence[Sequence[Shard]], metadata: dict[str, Any]
+) -> Path:
+    """Write the shards of a plan and rename the folder to its final name.
+
+    Raises:
+        OSError, CheckpointError: on every process, if any fails; nothing is left of the checkpoint.
+        LostProcess: an OSError: another process ended or hangs.
+    """
+    target = collective.path
     partial = target.with_suffix(PARTIAL)
     try:
-        peers.first("making room for a checkpoint", lambda: _prepare(partial))
-        files = peers.gather("writing a checkpoint", lambda: _write_parts(partial, peers.rank, parts))
-        # Every process but the first has nothing left to do, and waits for its answer.
-        peers.first("publishing a checkpoint", lambda: _publish(target, partial, _manifest(step, about, plan, files)))
+        collective.run_on_main("making room for a checkpoint", lambda: _prepare(partial))
+        records = collective.gather("writing a checkpoint", lambda: _write_files(partial, collective.rank, files))
+        collective.run_on_main(
+            "renaming a checkpoint", lambda: _publish(target, partial, _manifest(step, metadata, plan, records))
+        )
     except Exception as error:
-        _clear_away(peers, partial, lost=isinstance(error, LostProcess))
+        _remove_failed(collective, partial, lost=isinstance(error, LostProcess))
         if isinstance(error, OSError):
             kind = LostProcess if isinstance(error, LostProcess) else OSError
             reason = f"cannot write the checkpoint ({error.strerror or error})"
@@ -115,32 +87,33 @@ def commit(peers: Collective, step: int, plan: Plan, parts: Sequence[Sequence[Pi
 
 
 def prune(folder: Path, keep: int, keep_every: int = 0, newest: Path | None = None) -> None:
-    """Drop old checkpoints: the newest `keep` stay, and those whose step is a multiple of `keep_every`; one process.
+    """Delete old checkpoints, except the newest `keep` and those whose step is a multiple of `keep_every`; one process.
 
-    Checkpoints that are visibly damaged take no good one's place.
+    Checkpoints that are visibly damaged do not count among the newest.
 
     Args:
-        keep_every: 0 keeps none for its step.
-        newest: where to count from; later ones stay and do not count. After training went back to this one they are
-            damaged, or of a way not taken.
+        keep: number of the newest.
+        keep_every: step interval; 0 keeps none for its step.
+        newest: the checkpoint to count from; later ones are kept and do not count. They are damaged, or were written
+            before training rolled back to this one.
     """
     if keep < 1 or keep_every < 0:
-        raise ValueError(f"keep is {keep} and keep_every {keep_every}; keep at least 1, and every 0th or more")
+        raise ValueError(f"keep is {keep} and keep_every {keep_every}; they must be at least 1 and 0")
     good = 0
     for path in checkpoints_in(folder):
         step = step_of(path)
         if newest is not None and step > step_of(newest):
             continue
         if good < keep:
-            good += _looks_whole(path)
+            good += _looks_complete(path)
         elif not (keep_every and step % keep_every == 0):
-            # Under a name that the next save clears away, should this be interrupted.
+            # If this is interrupted, the next save removes the folder by its new name.
             doomed = path.with_suffix(PARTIAL)
             _remove(doomed)
             _remove(path.rename(doomed))
 
 
-def _looks_whole(path: Path) -> bool:
+def _looks_complete(path: Path) -> bool:
     try:
         check_sizes(path, Manifest.read(path).files)
     except CheckpointError:
@@ -155,32 +128,32 @@ def _prepare(partial: Path) -> None:
     for aside in partial.parent.glob(f"step-*{REPLACED}"):
         if aside.with_suffix("").exists():
             _remove(aside)
-        else:  # interrupted between the two renamings of `_publish`
+        else:  # interrupted between the two renames of `_publish`
             aside.rename(aside.with_suffix(""))
     partial.mkdir()
 
 
-def _write_parts(partial: Path, rank: int, parts: Sequence[Sequence[Piece]]) -> list[FileRecord]:
-    def write_part(index: int) -> FileRecord:
+def _write_files(partial: Path, rank: int, files: Sequence[Sequence[Shard]]) -> list[FileRecord]:
+    def write_file(index: int) -> FileRecord:
         path = partial / f"tensors-{rank:05d}-{index:03d}.safetensors"
-        return write_safetensors(path, [piece.entry() for piece in parts[index]])
+        return write_safetensors(path, [shard.entry() for shard in files[index]])
 
     if not partial.is_dir():
-        reason = "rank 0 made this folder, but it is not here; all processes must share one"
+        reason = "rank 0 created this folder, but it is missing here; all processes must share one"
         raise OSError(errno.ENOENT, reason, str(partial))
-    with ThreadPoolExecutor(manifests.THREADS) as pool:
-        return list(pool.map(write_part, range(len(parts))))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(write_file, range(len(files))))
 
 
-def _manifest(step: int, about: dict[str, Any], plan: Plan, files: list[list[FileRecord]]) -> Manifest:
-    pieces: dict[str, list[SavedPiece]] = {name: [] for name in plan.layouts}
-    for index, part in enumerate(part for parts in plan.parts for part in parts):
-        for share in part:
-            pieces[share.name].append(SavedPiece(index, share.block))
+def _manifest(step: int, metadata: dict[str, Any], plan: WritePlan, records: list[list[FileRecord]]) -> Manifest:
+    shards: dict[str, list[SavedShard]] = {name: [] for name in plan.layouts}
+    for index, file in enumerate(itertools.chain.from_iterable(plan.files)):
+        for item in file:
+            shards[item.name].append(SavedShard(index, item.block))
     tensors = {
-        name: SavedTensor(layout.dtype, layout.shape, tuple(pieces[name])) for name, layout in plan.layouts.items()
+        name: SavedTensor(layout.dtype, layout.shape, tuple(shards[name])) for name, layout in plan.layouts.items()
     }
-    return Manifest(step, about, tuple(record for records in files for record in records), tensors)
+    return Manifest(step, metadata, tuple(itertools.chain.from_iterable(records)), tensors)
 
 
 def _publish(target: Path, partial: Path, manifest: Manifest) -> None:
@@ -188,7 +161,7 @@ def _publish(target: Path, partial: Path, manifest: Manifest) -> None:
         check_sizes(partial, manifest.files)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; all processes must share one folder") from error
-    with (partial / manifests.NAME).open("w") as file:
+    with (partial / NAME).open("w") as file:
         file.write(manifest.to_text())
         file.flush()
         os.fsync(file.fileno())
@@ -201,11 +174,11 @@ def _publish(target: Path, partial: Path, manifest: Manifest) -> None:
     _remove(aside)
 
 
-def _clear_away(peers: Collective, partial: Path, lost: bool) -> None:
-    """Remove a checkpoint that failed; nobody goes on before it is gone, unless a process is lost."""
+def _remove_failed(collective: Collective, partial: Path, lost: bool) -> None:
+    """Remove a checkpoint that failed; all processes wait for that, unless one is lost."""
     if not lost:
-        peers.first("clearing away a failed checkpoint", lambda: shutil.rmtree(partial, ignore_errors=True))
-    elif peers.rank == 0:
+        collective.run_on_main("removing a failed checkpoint", lambda: shutil.rmtree(partial, ignore_errors=True))
+    elif collective.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..log import Log
 from .features import Precision, TextFeatures, TextSpace
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-Warn = Callable[[str], None]
 NAMED = 3
 """Cut prompts that a warning names at most."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,7 +44,7 @@ class TextEncoder:
         tokenizer: PreTrainedTokenizerBase,
         length: int,
         name: str = "",
-        warn: Warn = _warn,
+        warn: Log = _warn,
     ) -> None:
         self.model, self.tokenizer, self.name, self.warn = model.eval().requires_grad_(False), tokenizer, name, warn
         self._space: TextSpace | None = None
@@ -153,7 +153,7 @@ def pooled_feature(output: Any) -> Tensor | None:
     return None
 
 
-def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Warn = _warn) -> TextEncoder:
+def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Log = _warn) -> TextEncoder:
     """An encoder and tokenizer by folder or hub id, on the CPU.
 
     A folder may hold both, or sub-folders `text_encoder` and `tokenizer`, as pipelines have them; of the hub give

@@ -1,4 +1,4 @@
-"""Whether a recipe, the data and this machine fit each other."""
+"""Checks that a recipe, the data, a run folder and this machine fit each other."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..run_folder import Resume, RunFolder, write_atomically
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device a recipe asks for; of several processes, each its own.
+    """The device that a recipe asks for; each process has its own GPU.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: CUDA is asked for but not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("training.device is cuda, but no CUDA device is available; set it to auto or cpu")
@@ -28,10 +28,10 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
-    """Whether model and data agree.
+    """Check that the model fits the data.
 
     Raises:
-        ValueError: the image's shape or the number of classes is not the model's.
+        ValueError: the images' shape, the number of classes or the text features are not the model's.
     """
     model, image = recipe.model, dataset.read([0]).images[0]
     expected = (model.in_channels, model.sample_size, model.sample_size)
@@ -56,7 +56,7 @@ def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:
 
 
 def check_text(model: ModelConfig, dataset: ImageDataset) -> None:
-    """Whether the captions' features are those the model takes.
+    """Check that the captions' features are those the model takes.
 
     Raises:
         ValueError: there are none, or they have another size.
@@ -84,10 +84,10 @@ def check_text(model: ModelConfig, dataset: ImageDataset) -> None:
 
 
 def check_same_images(recipe: Recipe, dataset: ImageDataset, run: RunFolder, resume: Resume) -> None:
-    """Compare the data's images with those the run began with, and keep their hash; on the main process only.
+    """Compare the images with those the run began with, and store their hash; on the main process only.
 
     Raises:
-        ValueError: they are others, so that the order of training would be another, and that is not wanted.
+        ValueError: they are others, which changes the order of training, and `resume` is not `changed`.
     """
     found = dataset.identity()
     if found is None:
@@ -96,17 +96,17 @@ def check_same_images(recipe: Recipe, dataset: ImageDataset, run: RunFolder, res
     if began != found and resume != "changed":
         raise ValueError(
             f"data.path {recipe.data.path} holds other images than when {run.path} began: files were added, removed, "
-            "renamed or moved; --resume changed goes on with them, or choose another --output_dir"
+            "renamed or moved; resume with them by --resume changed, or choose another --output_dir"
         )
     if began != found or not run.listing.is_file():
         write_atomically(run.listing, found + "\n")
 
 
-def settled(recipe: Recipe, run: RunFolder, resume: Resume, device: torch.device) -> tuple[Recipe, Chosen]:
-    """The recipe without anything open: as the run in the folder has it, else as the device computes best.
+def resolve_precision(recipe: Recipe, run: RunFolder, resume: Resume, device: torch.device) -> tuple[Recipe, Chosen]:
+    """The recipe with precision `auto` resolved: to that of the run in the folder, else to the best of the device.
 
-    Of several processes the main one decides. Fields that are younger than the run keep what it did, unless another
-    recipe is wanted.
+    The main process decides for all. Fields that the run's recipe lacks keep the run's behaviour, unless the recipe is
+    changed on purpose.
 
     Returns:
         The recipe, and its precision with the reason.

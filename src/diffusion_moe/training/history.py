@@ -1,4 +1,4 @@
-"""How a run goes on under another recipe: sizes of batches by step, and the steps that are left out."""
+"""Resumption of a run with another recipe: batch sizes by step, and skipped steps."""
 
 from __future__ import annotations
 
@@ -7,54 +7,47 @@ from collections.abc import Sequence
 from ..config import Recipe
 from ..data import ImageDataset, Segment, batches_from
 from ..data.order import batch_size_at
-from .step import TrainState
+from .dataloader import draws_of_step
+from .state import TrainState
 
 
-def continued(segments: Sequence[Segment], step: int, batch_size: int) -> tuple[Segment, ...]:
-    """The sizes of a run's batches when it goes on after `step` with batches of a size."""
+def extend_segments(segments: Sequence[Segment], step: int, batch_size: int) -> tuple[Segment, ...]:
+    """Batch sizes of a run that resumes after `step` with another batch size."""
     kept = tuple(segment for segment in segments if segment.first < step)
     return kept if kept and kept[-1].batch_size == batch_size else (*kept, Segment(step if kept else 0, batch_size))
 
 
-def go_on(state: TrainState, recipe: Recipe, dataset: ImageDataset) -> list[str]:
-    """Let a state that was loaded go on by a recipe, in place.
+def resume_with(state: TrainState, recipe: Recipe, dataset: ImageDataset) -> list[str]:
+    """Adapt a loaded state to the recipe it resumes with, in place.
 
-    If batches have another size from here on, the images of steps that are to be left out are in other steps: those
-    are left out instead.
+    If batches have another size from here on, the images of steps to skip are in other steps: those are skipped
+    instead.
 
     Returns:
-        A line if other steps are left out.
+        A line for the user if other steps are skipped.
     """
     step, before = state.step, state.segments
-    after = state.segments = continued(before, step, recipe.training.batch_size)
-    later = {skipped_steps for skipped_steps in state.skipped_steps if skipped_steps > step}
+    after = state.segments = extend_segments(before, step, recipe.training.batch_size)
+    later = {skipped for skipped in state.skipped_steps if skipped > step}
     if not later or batch_size_at(before, step + 1) == batch_size_at(after, step + 1):
         return []
-    moved = _steps_of(_draws(recipe, dataset, later, before), recipe, dataset, step, after)
+    images = {draw[:2] for skipped in later for draw in draws_of_step(recipe, dataset, skipped, before)}
+    moved = _steps_of(images, recipe, dataset, step, after)
     state.skipped_steps = state.skipped_steps - later | moved
-    return [f"batches have another size: steps {_listed(moved)} are left out, not {_listed(later)}"]
-
-
-def _draws(recipe: Recipe, dataset: ImageDataset, steps: set[int], segments: Sequence[Segment]) -> set[tuple[int, int]]:
-    """Images of some steps, with their epochs."""
-    found = set()
-    for step in steps:
-        order = batches_from(step - 1, step, len(dataset), segments, recipe.training.seed, None, dataset.buckets)
-        found |= {(draw.image, draw.epoch) for batch in order for draw in batch}
-    return found
+    return [f"the batch size changes: steps {_listed(moved)} are skipped instead of {_listed(later)}"]
 
 
 def _steps_of(
     draws: set[tuple[int, int]], recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment]
 ) -> set[int]:
-    """The steps after `step` whose batches have any of these images in these epochs."""
+    """The steps after `step` whose batches contain any of these images in these epochs."""
     steps, last = set(), recipe.training.steps
     order = batches_from(step, last, len(dataset), segments, recipe.training.seed, None, dataset.buckets)
     for number, batch in enumerate(order, start=step + 1):
-        here = draws & {(draw.image, draw.epoch) for draw in batch}
-        if here:
+        found = draws & {(draw.image, draw.epoch) for draw in batch}
+        if found:
             steps.add(number)
-            draws = draws - here
+            draws = draws - found
         if not draws:
             break
     return steps

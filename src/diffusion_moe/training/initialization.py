@@ -1,6 +1,6 @@
-"""Where training begins: at the weights of another model, with other classes, frozen parts, adapters or experts.
+"""Initialization from another model: with other classes, frozen parameters, adapters or upcycled experts.
 
-What a run is made of (adapters, frozen parameters) follows from its recipe; a fresh run alone reads the other model.
+Adapters and frozen parameters follow from the recipe; only a new run reads the other model.
 """
 
 from __future__ import annotations
@@ -21,52 +21,52 @@ from ..config import InitConfig, ModelConfig, Recipe
 from ..distributed import world_size
 from ..models import Backbone, make_model
 from ..models.adapters import LABEL_TABLE, add_adapters, merged, save_adapters, targets_of
-from ..moe.parallel import local_part
 from ..randomness import normal
+from ..storage.shards import local_tensor
 from .upcycling import upcycled
 
 NEW_ROW_STD = 0.02
-"""Of the rows of new classes around the mean of the old ones; what fresh tables are drawn with."""
+"""Standard deviation of new classes' rows around the mean of the old ones; also that of fresh tables."""
 TABLE = f"{LABEL_TABLE}.weight"
 LABELS, SIZE = {"num_classes", "null_class"}, {"sample_size"}
 LOOSE = {
     *("dropout", "attention_dropout", "expert_dropout", "inference_pool", "threshold_decay", "capacity_loss_weight"),
     *("balance", "balance_weight", "balance_rate"),
 }
-"""Settings that no weight depends on."""
-EXPERTS = {
+"""Settings on which no weight depends."""
+UPCYCLED = {
     *("router", "num_experts", "expert_dim", "expert_activation", "expert_bias", "top_k", "capacity", "n_group"),
     *("topk_group", "routed_scaling_factor", "shared", "shared_dim", "shared_bias", "moe_layer_freq", "first_k_dense"),
 }
-"""What upcycling decides."""
+"""Settings that upcycling decides."""
 
 
-class Origin(NamedTuple):
-    """The model that training begins from."""
+class Pretrained(NamedTuple):
+    """The model that training starts from."""
 
     name: str
-    """For messages."""
+    """Its name in messages."""
     model: Backbone
-    """On the CPU."""
+    """The model, on the CPU."""
     class_names: tuple[str, ...] = ()
-    """Where they are known."""
+    """Names of its classes, if known."""
     latent_space: Mapping[str, Any] | None = None
-    """Of a model of latents, where it is known: see `data.latent_space`."""
+    """Latent space of a model of latents, if known; see `data.latent_space`."""
 
 
 def check_initialization(recipe: Recipe) -> None:
-    """Whether adapters can be trained as the recipe says.
+    """Check that adapters can be trained as the recipe says.
 
     Raises:
-        ValueError: those of experts, compiled or by several processes.
+        ValueError: adapters of experts with compilation or several processes.
     """
     stacked = [name for name in recipe.init.lora_targets if name.endswith(("w_in", "w_out"))]
     if recipe.init.lora_rank is None or not stacked:
         return
     if world_size() > 1:
         raise ValueError(
-            f"init.lora_targets has {stacked[0]}, but adapters of experts train on one process, and there are "
-            f"{world_size()}; leave it out"
+            f"init.lora_targets has {stacked[0]}, but adapters of experts are not supported on {world_size()} "
+            "processes; remove it"
         )
     if recipe.training.compile:
         raise ValueError(
@@ -76,10 +76,10 @@ def check_initialization(recipe: Recipe) -> None:
 
 
 def freeze_and_add_adapters(model: Backbone, init: InitConfig) -> Backbone:
-    """A fresh model, in place, with the recipe's adapters, and with what shall not learn frozen.
+    """Add the recipe's adapters to a fresh model, in place, and freeze the parameters of init.freeze.
 
     Raises:
-        ValueError: a pattern or a target names nothing, or nothing is left to learn.
+        ValueError: a pattern or a target matches no parameter, or all parameters are frozen.
     """
     if init.lora_rank is not None:
         add_adapters(model, init.lora_rank, init.lora_alpha, init.lora_targets)
@@ -87,116 +87,117 @@ def freeze_and_add_adapters(model: Backbone, init: InitConfig) -> Backbone:
     for pattern in init.freeze:
         names = [name for name in parameters if fnmatchcase(name, pattern)]
         if not names:
-            raise ValueError(f"init.freeze has {pattern}, but no parameter's name is like it; {_near(pattern, model)}")
+            raise ValueError(f"init.freeze has {pattern}, which matches no parameter; {_suggestion(pattern, model)}")
         for name in names:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ValueError(f"init.freeze is {', '.join(init.freeze)}, which leaves nothing to learn")
+        raise ValueError(f"init.freeze is {', '.join(init.freeze)}, which freezes all parameters; remove some")
     return model
 
 
 def make_trainable(recipe: Recipe) -> Backbone:
-    """A fresh model of a recipe, prepared."""
+    """A fresh model of a recipe, with its adapters and frozen parameters."""
     return freeze_and_add_adapters(make_model(recipe.model), recipe.init)
 
 
-def share_frozen(model: Backbone, averages: Sequence[Backbone]) -> None:
-    """Let averages use the model's own frozen parameters; only on one process."""
+def share_frozen(model: Backbone, emas: Sequence[Backbone]) -> None:
+    """Let EMAs share the memory of the model's frozen parameters; only on one process."""
     parameters = dict(model.named_parameters())
-    for average in averages:
-        for name, parameter in average.named_parameters():
+    for ema in emas:
+        for name, parameter in ema.named_parameters():
             if not parameters[name].requires_grad:
                 parameter.data = parameters[name].data
 
 
 @torch.no_grad()
-def copy_frozen(model: Backbone, averages: Iterable[Backbone]) -> None:
-    """Give averages the model's frozen parameters, of which a checkpoint holds one copy."""
+def copy_frozen(model: Backbone, emas: Iterable[Backbone]) -> None:
+    """Copy the model's frozen parameters to its EMAs; a checkpoint holds them once."""
     frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    for average in averages:
-        for name, parameter in average.named_parameters():
+    for ema in emas:
+        for name, parameter in ema.named_parameters():
             if name in frozen:
-                local_part(parameter.data).copy_(local_part(frozen[name].data))  # type: ignore[union-attr, arg-type]
+                local_tensor(parameter).copy_(local_tensor(frozen[name]))
 
 
-def initialize_from(model: Backbone, recipe: Recipe, origin: Origin, data: Mapping[str, Any]) -> list[str]:
-    """Fill a fresh model, not yet prepared, with another's weights.
+def initialize_from(model: Backbone, recipe: Recipe, pretrained: Pretrained, data: Mapping[str, Any]) -> list[str]:
+    """Fill a fresh model, still without adapters, with another's weights.
 
     Args:
-        data: what the data set records, with the names of the classes.
+        data: metadata of the data set, with the names of its classes.
 
     Returns:
-        Lines for the user: what was changed, and what is drawn anew.
+        Lines for the user: what was changed, and which tensors are new.
 
     Raises:
         ValueError: the recipe contradicts the other model; the message names both values.
     """
-    init, old, new = recipe.init, origin.model.settings, model.settings
-    check_settings(origin.name, old, new, init.upcycle)
-    notes = [f"starting from {origin.name}"]
-    state = dict(origin.model.state_dict())
+    init, old, new = recipe.init, pretrained.model.settings, model.settings
+    check_settings(pretrained.name, old, new, init.upcycle)
+    notes = [f"starting from {pretrained.name}"]
+    state = dict(pretrained.model.state_dict())
     if init.upcycle:
-        state, lines = upcycled(origin.model, model, init.upcycle_noise, recipe.training.seed)
+        state, lines = upcycled(pretrained.model, model, init.upcycle_noise, recipe.training.seed)
         notes += lines
     table = state.pop(TABLE, None)
     if table is not None and new.num_classes:
-        rows = label_rows(old, new, origin.class_names, data["class_names"])
+        rows = label_rows(old, new, pretrained.class_names, data["class_names"])
         if init.lora_rank is not None and None in rows and not targets_of(model, init.lora_targets).label_table:
             raise ValueError(
-                f"{rows.count(None)} classes are new to {origin.name}, and adapters cannot learn their rows; add "
-                f"{LABEL_TABLE} to init.lora_targets, which trains the label table whole"
+                f"{rows.count(None)} classes are new to {pretrained.name}, and adapters cannot learn their rows; add "
+                f"{LABEL_TABLE} to init.lora_targets, which trains the whole label table"
             )
         state[TABLE] = relabelled(table, rows, old.num_classes, recipe.training.seed)
-        notes += _label_notes(rows, new, origin, data["class_names"])
+        notes += _label_notes(rows, new, pretrained, data["class_names"])
     if new.sample_size != old.sample_size:
         notes.append(_resize(state, old, new))
     fresh = model.state_dict()
     excess = [name for name in state if name not in fresh]
-    assert all(name.endswith("e_score_correction_bias") for name in excess), (
-        excess
-    )  # which a router without balance has not
+    # Routers without balance have no correction bias.
+    assert all(name.endswith("e_score_correction_bias") for name in excess), excess
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in fresh}, strict=False)
-    notes += [f"drawn anew: {_listed(missing)}"] if (missing := [name for name in fresh if name not in state]) else []
-    return notes + _latent_notes(origin, data)
+    missing = [name for name in fresh if name not in state]
+    if missing:
+        notes.append(f"newly initialized: {_listed(missing)}")
+    return notes + _latent_notes(pretrained, data)
 
 
 def check_settings(name: str, old: ModelConfig, new: ModelConfig, upcycle: bool) -> None:
-    """Whether a model of the new settings can take the old one's weights.
+    """Check that a model of the new settings can take the weights of the old one, whose name is for messages.
 
     Raises:
-        ValueError: they contradict each other, or the change is one that weights do not survive.
+        ValueError: the weights do not fit the new settings.
     """
     if upcycle and old.router != "dense":
-        raise ValueError(f"init.upcycle is true, but {name} has experts already (router {old.router}); leave it out")
-    free = LABELS | SIZE | LOOSE | (EXPERTS if upcycle else set())
+        raise ValueError(f"init.upcycle is true, but {name} already has experts (router {old.router}); remove it")
+    free = LABELS | SIZE | LOOSE | (UPCYCLED if upcycle else set())
     for field, value in vars(new).items():
         if field not in free and value != getattr(old, field):
             remedy = (
-                "; init.upcycle makes experts of a dense one" if field == "router" and old.router == "dense" else ""
+                "; init.upcycle makes experts of a dense model" if field == "router" and old.router == "dense" else ""
             )
             raise ValueError(
-                f"model.{field} is {value}, but that of {name} is {getattr(old, field)}; leave it out, or start from "
+                f"model.{field} is {value}, but that of {name} is {getattr(old, field)}; remove it, or start from "
                 f"another model{remedy}"
             )
     if old.num_classes and not new.num_classes:
-        raise ValueError(f"model.num_classes is 0, but {name} has {old.num_classes} classes; leave it out")
+        raise ValueError(f"model.num_classes is 0, but {name} has {old.num_classes} classes; remove it")
     if new.sample_size != old.sample_size and (new.position == "rope1d" or new.sliding_window):
         reason = "model.position rope1d" if new.position == "rope1d" else "model.sliding_window"
         raise ValueError(
             f"model.sample_size is {new.sample_size}, but that of {name} is {old.sample_size}, and {reason} counts "
-            "tokens along rows of one length; leave it out"
+            "tokens along rows of a constant length; remove it"
         )
 
 
 def label_rows(
     old: ModelConfig, new: ModelConfig, old_names: Sequence[str], new_names: Sequence[str]
 ) -> list[int | None]:
-    """For each row of the new label table the row it is taken from; None: a new one. The null class comes last.
+    """The old row of each row of the new label table; None for a new class. The null class is last.
 
-    By the classes' names; by number where the tables are as large and no name is common to both.
+    Classes match by name; by number if the tables have equal sizes and no name in common.
     """
-    place = {name: row for row, name in enumerate(old_names)}
-    rows: list[int | None] = [place.get(name) for name in new_names]
+    row_of = {name: row for row, name in enumerate(old_names)}
+    rows: list[int | None] = [row_of.get(name) for name in new_names]
     if old.num_classes == new.num_classes and not any(row is not None for row in rows):
         rows = list(range(new.num_classes))
     null: int | None = old.num_classes if old.null_class else None
@@ -204,20 +205,16 @@ def label_rows(
 
 
 def relabelled(table: Tensor, rows: Sequence[int | None], classes: int, seed: int) -> Tensor:
-    """A label table with these rows of another; new ones are the mean of its classes plus normal noise.
-
-    Args:
-        classes: rows of the table that are classes.
-    """
-    drawn = normal(seed, "new classes", 0, torch.arange(len(rows)), (table.shape[1],)).to(table.dtype)
-    new = table[:classes].mean(0) + NEW_ROW_STD * drawn
-    kept = [place for place, row in enumerate(rows) if row is not None]
+    """A label table of rows of another (see `label_rows`); new ones are the mean of its `classes` plus normal noise."""
+    noise = normal(seed, "new classes", 0, torch.arange(len(rows)), (table.shape[1],)).to(table.dtype)
+    new = table[:classes].mean(0) + NEW_ROW_STD * noise
+    kept = [index for index, row in enumerate(rows) if row is not None]
     new[kept] = table[[row for row in rows if row is not None]]
     return new
 
 
 def merge_adapters(model: Backbone, init: InitConfig, folder: Path | None) -> Backbone:
-    """A trained model without adapters: they are merged, and saved by themselves if a folder is given."""
+    """A trained model with its adapters merged; they are also saved separately if a folder is given."""
     if init.lora_rank is None:
         return model
     if folder is not None:
@@ -230,15 +227,15 @@ def merge_adapters(model: Backbone, init: InitConfig, folder: Path | None) -> Ba
 
 
 def _label_notes(
-    rows: Sequence[int | None], config: ModelConfig, origin: Origin, class_names: Sequence[str]
+    rows: Sequence[int | None], config: ModelConfig, pretrained: Pretrained, class_names: Sequence[str]
 ) -> list[str]:
     classes, null = rows[: config.num_classes], rows[config.num_classes :]
-    names, lines = set(origin.class_names), []
-    if tuple(class_names) == origin.class_names:
+    names, lines = set(pretrained.class_names), []
+    if tuple(class_names) == pretrained.class_names:
         pass
     elif classes == list(range(len(classes))) and names.isdisjoint(class_names):
         why = "has no class of an equal name" if names else "names no classes"
-        lines.append(f"label table: all {len(classes)} rows are kept, by number, as {origin.name} {why}")
+        lines.append(f"label table: all {len(classes)} rows are kept, by number, because {pretrained.name} {why}")
     else:
         kept, new = sum(row is not None for row in classes), classes.count(None)
         lines.append(
@@ -249,37 +246,37 @@ def _label_notes(
 
 
 def _resize(state: dict[str, Tensor], old: ModelConfig, new: ModelConfig) -> str:
-    """Positions for another image size; returns a line for the user."""
-    told = f"model.sample_size is {new.sample_size} instead of {old.sample_size}"
+    """Adapt positions to another image size; returns a line for the user."""
+    change = f"model.sample_size is {new.sample_size} instead of {old.sample_size}"
     if "pos_embed" not in state:
-        return f"{told}: rotary positions go on with the same step"
+        return f"{change}: rotary positions continue with the same step"
     before, after = (config.sample_size // config.patch_size for config in (old, new))
     table_1DHW = state["pos_embed"].T.unflatten(1, (before, before))[None]
     resized = F.interpolate(table_1DHW.float(), size=(after, after), mode="bicubic", align_corners=False)
     state["pos_embed"] = resized[0].flatten(1).T.contiguous()
-    return f"{told}: the table of positions is interpolated" + (
-        ", rotary positions go on with the same step" if new.rotary_axes else ""
+    return f"{change}: the table of positions is interpolated" + (
+        ", rotary positions continue with the same step" if new.rotary_axes else ""
     )
 
 
-def _latent_notes(origin: Origin, data: Mapping[str, Any]) -> list[str]:
-    before, now = origin.latent_space, data.get("latent_space")
+def _latent_notes(pretrained: Pretrained, data: Mapping[str, Any]) -> list[str]:
+    before, now = pretrained.latent_space, data.get("latent_space")
     if before is None or now is None:
         return []
     return [
-        f"warning: the data's latents differ from those of {origin.name} in {name}: {now[name]}, not {before[name]}"
+        f"warning: the data's latents differ from those of {pretrained.name} in {name}: {now[name]}, not {before[name]}"
         for name in ("encoder_sha256", "scaling")
         if now[name] != before[name]
     ]
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names, one for all blocks, with how many they are."""
+    """Names with their number, one for all blocks."""
     counts = Counter(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 
-def _near(pattern: str, model: Backbone) -> str:
+def _suggestion(pattern: str, model: Backbone) -> str:
     names = [name for name, _ in model.named_parameters()]
     parts = {f"{name.rsplit('.', end)[0]}.*" for name in names for end in range(1, name.count(".") + 1)}
     parts |= set(names) | {f"*.{name.split('.', 2)[2]}" for name in names if name.startswith("blocks.")}

@@ -1,6 +1,6 @@
-"""What is measured in a step, as scalars on the device, and their way to the host.
+"""Metrics of a step, as scalars on the device, and their copy to the host.
 
-Shape suffixes: B images, L mixture layers, E experts.
+Shape suffixes: B images, L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ..distributed import all_reduce_sum
 from ..moe import RoutingReport
 
 TIME_BINS = 10
-"""Equal parts of the times from 0 to 1 (of ddpm, of the steps) that losses are told apart by."""
+"""Number of equal bins of times in [0, 1] (with ddpm, of steps) for the loss by time."""
 
 
 class HostCopy:
-    """Scalars on their way to the host, in one small copy that nothing waits for until they are read."""
+    """Scalars copied to the host in the background; reading them waits for the copy."""
 
     def __init__(self, numbers: Mapping[str, Tensor]) -> None:
         self.names = tuple(numbers)
@@ -34,14 +34,14 @@ class HostCopy:
             self.values = values
 
     def read(self) -> dict[str, float]:
-        """The numbers by name, once they are here."""
+        """The values by name."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return dict(zip(self.names, self.values.tolist()))
 
 
 def loss_by_time(parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The mean loss of the global batch in each bin of times; not a number where a bin is empty.
+    """Mean loss of the global batch in each bin of times; NaN if a bin is empty.
 
     Args:
         parts: times in [0, 1] and losses, both (B,), of each micro-batch.
@@ -57,13 +57,7 @@ def loss_by_time(parts: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def routing_measures(reports: Sequence[RoutingReport]) -> dict[str, Tensor]:
-    """How evenly each mixture layer uses its experts, and what it spends.
-
-    `imbalance`: load of the busiest expert over the mean load, averaged over layers (1 is even). For layer i (of the
-    mixtures) `moe_i/load_max`: the same; `moe_i/load_entropy`: entropy of the load over that of an even one;
-    `moe_i/dead_experts`: experts without a token; `moe_i/capacity`: experts a token; `moe_i/threshold`: DiffMoE's, mean
-    over experts.
-    """
+    """Load balance and capacity of each MoE layer; docs/training.md defines the keys."""
     numbers: dict[str, Tensor] = {}
     for i, report in enumerate(reports):
         counts_E = report.counts_E.float()

@@ -1,4 +1,4 @@
-"""AdamW over what a process holds of a model, clipping, and the learning rate as a function of the step."""
+"""AdamW over a process' part of a model, gradient clipping, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from torch import Tensor, nn
 from ..config import OptimizerConfig
 from ..distributed import all_reduce_sum
 from ..moe import GroupedExperts
-from ..moe.parallel import local_part
+from ..storage.shards import local_tensor
 
 
 class LocalAdamW(torch.optim.AdamW):
     """AdamW over this process' part of every parameter: plain tensors, so that one kernel updates them all.
 
+    Weight decay is applied to linear and expert matrices only. Frozen parameters do not change.
+
     Attributes:
-        held: those parts, in the order of `model.parameters()`; they share the parameters' memory.
+        local: the parts, in the order of `model.parameters()`; they share the parameters' memory.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
         matrices |= {id(p) for name, p in model.named_parameters() if name.endswith((".w_in", ".w_out"))}
         self.model = model
-        self.held = [_held(parameter) for parameter in model.parameters()]
-        self.summed = self._summed_gradients()
+        self.local = [_local_parameter(parameter) for parameter in model.parameters()]
+        self.summed_gradients = self._summed_gradients()
         decayed = [id(parameter) in matrices for parameter in model.parameters()]
         groups = [
-            {"params": [p for p, yes in zip(self.held, decayed) if yes == wanted], "weight_decay": decay}
+            {"params": [p for p, yes in zip(self.local, decayed) if yes == wanted], "weight_decay": decay}
             for wanted, decay in ((True, config.weight_decay), (False, 0.0))
         ]
         super().__init__(
@@ -36,12 +38,12 @@ class LocalAdamW(torch.optim.AdamW):
             lr=config.learning_rate,
             betas=config.betas,
             eps=config.eps,
-            fused=self.held[0].device.type in ("cuda", "cpu"),
+            fused=self.local[0].device.type in ("cuda", "cpu"),
         )
 
     def _summed_gradients(self) -> dict[int, list[Tensor]]:
-        """By number of processes, the parts whose gradients are sums over so many: those of spread experts."""
-        part_of = {id(parameter): part for part, parameter in zip(self.held, self.model.parameters())}
+        """Parts of sharded experts, whose gradients are sums over several processes, by number of processes."""
+        part_of = {id(parameter): part for part, parameter in zip(self.local, self.model.parameters())}
         summed: dict[int, list[Tensor]] = {}
         for experts in [module for module in self.model.modules() if isinstance(module, GroupedExperts)]:
             if experts.group is not None:
@@ -49,45 +51,45 @@ class LocalAdamW(torch.optim.AdamW):
         return summed
 
     def take_gradients(self) -> list[Tensor]:
-        """Take over the model's gradients, all as means over the processes; returns those there are."""
-        for part, parameter in zip(self.held, self.model.parameters()):
-            part.grad = local_part(parameter.grad)
-        for processes, parts in self.summed.items():
+        """Take the model's gradients, as means over the processes, and return those that are not None."""
+        for part, parameter in zip(self.local, self.model.parameters()):
+            part.grad = None if parameter.grad is None else local_tensor(parameter.grad)
+        for processes, parts in self.summed_gradients.items():
             torch._foreach_div_([part.grad for part in parts if part.grad is not None], processes)
-        return [part.grad for part in self.held if part.grad is not None]
+        return [part.grad for part in self.local if part.grad is not None]
 
     def step_if(self, finite: Tensor) -> None:
-        """Take a step, or where the scalar is False leave weights, moments and step counts as they are."""
-        self.found_inf = (~finite).float()  # what gradient scalers tell the fused kernel
+        """Take a step if the scalar is True; else weights, moments and step counts are unchanged."""
+        self.found_inf = (~finite).float()  # the fused kernel reads it, as with a gradient scaler
         self.step()
 
     def named_moments(self) -> dict[str, Tensor]:
-        """`MOMENT.NAME` of every parameter that learns, sharing memory; laid out over processes as the parameter is."""
+        """`MOMENT.NAME` of every parameter that learns, sharing memory; sharded as the parameter is."""
         moments: dict[str, Tensor] = {}
-        for (name, parameter), part in zip(self.model.named_parameters(), self.held):
+        for (name, parameter), part in zip(self.model.named_parameters(), self.local):
             if not part.requires_grad:
                 continue
             state = self.state[part]
-            if not state:  # as the first step would
+            if not state:  # as the first step initializes it
                 state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(part), torch.zeros_like(part)
             moments[f"step.{name}"] = state["step"]
-            moments |= {f"{moment}.{name}": _laid_out(state[moment], parameter) for moment in ("exp_avg", "exp_avg_sq")}
+            moments |= {
+                f"{moment}.{name}": _sharded_like(parameter, state[moment]) for moment in ("exp_avg", "exp_avg_sq")
+            }
         return moments
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> LocalAdamW:
-    """AdamW; weight decay on linear and expert matrices only. Frozen parameters never move."""
-    return LocalAdamW(model, config)
+def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return nn.Parameter(local_tensor(parameter), parameter.requires_grad)
 
 
-def _held(parameter: nn.Parameter) -> nn.Parameter:
-    part = local_part(parameter)
-    return parameter if part is parameter else nn.Parameter(part.detach(), parameter.requires_grad)  # type: ignore[union-attr]
-
-
-def _laid_out(part: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A part as the tensor whose other parts the other processes hold."""
+def _sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """The DTensor with this process' part, if the parameter is one; else the part itself."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(parameter, DTensor):
@@ -103,13 +105,13 @@ def _laid_out(part: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def global_norm(gradients: list[Tensor], replicas: int = 1) -> Tensor:
-    """The norm of all processes' gradients together, of which each part stands on so many processes."""
+    """Norm of the gradients of all processes together; `replicas` processes hold each part."""
     squares = torch.stack(torch._foreach_norm(gradients)).float().square().sum()
     return (all_reduce_sum(squares) / replicas).sqrt()
 
 
 def clip_(gradients: list[Tensor], norm: Tensor, limit: float | None) -> None:
-    """Scale gradients of that norm down to the limit, in place; None: leave them."""
+    """Scale gradients of norm `norm` down to the limit, in place; None: no limit."""
     if limit is not None:
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 

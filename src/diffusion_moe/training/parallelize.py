@@ -1,7 +1,7 @@
-"""A model spread over processes: replicas, shards of weights, and experts of their own for each process.
+"""Sharding of a model over processes: replicas, shards of weights, and expert parallelism.
 
-Three axes, whose product is the number of processes; every process has images of its own. Weights of the ordinary
-layers are sharded over shard x experts by FSDP2 and replicated over the rest; expert weights are split by expert over
+Three mesh dimensions, whose product is the number of processes; every process has its own images. Weights of ordinary
+layers are sharded over shard x experts by FSDP2 and replicated over the rest; expert weights are sharded by expert over
 `experts` and by columns over `shard`.
 """
 
@@ -27,20 +27,20 @@ from .initialization import make_trainable
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where every process stands."""
+class Meshes:
+    """Device meshes of the running processes."""
 
     dense: DeviceMesh
-    """(replicate, shard x experts): of the ordinary layers."""
+    """(replicate, shard x experts), for the ordinary layers."""
     all: DeviceMesh
-    """(replicate, shard, experts)."""
+    """(replicate, shard, experts), for the experts."""
 
-    def __deepcopy__(self, memo: object) -> Layout:
+    def __deepcopy__(self, memo: object) -> Meshes:
         return self
 
 
-def make_layout(config: ParallelConfig, device: torch.device) -> Layout | None:
-    """The axes of the running processes; None for a single one.
+def make_meshes(config: ParallelConfig, device: torch.device) -> Meshes | None:
+    """Device meshes of the running processes; None for a single one.
 
     Raises:
         ValueError: their product is not the number of processes.
@@ -55,7 +55,7 @@ def make_layout(config: ParallelConfig, device: torch.device) -> Layout | None:
         )
     if world == 1:
         return None
-    return Layout(
+    return Meshes(
         dense=init_device_mesh(device.type, (replicate, shard * experts), mesh_dim_names=("replicate", "dense")),
         all=init_device_mesh(
             device.type, (replicate, shard, experts), mesh_dim_names=("replicate", "shard", "experts")
@@ -64,7 +64,7 @@ def make_layout(config: ParallelConfig, device: torch.device) -> Layout | None:
 
 
 def check_parallel(recipe: Recipe) -> None:
-    """Whether batch and model can be spread in this way.
+    """Check that batch and model can be sharded as the recipe says.
 
     Raises:
         ValueError: the batch or the experts cannot be divided, or the experts have dropout.
@@ -82,52 +82,52 @@ def check_parallel(recipe: Recipe) -> None:
         raise ValueError(f"model.expert_dropout is {model.expert_dropout}; with parallel.experts it must be 0")
 
 
-def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
-    """Spread a model in place. Its forward pass is called as before, by all processes at the same time."""
+def parallelize(model: Backbone, recipe: Recipe, meshes: Meshes) -> None:
+    """Shard a model in place. Its forward pass is called as before, by all processes at the same time."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # Of head norms and pools, whose outputs nobody changes in place.
+    # For head norms and pools, whose outputs nobody changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    bf16 = choose_precision(recipe.training.precision, torch.device(layout.all.device_type)).precision == "bf16"
+    bf16 = choose_precision(recipe.training.precision, torch.device(meshes.all.device_type)).precision == "bf16"
     # Gathered in the dtype that autocast would cast to anyway; gradients are summed in float32.
-    narrow = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
-    wide = MixedPrecisionPolicy(cast_forward_inputs=False)
-    shard = partial(fully_shard, mesh=layout.dense)
+    low_precision = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
+    shard = partial(fully_shard, mesh=meshes.dense)
     for block in model.blocks:
         if isinstance(block.mlp, MoEFeedForward):
-            _spread_experts(block.mlp.experts, layout, narrow)
-        kept = [module for module in block.modules() if stays_wide(module)]
-        if kept:
-            shard(kept, mp_policy=wide)
-        shard(block, mp_policy=narrow)
-    # Also after the forward pass: an average, which has no backward pass, must not keep gathered weights as they were.
-    shard(model, mp_policy=wide, reshard_after_forward=True)
-    if layout.all.device_type == "cpu":
+            _shard_experts(block.mlp.experts, meshes, low_precision)
+        in_float32 = [module for module in block.modules() if computes_in_float32(module)]
+        if in_float32:
+            shard(in_float32, mp_policy=float32)
+        shard(block, mp_policy=low_precision)
+    # Resharded after the forward pass: an EMA has no backward pass and would keep outdated gathered weights.
+    shard(model, mp_policy=float32, reshard_after_forward=True)
+    if meshes.all.device_type == "cpu":
         for module in model.modules():
             if hasattr(module, "set_force_sum_reduction_for_comms"):
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+                module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     if recipe.parallel.pool == "global":
         for router in routers_of(model):
             router.group = dist.group.WORLD
 
 
-def stays_wide(module: nn.Module) -> bool:
-    """Routers and norms with parameters compute in float32."""
+def computes_in_float32(module: nn.Module) -> bool:
+    """True for routers and norms with parameters."""
     return isinstance(module, Router) or (
         isinstance(module, nn.LayerNorm | nn.RMSNorm) and bool(list(module.parameters()))
     )
 
 
-def _spread_experts(experts: GroupedExperts, layout: Layout, policy: Any) -> None:
+def _shard_experts(experts: GroupedExperts, meshes: Meshes, policy: Any) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = layout.all
+    mesh = meshes.all
     if mesh["experts"].size() > 1:
         for name, weight in list(experts.named_parameters()):
-            # Every process has drawn the same weights: each takes its part, nothing is sent.
-            spread = distribute_tensor(weight.data, mesh["experts"], [Shard(0)], src_data_rank=None)
-            experts.register_parameter(name, nn.Parameter(spread))
+            # Every process has initialized the same weights: each takes its shard, nothing is sent.
+            sharded = distribute_tensor(weight.data, mesh["experts"], [Shard(0)], src_data_rank=None)
+            experts.register_parameter(name, nn.Parameter(sharded))
         experts.group = mesh.get_group("experts")
     fully_shard(
         experts,
@@ -138,7 +138,7 @@ def _spread_experts(experts: GroupedExperts, layout: Layout, policy: Any) -> Non
 
 
 def whole_model(model: Backbone, recipe: Recipe) -> Backbone | None:
-    """A model in one piece: itself if it is not spread, else a copy on the CPU of the main process; None elsewhere.
+    """A model with whole weights: itself on one process, else a copy on the CPU of the main process; None elsewhere.
 
     All processes call this together.
     """
@@ -151,7 +151,7 @@ def whole_model(model: Backbone, recipe: Recipe) -> Backbone | None:
         whole = make_trainable(recipe).train(model.training)
     whole.load_state_dict(tensors, assign=True)
     for name, buffer in model.named_buffers():
-        if name not in tensors:  # fixed tables that no file holds
+        if name not in tensors:  # constant tables that are not saved
             module, _, own_name = name.rpartition(".")
             setattr(whole.get_submodule(module), own_name, buffer.cpu())
     return whole

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests that the loop answers between two steps, in limited time."""
+"""Ctrl-C and SIGTERM as requests to stop, which the loop answers between two steps, in limited time."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 ECHO_SECONDS = 2.0
-"""A scheduler and torchrun may both pass one request on: a signal so soon after the first says nothing new."""
+"""A second signal within this time is the same request: a scheduler and torchrun may both forward one."""
 SHOW_CURSOR = b"\x1b[?25h"
-"""What a terminal needs after a progress bar."""
+"""Terminal code that undoes the hidden cursor of a progress bar."""
 STOPS = (signal.SIGINT, signal.SIGTERM)
 END = 0
-"""The number of no signal."""
+"""Sent to the watching thread to end it; not a signal's number."""
 
 
 @contextmanager
 def requests_to_stop(limit_seconds: float) -> Iterator[list[int]]:
-    """The list fills with SIGINT or SIGTERM as they come.
+    """A list to which SIGINT and SIGTERM are appended as they arrive.
 
-    The process ends at once, with exit status 128 + signal, when the limit has passed since the first, or on a second:
-    also while it waits in a collective for a process that does not answer.
+    The process ends at once, with exit status 128 + signal, `limit_seconds` after the first signal or on a second one,
+    even while it waits in a collective for a process that does not answer.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # the caller handles its signals
         yield received
         return
-    # Python calls a handler only when the main thread comes back to it, which in a collective takes another process'
-    # answer. The numbers of signals are written into this pipe at once.
+    # Python calls a handler only when the main thread returns to the interpreter, which it does not while it waits in a
+    # collective. The numbers of signals are written into this pipe at once.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     watch = threading.Thread(target=_watch, args=(reader, limit_seconds), name="requests to stop", daemon=True)
@@ -52,7 +52,7 @@ def requests_to_stop(limit_seconds: float) -> Iterator[list[int]]:
 
 
 def _watch(reader: int, limit_seconds: float) -> None:
-    """End the process in time, whatever its main thread is at."""
+    """End the process in time, whatever its main thread does."""
     asked, first = 0, 0.0
     while True:
         left = max(0.0, first + limit_seconds - time.monotonic()) if asked else None
@@ -69,8 +69,8 @@ def _watch(reader: int, limit_seconds: float) -> None:
                 asked, first = number, time.monotonic()
 
 
-def torchrun_is_gone() -> Callable[[], bool]:
-    """Tells whether torchrun started this process and has ended without it, as when it was killed."""
+def torchrun_has_ended() -> Callable[[], bool]:
+    """A function that returns True once the torchrun that started this process has ended, as when it was killed."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return lambda: False
     parent = os.getppid()
@@ -78,7 +78,7 @@ def torchrun_is_gone() -> Callable[[], bool]:
 
 
 def leave(number: int, why: str) -> None:
-    """End the process at once: a checkpoint that is being written is lost, finished ones are not."""
-    text = f"diffusion-moe: {why}; what was saved before stays. Run the same command again to go on.\n"
+    """End the process at once: a checkpoint that is being written is lost, finished ones are kept."""
+    text = f"diffusion-moe: {why}; finished checkpoints are kept. Run the same command again to resume.\n"
     os.write(2, (SHOW_CURSOR if sys.stderr.isatty() else b"") + text.encode())
     os._exit(128 + number)

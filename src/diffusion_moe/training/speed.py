@@ -1,4 +1,4 @@
-"""Where the time of training goes, how fast it is, and how much memory it takes."""
+"""Time, speed and memory of training."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from ..moe.precision import choose_precision
 from .step import StepResult
 
 PEAK_BF16_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-"""Dense bfloat16 products a second by a part of the device's name, from the makers' data sheets."""
+"""Dense bfloat16 FLOP/s by a part of the device's name, from the makers' data sheets."""
 UNLOGGED = ("finite", "stop", "skipped_images")
 Mark = float | torch.cuda.Event
 
 
 class Speedometer:
-    """Attributes the time between two marks to what was done; on a GPU by the device's own clock, without waiting."""
+    """Timer of the parts of a step; on a GPU by CUDA events, without waiting for the device."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.laps: list[tuple[str, Mark, Mark]] = []
-        self.told: dict[str, float] = {}
+        self.last_speed: dict[str, float] = {}
         self.last = self._mark()
 
     def lap(self, name: str) -> None:
-        """The time since the last mark was spent on this: data, forward, backward or optimizer."""
+        """Count the time since the last mark for a part: data, forward, backward or optimizer."""
         mark = self._mark()
         self.laps.append((name, self.last, mark))
         self.last = mark
 
-    def forget(self) -> None:
-        """The time since the last mark was spent on something else."""
+    def restart(self) -> None:
+        """Count the time since the last mark for none of the parts."""
         self.last = self._mark()
 
-    def numbers(self, result: StepResult) -> dict[str, float]:
-        """What to log of a step: its own numbers, and the speed since this was last called."""
-        numbers = {
+    def metrics(self, result: StepResult) -> dict[str, float]:
+        """Metrics to log of a step: its own, and the speed since this was last called."""
+        metrics = {
             name: value
             for name, value in result.numbers.read().items()
-            if name not in UNLOGGED and math.isfinite(value)  # JSON knows no others
+            if name not in UNLOGGED and math.isfinite(value)  # JSON has no others
         }
-        numbers["learning_rate"] = result.learning_rate
-        return numbers | self._speed() | {"memory_gb": self._memory_gb()}
+        metrics["learning_rate"] = result.learning_rate
+        return metrics | self._speed() | {"memory_gb": self._memory_gb()}
 
     def _speed(self) -> dict[str, float]:
         spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
@@ -62,25 +62,25 @@ class Speedometer:
             steps += name == "optimizer"
         self.laps = open_laps
         total = sum(spent.values())
-        if not steps or not total:  # all that is known was told with an earlier step
-            return self.told
+        if not steps or not total:  # nothing was timed since the last call
+            return self.last_speed
         images = steps * self.recipe.training.batch_size / total
-        flops = 3 * self.flops_an_image * images  # the backward pass makes two products of each one
+        flops = 3 * self.flops_an_image * images  # the backward pass takes two matmuls for each of the forward pass
         numbers = {"images_per_second": images, "model_tflops": flops / 1e12}
         if (peak := self.peak_flops) is not None:
             world = self.recipe.parallel.replicate * self.recipe.parallel.shard * self.recipe.parallel.experts
             numbers["model_flops_utilisation"] = flops / (peak * world)
-        self.told = numbers | {f"seconds_{name}": seconds / steps for name, seconds in spent.items()}
-        return self.told
+        self.last_speed = numbers | {f"seconds_{name}": seconds / steps for name, seconds in spent.items()}
+        return self.last_speed
 
     @cached_property
     def flops_an_image(self) -> int:
-        """Of the forward pass."""
+        """FLOPs of the forward pass."""
         return model_flops(self.recipe.model)
 
     @cached_property
     def peak_flops(self) -> float | None:
-        """The device's, where it is known for the precision."""
+        """Peak FLOP/s of the device in the precision, if known."""
         chosen = choose_precision(self.recipe.training.precision, self.device).precision
         if self.device.type != "cuda" or chosen != "bf16":
             return None
@@ -88,7 +88,7 @@ class Speedometer:
         return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
 
     def _memory_gb(self) -> float:
-        """At its highest so far: of the device, or of this process."""
+        """Peak memory so far of the device, or of this process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""The loss on held-out images, with noise and times that never change: comparable over steps, weights and runs."""
+"""Loss on held-out images with constant noise and times: comparable over steps, weights and runs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from ..diffusion.times import draw_steps, draw_times
 from ..distributed import all_reduce_sum, rank, world_size
 from ..models import Backbone
 from ..randomness import derive_seed, normal
-from .step import TrainState, loss_at
+from .loss import loss_at
+from .state import TrainState
 
 
 class Validation:
-    """Held-out losses of the weights and of each average, in inference mode: DiffMoE routes by its thresholds.
+    """Held-out losses of the weights and of each EMA, in inference mode: DiffMoE routes by its thresholds.
 
-    Image i has its noise and its time from (seed, i). Of several processes each takes a share; as many images are left
-    over as cannot be shared evenly.
+    Noise and time of image i are functions of (seed, i). The images are divided evenly over the processes; the rest is
+    not used.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        """Raises ValueError where there are no held-out images."""
+        """Load the held-out images.
+
+        Raises:
+            ValueError: there are none.
+        """
         self.recipe, self.device = recipe, device
         self.dataset = load_dataset(recipe.data, "test", recipe.training.seed)
         world = world_size()
@@ -37,13 +42,12 @@ class Validation:
             )
 
     def losses(self, state: TrainState) -> dict[str, float]:
-        """`val_loss` of the weights and `val_loss_ema_DECAY` of each average."""
-        training = self.recipe.training
-        averages = {f"val_loss_ema_{training.ema_decay}": state.ema}
-        averages |= {f"val_loss_ema_{decay}": ema for decay, ema in state.extra_emas.items()}
+        """`val_loss` of the weights and `val_loss_ema_DECAY` of each EMA."""
+        emas = {self.recipe.training.ema_decay: state.ema, **state.extra_emas}
+        models = {"val_loss": state.model} | {f"val_loss_ema_{decay}": ema for decay, ema in emas.items()}
         state.model.eval()
         try:
-            return {name: self._loss(model) for name, model in {"val_loss": state.model, **averages}.items()}
+            return {name: self._loss(model) for name, model in models.items()}
         finally:
             state.model.train()
 
@@ -51,28 +55,28 @@ class Validation:
     def _loss(self, model: Backbone) -> float:
         training, total = self.recipe.training, torch.zeros(2, dtype=torch.float64, device=self.device)
         size = max(1, training.batch_size // (training.accumulation * world_size()))
-        for places in self._places(size):
-            loss_B = self._losses_of(model, places)
-            total += torch.stack((loss_B.double().sum(), total.new_tensor(len(places))))
+        for indices in self._batches(size):
+            loss_B = self._losses_of(model, indices)
+            total += torch.stack((loss_B.double().sum(), total.new_tensor(len(indices))))
         loss, count = all_reduce_sum(total).tolist()
         return loss / count
 
-    def _places(self, size: int) -> Iterator[Tensor]:
-        """Held-out images of this process in batches, each of one bucket."""
-        places, buckets = torch.arange(self.first, self.first + self.count), self.dataset.buckets
+    def _batches(self, size: int) -> Iterator[Tensor]:
+        """Indices of this process' held-out images in batches, each of one bucket."""
+        indices, buckets = torch.arange(self.first, self.first + self.count), self.dataset.buckets
         if buckets is None:
-            yield from places.split(size)
+            yield from indices.split(size)
             return
-        of_place = torch.from_numpy(buckets)[places]
-        for bucket in of_place.unique():
-            yield from places[of_place == bucket].split(size)
+        bucket_of = torch.from_numpy(buckets)[indices]
+        for bucket in bucket_of.unique():
+            yield from indices[bucket_of == bucket].split(size)
 
-    def _losses_of(self, model: Backbone, places: Tensor) -> Tensor:
+    def _losses_of(self, model: Backbone, indices: Tensor) -> Tensor:
         recipe, seed = self.recipe, derive_seed(self.recipe.training.seed, "validation", 0)
-        batch, samples = self.dataset.read(places.tolist()), places.to(self.device)
+        batch, samples = self.dataset.read(indices.tolist()), indices.to(self.device)
         images = batch.images.to(self.device)
         labels = batch.labels.to(self.device) if recipe.model.num_classes else None
-        text = self.dataset.first_texts(places) if recipe.model.text_dim else None
+        text = self.dataset.first_texts(indices) if recipe.model.text_dim else None
         text = None if text is None else text.to(self.device)
         noise = normal(seed, "noise", 0, samples, tuple(images.shape[1:]))
         ddpm = recipe.model.process == "ddpm"

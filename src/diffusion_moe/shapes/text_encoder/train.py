@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils import logging
 
+from ...log import Log
 from ...randomness import derive_seed
 from ..captions import WORDS
 from .facts import FACTS, IGNORED, OBJECTS, Example, held_out_examples, texts, training_examples
 from .options import TextEncoderOptions
 from .tokenizer import make_tokenizer
 
-Log = Callable[[str], None]
 RECORD = "training.json"
 """In the encoder's folder: its options, and what it reached."""
 VERSION = 2

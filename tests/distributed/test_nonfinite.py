@@ -12,7 +12,7 @@ from diffusion_moe.data.digits import Digits
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
 from diffusion_moe.training.dataloader import images_of_step
-from diffusion_moe.training.step import make_state
+from diffusion_moe.training.state import make_state
 
 STEPS = 12
 
@@ -46,9 +46,9 @@ def test_two_processes_agree(tiny, tmp_path, run_processes, monkeypatch):
     ]
     (tmp_path / "runs.json").write_text(json.dumps(todo))
     said = run_processes(2, "run_worker.py", tmp_path / "runs.json")
-    assert sum(text.count("went back to step 4; the batches of steps 6 to 7") for text in said) == 1
+    assert sum(text.count("rolled back to step 4; the batches of steps 6 to 7") for text in said) == 1
     assert sum(text.count("stopped: ") for text in said) == 1
-    assert json.loads((tmp_path / "stopped" / "bad-batches.json").read_text())["steps"] == [3, 4]
+    assert json.loads((tmp_path / "stopped" / "nonfinite-steps.json").read_text())["steps"] == [3, 4]
 
     read = Digits.read
 

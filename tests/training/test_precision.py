@@ -135,7 +135,7 @@ def test_a_new_run_warms_up(tiny, tmp_path):
     state = final_state(tmp_path, 1)
     fresh = read_recipe("digits", plain)
     assert fresh.training.ema_warmup
-    from diffusion_moe.training.step import make_state
+    from diffusion_moe.training.state import make_state
 
     begun = make_state(fresh, CPU).model.state_dict()["x_embedder.weight"]
     expected = 0.1 * begun + 0.9 * state["model.x_embedder.weight"]

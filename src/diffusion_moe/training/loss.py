@@ -1,0 +1,101 @@
+"""The loss of a micro-batch: diffusion loss of each image, and losses of routers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import Recipe
+from ..data import Batch
+from ..diffusion.ddpm import DDPM_STEPS, ddpm_losses, linear_schedule, noised
+from ..diffusion.loss import flow_loss
+from ..diffusion.path import rectified_flow
+from ..diffusion.times import draw_steps, draw_times
+from ..models import Backbone, DiTOutput
+from ..moe import RoutingReport
+from ..moe.precision import choose_precision
+from ..randomness import normal, uniform
+from ..text import TextFeatures
+
+
+class LossParts(NamedTuple):
+    """The loss of one micro-batch."""
+
+    diffusion_B: Tensor
+    """Diffusion loss of each image."""
+    time_B: Tensor
+    """Time of each image in [0, 1]: t of a flow, the step over 1000 of ddpm."""
+    routers: dict[str, Tensor]
+    """Router losses by name, weighted, summed over layers."""
+    reports: tuple[RoutingReport, ...]
+
+    @property
+    def diffusion(self) -> Tensor:
+        """Mean diffusion loss over the images."""
+        return self.diffusion_B.mean()
+
+    def total(self) -> Tensor:
+        """The loss to differentiate."""
+        return self.diffusion + sum(self.routers.values())
+
+
+def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, samples: Tensor) -> LossParts:
+    """Loss of some of a step's images; noise, times and label dropout are functions of (seed, step, sample).
+
+    Args:
+        batch: the images, with labels or text.
+        step: number of the step, from 1.
+        samples: indices of the images in the step's global batch, int64, (B,), on the model's device.
+    """
+    seed, device = recipe.training.seed, samples.device
+    images = batch.images.to(device, non_blocking=True)
+    noise = normal(seed, "noise", step, samples, tuple(images.shape[1:]))
+    labels = None
+    if recipe.model.num_classes:
+        labels = batch.labels.to(device, non_blocking=True)
+    if labels is not None and model.null_class is not None:
+        dropped = uniform(seed, "class_dropout", step, samples) < recipe.diffusion.class_dropout
+        labels = torch.where(dropped, model.null_class, labels)
+    text = None
+    if recipe.model.text_dim:
+        assert batch.text is not None
+        dropped = uniform(seed, "class_dropout", step, samples) < recipe.diffusion.caption_dropout
+        text = batch.text.to(device, non_blocking=True).dropped(dropped)
+    if recipe.model.process == "ddpm":
+        t = draw_steps(seed, step, samples)
+    else:
+        t = draw_times(recipe.diffusion, seed, step, samples)
+    return loss_at(model, recipe, images, labels, noise, t, text)
+
+
+def loss_at(
+    model: Backbone,
+    recipe: Recipe,
+    images: Tensor,
+    labels: Tensor | None,
+    noise: Tensor,
+    t: Tensor,
+    text: TextFeatures | None = None,
+) -> LossParts:
+    """Loss for given noise and times; with ddpm, `t` are steps."""
+    prompt = {} if text is None else text.arguments(recipe.model.text_pooled_dim > 0)
+
+    def predict(x_t: Tensor) -> DiTOutput:
+        bf16 = choose_precision(recipe.training.precision, images.device).precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            return model(x_t, t, labels, **prompt)
+
+    if recipe.model.process == "ddpm":
+        schedule = linear_schedule()
+        out = predict(noised(schedule, images, noise, t))
+        losses = ddpm_losses(out.sample.float(), images, noise, t, schedule)
+        loss, time = losses.mse + losses.vb, t / DDPM_STEPS
+    else:
+        point = rectified_flow(images, recipe.model.noise_scale * noise, t)
+        out, time = predict(point.x_t), t
+        loss = flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.loss_min_gap)
+    names = sorted({name for report in out.routing for name in report.losses})
+    routers = {name: torch.stack([r.losses[name] for r in out.routing if name in r.losses]).sum() for name in names}
+    return LossParts(loss, time, routers, out.routing)
