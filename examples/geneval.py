@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..pixels import image_grid, to_uint8
-from ..run_folder import write_atomically
+from diffusion_moe.pixels import image_grid, to_uint8
+from diffusion_moe.run_folder import write_atomically
 
 IMAGES_PER_PROMPT = 4
 """As the published scores have it."""
