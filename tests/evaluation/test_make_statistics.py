@@ -118,7 +118,7 @@ def test_the_file_is_named_after_data_size_and_extractor(small_inception, tmp_pa
         (["digits", "--extractor=classifier", "--output=x.txt"], "statistics are an .npz file"),
         (
             ["digits", "--extractor=classifier", "--inception=x.pth"],
-            "but the extractor is classifier; remove the option",
+            "the extractor is classifier; remove the option",
         ),
         (["digits", "--extractor=no/model"], "cannot load the extractor no/model"),
         ([".", "--extractor=classifier"], "learns from a recipe's labelled data; give a recipe"),

@@ -84,10 +84,10 @@ def test_true_images_are_all_right(capsys, shapes_run, prompts, monkeypatch, tmp
     """Were the prompts, the images or the pixels in another order, hardly one would be."""
     images = render(true_scenes(prompts, 7), 16)
 
-    def true_ones(model, labels, num_samples, settings, vae, usage, first, **options):
-        yield from images[first:num_samples].split(settings.batch_size)
+    def true_ones(sampler, count, labels, prompts, first, stats):
+        yield from images[first:count].split(sampler.settings.batch_size)
 
-    monkeypatch.setattr("diffusion_moe.evaluation.images.generate_batches", true_ones)
+    monkeypatch.setattr(Sampler, "batches", true_ones)
     assert run(capsys, "evaluate", shapes_run, *OPTIONS, "--output", tmp_path / "x.json")[0] == 0
     result = json.loads((tmp_path / "x.json").read_text())
     assert result["overall"]["score"] > 0.9 > result["overall"]["chance"]

@@ -118,9 +118,8 @@ def test_a_sweep_scores_each_point_once_as_evaluate_does(capsys, tmp_path, run_f
     assert rows[1]["images_sha256"] == alone["images_sha256"]
     # Done points are not redone, another one is.
     done = []
-    monkeypatch.setattr(
-        sweep, "score_model", lambda *a: done.append(a[0].settings.guidance_scale) or evaluate.score_model(*a)
-    )
+    score_model = evaluate.score_model
+    monkeypatch.setattr(sweep, "score_model", lambda *a: done.append(a[0].settings.guidance_scale) or score_model(*a))
     assert run(capsys, "sweep", run_folder, *usual, *grid)[0] == 0
     assert done == []
     grid[0] = "--guidance_scale=3,4"

@@ -34,8 +34,8 @@ class TextOptions:
     """Prompts, for a model with text."""
 
     prompts: Path | None = None
-    """A text file of prompts, a line each, used in turn; unless given, the first captions of a run's held-out images, or
-    for coloured shapes questions of every category."""
+    """A text file of prompts, a line each, used in turn; unless given, the first captions of a run's held-out images,
+    or for coloured shapes questions of every category."""
     text_encoder: str | None = None
     """Hub id or folder of the text encoder, if it is not where training left it."""
 

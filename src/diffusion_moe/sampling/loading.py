@@ -74,10 +74,12 @@ def load_text_encoder(
     """
     space = source.text_space
     name = name or (str(source.path) if space is None else space.encoder)
-    length, precision = (source.config.text_length, "fp32") if space is None else (space.length, space.precision)
     options: dict[str, Any] = {} if warn is None else {"warn": warn}
     try:
-        encoder = load_encoder(name, length, precision, **options)
+        if space is None:
+            encoder = load_encoder(name, source.config.text_length, **options)
+        else:
+            encoder = load_encoder(name, space.length, space.precision, **options)
     except ValueError as error:
         raise ValueError(f"{error}; if it was moved, give its folder with --text_encoder") from error
     if space is not None and encoder.sha256() != space.sha256:
