@@ -93,9 +93,7 @@ def _read(line: str) -> GenEvalPrompt:
     for number, entry in enumerate(include):
         # GenEval looks for the other objects among the entries that it has already matched.
         if entry.position and not 0 <= entry.position[1] < number:
-            raise ValueError(
-                f"include {number} is {entry.position[0]} entry {entry.position[1]}; name an earlier one"
-            )
+            raise ValueError(f"include {number} is {entry.position[0]} entry {entry.position[1]}; name an earlier one")
     return GenEvalPrompt(values["prompt"], values["tag"], include, _entries(values, "exclude"), line)
 
 

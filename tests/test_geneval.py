@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from geneval import Required, missing, read_prompts, sample_all, write_images  # noqa: E402
+from geneval import Required, missing, read_prompts, sample_all, write_images
 
 LINES = [
     {"tag": "single_object", "include": [{"class": "lamp", "count": 1}], "prompt": "a photo of a lamp"},

@@ -80,8 +80,8 @@ class Sampling(NamedTuple):
     groups: Groups
     examples: Examples
     about: dict[str, Any]
-    """How the images were sampled: `sampling_metadata`, num_samples, batch_size, the number of classes, and the source of
-    the prompts."""
+    """How the images were sampled: `sampling_metadata`, num_samples, batch_size, the number of classes, and where
+    prompts are from."""
     text: TextTokens | None = None
     """Of a model whose text and image are one sequence."""
 

@@ -138,7 +138,7 @@ def _extract_part(images: Images, extractor: Extractor, part: range, batch_size:
         rows.append({**extractor(batch), "sha256": digests_of(batch)})
         began = time.perf_counter()
     tensors = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
-    metadata = {"usage": json.dumps(_totals(stats)), "seconds": str(seconds)}
+    metadata = {"usage": json.dumps(stats.totals()), "seconds": str(seconds)}
     with replace_atomically(_path(folder, part)) as file:
         file.write(save(tensors, metadata=metadata))
 
@@ -176,7 +176,7 @@ def _joined(folder: Path, parts: list[range]) -> Features:
             spatial = sums if spatial is None else spatial + sums
         for name, tensor in tensors.items():
             columns.setdefault(name, []).append(tensor)
-        _add(stats, json.loads(metadata["usage"]))
+        stats.add(json.loads(metadata["usage"]))
         seconds += float(metadata["seconds"])
     whole: dict[str, Any] = {name: torch.cat(rows) for name, rows in columns.items()}
     count = parts[-1].stop
@@ -188,25 +188,6 @@ def _joined(folder: Path, parts: list[range]) -> Features:
         stats=stats,
         seconds_per_image=seconds / count,
     )
-
-
-def _totals(stats: SamplingStats) -> dict[str, float]:
-    """Plain numbers by field, without fields that counted nothing."""
-    totals = {}
-    for name, value in vars(stats).items():
-        if value:
-            totals[name] = float(torch.stack(value).sum()) if isinstance(value, list) else value
-    return totals
-
-
-def _add(stats: SamplingStats, totals: dict[str, float]) -> None:
-    """Add totals to the stats."""
-    for name, value in totals.items():
-        counted = getattr(stats, name)
-        if isinstance(counted, list):
-            counted.append(torch.tensor(value, dtype=torch.float64))
-        else:
-            setattr(stats, name, counted + value)
 
 
 def _duration(seconds: float) -> str:

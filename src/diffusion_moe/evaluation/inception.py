@@ -88,9 +88,7 @@ def _downloaded(url: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=PUBLISHED_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"cannot download {url} ({error}); give it with --inception FILE"
-            ) from error
+            raise ValueError(f"cannot download {url} ({error}); give it with --inception FILE") from error
     barrier()
     return path
 

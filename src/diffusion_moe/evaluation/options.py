@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import require
-from ..sampling.options import Weights
+from ..sampling.options import WeightsOptions
 
 Split = Literal["train", "test"]
 REFERENCE_FEATURES = 10_000
@@ -41,14 +41,9 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(TextOptions, ReferenceOptions):
+class EvaluateOptions(WeightsOptions, TextOptions, ReferenceOptions):
     """How a model's images are scored."""
 
-    weights: Weights = "ema"
-    """A run's EMA weights (ema), those of its newest checkpoint without EMA (model), or a further EMA
-    (training.extra_ema_decays) by its decay, as 0.999."""
-    vae: str | None = None
-    """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
     output: Path | None = None
     """The JSON file of the scores; in the folder, under a name that tells settings apart, unless given."""
 

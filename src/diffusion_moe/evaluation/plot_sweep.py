@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .grid import AXES
 from .report import Result, number_of
 
 
@@ -21,24 +22,13 @@ class Figure(NamedTuple):
 
 FIGURES = (
     Figure("guidance.png", "guidance_scale", "guidance scale", ("guidance_scale",)),
-    Figure(
-        "capacity.png",
-        "average_capacity",
-        "average capacity (routed experts a token)",
-        ("threshold_scale", "guidance_scale"),
-    ),
-    Figure(
-        "time.png",
-        "seconds_per_image",
-        "seconds an image, generation alone",
-        ("steps", "threshold_scale", "guidance_scale"),
-    ),
+    Figure("capacity.png", "average_capacity", "average capacity (routed experts a token)", AXES[-2:]),
+    Figure("time.png", "seconds_per_image", "seconds an image, generation alone", ("steps", *AXES[-2:])),
 )
 LEGEND_INSIDE = 6
 """Lines whose names fit inside the figure."""
 QUALITIES = {"overall": "share of prompts that are right", "fid": "FID", "frechet": "Fréchet distance"}
 """Scores for the vertical axis, of which the first known one is plotted, and their names."""
-SETTINGS = ("weights", "solver", "steps", "guidance_interval", "threshold_scale", "guidance_scale")
 
 
 def plot_sweep(results: list[Result], folder: Path) -> list[Path]:
@@ -82,7 +72,7 @@ def _plot(results: list[Result], figure: Figure, path: Path) -> None:
 
 def lines_of(results: list[Result], along: str) -> dict[str, list[Result]]:
     """Scores whose settings are equal except `along`, in its order, under a title of what differs between lines."""
-    varying = [key for key in SETTINGS if key != along and _varies(results, key)]
+    varying = [key for key in AXES if key != along and _varies(results, key)]
     lines: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result[along] or 0):  # the adaptive solver has no steps
         title = ", ".join(_label(key, result[key]) for key in varying)

@@ -107,11 +107,7 @@ def digest_of(content: Any) -> str:
 
 
 def check_text_options(source: Source, options: TextOptions) -> None:
-    """Refuse prompts for a model without text, and models of classes and text.
-
-    Raises:
-        ValueError: as above.
-    """
+    """Raise a ValueError for prompts of a model without text, and for a model of classes and text."""
     if source.config.text_dim and source.config.num_classes:
         raise ValueError(f"the model of {source.path} takes classes and text, which only its forward can be given")
     for name, value in (("prompts", options.prompts), ("text_encoder", options.text_encoder)):

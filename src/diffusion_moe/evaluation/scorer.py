@@ -239,11 +239,7 @@ def classifier_scorer(data: DataConfig) -> ClassifierScorer:
 
 
 def check_small(training: ImageDataset) -> None:
-    """Refuse data too large for a classifier of all images in memory.
-
-    Raises:
-        ValueError: as above.
-    """
+    """Raise a ValueError for data too large for a classifier of all images in memory."""
     values = len(training) * training.read([0]).images[0].numel()
     if values > OWN_DATA_LIMIT:
         raise ValueError(

@@ -19,30 +19,22 @@ from ..sampling.source import Source
 from .evaluate import prompts_for, score_model, scorer_for
 from .extract_features import Log
 from .features import fingerprint
-from .grid import SweepPoint
+from .grid import AXES, SweepPoint
 from .options import SweepOptions
-from .plot_sweep import SETTINGS, plot_sweep
+from .plot_sweep import plot_sweep
 from .prompts import PromptSource
 from .report import Result, number_of, summary
 from .scorer import Scorer
 
 FOLDER = "sweep"
 """Folder in a run or model folder."""
-SCORES = (
-    "overall",
-    "seen",
-    "held_out",
-    "fid",
-    "sfid",
-    "inception_score",
-    "kid",
-    "frechet",
-    "kernel_distance",
-    "precision",
-    "recall",
-    "recognised",
-    "nearest_neighbour",
-)
+SCORES = ("overall", "seen", "held_out", "fid", "sfid", "inception_score", "kid", "frechet", "kernel_distance")
+SCORES += ("precision", "recall", "recognised", "nearest_neighbour")
+HEADINGS = {"function_evaluations": "evaluations", "average_capacity": "capacity", "seconds_per_image": "s/image"}
+HEADINGS |= {"guidance_scale": "guidance", "guidance_interval": "interval", "threshold_scale": "thresholds"}
+HEADINGS |= {"inception_score": "IS", "fid": "FID", "sfid": "sFID", "kid": "KID"}
+HEADINGS |= {"kernel_distance": "kernel", "nearest_neighbour": "nearest", "held_out": "held out"}
+"""Short names of columns, for the logged table."""
 COSTS = ("function_evaluations", "average_capacity", "seconds_per_image")
 RECORDED = ("num_samples", "seed", "ema_decay", "training_steps", "images_sha256")
 
@@ -92,11 +84,7 @@ def sweep(source: Source, points: Sequence[SweepPoint], options: SweepOptions, l
 
 
 def check_point(source: Source, point: SweepPoint) -> None:
-    """Refuse a point that does not fit the model, before anything is generated.
-
-    Raises:
-        ValueError: as above.
-    """
+    """Raise a ValueError for a point that does not fit the model, before anything is generated."""
     check_solver(source.config, point.settings)
     scale = point.settings.threshold_scale
     if scale != 1 and not (source.config.rule and source.config.rule.has_thresholds):
@@ -144,7 +132,7 @@ def _report(scored: list[ScoredPoint], folder: Path, log: Log) -> None:
 def row(scored: ScoredPoint) -> dict[str, Any]:
     """One line of the table: settings, costs, scores, and what they depend on."""
     result = scored.result
-    values = {key: result.get(key) for key in (*SETTINGS, *COSTS)}
+    values = {key: result.get(key) for key in (*AXES, *COSTS)}
     values |= {key: number_of(result[key]) for key in SCORES if key in result}
     values |= {key: result.get(key) for key in RECORDED}
     values["guidance_interval"] = "{:g}:{:g}".format(*result["guidance_interval"])
@@ -170,31 +158,12 @@ def to_csv(scored: list[ScoredPoint]) -> str:
 def table(scored: list[ScoredPoint]) -> list[str]:
     """The settings that vary, the costs and the scores, as lines of equal width."""
     rows = [row(point) for point in scored]
-    varying = [key for key in SETTINGS if len({str(values[key]) for values in rows}) > 1] or ["guidance_scale"]
+    varying = [key for key in AXES if len({str(values[key]) for values in rows}) > 1] or ["guidance_scale"]
     keys = [*varying, *COSTS, *(key for key in SCORES if key in rows[0])]
     keys = [key for key in keys if any(values[key] is not None for values in rows)]
-    cells = [[_heading(key) for key in keys], *([_cell(values[key]) for key in keys] for values in rows)]
+    cells = [[HEADINGS.get(key, key) for key in keys], *([_cell(values[key]) for key in keys] for values in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     return ["  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in cells]
-
-
-def _heading(key: str) -> str:
-    short = {
-        "function_evaluations": "evaluations",
-        "average_capacity": "capacity",
-        "seconds_per_image": "s/image",
-        "guidance_scale": "guidance",
-        "guidance_interval": "interval",
-        "threshold_scale": "thresholds",
-        "inception_score": "IS",
-        "fid": "FID",
-        "sfid": "sFID",
-        "kid": "KID",
-        "kernel_distance": "kernel",
-        "nearest_neighbour": "nearest",
-        "held_out": "held out",
-    }
-    return short.get(key, key)
 
 
 def _cell(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -67,30 +67,39 @@ class SamplingStats:
     batches: int = 0
     evaluations: int = 0
     """Calls of the guided model, summed over batches; with guidance, a call runs the network twice."""
-    served: list[Tensor] = field(default_factory=list)
-    """For each network evaluation, pairs of token and expert in all MoE layers."""
+    served: Tensor | float = 0
+    """Pairs of token and expert, summed over MoE layers and network evaluations."""
     offered: int = 0
-    """Tokens that routers saw, summed over layers and network evaluations."""
-    dropped: list[Tensor] = field(default_factory=list)
-    """For each network evaluation with a capacity limit, the choices that exceeded it."""
+    """Tokens that routers saw, summed likewise."""
+    dropped: Tensor | float | None = None
+    """Choices that exceeded a capacity limit, summed likewise; None without a limit."""
 
     def note(self, reports: tuple[RoutingReport, ...]) -> None:
         """Count what one network evaluation routed."""
-        if reports:
-            self.served.append(torch.stack([report.counts_E.sum() for report in reports]).sum())
+        if reports:  # tensors are summed where they are: reading one would wait for the GPU
+            self.served = self.served + torch.stack([report.counts_E.sum() for report in reports]).sum()
             self.offered += sum(report.num_tokens for report in reports)
-            self.dropped += [report.dropped.clone() for report in reports if report.dropped is not None]
+        for dropped in (report.dropped for report in reports if report.dropped is not None):
+            self.dropped = dropped + (0 if self.dropped is None else self.dropped)
+
+    def totals(self) -> dict[str, float]:
+        """The counts as plain numbers."""
+        return {name: float(value) for name, value in vars(self).items() if value is not None}
+
+    def add(self, totals: dict[str, float]) -> None:
+        """Add the totals of other stats."""
+        for name, value in totals.items():
+            setattr(self, name, value + (getattr(self, name) or 0))
 
     def summary(self) -> dict[str, float | None]:
         """Evaluations an image, routed experts a token on average (null without experts), and the share dropped."""
-        served = float(torch.stack(self.served).sum()) if self.served else 0.0
+        served = float(self.served)
         numbers: dict[str, float | None] = {
             "function_evaluations": self.evaluations / max(1, self.batches),
             "average_capacity": served / self.offered if self.offered else None,
         }
-        if self.dropped:
-            dropped = float(torch.stack(self.dropped).sum())
-            numbers["dropped_share"] = dropped / max(1.0, served + dropped)
+        if self.dropped is not None:
+            numbers["dropped_share"] = float(self.dropped) / max(1.0, served + float(self.dropped))
         return numbers
 
 
@@ -102,11 +111,7 @@ def with_precision(settings: EvaluationConfig, log: Callable[[str], None]) -> Ev
 
 
 def check_solver(config: ModelConfig, settings: EvaluationConfig) -> None:
-    """Refuse a solver or guidance that does not fit the model.
-
-    Raises:
-        ValueError: as above.
-    """
+    """Raise a ValueError for a solver or guidance that does not fit the model."""
     fitting = FLOW_SOLVERS if config.process == "flow" else DDPM_SOLVERS
     if settings.solver not in fitting:
         raise ValueError(
@@ -264,20 +269,10 @@ def vae_scale_factor(vae: AutoencoderKL | None) -> int:
 
 
 def generate(
-    model: Backbone,
-    labels: Tensor | None,
-    num_samples: int,
-    settings: EvaluationConfig,
-    vae: AutoencoderKL | None = None,
-    stats: SamplingStats | None = None,
-    *,
-    prompts: PromptRows | None = None,
-    size: tuple[int, int] | None = None,
+    model: Backbone, labels: Tensor | None, num_samples: int, settings: EvaluationConfig, *options: Any, **more: Any
 ) -> Tensor:
-    """All images of `generate_batches` as one tensor."""
-    return torch.cat(
-        list(generate_batches(model, labels, num_samples, settings, vae, stats, prompts=prompts, size=size))
-    )
+    """All images of `generate_batches`, whose arguments these are, as one tensor."""
+    return torch.cat(list(generate_batches(model, labels, num_samples, settings, *options, **more)))
 
 
 def sampling_metadata(settings: EvaluationConfig, stats: SamplingStats) -> dict[str, Any]:

@@ -14,7 +14,18 @@ ENDINGS = {"grid": ".png", "npz": ".npz", "png": ""}
 
 
 @dataclass(frozen=True)
-class SampleOptions:
+class WeightsOptions:
+    """Weights and decoder of a folder."""
+
+    weights: Weights = "ema"
+    """A run's EMA weights (ema), those of its newest checkpoint without EMA (model), or a further EMA
+    (training.extra_ema_decays) by its decay, as 0.999."""
+    vae: str | None = None
+    """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
+
+
+@dataclass(frozen=True)
+class SampleOptions(WeightsOptions):
     """Which images to sample and how to save them."""
 
     classes: str | None = None
@@ -24,13 +35,8 @@ class SampleOptions:
     """Images of each class (of an unconditional model: images)."""
     format: Literal["grid", "png", "npz"] = "grid"
     """One image with a row a class, single images, or arrays `images` (uint8, NHWC) and `labels`."""
-    weights: Weights = "ema"
-    """A run's EMA weights (ema), those of its newest checkpoint without EMA (model), or a further EMA
-    (training.extra_ema_decays) by its decay, as 0.999."""
     output: Path | None = None
     """File (grid, npz) or folder (png); inside the folder's samples/ unless given."""
-    vae: str | None = None
-    """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
     prompt: str | None = None
     """A text to generate `per_class` images of."""
     prompts: Path | None = None

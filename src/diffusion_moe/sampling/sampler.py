@@ -53,18 +53,8 @@ class Sampler:
         stats: SamplingStats | None = None,
     ) -> Iterator[Tensor]:
         """Images `first` to count - 1, a batch at a time; see `generate_batches`."""
-        return generate_batches(
-            self.model,
-            labels,
-            count,
-            self.settings,
-            self.vae,
-            stats,
-            first,
-            prompts=prompts,
-            size=size,
-            network=self._network,
-        )
+        call = (self.model, labels, count, self.settings, self.vae, stats, first)
+        return generate_batches(*call, prompts=prompts, size=size, network=self._network)
 
     def images(self, count: int, labels: Tensor | None = None, prompts: PromptRows | None = None) -> Tensor:
         """All images of `batches` as one tensor."""

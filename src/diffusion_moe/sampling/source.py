@@ -49,11 +49,7 @@ class Source:
     """See `options.Weights`."""
 
     def with_vae(self, vae: str | None) -> Source:
-        """The same source with another VAE, if one is given.
-
-        Raises:
-            ValueError: the folder has a VAE of its own.
-        """
+        """The same source with another VAE, if one is given; a ValueError if the folder has its own."""
         if vae is None:
             return self
         if self.vae is not None and self.latent_space is None:
@@ -61,11 +57,7 @@ class Source:
         return replace(self, vae=vae)
 
     def check_images(self) -> None:
-        """Refuse a model that generates latents without a VAE to decode them.
-
-        Raises:
-            ValueError: as above.
-        """
+        """Raise a ValueError for a model of latents without a VAE to decode them."""
         if self.vae is None and self.config.in_channels not in (1, 3):
             raise ValueError(
                 f"{self.path} generates latents of {self.config.in_channels} channels and has no VAE to decode them; "
@@ -180,14 +172,8 @@ def _read_pipeline(path: Path) -> Source:
     folder, vae = path / "transformer", path / "vae"
     config = _read_config(folder)
     class_names = tuple(str(names.get(str(number), "")) for number in range(config.num_classes)) if names else ()
-    return Source(
-        path,
-        folder,
-        config,
-        default_settings(config),
-        vae=str(vae) if vae.is_dir() else None,
-        class_names=class_names,
-    )
+    decoder = str(vae) if vae.is_dir() else None
+    return Source(path, folder, config, default_settings(config), decoder, class_names)
 
 
 def _read_data(model_folder: Path) -> dict[str, Any]:
