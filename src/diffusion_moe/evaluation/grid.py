@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from ..config import EvaluationConfig
 from ..parsing import read_yaml, unknown_name
-from .options import SweepOptions, Weights
+from ..sampling.options import Weights
+from .options import SweepOptions
 
 AXES = ("weights", "solver", "steps", "guidance_interval", "threshold_scale", "guidance_scale")
 """Settings that a grid combines; the last one changes fastest."""

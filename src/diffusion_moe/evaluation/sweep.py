@@ -23,13 +23,12 @@ from .grid import AXES, SweepPoint
 from .options import SweepOptions
 from .plot_sweep import plot_sweep
 from .prompts import PromptSource
-from .report import Result, number_of, summary
+from .report import TITLES, Result, number_of, summary
 from .scorer import Scorer
 
 FOLDER = "sweep"
 """Folder in a run or model folder."""
-SCORES = ("overall", "seen", "held_out", "fid", "sfid", "inception_score", "kid", "frechet", "kernel_distance")
-SCORES += ("precision", "recall", "recognised", "nearest_neighbour")
+SCORES = ("overall", "seen", "held_out", *TITLES)
 HEADINGS = {"function_evaluations": "evaluations", "average_capacity": "capacity", "seconds_per_image": "s/image"}
 HEADINGS |= {"guidance_scale": "guidance", "guidance_interval": "interval", "threshold_scale": "thresholds"}
 HEADINGS |= {"inception_score": "IS", "fid": "FID", "sfid": "sFID", "kid": "KID"}
