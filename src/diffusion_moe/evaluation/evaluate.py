@@ -59,24 +59,9 @@ def prompts_for(sampler: Sampler, options: EvaluateOptions | SweepOptions, log: 
 
 
 def scorer_for(
-    sampler: Sampler,
-    options: EvaluateOptions | SweepOptions,
-    prompts: PromptSource | None,
-    folder: Path,
-    log: Log,
+    sampler: Sampler, options: EvaluateOptions | SweepOptions, prompts: PromptSource | None, folder: Path, log: Log
 ) -> Scorer:
-    """The scorer of a model's images.
-
-    Args:
-        sampler: the model.
-        options: the reference, if there is one.
-        prompts: of the images.
-        folder: where unfinished work is kept.
-        log: the main process's lines.
-
-    Raises:
-        ValueError: see `make_scorer`.
-    """
+    """The scorer of a model's images; see `make_scorer`."""
     size = sampler.image_size
     if isinstance(prompts, Questions) and options.extractor is None and options.inception is None:
         return ShapesScorer(prompts, size, sampler.settings.seed)

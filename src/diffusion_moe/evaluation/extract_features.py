@@ -81,10 +81,8 @@ def extract_features(
     Finished parts are kept until the block has ended without an error, as the result is then saved.
 
     Args:
-        images: to read or generate.
-        extractor: of the features.
         batch_size: images at a time.
-        parent: folder for the folder of unfinished work.
+        parent: where the folder of unfinished work is made.
         log: the main process's lines.
 
     Raises:

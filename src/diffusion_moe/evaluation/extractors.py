@@ -16,7 +16,6 @@ def make_extractor(name: str, inception: Path | None = None, reference: Referenc
     """An extractor by name, on the best device.
 
     Args:
-        name: inception, classifier, or a `transformers` model's hub id or folder.
         inception: Inception's weight file.
         reference: statistics that hold the classifier.
 

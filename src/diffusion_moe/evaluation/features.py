@@ -28,15 +28,7 @@ class ExtractorIdentity:
     """The layer whose output is taken."""
 
     def check(self, other: ExtractorIdentity, where: str) -> None:
-        """Refuse another identity, unless it differs in the name alone.
-
-        Args:
-            other: of the features to compare with.
-            where: they are stored, for the message.
-
-        Raises:
-            ValueError: the features do not compare.
-        """
+        """Raise a ValueError for features, stored in `where`, that do not compare; the name alone does not matter."""
         mine, theirs = asdict(self), asdict(other)
         for key, what in (("weights", "weights"), ("resize", "resizing"), ("feature", "features")):
             if mine[key] != theirs[key]:

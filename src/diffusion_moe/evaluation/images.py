@@ -45,8 +45,6 @@ class Images(ABC):
         """The images of a range as uint8 NCHW, at most `batch_size` at a time.
 
         Args:
-            numbers: of the images.
-            batch_size: of other images than generated ones, whose batches the sampler's settings size.
             stats: filled with what generating them cost.
 
         Raises:
@@ -208,7 +206,6 @@ def open_images(path: Path, channels: int = 3, image_size: int | None = None) ->
     """The images of a folder or an `.npz`.
 
     Args:
-        path: of the folder or file.
         channels: that files are read with.
         image_size: side of the square in pixels that files are resized and cropped to; None: they are not.
 

@@ -30,8 +30,6 @@ def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, l
     Args:
         name: of the recipe that `data` comes from, or the path of a folder of images or an `.npz`.
         data: the recipe's data; None for a folder or an `.npz`.
-        options: extractor and output.
-        log: the main process's lines.
 
     Raises:
         ValueError: data, extractor and options do not fit.
@@ -158,15 +156,10 @@ def _measure(
         "data": metadata,
         "images_sha256": digest_of_all(torch.stack(digests)) if digests else "",
     }
-    return Reference(
-        images.name,
-        moments["pool"],
-        moments.get("spatial"),
-        torch.stack(kept) if kept else None,
-        extractor.identity,
-        about,
-        dict(extractor.module.state_dict()) if extractor.identity.name == CLASSIFIER else {},
-    )
+    features = torch.stack(kept) if kept else None
+    classifier = dict(extractor.module.state_dict()) if extractor.identity.name == CLASSIFIER else {}
+    pool, spatial = moments["pool"], moments.get("spatial")
+    return Reference(images.name, pool, spatial, features, extractor.identity, about, classifier)
 
 
 def _gathered(own: dict[int, Tensor]) -> list[Tensor]:

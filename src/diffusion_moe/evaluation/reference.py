@@ -56,15 +56,7 @@ class Reference:
         return self.extractor is None
 
     def check(self, extractor: Extractor, image_size: tuple[int, int] | None) -> None:
-        """Refuse images that do not compare with these.
-
-        Args:
-            extractor: of their features.
-            image_size: their height and width in pixels; None: not known yet.
-
-        Raises:
-            ValueError: as above.
-        """
+        """Raise a ValueError for images of this size (None: not known yet) and extractor that do not compare."""
         if self.extractor is not None:
             extractor.identity.check(self.extractor, self.name)
         elif not isinstance(extractor, Inception):
@@ -142,15 +134,8 @@ def read_reference(path: Path) -> Reference:
     _check_width(path, pool, POOL_WIDTH)
     if spatial is not None:
         _check_width(path, spatial, SPATIAL_WIDTH)
-    about = {"made_by": "not said in the file"}
-    return Reference(
-        str(path),
-        pool,
-        spatial,
-        about=about,
-        sha256=_digest(arrays)[:HASH_DIGITS],
-        images=path if has_images else None,
-    )
+    about, digest = {"made_by": "not said in the file"}, _digest(arrays)[:HASH_DIGITS]
+    return Reference(str(path), pool, spatial, about=about, sha256=digest, images=path if has_images else None)
 
 
 def _ours(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
@@ -165,20 +150,14 @@ def _ours(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
         raise ValueError(f"{path} does not name its extractor ({error}); make it again") from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}; this version reads {FORMAT}")
-    return Reference(
-        str(path),
-        _moments(path, arrays, ""),
-        _moments(path, arrays, "_s") if "mu_s" in arrays else None,
-        torch.from_numpy(arrays["features"]) if "features" in arrays else None,
-        extractor,
-        about,
-        {
-            name.removeprefix(CLASSIFIER_PREFIX): torch.from_numpy(array)
-            for name, array in arrays.items()
-            if name.startswith(CLASSIFIER_PREFIX)
-        },
-        expected[:HASH_DIGITS],
-    )
+    pool, spatial = _moments(path, arrays, ""), _moments(path, arrays, "_s") if "mu_s" in arrays else None
+    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+    classifier = {
+        name.removeprefix(CLASSIFIER_PREFIX): torch.from_numpy(array)
+        for name, array in arrays.items()
+        if name.startswith(CLASSIFIER_PREFIX)
+    }
+    return Reference(str(path), pool, spatial, features, extractor, about, classifier, expected[:HASH_DIGITS])
 
 
 def _moments(path: Path, arrays: dict[str, np.ndarray], ending: str) -> Moments:

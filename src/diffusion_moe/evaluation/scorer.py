@@ -168,11 +168,9 @@ def make_scorer(
     """The scorer that options ask for.
 
     Args:
-        options: reference and extractor.
         own: the data of a run, for a classifier where no reference is given.
         image_size: height and width of the images to come, in pixels.
         folder: where unfinished work is kept.
-        log: the main process's lines.
 
     Raises:
         ValueError: reference, extractor and images do not fit, or one of them is missing.

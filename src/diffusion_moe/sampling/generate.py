@@ -188,15 +188,7 @@ def generate_batches(
 def _solve(
     call: Model, config: ModelConfig, settings: EvaluationConfig, samples: Tensor, shape: tuple[int, ...]
 ) -> Tensor:
-    """Integrate from noise to samples, (B, C, H, W) in the model's space.
-
-    Args:
-        call: the guided velocity, or epsilon and variance.
-        config: of the model.
-        settings: solver and steps.
-        samples: numbers of the images, which choose their noise.
-        shape: (C, H, W).
-    """
+    """Integrate `call` from the noise of these image numbers to samples, (B, C, H, W) in the model's space."""
 
     def noise(step: int) -> Tensor:  # step 0 is the start
         return config.noise_scale * normal(settings.seed, "sample", step, samples, shape)

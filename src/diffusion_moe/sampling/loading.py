@@ -65,7 +65,6 @@ def load_text_encoder(
     """The encoder for the model's prompts, on the best device.
 
     Args:
-        source: the model's folder.
         name: folder or hub id of the encoder; None: where training or conversion left it.
         warn: called when prompts are cut.
 

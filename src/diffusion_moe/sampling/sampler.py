@@ -72,11 +72,7 @@ class Sampler:
 
 
 def load_sampler(source: Source, settings: EvaluationConfig | None = None) -> Sampler:
-    """Check that model and settings fit, then load the weights and the VAE.
-
-    Args:
-        source: the folder; its `weights` says which weights are loaded.
-        settings: how it is sampled; None: as the source says.
+    """Check that model and settings (None: the source's) fit, then load the weights and the VAE.
 
     Raises:
         ValueError: solver or guidance do not fit the model, latents lack a VAE, or weights are missing or damaged.

@@ -126,11 +126,7 @@ def read_source(path: Path) -> Source:
 
 
 def with_data(source: Source, data: dict[str, Any], file: Path) -> Source:
-    """Add what a model remembers of its data: class names, and the spaces of its latents and texts.
-
-    Args:
-        data: see `ImageDataset.record`.
-        file: where it is stored, for messages.
+    """Add what `ImageDataset.record` stored in a file: class names, and the spaces of latents and texts.
 
     Raises:
         ValueError: the values cannot be read.
