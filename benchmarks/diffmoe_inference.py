@@ -14,12 +14,13 @@ from pathlib import Path
 
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.data import load_dataset
-from diffusion_moe.evaluation.features import train_classifier
+from diffusion_moe.evaluation.classifier import train_classifier
 from diffusion_moe.evaluation.metrics import frechet_distance
 from diffusion_moe.evaluation.statistics import FeatureSums
 from diffusion_moe.moe import routers_of
 from diffusion_moe.run_folder import RunFolder
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate
+from diffusion_moe.sampling.loading import best_device, load_weights
 from diffusion_moe.sampling.source import read_source
 
 IMAGES = 500
@@ -28,7 +29,7 @@ IMAGES = 500
 def main(folder: Path) -> None:
     """Print a line for each way of deciding."""
     data = RunFolder(folder).read_recipe().data
-    model = read_source(folder).load().model
+    model = load_weights(read_source(folder)).to(best_device())
     classifier = train_classifier(load_dataset(data, "train"))
     held_out = FeatureSums.of(classifier.scorer(load_dataset(data, "test").everything().images)[0])
     labels = class_schedule(IMAGES, model.settings.num_classes)
@@ -40,13 +41,13 @@ def main(folder: Path) -> None:
     for pool, batch, scale in ways:
         for router in routers_of(model):
             router.config = dataclasses.replace(router.config, inference_pool=pool)
-        usage, settings = SamplingStats(), EvaluationConfig(batch_size=batch, threshold_scale=scale)
-        images = generate(model, labels, IMAGES, settings, usage=usage).clamp(-1, 1)
+        stats, settings = SamplingStats(), EvaluationConfig(batch_size=batch, threshold_scale=scale)
+        images = generate(model, labels, IMAGES, settings, stats=stats).clamp(-1, 1)
         reference = images if reference is None else reference
         features, verdicts = classifier.scorer(images)
         difference = float((images - reference).square().mean().sqrt())
         print(
-            f"{pool:8}{batch:7}{scale:7.2f}{usage.summary()['average_capacity']:17.3f}"
+            f"{pool:8}{batch:7}{scale:7.2f}{stats.summary()['average_capacity']:17.3f}"
             f"{float((verdicts == labels).float().mean()):12.1%}"
             f"{frechet_distance(FeatureSums.of(features), held_out):9.1f}{difference:16.3f}",
             flush=True,

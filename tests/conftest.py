@@ -121,6 +121,17 @@ def text_encoder_folder(tmp_path_factory):
     return _make_text_encoder("t5", tmp_path_factory.mktemp("t5"))
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory, tiny_options):
+    """A finished run of a tiny DiffMoE on digits."""
+    from diffusion_moe.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    options = ["--training.steps=40", "--training.checkpoint_every=20", "--model.router=diffmoe"]
+    assert main(["train", "digits", "--output_dir", str(folder), *tiny_options, *options]) == 0
+    return folder
+
+
 TINY_SHAPES = [
     "--model.sample_size=16",
     "--model.patch_size=4",

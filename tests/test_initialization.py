@@ -16,6 +16,7 @@ from diffusion_moe.conversion import ConvertOptions, export_reference_checkpoint
 from diffusion_moe.initialization import PretrainedModel, model_options
 from diffusion_moe.models import load_model, make_model
 from diffusion_moe.parsing import read_recipe
+from diffusion_moe.sampling.loading import load_weights
 from diffusion_moe.sampling.source import read_source
 
 
@@ -104,7 +105,7 @@ def merged_by_hand(run):
 
 def test_last_weights_of_a_run_of_adapters_are_merged(adapted):
     origin = PretrainedModel(InitConfig(str(adapted), "model")).origin().model
-    sampled = replace(read_source(adapted), weights="model").load().model.cpu()
+    sampled = load_weights(replace(read_source(adapted), weights="model"))
     expected = merged_by_hand(adapted)
     torch.testing.assert_close(dict(origin.state_dict()), expected)
     assert states_equal(origin.state_dict(), sampled.state_dict())

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .allocator import keep_compiled_products, keep_freed_memory
 from .benchmarks.options import BenchOptions, What
 from .config import SECTIONS, DataConfig, EvaluationConfig, InitConfig, to_yaml
 from .conversion import ConvertOptions, export_reference_checkpoint, to_pipeline
 from .encoding.options import EncodeOptions
-from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions, Weights
+from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions
 from .inspection.options import InspectOptions
 from .parsing import (
     find_recipe,
@@ -33,6 +33,7 @@ from .parsing import (
 )
 from .planning.options import PlanOptions
 from .run_folder import Resume, RunFolder
+from .sampling.options import SampleOptions
 from .shapes.text_encoder.options import TextEncoderOptions
 
 if TYPE_CHECKING:
@@ -59,49 +60,6 @@ class TrainOptions:
     resume: Resume = "auto"
     """auto: go on from the last good checkpoint; never: refuse a folder that is not empty; changed: go on from it by
     another recipe (schedule, batch size, averages, seed, data of the same shape), and keep the old one."""
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Which images to draw and how to save them."""
-
-    classes: str | None = None
-    """Names or numbers of classes, as "golden retriever,7"; #7 is number 7, name:7 the class named 7. All unless given,
-    or eight of more than twenty."""
-    per_class: int = 10
-    """Images of each class (of an unconditional model: images)."""
-    format: Literal["grid", "png", "npz"] = "grid"
-    """One picture with a row a class, single pictures, or arrays `images` (uint8, NHWC) and `labels`."""
-    weights: Weights = "ema"
-    """A run's averaged weights (ema), those of its newest checkpoint that are not averaged (model), or a further
-    average (training.extra_ema_decays) by its decay, as 0.999."""
-    output: Path | None = None
-    """File (grid, npz) or folder (png); inside the folder's samples/ unless given."""
-    vae: str | None = None
-    """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
-    prompt: str | None = None
-    """A text to draw (of each, `per_class` images)."""
-    prompts: Path | None = None
-    """A text file of prompts, a line each."""
-    negative_prompt: str | None = None
-    """A text that guidance leads away from; the model's null prompt unless given."""
-    text_encoder: str | None = None
-    """Hub id or folder of the text encoder, where it is not where training left it."""
-    height: int | None = None
-    """Height of the images in pixels, any that patches fill; the model's own unless given."""
-    width: int | None = None
-    """Width of the images in pixels; likewise."""
-
-    def __post_init__(self) -> None:
-        if self.per_class < 1:
-            raise ValueError(f"per_class is {self.per_class}; it must be positive")
-        for name in ("negative_prompt", "text_encoder"):
-            if getattr(self, name) is not None and self.prompt is None and self.prompts is None:
-                raise ValueError(f"{name} is {getattr(self, name)}, but there is no prompt; give --prompt or --prompts")
-
-    def chosen(self) -> list[str] | None:
-        """The classes one by one."""
-        return None if self.classes is None else [part.strip() for part in self.classes.strip("[] ").split(",")]
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -160,18 +118,11 @@ def sample(arguments: Sequence[str]) -> int:
         "sample", sample.__doc__ or "", arguments, {"num_samples"}, SampleOptions
     )
     from .sampling.generate import with_precision
-    from .sampling.prompts import PromptRequest, read_prompts
     from .sampling.sample import generate_images
 
     source = dataclasses.replace(source.with_vae(options.vae), weights=options.weights)
-    prompts = read_prompts(options.prompt, options.prompts)
-    asked = PromptRequest(prompts, options.negative_prompt, options.text_encoder) if prompts else None
-    size = (options.height, options.width)
     with_precision(settings, log)
-    path = generate_images(
-        source, settings, options.chosen(), options.per_class, options.format, options.output, log, asked, size
-    )
-    log(f"wrote {path}")
+    log(f"wrote {generate_images(source, settings, options, log)}")
     return 0
 
 
@@ -264,10 +215,11 @@ def evaluate(arguments: Sequence[str]) -> int:
     source = dataclasses.replace(source.with_vae(options.vae), weights=options.weights)
     from .evaluation.evaluate import evaluate_model
     from .sampling.generate import with_precision
+    from .sampling.sampler import load_sampler
 
     with _processes() as tell:
         with_precision(settings, tell)
-        evaluate_model(source, settings, options, tell)
+        evaluate_model(load_sampler(source, settings), options, tell)
     return 0
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .run_folder import RunFolder
-from .sampling.source import CONVERSION, MODEL_CLASSES, load_vae, read_source
+from .sampling.loading import load_decoder, load_text_encoder, load_vae, load_weights
+from .sampling.source import CONVERSION, MODEL_CLASSES, read_source
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -68,8 +69,8 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         _refuse(options, ("config", "format", "file"), "a folder of this library's own")
         _refuse_weights(options)
         ours = read_source(Path(source))
-        loaded = dataclasses.replace(ours, vae=options.vae or ours.vae).load()
-        model, vae, record = loaded.model, loaded.vae, ours.origin() | {"source": source}
+        model, record = load_weights(ours), ours.weights_metadata() | {"source": source}
+        vae = load_decoder(dataclasses.replace(ours, vae=options.vae or ours.vae))
         names = list(ours.class_names) or _run_names(Path(source))
     else:
         model, record = read_published(
@@ -84,7 +85,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         raise ValueError(f"there are {len(names)} class names, but the model has {model.settings.num_classes} classes")
     encoder = None
     if model.settings.text_dim:  # no published file has one
-        encoder = ours.load_text_encoder(options.text_encoder)
+        encoder = load_text_encoder(ours, options.text_encoder)
     elif options.text_encoder is not None:
         raise ValueError(f"--text_encoder is {options.text_encoder}, but the model takes no text; leave it out")
     save_pipeline(model.cpu(), None if vae is None else vae.cpu(), names, record, output, encoder)
@@ -140,8 +141,7 @@ def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
     if options.output.exists():
         raise ValueError(f"output {options.output} exists; choose another file")
     ours = read_source(Path(source))
-    model = dataclasses.replace(ours, vae=None).load().model.cpu()
-    kind = write_published(model, options.output, options.format or ours.origin().get("format"))
+    kind = write_published(load_weights(ours), options.output, options.format or ours.weights_metadata().get("format"))
     return f"wrote {options.output} in the layout of {kind}"
 
 

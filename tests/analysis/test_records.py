@@ -131,13 +131,13 @@ def test_recording_changes_no_bit(tiny, kind, grad):
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_sum_to_what_the_reports_and_usage_say(tiny, kind):
     model = some_model(tiny, kind)
-    usage = SamplingStats()
+    stats = SamplingStats()
     with record_routing(model, time_bins=4, pairs=True, places=True) as record:
-        generate(model, class_schedule(5, 10), 5, EvaluationConfig(batch_size=2, steps=4), usage=usage)
+        generate(model, class_schedule(5, 10), 5, EvaluationConfig(batch_size=2, steps=4), stats=stats)
     counts = record.counts()
-    assert counts.served_LSKE.sum() == torch.stack(usage.served).sum()
-    assert counts.tokens_LSK.sum() == usage.offered
-    assert counts.served_LSKE.sum() / counts.tokens_LSK.sum() == pytest.approx(usage.summary()["average_capacity"])
+    assert counts.served_LSKE.sum() == stats.served
+    assert counts.tokens_LSK.sum() == stats.offered
+    assert counts.served_LSKE.sum() / counts.tokens_LSK.sum() == pytest.approx(stats.summary()["average_capacity"])
     # Each view of the same assignments has the same sum.
     np.testing.assert_array_equal(counts.compute_SKP.sum(-1), counts.served_LSK.sum(0))
     np.testing.assert_array_equal(counts.places_LEP.sum(-1), counts.served_LSKE.sum((1, 2)))

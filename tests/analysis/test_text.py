@@ -23,6 +23,7 @@ from diffusion_moe.evaluation.options import TextOptions
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.randomness import normal
 from diffusion_moe.sampling.generate import Prompts, generate_batches
+from diffusion_moe.sampling.loading import load_text_encoder, load_weights
 from diffusion_moe.sampling.source import read_source
 from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS, evaluation_prompts
 from diffusion_moe.text import TextFeatures
@@ -93,8 +94,8 @@ def test_compute_is_told_apart_by_category(shapes_run):
     found = gathered(shapes_run, guidance_scale=2.0)
     assert found.class_names == ["single object", "two object", "counting", "colors", "position", "color attr"]
     source, asked = read_source(shapes_run), in_turn(24, 0)
-    model = source.load().model
-    text = TextFeatures.together(source.load_text_encoder().encode_all([prompt.text for prompt in asked]))
+    model = load_weights(source)
+    text = TextFeatures.together(load_text_encoder(source).encode_all([prompt.text for prompt in asked]))
     settings = replace(source.settings, num_samples=24, steps=3, guidance_scale=2.0, batch_size=1)
     served, null = np.zeros((6, 4), dtype=int), np.zeros(4, dtype=int)
     with record_routing(model, 3) as record:
@@ -174,9 +175,9 @@ def test_held_out_loss_is_of_the_first_captions(shapes_run):
     found = gathered(shapes_run).held_out[0]
     recipe, source = read_recipe(shapes_run / "recipe.yaml"), read_source(shapes_run)
     data = load_dataset(replace(recipe.data, text_encoder=None), "test")
-    model, row, s = source.load().model, 7, 3
+    model, row, s = load_weights(source), 7, 3
     place = round(row * (len(data) - 1) / 255)
-    text = source.load_text_encoder().encode([data.captions(place)[0]])
+    text = load_text_encoder(source).encode([data.captions(place)[0]])
     t = torch.tensor([(s + 0.5) / HELD_OUT_BINS])
     noise = normal(0, "held_out", s, torch.tensor([row]), (3, 16, 16))
     point = rectified_flow(data.read([place]).images, noise, t)
@@ -191,7 +192,7 @@ def test_mistakes_are_one_line(shapes_run, tmp_path, tiny, capsys):
     assert main(["convert", str(shapes_run), "--output", str(tmp_path / "pipeline")]) == 0
     capsys.readouterr()
     for folder, options, expected in [
-        (tmp_path / "run", ["--prompts=a.txt"], "takes no text; leave it out"),
+        (tmp_path / "run", ["--prompts=a.txt"], "takes no text; remove the option"),
         (tmp_path / "pipeline", [], "is no run, so it has no captions of its own; give --prompts FILE"),
         (shapes_run, ["--prompts=/no/such.txt"], "cannot read prompts from /no/such.txt"),
         (shapes_run, ["--text_encoder=/no/such"], "cannot load the text encoder /no/such"),

@@ -10,12 +10,12 @@ import sys
 import torch
 
 from diffusion_moe.cli import main
-from diffusion_moe.evaluation import classifier, extract_features, make_statistics
+from diffusion_moe.evaluation import classifier, extract_features
 
 torch.set_num_threads(1)
 classifier.EPOCHS = 1
-extract_features.PART = make_statistics.PART = 10
-parts, work = int(sys.argv[1]), extract_features._work
+extract_features.PART = 10
+parts, work = int(sys.argv[1]), extract_features._extract_part
 done = 0
 
 
@@ -28,5 +28,5 @@ def work_and_die(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-extract_features._work = work_and_die
+extract_features._extract_part = work_and_die
 sys.exit(main(sys.argv[2:]))

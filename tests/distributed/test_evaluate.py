@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_moe.cli import main
-from diffusion_moe.evaluation import classifier, extract_features, make_statistics
+from diffusion_moe.evaluation import classifier, extract_features
 from diffusion_moe.evaluation.reference import read_reference
 
 
@@ -25,7 +25,6 @@ def start(start_processes):
 def as_in_the_worker(monkeypatch):
     monkeypatch.setattr(classifier, "EPOCHS", 1)
     monkeypatch.setattr(extract_features, "PART", 10)
-    monkeypatch.setattr(make_statistics, "PART", 10)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_a_killed_evaluation_is_finished_by_two_processes_bit_for_bit(run, count
     assert len(list(folder.glob("part-*"))) == 2
     codes, (main_output, other_output) = start(2, [*options, tmp_path / "killed.json"])
     assert codes == [0, 0]
-    assert f"going on: 20 of {count} images are done" in main_output
+    assert f"resuming: 20 of {count} images are done" in main_output
     assert "wrote" in main_output and other_output == ""
     assert main([str(argument) for argument in [*options, tmp_path / "whole.json"]]) == 0
     assert scores(tmp_path / "killed.json") == scores(tmp_path / "whole.json")

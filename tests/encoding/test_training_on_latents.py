@@ -12,7 +12,8 @@ from PIL import Image
 from diffusion_moe.cli import main
 from diffusion_moe.data.latents import read_header
 from diffusion_moe.sampling.generate import generate
-from diffusion_moe.sampling.source import load_vae, read_source
+from diffusion_moe.sampling.loading import load_vae, load_weights
+from diffusion_moe.sampling.source import read_source
 
 STEPS = 3
 
@@ -61,7 +62,7 @@ def expected_image(run_folder, vae_folder, shift, scale):
     """Image 0 of class 1, denormalised and decoded by hand."""
     source = read_source(run_folder)
     settings = type(source.settings)(steps=2, guidance_scale=1.0)
-    model = source.load().model.cpu()
+    model = load_weights(source)
     latents = generate(model, torch.tensor([1]), 1, settings)
     latents = latents / torch.tensor(scale)[:, None, None] + torch.tensor(shift)[:, None, None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What tests of scores share: a small run, and Inception with random weights."""
+"""Fixtures of tests of scores: Inception with random weights, and small stand-ins."""
 
 import importlib
 import sys
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion_moe.cli import main
 from diffusion_moe.evaluation.features import ExtractorIdentity
 from diffusion_moe.evaluation.inception import Inception, _torch_fidelity
 
@@ -75,15 +74,6 @@ def inception_file(inception_class, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
-def run_folder(tmp_path_factory, tiny_options):
-    """A finished run of a tiny DiffMoE on digits."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    options = ["--training.steps=40", "--training.checkpoint_every=20", "--model.router=diffmoe"]
-    assert main(["train", "digits", "--output_dir", str(folder), *tiny_options, *options]) == 0
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
     """A classifier that has seen its data once."""
@@ -112,7 +102,7 @@ def small_inception(monkeypatch):
     """Makes Inception and what is published of it small; returns the class."""
     monkeypatch.setattr("diffusion_moe.evaluation.reference.POOL_WIDTH", 6)
     monkeypatch.setattr("diffusion_moe.evaluation.reference.SPATIAL_WIDTH", 2)
-    monkeypatch.setattr("diffusion_moe.evaluation.inception.Inception", lambda file: SmallInception())
+    monkeypatch.setattr("diffusion_moe.evaluation.extractors.Inception", lambda file: SmallInception())
     return SmallInception
 
 

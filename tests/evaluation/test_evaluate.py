@@ -22,6 +22,8 @@ from diffusion_moe.evaluation.reference import read_reference
 from diffusion_moe.evaluation.statistics import FeatureSums
 from diffusion_moe.pixels import to_uint8
 from diffusion_moe.sampling.generate import class_schedule, generate
+from diffusion_moe.sampling.loading import load_weights
+from diffusion_moe.sampling.sampler import load_sampler
 from diffusion_moe.sampling.source import read_source
 
 
@@ -60,7 +62,7 @@ OPTIONS = ["--num_samples=30", "--steps=2", "--batch_size=8", "--seed=3"]
 @pytest.fixture(scope="module")
 def generated(run_folder):
     """The images that the options above ask for, uint8 NCHW."""
-    return to_uint8(generate(read_source(run_folder).load().model, class_schedule(30, 10), 30, SETTINGS))
+    return to_uint8(generate(load_weights(read_source(run_folder)), class_schedule(30, 10), 30, SETTINGS))
 
 
 def test_a_run_is_scored_against_statistics(capsys, run_folder, classifier_reference, generated):
@@ -131,9 +133,9 @@ def test_a_run_without_statistics_is_judged_by_its_own_data(capsys, run_folder, 
     status, out, _ = run(capsys, "evaluate", run_folder, *OPTIONS)
     assert status == 0
     result = json.loads((run_folder / "evaluation.json").read_text())
-    from diffusion_moe.evaluation.scorer import own_judge
+    from diffusion_moe.evaluation.scorer import classifier_scorer
 
-    extractor = own_judge(DataConfig()).extractor
+    extractor = classifier_scorer(DataConfig()).extractor
     pool, training = extractor(generated)["pool"], load_dataset(DataConfig(), "train").everything().images
     assert result["recognised"] == float((extractor.logits(pool).argmax(1) == class_schedule(30, 10)).double().mean())
     nearest = nearest_neighbour_distance(generated / 127.5 - 1, training).mean()
@@ -211,9 +213,9 @@ def test_latents_are_decoded_before_they_are_scored(capsys, small_inception, tmp
     assert status == 2 and "generates latents of 4 channels and has no VAE to decode them" in err
     assert run(capsys, *arguments, "--vae", tmp_path / "vae", "--output", tmp_path / "x.json")[0] == 0
     result = json.loads((tmp_path / "x.json").read_text())
-    loaded = read_source(tmp_path / "model").with_vae(str(tmp_path / "vae")).load()
+    sampler = load_sampler(read_source(tmp_path / "model").with_vae(str(tmp_path / "vae")))
     settings = EvaluationConfig(num_samples=7, steps=1, batch_size=16)
-    images = to_uint8(generate(loaded.model, class_schedule(7, 10), 7, settings, loaded.vae))
+    images = to_uint8(generate(sampler.model, class_schedule(7, 10), 7, settings, sampler.vae))
     assert images.shape == (7, 3, 4, 4)
     fake, real = (moments(small_inception()(x)["pool"]) for x in (images, nchw(pixels)))
     assert result["fid"] == pytest.approx(frechet_distance(fake, real), rel=1e-5)
@@ -250,7 +252,7 @@ def test_real_inception_scores_two_folders(capsys, tmp_path, inception_file):
         (["RUN", "--extractor=inception"], "there is nothing to compare with; give --reference FILE"),
         (["RUN", "--reference=none.npz"], "there is no file none.npz; make one with `diffusion-moe stats"),
         (["RUN", "--reference=REF", "--extractor=no/model"], "cannot load the extractor no/model"),
-        (["RUN", "--reference=REF", "--inception=x.pth"], "but the extractor is classifier; leave it out"),
+        (["RUN", "--reference=REF", "--inception=x.pth"], "but the extractor is classifier; remove the option"),
         (["RUN", "--solver=ddim"], "solver is ddim, but the model's process is flow"),
         (["RUN", "--num_samples=3"], "scores need more than 3 images"),
         (["RUN", "--vae=x"], "cannot load the VAE x"),

@@ -1,5 +1,7 @@
 """Images from folders, arrays, data sets and models."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from diffusion_moe.evaluation.images import (
 )
 from diffusion_moe.pixels import to_uint8
 from diffusion_moe.sampling.generate import SamplingStats, generate
+from diffusion_moe.sampling.sampler import load_sampler
 from diffusion_moe.sampling.source import read_source
 
 
@@ -131,16 +134,17 @@ def test_statistics_of_a_data_set_need_every_image(tmp_path):
 
 def test_generated_images_are_the_same_in_any_range(run_folder):
     settings = EvaluationConfig(num_samples=13, steps=2, batch_size=4)
-    loaded = read_source(run_folder).load()
-    images = GeneratedImages(loaded, settings, "run")
-    whole = to_uint8(generate(loaded.model, images.labels, 13, settings))
-    usage = SamplingStats()
-    parts = torch.cat([torch.cat(list(images.read(numbers, 4, usage))) for numbers in (range(0, 8), range(8, 13))])
+    sampler = load_sampler(read_source(run_folder), settings)
+    images = GeneratedImages(sampler)
+    whole = to_uint8(generate(sampler.model, images.labels, 13, settings))
+    stats = SamplingStats()
+    parts = torch.cat([torch.cat(list(images.read(numbers, 4, stats))) for numbers in (range(0, 8), range(8, 13))])
     assert torch.equal(parts, whole)
-    assert usage.summary()["function_evaluations"] == 2
-    assert images.identity() == GeneratedImages(read_source(run_folder).load(), settings, "other name").identity()
-    other = EvaluationConfig(num_samples=13, steps=2, batch_size=4, seed=1)
-    assert images.identity() != GeneratedImages(loaded, other, "run").identity()
+    assert stats.summary()["function_evaluations"] == 2
+    moved = replace(read_source(run_folder), path=run_folder.parent)
+    assert images.identity() == GeneratedImages(load_sampler(moved, settings)).identity()
+    other = replace(sampler, settings=replace(settings, seed=1))
+    assert images.identity() != GeneratedImages(other).identity()
 
 
 def test_a_digest_depends_on_every_pixel_and_on_no_batch():

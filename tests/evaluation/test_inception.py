@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusion_moe.evaluation import inception
-from diffusion_moe.evaluation.features import make_extractor
+from diffusion_moe.evaluation.extractors import make_extractor
 from diffusion_moe.evaluation.inception import Inception
 
 
@@ -96,5 +96,5 @@ def test_without_torch_fidelity_the_remedy_is_named(monkeypatch, tmp_path):
 
 
 def test_an_option_that_does_not_belong_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"--inception is .*, but the extractor is classifier; leave it out"):
+    with pytest.raises(ValueError, match=r"--inception is .*, but the extractor is classifier; remove the option"):
         make_extractor("classifier", tmp_path / "x.pth")

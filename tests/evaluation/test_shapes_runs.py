@@ -21,6 +21,8 @@ from diffusion_moe.evaluation.statistics import FeatureSums
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.pixels import to_uint8
 from diffusion_moe.sampling.generate import Prompts, generate
+from diffusion_moe.sampling.loading import load_text_encoder, load_weights
+from diffusion_moe.sampling.sampler import Sampler
 from diffusion_moe.sampling.source import read_source
 from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS, evaluation_prompts, true_scenes
 from diffusion_moe.shapes.rendering import render
@@ -44,9 +46,9 @@ def prompts():
 def drawn(folder, texts):
     """The images that the options ask for, by hand; in the same batches, for otherwise a last digit might turn."""
     source = read_source(folder)
-    text = TextFeatures.together(source.load_text_encoder().encode_all(texts, 10))
+    text = TextFeatures.together(load_text_encoder(source).encode_all(texts, 10))
     settings = EvaluationConfig(num_samples=24, steps=2, batch_size=10, seed=3)
-    return generate(source.load().model, None, 24, settings, prompts=Prompts(text, text.nothing()))
+    return generate(load_weights(source), None, 24, settings, prompts=Prompts(text, text.nothing()))
 
 
 def test_a_run_is_judged_by_what_its_images_show(capsys, shapes_run, prompts):
@@ -82,10 +84,10 @@ def test_true_images_are_all_right(capsys, shapes_run, prompts, monkeypatch, tmp
     """Were the prompts, the images or the pixels in another order, hardly one would be."""
     images = render(true_scenes(prompts, 7), 16)
 
-    def true_ones(model, labels, num_samples, settings, vae, usage, first, **options):
-        yield from images[first:num_samples].split(settings.batch_size)
+    def true_ones(sampler, count, labels, prompts, first, stats):
+        yield from images[first:count].split(sampler.settings.batch_size)
 
-    monkeypatch.setattr("diffusion_moe.evaluation.images.generate_batches", true_ones)
+    monkeypatch.setattr(Sampler, "batches", true_ones)
     assert run(capsys, "evaluate", shapes_run, *OPTIONS, "--output", tmp_path / "x.json")[0] == 0
     result = json.loads((tmp_path / "x.json").read_text())
     assert result["overall"]["score"] > 0.9 > result["overall"]["chance"]
@@ -95,14 +97,14 @@ def test_true_images_are_all_right(capsys, shapes_run, prompts, monkeypatch, tmp
     assert json.loads((tmp_path / "y.json").read_text())["overall"]["score"] < 0.5
     images = images * float("nan")
     status, _, err = run(capsys, "evaluate", shapes_run, *OPTIONS, "--output", tmp_path / "z.json")
-    assert status == 2 and "draws images whose values are not finite" in err
+    assert status == 2 and "generates images with values that are not finite" in err
 
 
 def test_interrupted_work_goes_on_and_ends_the_same(capsys, shapes_run, monkeypatch, tmp_path):
     monkeypatch.setattr(extract_features, "PART", 5)
     options = [*OPTIONS, "--batch_size=5", "--output"]
     assert run(capsys, "evaluate", shapes_run, *options, tmp_path / "whole.json")[0] == 0
-    work, parts = extract_features._work, []
+    work, parts = extract_features._extract_part, []
 
     def interrupted(images, extractor, part, *more):
         if len(parts) == 2:
@@ -110,11 +112,11 @@ def test_interrupted_work_goes_on_and_ends_the_same(capsys, shapes_run, monkeypa
         parts.append(part)
         work(images, extractor, part, *more)
 
-    monkeypatch.setattr(extract_features, "_work", interrupted)
+    monkeypatch.setattr(extract_features, "_extract_part", interrupted)
     assert run(capsys, "evaluate", shapes_run, *options, tmp_path / "killed.json")[0] == 130
-    monkeypatch.setattr(extract_features, "_work", work)
+    monkeypatch.setattr(extract_features, "_extract_part", work)
     status, out, _ = run(capsys, "evaluate", shapes_run, *options, tmp_path / "killed.json")
-    assert status == 0 and "going on: 10 of 24 images are done" in out
+    assert status == 0 and "resuming: 10 of 24 images are done" in out
     whole, killed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "killed"))
     assert whole | {"seconds_per_image": 0} == killed | {"seconds_per_image": 0}
     assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "killed.png").read_bytes()
@@ -167,7 +169,7 @@ def test_with_a_reference_features_are_compared_and_captions_shown(capsys, shape
         (["--num_samples=100"], "num_samples is 100, but prompts of coloured shapes are of 6 categories"),
         (["--num_samples=100"], "give a multiple of 12, as 96 or 108"),
         (["--num_samples=5"], "give a multiple of 12, as 12\n"),
-        (["--prompts=x.txt"], "coloured shapes are judged by questions of their own; leave it out"),
+        (["--prompts=x.txt"], "coloured shapes are scored by questions of their own; remove the option"),
         (["--text_encoder=/no/such"], "cannot load the text encoder /no/such"),
         (["--extractor=inception"], "there is nothing to compare with"),
     ],

@@ -55,7 +55,7 @@ def test_a_file_holds_lists_and_other_settings(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--steps=few"], "steps holds 'few'; expected a whole number in each place of the list"),
+        (["--steps=few"], "steps holds 'few'; expected a whole number at each position of the list"),
         (["--guidance_interval=0.1"], "expected two times with a colon, as 0.1:1"),
         (["--weights=best"], "expected ema or model"),
         (["--guidance_interval=0.9:0.1"], "give 0 <= low <= high <= 1"),
@@ -118,7 +118,8 @@ def test_a_sweep_scores_each_point_once_as_evaluate_does(capsys, tmp_path, run_f
     assert rows[1]["images_sha256"] == alone["images_sha256"]
     # Done points are not redone, another one is.
     done = []
-    monkeypatch.setattr(sweep, "score_model", lambda *a: done.append(a[2].guidance_scale) or evaluate.score_model(*a))
+    score_model = evaluate.score_model
+    monkeypatch.setattr(sweep, "score_model", lambda *a: done.append(a[0].settings.guidance_scale) or score_model(*a))
     assert run(capsys, "sweep", run_folder, *usual, *grid)[0] == 0
     assert done == []
     grid[0] = "--guidance_scale=3,4"
@@ -134,12 +135,12 @@ def test_an_interrupted_sweep_goes_on(capsys, tmp_path, run_folder, monkeypatch)
     def stop_at_the_third(*a):
         if len(points) == 2:
             raise KeyboardInterrupt
-        points.append(a[2].steps)
+        points.append(a[0].settings.steps)
         return evaluate.score_model(*a)
 
     monkeypatch.setattr(sweep, "score_model", stop_at_the_third)
     assert run(capsys, *arguments)[0] == 130
-    monkeypatch.setattr(sweep, "score_model", lambda *a: points.append(a[2].steps) or evaluate.score_model(*a))
+    monkeypatch.setattr(sweep, "score_model", lambda *a: points.append(a[0].settings.steps) or evaluate.score_model(*a))
     status, out, _ = run(capsys, *arguments)
     assert status == 0
     assert points == [1, 2, 3]
@@ -182,5 +183,5 @@ def test_further_averages_are_weights_too(capsys, tmp_path, tiny):
     assert json.loads((folder / "evaluation.json").read_text())["images_sha256"] == rows[1]["images_sha256"]
     for verb in ("sweep", "evaluate"):
         status, _, err = run(capsys, verb, folder, *small, "--weights=0.7")
-        assert status == 2 and "has no such average; choose ema or model: it has no further averages" in err
+        assert status == 2 and "has no such EMA; choose ema or model: it has no further EMA" in err
     assert "weights is best; choose ema or model" in run(capsys, "evaluate", folder, *small, "--weights=best")[2]

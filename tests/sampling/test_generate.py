@@ -13,8 +13,8 @@ from diffusion_moe.moe import routers_of
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.pixels import image_grid, to_uint8
 from diffusion_moe.randomness import normal
-from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, provenance
-from diffusion_moe.training.state import make_state
+from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, sampling_metadata
+from diffusion_moe.training.step import make_state
 
 
 def randomised(model):
@@ -61,11 +61,11 @@ def test_ddpm_models_draw_an_image_for_itself(tiny, solver, learn_sigma):
     ddpm = ["--model.process=ddpm", "--model.prediction=epsilon", f"--model.learn_sigma={str(learn_sigma).lower()}"]
     recipe = read_recipe("digits", [*tiny, *ddpm])
     model = randomised(make_state(recipe, torch.device("cpu")).model)
-    usage, settings = SamplingStats(), EvaluationConfig(steps=4, batch_size=5, solver=solver, guidance_scale=2.0)
-    whole = generate(model, class_schedule(5, 10), 5, settings, usage=usage)
+    stats, settings = SamplingStats(), EvaluationConfig(steps=4, batch_size=5, solver=solver, guidance_scale=2.0)
+    whole = generate(model, class_schedule(5, 10), 5, settings, stats=stats)
     split = generate(model, class_schedule(5, 10), 5, dataclasses.replace(settings, batch_size=2))
     torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-4)
-    assert usage.summary()["function_evaluations"] == 4
+    assert stats.summary()["function_evaluations"] == 4
     with pytest.raises(ValueError, match="solver is euler, but the model's process is ddpm"):
         generate(model, class_schedule(5, 10), 5, EvaluationConfig())
 
@@ -126,10 +126,10 @@ def test_the_adaptive_solver_reports_its_evaluations(tiny):
     fine = generate(model, class_schedule(2, 10), 2, EvaluationConfig(solver="heun", steps=200))
     counts = []
     for rtol, error in ((1e-2, 2e-2), (1e-5, 2e-4)):
-        usage, settings = SamplingStats(), EvaluationConfig(solver="dopri5", rtol=rtol, atol=rtol / 100)
-        images = generate(model, class_schedule(2, 10), 2, settings, usage=usage)
+        stats, settings = SamplingStats(), EvaluationConfig(solver="dopri5", rtol=rtol, atol=rtol / 100)
+        images = generate(model, class_schedule(2, 10), 2, settings, stats=stats)
         assert (images - fine).abs().max() < error
-        record = provenance(settings, usage)
+        record = sampling_metadata(settings, stats)
         counts.append(record["function_evaluations"])
         assert record["steps"] is None and record["rtol"] == rtol and record["batch_size"] == settings.batch_size
     assert 0 < counts[0] < counts[1]
@@ -141,20 +141,20 @@ def test_thresholds_trade_compute_for_quality(tiny):
         router.threshold.fill_(0.5)
     used, images = [], []
     for scale in (0.9, 1.0, 1.1):
-        usage, settings = SamplingStats(), EvaluationConfig(steps=2, threshold_scale=scale)
-        images.append(generate(model, class_schedule(4, 10), 4, settings, usage=usage))
-        record = provenance(settings, usage)
+        stats, settings = SamplingStats(), EvaluationConfig(steps=2, threshold_scale=scale)
+        images.append(generate(model, class_schedule(4, 10), 4, settings, stats=stats))
+        record = sampling_metadata(settings, stats)
         assert record["threshold_scale"] == scale
         used.append(record["average_capacity"])
     assert used[0] > used[1] > used[2]
     assert (images[0] - images[2]).abs().max() > 1e-4
     # The knob is turned back; and what is reported can be counted by hand.
     assert all(router.threshold_scale == 1 for router in routers_of(model))
-    usage = SamplingStats()
+    stats = SamplingStats()
     with torch.no_grad(), record_routing(model) as record:
-        usage.note(model(torch.randn(3, 1, 8, 8), torch.tensor(0.5), torch.tensor([1, 2, 3])).routing)
+        stats.note(model(torch.randn(3, 1, 8, 8), torch.tensor(0.5), torch.tensor([1, 2, 3])).routing)
     tokens = 3 * 16 * len(routers_of(model))
-    assert usage.summary()["average_capacity"] == pytest.approx(record.counts().served_LSKE.sum() / tokens)
+    assert stats.summary()["average_capacity"] == pytest.approx(record.counts().served_LSKE.sum() / tokens)
     dense = make_state(read_recipe("digits", [*tiny, "--model.router=dense"]), torch.device("cpu")).model.eval()
     with pytest.raises(ValueError, match="only diffmoe routers have thresholds"):
         generate(dense, class_schedule(1, 10), 1, EvaluationConfig(steps=1, threshold_scale=0.5))
@@ -189,11 +189,11 @@ def test_classes_take_turns():
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 7), ("heun", 14), ("heun_euler", 13), ("sde", 7)])
-def test_provenance_counts_model_evaluations(tiny, solver, evaluations):
+def test_metadata_counts_model_evaluations(tiny, solver, evaluations):
     model = make_state(read_recipe("digits", tiny), torch.device("cpu")).model.eval()
-    usage, settings = SamplingStats(), EvaluationConfig(solver=solver, steps=7, batch_size=2)
-    generate(model, class_schedule(4, 10), 4, settings, usage=usage)
-    record = provenance(settings, usage)
+    stats, settings = SamplingStats(), EvaluationConfig(solver=solver, steps=7, batch_size=2)
+    generate(model, class_schedule(4, 10), 4, settings, stats=stats)
+    record = sampling_metadata(settings, stats)
     assert record["function_evaluations"] == evaluations
     assert record["average_capacity"] == model.settings.top_k
 

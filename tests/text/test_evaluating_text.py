@@ -10,12 +10,14 @@ import torch
 from diffusion_moe.cli import main
 from diffusion_moe.config import DataConfig, EvaluationConfig
 from diffusion_moe.data import load_dataset
+from diffusion_moe.evaluation.evaluate import prompts_for
 from diffusion_moe.evaluation.images import GeneratedImages, digest_of_all, digests_of
-from diffusion_moe.evaluation.options import TextOptions
-from diffusion_moe.evaluation.prompts import prompts_of
+from diffusion_moe.evaluation.options import EvaluateOptions
 from diffusion_moe.models import load_model
 from diffusion_moe.pixels import to_uint8
 from diffusion_moe.sampling.generate import Prompts, generate
+from diffusion_moe.sampling.loading import load_text_encoder
+from diffusion_moe.sampling.sampler import load_sampler
 from diffusion_moe.sampling.source import read_source
 from diffusion_moe.text import TextFeatures
 
@@ -63,9 +65,9 @@ def text_run(tmp_path_factory, tiny_t2i):
 def expected_digest(folder, texts):
     """Of the images that the options ask for, by hand: text k mod their number for image k."""
     source = read_source(folder)
-    encoded = source.load_text_encoder().encode_all([texts[i % len(texts)] for i in range(12)], 5)
-    text, loaded = TextFeatures.together(encoded), source.load()
-    images = generate(loaded.model, None, 12, SETTINGS, loaded.vae, prompts=Prompts(text, text.nothing()))
+    encoded = load_text_encoder(source).encode_all([texts[i % len(texts)] for i in range(12)], 5)
+    text, sampler = TextFeatures.together(encoded), load_sampler(source)
+    images = generate(sampler.model, None, 12, SETTINGS, sampler.vae, prompts=Prompts(text, text.nothing()))
     return digest_of_all(digests_of(to_uint8(images)))
 
 
@@ -122,11 +124,11 @@ def test_points_of_other_prompts_are_other_points(capsys, text_run, reference, t
 
 def test_other_prompts_are_other_work(text_run, tmp_path):
     """What is unfinished goes on with the same prompts alone, whatever file they come from."""
-    source, loaded, identities = read_source(text_run), read_source(text_run).load(), []
+    sampler, identities = load_sampler(read_source(text_run), SETTINGS), []
     for name, text in (("a", "a red square"), ("b", "a blue square"), ("c", "a red square")):
         (tmp_path / name).write_text(text)
-        shown = prompts_of(source, SETTINGS, TextOptions(prompts=tmp_path / name), None, print)
-        identities.append(GeneratedImages(loaded, SETTINGS, name, shown).identity())
+        prompts = prompts_for(sampler, EvaluateOptions(prompts=tmp_path / name), print)
+        identities.append(GeneratedImages(sampler, prompts).identity())
     assert identities[0] == identities[2] != identities[1]
 
 
@@ -149,13 +151,13 @@ def test_captions_of_a_latent_cache(
     assert run(capsys, "evaluate", folder, "--reference", reference, *OPTIONS, *output)[0] == 0
     result = json.loads((tmp_path / "x.json").read_text())
     cached = load_dataset(DataConfig(kind="latents", path=str(tmp_path / "cache")), "test")
-    text, loaded = cached.first_texts(torch.arange(12) % len(cached)), read_source(folder).load()
-    images = generate(loaded.model, None, 12, SETTINGS, loaded.vae, prompts=Prompts(text, text.nothing()))
+    text, sampler = cached.first_texts(torch.arange(12) % len(cached)), load_sampler(read_source(folder))
+    images = generate(sampler.model, None, 12, SETTINGS, sampler.vae, prompts=Prompts(text, text.nothing()))
     assert result["images_sha256"] == digest_of_all(digests_of(to_uint8(images)))
     assert result["prompts"]["count"] == len(cached) == 5
     other = make_text_encoder("bert", tmp_path / "bert")
     for option, message in [
-        (f"--text_encoder={other}", "are encoded; leave it out, or give --prompts FILE"),
+        (f"--text_encoder={other}", "are encoded; remove the option, or give --prompts FILE"),
         ("--prompts=/no/such.txt", "cannot read prompts from /no/such.txt"),
     ]:
         status, _, err = run(capsys, "evaluate", folder, "--reference", reference, *OPTIONS, *output, option)
@@ -186,4 +188,4 @@ def test_runs_without_held_out_captions_need_prompts(capsys, tmp_path, tiny_t2i,
     assert status == 2 and "data.test_fraction is 0, so there are no held-out captions; give --prompts FILE" in err
     assert main(["train", "digits", "--output_dir", str(tmp_path / "classes"), *tiny, "--training.steps=1"]) == 0
     status, _, err = run(capsys, "evaluate", tmp_path / "classes", "--prompts=x.txt", *OPTIONS)
-    assert status == 2 and "takes no text; leave it out" in err
+    assert status == 2 and "takes no text; remove the option" in err

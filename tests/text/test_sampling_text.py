@@ -11,6 +11,8 @@ from PIL import Image
 
 import diffusion_moe
 from diffusion_moe.cli import main
+from diffusion_moe.sampling.loading import load_text_encoder
+from diffusion_moe.sampling.sampler import load_sampler
 from diffusion_moe.sampling.source import read_source
 
 PROMPTS = ["a red square", "a blue square"]
@@ -81,13 +83,14 @@ def test_the_pipeline_draws_what_the_command_draws(trained, pipeline_folder, tmp
     assert type(pipe) is diffusion_moe.TextToImagePipeline
     pipe.set_progress_bar_config(disable=True)
     assert main(["sample", str(pipeline_folder), "--prompt=a red square", "--steps=2", "--per_class=1"]) == 0
-    model, vae = read_source(trained).load()
-    assert vae is None
+    sampler = load_sampler(read_source(trained))
+    model = sampler.model
+    assert sampler.vae is None
     noise = torch.randn(2, 3, 8, 8)
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "latents": noise, "output_type": "latent"}
     drawn = pipe(PROMPTS, **options).images
     # By hand: four Euler steps of the guided velocity.
-    encoder = read_source(trained).load_text_encoder()
+    encoder = load_text_encoder(read_source(trained))
     text, x = encoder.encode(PROMPTS), noise
     with torch.no_grad():
         for t in (0.0, 0.25, 0.5, 0.75):
@@ -161,7 +164,7 @@ def test_another_encoder_is_refused(trained, tmp_path, make_text_encoder, capsys
 def test_models_without_text_are_not_for_prompts(tmp_path, tiny, capsys):
     assert main(["train", "digits", "--output_dir", str(tmp_path / "run"), *tiny, "--training.steps=1"]) == 0
     assert main(["sample", str(tmp_path / "run"), "--prompt=a"]) == 2
-    assert "takes no text; leave prompts out" in capsys.readouterr().err
+    assert "takes no text; remove the prompts" in capsys.readouterr().err
     out = ["--height=12", "--width=4", "--classes=3", "--per_class=1", "--steps=1", "--format=npz"]
     assert main(["sample", str(tmp_path / "run"), *out, f"--output={tmp_path / 'o.npz'}"]) == 0
     assert np.load(tmp_path / "o.npz")["images"].shape == (1, 12, 4, 1)

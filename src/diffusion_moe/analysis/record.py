@@ -24,7 +24,8 @@ from ..models import Backbone
 from ..moe import MoEFeedForward, routers_of
 from ..pixels import to_uint8
 from ..run_folder import RunFolder
-from ..sampling.generate import SamplingStats, check_solver, generate_batches, provenance
+from ..sampling.generate import SamplingStats, check_solver, generate_batches, sampling_metadata
+from ..sampling.loading import best_device, load_decoder, load_weights
 from ..sampling.source import Source, read_source
 from .losses import Curves, HeldOut, held_out_loss, held_out_rows, read_curves
 from .measures import cosines, expert_maps, spread_out
@@ -79,7 +80,7 @@ class Sampling(NamedTuple):
     groups: Groups
     examples: Examples
     about: dict[str, Any]
-    """How the images were drawn: `sampling.generate.provenance`, num_samples, batch_size, how many classes, and where
+    """How the images were sampled: `sampling_metadata`, num_samples, batch_size, the number of classes, and where
     prompts are from."""
     text: TextTokens | None = None
     """Of a model whose text and image are one sequence."""
@@ -101,7 +102,7 @@ class Findings:
     name: str
     model: ModelConfig
     origin: dict[str, Any]
-    """How the weights came to be; see `Source.origin`."""
+    """How the weights came to be; see `Source.weights_metadata`."""
     class_names: list[str]
     sampling: Sampling | None
     """None for a model without routers."""
@@ -161,7 +162,7 @@ def collect(
     return Findings(
         name=source.path.resolve().name,
         model=source.config,
-        origin=source.origin(),
+        origin=source.weights_metadata(),
         class_names=names or ["all"],
         sampling=_sample(model, vae, settings, log, subjects) if has_routers else None,
         weights=_weights(model) if has_routers else None,
@@ -182,13 +183,12 @@ def _as_recorded(settings: EvaluationConfig) -> EvaluationConfig:
 
 def _load(source: Source) -> tuple[Backbone, Any, str]:
     """The model; the VAE, if there is one and it can be loaded; and else why not."""
+    model = load_weights(source).to(best_device())
     try:
-        return *source.load(), ""
+        vae = load_decoder(source)
     except ValueError as error:
-        if source.vae is None:
-            raise
-        model, _ = replace(source, vae=None).load()
         return model, None, f"Images are not shown, as the VAE cannot be loaded: {error}."
+    return model, None if vae is None else vae.to(best_device()), ""
 
 
 def _comparable(source: Source, path: Path) -> Source:
@@ -248,8 +248,8 @@ def _losses_of_runs(
         found = read_curves(run.metrics, name, about, recipe.model.process == "ddpm")
         curves += [found] if found is not None else []
         if dataset is not None:
-            own = model if i == 0 else replace(source, vae=None).load().model
-            steps = source.origin().get("training_steps")
+            own = model if i == 0 else load_weights(source).to(best_device())
+            steps = source.weights_metadata().get("training_steps")
             text = captions_of(source, dataset, held_out_rows(dataset), text_encoder if i == 0 else None)
             held_out.append(held_out_loss(own, run.read_recipe(), dataset, name, steps, seed, text))
     return curves, held_out
@@ -285,7 +285,7 @@ def _sample(model: Backbone, vae: Any, settings: EvaluationConfig, log: Log, sub
     done, spoke = 0, time.monotonic()
     with record_routing(model, min(TIME_BINS, settings.steps), pairs=True, places=True, kinds=kinds) as record:
         prompts = None if subjects is None else Noted(subjects, record)
-        for batch in generate_batches(model, labels, count, settings, usage=usage, prompts=prompts):
+        for batch in generate_batches(model, labels, count, settings, stats=usage, prompts=prompts):
             counts = record.counts()
             record.clear()
             total = counts if total is None else total.plus(counts)
@@ -312,8 +312,8 @@ def _sample(model: Backbone, vae: Any, settings: EvaluationConfig, log: Log, sub
             "num_samples": count,
             "num_classes": _classes_drawn(labels, subjects),
             "batch_size": settings.batch_size,
-            **({} if subjects is None else subjects.shown.record()),
-            **provenance(settings, usage),
+            **({} if subjects is None else subjects.shown.metadata()),
+            **sampling_metadata(settings, usage),
         },
         _text_tokens(model.settings, total, K),
     )

@@ -12,10 +12,11 @@ from ..config import EvaluationConfig
 from ..data import ImageDataset
 from ..data.captions import CachedCaptions
 from ..evaluation.options import TextOptions
-from ..evaluation.prompts import Once, PromptSource, Questions, Texts, check_text_options, held_out_captions
-from ..log import Log
+from ..evaluation.prompts import Log, Once, PromptSource, Texts, check_text_options, held_out_captions
+from ..evaluation.shapes_scorer import Questions
 from ..run_folder import RunFolder
 from ..sampling.generate import Prompts
+from ..sampling.loading import load_text_encoder
 from ..sampling.prompts import read_prompts
 from ..sampling.source import Source
 from ..shapes.prompts import CATEGORIES, SPLITS, Prompt, evaluation_prompts
@@ -59,12 +60,12 @@ def subjects_of(source: Source, settings: EvaluationConfig, options: TextOptions
     count, warn, run = settings.num_samples, Once(log), RunFolder(source.path)
     if options.prompts is not None:
         texts = read_prompts(None, options.prompts)
-        shown = Texts(texts, str(options.prompts), source.load_text_encoder(options.text_encoder, warn))
+        shown = Texts(texts, str(options.prompts), load_text_encoder(source, options.text_encoder, warn))
         if len(texts) <= MANY:
             return Subjects(shown, torch.arange(count) % len(texts), list(texts), "prompt")
         return Subjects(shown, torch.zeros(count, dtype=torch.long), ["all"], "prompt")
     if run.recipe.is_file() and run.read_recipe().data.kind == "shapes":
-        asked, encoder = in_turn(count, settings.seed), source.load_text_encoder(options.text_encoder, warn)
+        asked, encoder = in_turn(count, settings.seed), load_text_encoder(source, options.text_encoder, warn)
         questions = Questions(asked, "coloured shapes, their categories in turn", encoder)
         kinds = torch.tensor([CATEGORIES.index(prompt.category) for prompt in asked])
         return Subjects(questions, kinds, [name.replace("_", " ") for name in CATEGORIES], "category")
@@ -105,5 +106,5 @@ def captions_of(
         return None
     if isinstance(dataset.texts, CachedCaptions):
         return dataset.first_texts(torch.tensor(rows))
-    encoder = source.load_text_encoder(text_encoder, Once(lambda line: None))
+    encoder = load_text_encoder(source, text_encoder, Once(lambda line: None))
     return TextFeatures.together(encoder.encode_all([dataset.captions(row)[0] for row in rows]))

@@ -26,7 +26,7 @@ from ..data.latents import DTYPE, CachePlan
 from ..data.table import TableImages
 from ..log import Log
 from ..randomness import normal
-from ..sampling.source import load_vae
+from ..sampling.loading import load_vae
 from .captions import claim_captions, encode_captions, missing_captions
 from .files import SKIPPED, ShardWriter, claim, finish, is_done, missing_shards
 from .options import EncodeOptions

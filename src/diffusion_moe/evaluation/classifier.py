@@ -1,4 +1,4 @@
-"""A small classifier trained on the real training split: its verdicts and its features judge generated images.
+"""A small classifier of the real training split: its predictions and features score generated images.
 
 For data sets too far from ImageNet for Inception's features to mean much.
 """
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
 
 
 class ClassifierFeatures(Extractor):
-    """`pool` (S, 64): what the classifier's last layer sees."""
+    """`pool` (S, 64): input of the classifier's last layer."""
 
     def __init__(self, classifier: Classifier) -> None:
         self.module: Classifier = classifier
@@ -65,7 +65,7 @@ class ClassifierFeatures(Extractor):
             classifier = Classifier(weights["body.0.weight"].shape[1], len(weights["head.bias"]))
             classifier.load_state_dict(dict(weights))
         except (KeyError, IndexError, RuntimeError) as error:
-            raise ValueError(f"the statistics hold no classifier of this version ({error}); make them anew") from error
+            raise ValueError(f"the statistics hold no classifier of this version ({error}); make them again") from error
         return cls(classifier.eval().requires_grad_(False))
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
@@ -77,13 +77,13 @@ class ClassifierFeatures(Extractor):
 
 
 def _moved(images: Tensor) -> Tensor:
-    """Each image shifted by up to a pixel, turned by up to 0.15 radians and scaled by up to a tenth."""
+    """Each image shifted by up to a pixel, rotated by up to 0.15 radians and scaled by up to a tenth."""
     S, _, H, W = images.shape
     angle, scale = 0.15 * _between(S), 1 + 0.1 * _between(S)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     rows = torch.stack((cos, -sin, _between(S) * 2 / W), 1), torch.stack((sin, cos, _between(S) * 2 / H), 1)
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # beyond the border lies -1
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # the border is padded with -1
 
 
 def _between(count: int) -> Tensor:
@@ -91,7 +91,7 @@ def _between(count: int) -> Tensor:
 
 
 def train_classifier(dataset: ImageDataset, seed: int = 0) -> Classifier:
-    """Train on a data set's images, each time moved a little; a function of data and seed."""
+    """Train on a data set's images, randomly moved a little; a function of data and seed."""
     images, labels = dataset.everything()[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

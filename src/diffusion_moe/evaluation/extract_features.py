@@ -1,8 +1,8 @@
-"""Features of many images, spread over processes, and gone on with after a kill.
+"""Features of many images, shared among processes and resumed after a kill.
 
-The images are read in parts of about 250, a process every n-th of those still missing. A finished part is a file of
-features in a folder that all processes see. At the end the main process puts the parts together in their order, so the
-result is the same, bit for bit, for any number of processes and any number of interruptions.
+The images are read in parts of about 250, by each process every n-th of those still missing. A finished part is a file
+of features in a folder that all processes see. At the end the main process joins the parts in their order, so the
+result is the same, bit for bit, for any number of processes and of interruptions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .statistics import FeatureSums, Moments
 
 PART = 250
 """Images in a part, rounded down to whole batches."""
-SPEAK_EVERY = 10.0
+LOG_EVERY = 10.0
 """Seconds between lines of progress."""
 
 
@@ -43,95 +43,102 @@ class Features:
     pool_SD: Tensor
     spatial: Moments | None
     others: dict[str, Tensor]
-    """What else the extractor said, a row an image."""
-    usage: SamplingStats
+    """Further outputs of the extractor, a row an image."""
+    stats: SamplingStats
     images_sha256: str
     """Over all pixels: equal for equal images, whatever the batches and processes."""
     seconds_per_image: float
-    """That one process took to read or generate an image, without its features."""
+    """Time of one process to read or generate an image, without its features."""
 
 
 @dataclass
-class Progress:
-    """Lines about how far all processes are, with an estimate of what is left."""
+class ProgressLog:
+    """Lines of progress of all processes, with an estimate of the time left."""
 
     total: int
-    before: int
+    done_before: int
     """Images that were done when this call began."""
     log: Log
     began: float = field(default_factory=time.monotonic)
-    spoke: float = field(default_factory=time.monotonic)
+    logged: float = field(default_factory=time.monotonic)
 
-    def tell(self, done: int) -> None:
-        """Say a line if the last one is long ago."""
+    def update(self, done: int) -> None:
+        """Log a line if the last one is long ago."""
         now = time.monotonic()
-        if now - self.spoke < SPEAK_EVERY or done in (self.before, self.total):
+        if now - self.logged < LOG_EVERY or done in (self.done_before, self.total):
             return
-        rate = (done - self.before) / (now - self.began)
+        rate = (done - self.done_before) / (now - self.began)
         self.log(f"{done} of {self.total} images; {rate:.3g} a second; {_duration((self.total - done) / rate)} left")
-        self.spoke = now
+        self.logged = now
 
 
 @contextmanager
-def collected(
-    images: Images, extractor: Extractor, batch_size: int, beside: Path, log: Log
+def extract_features(
+    images: Images, extractor: Extractor, batch_size: int, parent: Path, log: Log
 ) -> Iterator[Features | None]:
-    """All images' features on the main process; None on the others, which help to get them.
+    """All images' features on the main process; None on the others, which extract a share of them.
 
-    Unfinished work is kept; what is finished is dropped once the block has ended well, as the result is then saved.
+    Finished parts are kept until the block has ended without an error, as the result is then saved.
 
     Args:
-        batch_size: images at a time. beside: where unfinished work is kept. say: the main process's lines.
+        batch_size: images at a time.
+        parent: where the folder of unfinished work is made.
+        log: the main process's lines.
 
     Raises:
         ValueError: an image or a part cannot be read.
     """
-    folder = from_main(_progress_folder(images, extractor, batch_size, beside) if is_main() else None)
-    step = max(1, PART // batch_size) * batch_size
-    parts = [range(start, min(start + step, images.count)) for start in range(0, images.count, step)]
+    folder = from_main(_progress_folder(images, extractor, batch_size, parent) if is_main() else None)
+    parts = parts_of(images.count, batch_size)
     missing = from_main([part for part in parts if not _is_whole(folder, part)] if is_main() else None)
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "about.json", json.dumps({"images": images.name, "count": images.count}) + "\n")
         if len(missing) < len(parts):
-            log(f"going on: {images.count - sum(map(len, missing))} of {images.count} images are done")
+            log(f"resuming: {images.count - sum(map(len, missing))} of {images.count} images are done")
     barrier()
-    progress = Progress(images.count, images.count - sum(map(len, missing)), log)
+    progress = ProgressLog(images.count, images.count - sum(map(len, missing)), log)
     for part in missing[rank() :: world_size()]:
-        _work(images, extractor, part, batch_size, folder)
+        _extract_part(images, extractor, part, batch_size, folder)
         if is_main():
-            progress.tell(sum(len(part) for part in parts if _path(folder, part).is_file()))
+            progress.update(sum(len(part) for part in parts if _path(folder, part).is_file()))
     barrier()
-    yield _together(folder, parts) if is_main() else None
+    yield _joined(folder, parts) if is_main() else None
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _progress_folder(images: Images, extractor: Extractor, batch_size: int, beside: Path) -> Path:
-    """Where the parts of this very work lie: a name that other work does not share."""
-    plan = {
+def parts_of(count: int, batch_size: int) -> list[range]:
+    """Ranges of about 250 images, in whole batches."""
+    step = max(1, PART // batch_size) * batch_size
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _progress_folder(images: Images, extractor: Extractor, batch_size: int, parent: Path) -> Path:
+    """Folder of the parts, under a name that other work does not share."""
+    identity = {
         "images": images.identity(),
         "count": images.count,
         "extractor": asdict(extractor.identity),
         "batch_size": batch_size,
     }
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-    return beside / f".progress-{digest}"
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return parent / f".progress-{digest}"
 
 
-def _work(images: Images, extractor: Extractor, part: range, batch_size: int, folder: Path) -> None:
-    usage, seconds, rows = SamplingStats(), 0.0, []
-    batches, began = images.read(part, batch_size, usage), time.perf_counter()
-    for batch in batches:
+def _extract_part(images: Images, extractor: Extractor, part: range, batch_size: int, folder: Path) -> None:
+    stats, seconds, rows = SamplingStats(), 0.0, []
+    began = time.perf_counter()
+    for batch in images.read(part, batch_size, stats):
         seconds += time.perf_counter() - began
         if tuple(batch.shape[-2:]) != tuple(images.size):
             raise ValueError(f"{images.name} gave images of {tuple(batch.shape[-2:])} pixels instead of {images.size}")
         rows.append({**extractor(batch), "sha256": digests_of(batch)})
         began = time.perf_counter()
     tensors = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
-    about = {"usage": json.dumps(_totals(usage)), "seconds": str(seconds)}
+    metadata = {"usage": json.dumps(stats.totals()), "seconds": str(seconds)}
     with replace_atomically(_path(folder, part)) as file:
-        file.write(save(tensors, metadata=about))
+        file.write(save(tensors, metadata=metadata))
 
 
 def _path(folder: Path, part: range) -> Path:
@@ -153,22 +160,22 @@ def _read(folder: Path, part: range) -> tuple[dict[str, Tensor], dict[str, str]]
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
     except (OSError, SafetensorError, TypeError) as error:
         raise ValueError(
-            f"the part {path} is not there or damaged; every process must see one folder. Run the same command again"
+            f"the part {path} is missing or damaged; run the same command again, in a folder that all processes see"
         ) from error
 
 
-def _together(folder: Path, parts: list[range]) -> Features:
+def _joined(folder: Path, parts: list[range]) -> Features:
     columns: dict[str, list[Tensor]] = {}
-    spatial, usage, seconds = None, SamplingStats(), 0.0
+    spatial, stats, seconds = None, SamplingStats(), 0.0
     for part in parts:
-        tensors, about = _read(folder, part)
+        tensors, metadata = _read(folder, part)
         if "spatial" in tensors:
             sums = FeatureSums.of(tensors.pop("spatial"))
             spatial = sums if spatial is None else spatial + sums
         for name, tensor in tensors.items():
             columns.setdefault(name, []).append(tensor)
-        _add(usage, json.loads(about["usage"]))
-        seconds += float(about["seconds"])
+        stats.add(json.loads(metadata["usage"]))
+        seconds += float(metadata["seconds"])
     whole: dict[str, Any] = {name: torch.cat(rows) for name, rows in columns.items()}
     count = parts[-1].stop
     return Features(
@@ -176,28 +183,9 @@ def _together(folder: Path, parts: list[range]) -> Features:
         images_sha256=digest_of_all(whole.pop("sha256")),
         spatial=None if spatial is None or count < 2 else spatial.moments(),
         others=whole,
-        usage=usage,
+        stats=stats,
         seconds_per_image=seconds / count,
     )
-
-
-def _totals(usage: SamplingStats) -> dict[str, float]:
-    """Plain numbers by field; a field that counted nothing is left out."""
-    totals = {}
-    for name, value in vars(usage).items():
-        if value:
-            totals[name] = float(torch.stack(value).sum()) if isinstance(value, list) else value
-    return totals
-
-
-def _add(usage: SamplingStats, totals: dict[str, float]) -> None:
-    """Count another usage's totals too."""
-    for name, value in totals.items():
-        counted = getattr(usage, name)
-        if isinstance(counted, list):
-            counted.append(torch.tensor(value, dtype=torch.float64))
-        else:
-            setattr(usage, name, counted + value)
 
 
 def _duration(seconds: float) -> str:

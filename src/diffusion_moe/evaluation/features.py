@@ -1,18 +1,13 @@
-"""What turns images into features, and what makes two features comparable."""
+"""Feature extractors, and the check that two features are comparable."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from .reference import Reference
 
 INCEPTION, CLASSIFIER = "inception", "classifier"
 """Names of extractors that are no `transformers` model."""
@@ -21,23 +16,19 @@ HASH_DIGITS = 16
 
 @dataclass(frozen=True)
 class ExtractorIdentity:
-    """What an extractor's numbers depend on: features of different identities do not compare."""
+    """All that features depend on: those of different identities do not compare."""
 
     name: str
     """inception, classifier, or a `transformers` model's hub id or folder."""
     weights: str
     """Start of a SHA-256 over the weights (Inception: of the weight file)."""
     resize: str
-    """What happens to an image before the network sees it."""
+    """How an image is resized before the network sees it."""
     feature: str
-    """What is taken of the network."""
+    """The layer whose output is taken."""
 
     def check(self, other: ExtractorIdentity, where: str) -> None:
-        """Whether features of both compare; the name alone does not matter.
-
-        Raises:
-            ValueError: they differ.
-        """
+        """Raise a ValueError for features, stored in `where`, that do not compare; the name alone does not matter."""
         mine, theirs = asdict(self), asdict(other)
         for key, what in (("weights", "weights"), ("resize", "resizing"), ("feature", "features")):
             if mine[key] != theirs[key]:
@@ -62,12 +53,12 @@ class Extractor(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of its weights."""
         return next(self.module.parameters()).device
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Features of uint8 NCHW images, float32 on the CPU: `pool` (S, D) and what else the extractor knows.
+        """Features of uint8 NCHW images, float32 on the CPU: `pool` (S, D) and perhaps more.
 
         Raises:
             ValueError: the images have another number of channels.
@@ -77,11 +68,11 @@ class Extractor(ABC):
             images = images.expand(-1, 3, -1, -1)
         elif channels != self.channels:
             raise ValueError(f"{self.identity.name} reads images of {self.channels} channels; these have {channels}")
-        images = images.flatten().view(images.shape)  # strides choose among kernels, which differ in the last digit
+        images = images.flatten().view(images.shape)  # kernels are chosen by strides, and differ in the last digit
         # TensorFloat-32 would move the features by more than float32 sums do.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            found = self.extract(images.to(self.device))
-        return {name: value.float().cpu() for name, value in found.items()}
+            features = self.extract(images.to(self.device))
+        return {name: value.float().cpu() for name, value in features.items()}
 
     @abstractmethod
     def extract(self, images: Tensor) -> dict[str, Tensor]:
@@ -92,7 +83,7 @@ class Extractor(ABC):
         return None
 
     def warnings(self) -> list[str]:
-        """Why the numbers do not compare with published ones, if they do not."""
+        """Reasons why scores do not compare with published ones, if any."""
         return []
 
 
@@ -103,33 +94,3 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:HASH_DIGITS]
-
-
-def make_extractor(name: str, inception: Path | None = None, reference: Reference | None = None) -> Extractor:
-    """An extractor by name, on the best device there is.
-
-    Args:
-        inception: Inception's weight file. reference: the file a classifier comes out of.
-
-    Raises:
-        ValueError: there is none of that name, or its weights cannot be read.
-    """
-    if inception is not None and name != INCEPTION:
-        raise ValueError(f"--inception is {inception}, but the extractor is {name}; leave it out")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == INCEPTION:
-        from .inception import Inception
-
-        return Inception(inception).to(device)
-    if name == CLASSIFIER:
-        from .classifier import ClassifierFeatures
-
-        if reference is None or not reference.classifier:
-            raise ValueError(
-                "a classifier comes with statistics that it made; give --reference FILE of "
-                "`diffusion-moe stats DATA --extractor classifier`"
-            )
-        return ClassifierFeatures.of_weights(reference.classifier).to(device)
-    from .vision import VisionModel
-
-    return VisionModel(name).to(device)

@@ -11,21 +11,22 @@ from typing import Any, NamedTuple
 
 from ..config import EvaluationConfig
 from ..parsing import read_yaml, unknown_name
-from .options import SweepOptions, Weights
+from ..sampling.options import Weights
+from .options import SweepOptions
 
 AXES = ("weights", "solver", "steps", "guidance_interval", "threshold_scale", "guidance_scale")
-"""What a grid combines; the last one changes fastest."""
+"""Settings that a grid combines; the last one changes fastest."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """One combination."""
+class SweepPoint:
+    """One combination of settings."""
 
     weights: Weights
     settings: EvaluationConfig
 
     def title(self) -> str:
-        """In one line."""
+        """The settings in one line."""
         s = self.settings
         low, high = s.guidance_interval
         steps = "" if s.solver == "dopri5" else f" {s.steps} steps"
@@ -36,7 +37,7 @@ class Point:
 
 
 class Grid(NamedTuple):
-    """What a grid file holds."""
+    """Content of a grid file."""
 
     lists: dict[str, Any]
     """By axis."""
@@ -48,7 +49,7 @@ def read_grid(path: Path) -> Grid:
     """A grid from a YAML file.
 
     Raises:
-        ValueError: it cannot be read, or holds what is no setting.
+        ValueError: it cannot be read, or an entry is no setting.
     """
     content = read_yaml(path)
     if not isinstance(content, dict):
@@ -65,7 +66,7 @@ def read_grid(path: Path) -> Grid:
     )
 
 
-def make_points(options: SweepOptions, from_file: dict[str, Any], usual: EvaluationConfig) -> list[Point]:
+def make_points(options: SweepOptions, from_file: dict[str, Any], usual: EvaluationConfig) -> list[SweepPoint]:
     """All combinations of the options' lists, else the file's, else the usual value; equal ones once.
 
     Raises:
@@ -85,7 +86,7 @@ def make_points(options: SweepOptions, from_file: dict[str, Any], usual: Evaluat
     points = []
     for combination in itertools.product(*lists):
         chosen = dict(zip(AXES, combination))
-        points.append(_normal(Point(chosen.pop("weights"), replace(usual, **chosen))))
+        points.append(_normal(SweepPoint(chosen.pop("weights"), replace(usual, **chosen))))
     return list(dict.fromkeys(points))
 
 
@@ -98,7 +99,7 @@ def _as_list(axis: str, listed: Any) -> list[Any]:
 
 def _value(axis: str, text: str) -> Any:
     kinds: dict[str, tuple[Callable[[str], Any], str]] = {
-        "weights": (_weights, "ema or model or the decay of a further average"),
+        "weights": (_weights, "ema or model or the decay of a further EMA"),
         "solver": (str, "a solver"),
         "steps": (int, "a whole number"),
         "guidance_interval": (_interval, "two times with a colon, as 0.1:1"),
@@ -109,7 +110,7 @@ def _value(axis: str, text: str) -> Any:
     try:
         return read(text)
     except ValueError as error:
-        raise ValueError(f"{axis} holds {text!r}; expected {expected} in each place of the list") from error
+        raise ValueError(f"{axis} holds {text!r}; expected {expected} at each position of the list") from error
 
 
 def _weights(text: str) -> str:
@@ -121,12 +122,11 @@ def _interval(text: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _normal(point: Point) -> Point:
-    """What cannot matter as it usually is, so that points of equal images are one: without guidance, its interval; the
-    adaptive solver's steps."""
-    usual, settings = EvaluationConfig(), point.settings
+def _normal(point: SweepPoint) -> SweepPoint:
+    """The point with defaults for what its images do not depend on, so that points of equal images are equal."""
+    default, settings = EvaluationConfig(), point.settings
     if settings.guidance_scale == 1:
-        settings = replace(settings, guidance_interval=usual.guidance_interval)
-    if settings.solver == "dopri5":
-        settings = replace(settings, steps=usual.steps)
+        settings = replace(settings, guidance_interval=default.guidance_interval)
+    if settings.solver == "dopri5":  # it chooses its steps
+        settings = replace(settings, steps=default.steps)
     return replace(point, settings=settings)

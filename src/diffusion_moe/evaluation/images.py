@@ -1,4 +1,4 @@
-"""Where images come from: a folder, an `.npz`, a data set or a model; numbered, read a range at a time."""
+"""Numbered images of a folder, an `.npz`, a data set or a model, read a range at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import EvaluationConfig
 from ..data import ImageDataset
 from ..data.decoding import cover_and_crop, decode_image
 from ..data.listing import list_images, printable
 from ..pixels import to_uint8
-from ..sampling.acceleration import Network, accelerated
-from ..sampling.generate import SamplingStats, class_schedule, generate_batches
-from ..sampling.source import Loaded
+from ..sampling.generate import SamplingStats, class_schedule
+from ..sampling.sampler import Sampler
 from .features import HASH_DIGITS, fingerprint
 from .prompts import PromptSource
 
@@ -41,14 +38,14 @@ class Images(ABC):
     size: tuple[int, int]
     """Height and width in pixels."""
     notes: Sequence[str] = ()
-    """Lines for the user: what is read of the place, and what is left out."""
+    """Lines for the user: what is read, and what is left out."""
 
     @abstractmethod
-    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
+    def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
         """The images of a range as uint8 NCHW, at most `batch_size` at a time.
 
         Args:
-            usage: filled with what generating them cost.
+            stats: filled with what generating them cost.
 
         Raises:
             ValueError: one of them cannot be read or has another size.
@@ -56,7 +53,7 @@ class Images(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What the images depend on, ready for JSON: work on others of this identity goes on from where it stopped."""
+        """All that the images depend on, ready for JSON: work on images of an equal identity is resumed."""
 
 
 class FolderImages(Images):
@@ -71,7 +68,7 @@ class FolderImages(Images):
         self.count = len(self.paths)
         self.size = tuple(self._open(self.paths[0]).shape[:2])  # type: ignore[assignment]
 
-    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
+    def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
         for start in range(numbers.start, numbers.stop, batch_size):
             paths = self.paths[start : min(start + batch_size, numbers.stop)]
             pixels = [self._open(path) for path in paths]
@@ -125,7 +122,7 @@ class NpzImages(Images):
             )
         self.count, self.size, self.channels = shape[0], (shape[1], shape[2]), channels
 
-    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
+    def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
         height, width = self.size
         image_bytes = height * width * self.channels
         try:
@@ -155,7 +152,7 @@ class DatasetImages(Images):
         height, width = dataset.read([0]).images.shape[-2:]
         self.size = (height, width)
 
-    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
+    def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
         starts = range(numbers.start, numbers.stop, batch_size)
         batches = [range(start, min(start + batch_size, numbers.stop)) for start in starts]
         if self.threads == 0:
@@ -178,39 +175,30 @@ class DatasetImages(Images):
 
 
 class GeneratedImages(Images):
-    """Images of a model: number i is a function of (seed, i); classes take turns, or it shows prompt i.
+    """Images of a model: number i is a function of (seed, i), of the i-th class in turn or of prompt i.
 
     Args:
-        shown: the prompts, of a model with text.
+        sampler: the model.
+        prompts: for a model with text.
     """
 
-    def __init__(
-        self, loaded: Loaded, settings: EvaluationConfig, name: str, shown: PromptSource | None = None
-    ) -> None:
-        self.loaded, self.settings, self.name, self.shown = loaded, settings, name, shown
-        self.count = settings.num_samples
-        config, vae = loaded.model.settings, loaded.vae
-        self.labels = class_schedule(self.count, config.num_classes)
-        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-        self.size = (config.sample_size * scale, config.sample_size * scale)
+    def __init__(self, sampler: Sampler, prompts: PromptSource | None = None) -> None:
+        self.sampler, self.prompts = sampler, prompts
+        self.name, self.size = str(sampler.source.path), sampler.image_size
+        self.count = sampler.settings.num_samples
+        self.labels = class_schedule(self.count, sampler.source.config.num_classes)
 
-    def read(self, numbers: range, batch_size: int, usage: SamplingStats) -> Iterator[Tensor]:
-        (model, vae), first, stop = self.loaded, numbers.start, numbers.stop
-        options: dict[str, Any] = {"prompts": self.shown, "network": self._network}
-        for images in generate_batches(model, self.labels, stop, self.settings, vae, usage, first, **options):
+    def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
+        first, stop = numbers.start, numbers.stop
+        for images in self.sampler.batches(stop, self.labels, self.prompts, first=first, stats=stats):
             if not images.isfinite().all():
-                raise ValueError(f"{self.name} draws images whose values are not finite; its weights are of no use")
+                raise ValueError(f"{self.name} generates images with values that are not finite; use other weights")
             yield to_uint8(images)
 
-    @cached_property
-    def _network(self) -> Network:
-        """The same for all images, so that a graph is captured once for each shape."""
-        return accelerated(self.loaded.model, self.settings)
-
     def identity(self) -> dict[str, Any]:
-        model, vae = self.loaded
-        settings = json.loads(json.dumps(vars(self.settings)))
-        prompts = {} if self.shown is None else self.shown.identity()
+        model, vae = self.sampler.model, self.sampler.vae
+        settings = json.loads(json.dumps(vars(self.sampler.settings)))
+        prompts = {} if self.prompts is None else self.prompts.identity()
         return {"model": fingerprint(model), "vae": vae and fingerprint(vae), "settings": settings} | prompts
 
 
@@ -218,7 +206,8 @@ def open_images(path: Path, channels: int = 3, image_size: int | None = None) ->
     """The images of a folder or an `.npz`.
 
     Args:
-        channels: that files are read with. image_size: files are resized and cropped to this square; None: not at all.
+        channels: that files are read with.
+        image_size: side of the square in pixels that files are resized and cropped to; None: they are not.
 
     Raises:
         ValueError: there are none.
@@ -228,7 +217,7 @@ def open_images(path: Path, channels: int = 3, image_size: int | None = None) ->
     if path.suffix != ".npz" or not path.is_file():
         raise ValueError(f"{path} is no folder and no .npz file; give images")
     if image_size is not None:
-        raise ValueError(f"--image_size is {image_size}, but the images of {path} are taken as they are; leave it out")
+        raise ValueError(f"--image_size is {image_size}, but the images of {path} are not resized; remove the option")
     return NpzImages(path)
 
 
@@ -239,7 +228,7 @@ def digests_of(images: Tensor) -> Tensor:
 
 
 def digest_of_all(digests: Tensor) -> str:
-    """One hash of many images in their order, as records show it."""
+    """One hash of many images in their order, for files of scores."""
     return hashlib.sha256(digests.contiguous().numpy().tobytes()).hexdigest()[:HASH_DIGITS]
 
 
@@ -248,7 +237,7 @@ def _nchw(pixels_NHWC: np.ndarray) -> Tensor:
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and kind of an array in the npy format; the file then stands at its first number."""
+    """Shape, order and dtype of an array in the npy format; leaves the file at its first value."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return read(file)

@@ -66,7 +66,7 @@ class Inception(Extractor):
 
 
 def _torch_fidelity() -> tuple[type[nn.Module], str]:
-    """The module's class, and where its weights are published."""
+    """The module's class, and the address of its published weights."""
     name = "torch_fidelity.feature_extractor_inceptionv3"
     try:
         found = importlib.import_module(name)
@@ -81,14 +81,14 @@ def _torch_fidelity() -> tuple[type[nn.Module], str]:
 
 
 def _downloaded(url: str) -> Path:
-    """Where torch keeps the published file; one process downloads it if it is not there."""
+    """Path of the published file in torch's cache; one process downloads it if it is missing."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if is_main() and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=PUBLISHED_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download {url} ({error}); get it elsewhere and give --inception FILE") from error
+            raise ValueError(f"cannot download {url} ({error}); give it with --inception FILE") from error
     barrier()
     return path
 
@@ -104,7 +104,7 @@ def _load(module: type[nn.Module], content: bytes, name: Path | str) -> nn.Modul
     """The network with the file's weights. torch-fidelity itself would unpickle whatever the file holds."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what the refusal says better
+            warnings.simplefilter("ignore")  # the error below says it better
             weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         safe = io.BytesIO()
         torch.save(weights, safe)

@@ -15,8 +15,9 @@ from ..distributed import is_main, rank, to_main, world_size
 from ..log import Log
 from ..sampling.generate import SamplingStats
 from .classifier import ClassifierFeatures
-from .extract_features import PART, Progress
-from .features import CLASSIFIER, Extractor, make_extractor
+from .extract_features import Log, ProgressLog, parts_of
+from .extractors import make_extractor
+from .features import CLASSIFIER, Extractor
 from .images import DatasetImages, Images, digest_of_all, digests_of, open_images
 from .options import StatsOptions
 from .reference import Reference, holds_statistics, read_reference
@@ -28,20 +29,21 @@ def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, l
     """Write the statistics of images; other processes than the main one help and return None.
 
     Args:
-        name: of the recipe that `data` comes from, or the path of a folder of images or an `.npz` (data: None).
+        name: of the recipe that `data` comes from, or the path of a folder of images or an `.npz`.
+        data: the recipe's data; None for a folder or an `.npz`.
 
     Raises:
         ValueError: data, extractor and options do not fit.
     """
     _check(name, data, options)
     if data is None and holds_statistics(Path(name)):
-        reference = _of_published(Path(name), options, log)
+        reference = _with_published_moments(Path(name), options, log)
     else:
         extractor = _extractor(data, options)
-        images, about = _images(name, data, options, extractor)
+        images, metadata = _images(name, data, options, extractor)
         for line in images.notes:
             log(line)
-        reference = _of_images(images, extractor, about, options, log)
+        reference = _measure(images, extractor, metadata, options, log)
     if not is_main():
         return None
     path = options.output or Path(_file_name(name, reference))
@@ -53,7 +55,7 @@ def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, l
 
 
 def describe(reference: Reference) -> str:
-    """Extractor and widths in one line."""
+    """Extractor and numbers of features in one line."""
     assert reference.extractor is not None
     widths = [reference.pool, *([reference.spatial] if reference.spatial is not None else [])]
     numbers = " and ".join(str(len(moments.mean_D)) for moments in widths)
@@ -61,13 +63,13 @@ def describe(reference: Reference) -> str:
 
 
 def _check(name: str, data: DataConfig | None, options: StatsOptions) -> None:
-    """What can be told wrong before anything is loaded."""
+    """Refuse wrong options before anything is loaded."""
     if options.output is not None and options.output.suffix != ".npz":
         raise ValueError(f"output is {options.output}; statistics are an .npz file")
     if data is None and not Path(name).exists():
         raise ValueError(f"there is no {name}; give a recipe, a run, a folder of images or an .npz")
     if data is None and options.split != "train":
-        raise ValueError(f"--split is {options.split}, but {name} has no splits; leave it out")
+        raise ValueError(f"--split is {options.split}, but {name} has no splits; remove the option")
     if data is not None and options.image_size is not None:
         raise ValueError(f"--image_size is {options.image_size}, but a recipe has data.image_size; set that")
 
@@ -78,7 +80,7 @@ def _extractor(data: DataConfig | None, options: StatsOptions) -> Extractor:
     if data is None:
         raise ValueError("--extractor is classifier, which learns from a recipe's labelled data; give a recipe as DATA")
     if options.inception is not None:
-        raise ValueError(f"--inception is {options.inception}, but the extractor is classifier; leave it out")
+        raise ValueError(f"--inception is {options.inception}, but the extractor is classifier; remove the option")
     training = load_dataset(data, "train")
     check_small(training)
     return ClassifierFeatures(shared_classifier(training))
@@ -87,7 +89,7 @@ def _extractor(data: DataConfig | None, options: StatsOptions) -> Extractor:
 def _images(
     name: str, data: DataConfig | None, options: StatsOptions, extractor: Extractor
 ) -> tuple[Images, dict[str, Any]]:
-    """The images, and what is recorded of where they come from."""
+    """The images, and metadata of their source."""
     if data is None:
         images = open_images(Path(name), extractor.channels, options.image_size)
         return images, {"path": name, "crop": options.image_size}
@@ -95,8 +97,8 @@ def _images(
     return DatasetImages(dataset, name, data.num_workers), {"recipe": name, "split": options.split, **asdict(data)}
 
 
-def _of_published(path: Path, options: StatsOptions, log: Log) -> Reference:
-    """A published batch's own moments, and the features of its images, which each score would otherwise extract."""
+def _with_published_moments(path: Path, options: StatsOptions, log: Log) -> Reference:
+    """A published batch's moments, and the features of its images, so that `evaluate` need not extract them."""
     reference = read_reference(path)
     if not reference.published:
         raise ValueError(f"{path} holds statistics of this library already; use it as --reference")
@@ -110,74 +112,73 @@ def _of_published(path: Path, options: StatsOptions, log: Log) -> Reference:
 
 
 @dataclass
-class Share:
-    """What one process has learned of its share of the images."""
+class PartialStatistics:
+    """Statistics of the images that one process reads."""
 
     sums: dict[str, FeatureSums]
-    """Of `pool` and, from Inception, `spatial`."""
+    """By `pool` and, of Inception, `spatial`."""
     kept: dict[int, Tensor] = field(default_factory=dict)
-    """Features by the image's number."""
+    """Features by image number."""
     digests: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, found: dict[str, Tensor]) -> Share:
-        """Nothing yet, of the widths of these features."""
-        return cls({key: FeatureSums.of(found[key][:0]) for key in ("pool", "spatial") if key in found})
+    def empty(cls, features: dict[str, Tensor]) -> PartialStatistics:
+        """No images yet, with sums of the widths of these features."""
+        return cls({key: FeatureSums.of(features[key][:0]) for key in ("pool", "spatial") if key in features})
 
-    def add(self, found: dict[str, Tensor], digests: Tensor, first: int, wanted: set[int]) -> None:
-        """Features and digests of images from number `first` on; those of wanted ones are kept."""
+    def add(self, features: dict[str, Tensor], digests: Tensor, first: int, wanted: set[int]) -> None:
+        """Add images from number `first` on, and keep the features of wanted ones."""
         for key in self.sums:
-            self.sums[key] += FeatureSums.of(found[key])
+            self.sums[key] += FeatureSums.of(features[key])
         for i, digest in enumerate(digests, first):
             self.digests[i] = digest
             if i in wanted:
-                self.kept[i] = found["pool"][i - first].clone()
+                self.kept[i] = features["pool"][i - first].clone()
 
 
-def _of_images(
-    images: Images, extractor: Extractor, about: dict[str, Any], options: StatsOptions, log: Log
+def _measure(
+    images: Images, extractor: Extractor, metadata: dict[str, Any], options: StatsOptions, log: Log
 ) -> Reference:
     """Moments of all images, features of some. A process reads every n-th part; the sums are added over processes."""
     wanted = set(evenly(images.count, options.num_features))
-    step = max(1, PART // options.batch_size) * options.batch_size
-    share = Share.empty(extractor(next(images.read(range(1), 1, SamplingStats()))))
-    progress = Progress(images.count, 0, log)
-    for start in range(rank() * step, images.count, world_size() * step):
-        place = start
-        for batch in images.read(range(start, min(start + step, images.count)), options.batch_size, SamplingStats()):
-            share.add(extractor(batch), digests_of(batch), place, wanted)
-            place += len(batch)
-        progress.tell(min(start * world_size() + step, images.count))
-    moments = {key: sums.over_processes().moments() for key, sums in share.sums.items()}
-    kept, digests = (
-        dict(sorted((i, row) for rows in to_main(mine) for i, row in rows.items()))
-        for mine in (share.kept, share.digests)
-    )
+    own = PartialStatistics.empty(extractor(next(images.read(range(1), 1, SamplingStats()))))
+    parts, progress = parts_of(images.count, options.batch_size), ProgressLog(images.count, 0, log)
+    for part in parts[rank() :: world_size()]:
+        first = part.start
+        for batch in images.read(part, options.batch_size, SamplingStats()):
+            own.add(extractor(batch), digests_of(batch), first, wanted)
+            first += len(batch)
+        progress.update(min(part.start * world_size() + len(part), images.count))
+    moments = {key: sums.over_processes().moments() for key, sums in own.sums.items()}
+    kept, digests = _gathered(own.kept), _gathered(own.digests)
     about = {
         "num_images": images.count,
         "image_size": list(images.size),
-        "data": about,
-        "images_sha256": digest_of_all(torch.stack([*digests.values()])) if digests else "",
+        "data": metadata,
+        "images_sha256": digest_of_all(torch.stack(digests)) if digests else "",
     }
-    return Reference(
-        images.name,
-        moments["pool"],
-        moments.get("spatial"),
-        torch.stack([*kept.values()]) if kept else None,
-        extractor.identity,
-        about,
-        dict(extractor.module.state_dict()) if extractor.identity.name == CLASSIFIER else {},
-    )
+    features = torch.stack(kept) if kept else None
+    classifier = dict(extractor.module.state_dict()) if extractor.identity.name == CLASSIFIER else {}
+    pool, spatial = moments["pool"], moments.get("spatial")
+    return Reference(images.name, pool, spatial, features, extractor.identity, about, classifier)
+
+
+def _gathered(own: dict[int, Tensor]) -> list[Tensor]:
+    """Rows of all processes in the order of their image numbers, on the main process; empty elsewhere."""
+    rows: dict[int, Tensor] = {}
+    for share in to_main(own):
+        rows |= share
+    return [rows[i] for i in sorted(rows)]
 
 
 def evenly(count: int, wanted: int) -> list[int]:
-    """At most `wanted` numbers below `count`, spread evenly."""
+    """At most `wanted` numbers below `count`, evenly spaced."""
     wanted = min(count, wanted)
     return [i * count // wanted for i in range(wanted)]
 
 
 def _file_name(name: str, reference: Reference) -> str:
-    """Data, size and extractor in a name."""
+    """A name that tells data, size and extractor apart."""
     assert reference.extractor is not None
     size = reference.about.get("image_size")
     parts = [Path(name).stem, *([] if size is None else ["x".join(map(str, size))])]

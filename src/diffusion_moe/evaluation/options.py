@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import require
-from ..sampling.options import Weights
+from ..sampling.options import WeightsOptions
 
 Split = Literal["train", "test"]
 REFERENCE_FEATURES = 10_000
@@ -16,12 +16,12 @@ REFERENCE_FEATURES = 10_000
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """What images are compared with, by which features."""
+    """Statistics of real images to compare with, and the features."""
 
     reference: Path | None = None
     """Statistics of real images: a file of `diffusion-moe stats`, ADM's reference batch, or another .npz with mu and
-    sigma of Inception. A run may leave it out: a small classifier of its own data then judges it, and coloured shapes
-    are judged by what they show."""
+    sigma of Inception. For a run it is optional: without it a small classifier of its own data scores the images, and
+    coloured shapes are scored by what the images show."""
     extractor: str | None = None
     """inception, classifier, or the hub id or folder of a transformers vision model such as facebook/dinov2-large; the
     one that made the reference unless given."""
@@ -31,24 +31,19 @@ class ReferenceOptions:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What images show, of a model with text."""
+    """Prompts, for a model with text."""
 
     prompts: Path | None = None
-    """A text file of prompts, a line each, which images show in turn; unless given, the first captions of a run's
-    held-out images, or of coloured shapes questions of every category."""
+    """A text file of prompts, a line each, used in turn; unless given, the first captions of a run's held-out images,
+    or for coloured shapes questions of every category."""
     text_encoder: str | None = None
-    """Hub id or folder of the text encoder, where it is not where training left it."""
+    """Hub id or folder of the text encoder, if it is not where training left it."""
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(TextOptions, ReferenceOptions):
+class EvaluateOptions(WeightsOptions, TextOptions, ReferenceOptions):
     """How a model's images are scored."""
 
-    weights: Weights = "ema"
-    """A run's averaged weights (ema), those of its newest checkpoint that are not averaged (model), or a further
-    average (training.extra_ema_decays) by its decay, as 0.999."""
-    vae: str | None = None
-    """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
     output: Path | None = None
     """The JSON file of the scores; in the folder, under a name that tells settings apart, unless given."""
 
@@ -107,8 +102,8 @@ class SweepOptions(TextOptions, ReferenceOptions):
     guidance_interval: str | None = None
     """Pairs of times between which guidance is on, as 0:1,0.1:1."""
     weights: str | None = None
-    """As ema,0.999,model: averaged weights, further averages by their decay, or those of a run's newest checkpoint that
-    are not averaged."""
+    """As ema,0.999,model: EMA weights, a further EMA by its decay, or the weights of a run's newest checkpoint without
+    EMA."""
     steps: str | None = None
     """Solver steps, as 25,50."""
     solver: str | None = None

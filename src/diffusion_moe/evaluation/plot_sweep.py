@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from .evaluate import number_of
-
-if TYPE_CHECKING:
-    from .sweep import Outcome
+from .grid import AXES
+from .report import Result, number_of
 
 
 class Figure(NamedTuple):
-    """What a figure shows."""
+    """Axis and lines of a figure."""
 
     name: str
     key: str
-    """Of the record: the horizontal axis."""
+    """The horizontal axis, as a key of the scores."""
     label: str
     along: tuple[str, ...]
     """The first of these settings that varies changes along a line; lines differ in the others."""
@@ -24,38 +22,26 @@ class Figure(NamedTuple):
 
 FIGURES = (
     Figure("guidance.png", "guidance_scale", "guidance scale", ("guidance_scale",)),
-    Figure(
-        "capacity.png",
-        "average_capacity",
-        "average capacity (routed experts a token)",
-        ("threshold_scale", "guidance_scale"),
-    ),
-    Figure(
-        "time.png",
-        "seconds_per_image",
-        "seconds an image, generation alone",
-        ("steps", "threshold_scale", "guidance_scale"),
-    ),
+    Figure("capacity.png", "average_capacity", "average capacity (routed experts a token)", AXES[-2:]),
+    Figure("time.png", "seconds_per_image", "seconds an image, generation alone", ("steps", *AXES[-2:])),
 )
 LEGEND_INSIDE = 6
-"""Lines of which the names fit into the picture."""
+"""Lines whose names fit inside the figure."""
 QUALITIES = {"overall": "share of prompts that are right", "fid": "FID", "frechet": "Fréchet distance"}
-"""Scores that may stand on the vertical axis, the first one that there is, and their names."""
-SETTINGS = ("weights", "solver", "steps", "guidance_interval", "threshold_scale", "guidance_scale")
+"""Scores for the vertical axis, of which the first known one is plotted, and their names."""
 
 
-def draw_sweep(outcomes: list[Outcome], folder: Path) -> list[Path]:
-    """A figure for each of the axes along which the points differ; the paths written."""
-    results = [outcome.result for outcome in outcomes]
+def plot_sweep(results: list[Result], folder: Path) -> list[Path]:
+    """Write a figure for each horizontal axis along which the points differ; return the paths."""
     paths = []
     for figure in FIGURES:
         if len({result.get(figure.key) for result in results} - {None}) > 1:
-            _draw(results, figure, folder / figure.name)
+            _plot(results, figure, folder / figure.name)
             paths.append(folder / figure.name)
     return paths
 
 
-def _draw(results: list[dict[str, Any]], figure: Figure, path: Path) -> None:
+def _plot(results: list[Result], figure: Figure, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,20 +70,21 @@ def _draw(results: list[dict[str, Any]], figure: Figure, path: Path) -> None:
     plt.close(canvas)
 
 
-def lines_of(results: list[dict[str, Any]], along: str) -> dict[str, list[dict[str, Any]]]:
-    """Records of equal settings but for one, in that one's order, under a title of what differs between the lines."""
-    varying = [key for key in SETTINGS if key != along and _varies(results, key)]
-    lines: dict[str, list[dict[str, Any]]] = {}
+def lines_of(results: list[Result], along: str) -> dict[str, list[Result]]:
+    """Scores whose settings are equal except `along`, in its order, under a title of what differs between lines."""
+    varying = [key for key in AXES if key != along and _varies(results, key)]
+    lines: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result[along] or 0):  # the adaptive solver has no steps
-        lines.setdefault(", ".join(_words(key, result[key]) for key in varying), []).append(result)
+        title = ", ".join(_label(key, result[key]) for key in varying)
+        lines.setdefault(title, []).append(result)
     return dict(sorted(lines.items()))
 
 
-def _varies(results: list[dict[str, Any]], key: str) -> bool:
+def _varies(results: list[Result], key: str) -> bool:
     return len({str(result[key]) for result in results}) > 1
 
 
-def _words(key: str, value: Any) -> str:
+def _label(key: str, value: Any) -> str:
     match key:
         case "guidance_interval":
             return "t {:g} to {:g}".format(*value)

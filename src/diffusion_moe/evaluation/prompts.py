@@ -1,4 +1,4 @@
-"""What the images of an evaluation show: prompts from a file, a run's held-out captions, or questions about shapes."""
+"""Prompts of an evaluation's images: from a file, or a run's held-out captions."""
 
 from __future__ import annotations
 
@@ -7,57 +7,54 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import DataConfig, EvaluationConfig
 from ..data import load_dataset
 from ..data.captions import CachedCaptions
-from ..log import Log
-from ..run_folder import RunFolder
 from ..sampling.generate import Prompts
+from ..sampling.loading import load_text_encoder
 from ..sampling.prompts import read_prompts
+from ..sampling.sampler import Sampler
 from ..sampling.source import Source
-from ..shapes.prompts import CATEGORIES, SPLITS, Prompt, evaluation_prompts
 from ..text import TextEncoder, TextFeatures, TextSpace
 from .features import HASH_DIGITS
 from .options import TextOptions
 
 
 class PromptSource(ABC):
-    """A prompt for each image: number i's is number i of them, which begin again after the last."""
+    """A prompt for each image: image i has prompt i; after the last prompt they begin again."""
 
     origin: str
-    """Where they are from."""
+    """Where the prompts are from."""
     space: TextSpace
-    """Whose features they get."""
+    """The encoder of their features."""
     sha256: str
-    """Start of a hash of them."""
+    """Start of a hash of the prompts."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of prompts."""
 
     @abstractmethod
-    def features(self, numbers: Tensor) -> TextFeatures:
-        """Of some of them, int64, each below their number."""
+    def features(self, indices: Tensor) -> TextFeatures:
+        """Features of some prompts, int64, each index below their number."""
 
-    def rows(self, places: Tensor, device: torch.device) -> Prompts:
-        """Of the images of these numbers; guidance leads away from the model's null prompt."""
-        text = self.features(places % len(self)).to(device)
+    def rows(self, indices: Tensor, device: torch.device) -> Prompts:
+        """The prompts of the images of these numbers; guidance leads away from the model's null prompt."""
+        text = self.features(indices % len(self)).to(device)
         return Prompts(text, text.nothing())
 
     def identity(self) -> dict[str, Any]:
-        """What images depend on."""
+        """All that images depend on."""
         return {"prompts": self.sha256, "text_encoder": self.space.sha256}
 
-    def record(self) -> dict[str, Any]:
-        """For the record of a score."""
-        about = {"origin": self.origin, "count": len(self), "sha256": self.sha256}
-        return {"prompts": about, "text_encoder": self.space.to_dict()}
+    def metadata(self) -> dict[str, Any]:
+        """For the file of a score."""
+        prompts = {"origin": self.origin, "count": len(self), "sha256": self.sha256}
+        return {"prompts": prompts, "text_encoder": self.space.to_dict()}
 
 
 class Texts(PromptSource):
@@ -71,17 +68,8 @@ class Texts(PromptSource):
     def __len__(self) -> int:
         return len(self.texts)
 
-    def features(self, numbers: Tensor) -> TextFeatures:
-        return TextFeatures.together(self.encoder.encode_all([self.texts[number] for number in numbers.tolist()]))
-
-
-class Questions(Texts):
-    """Prompts about coloured shapes, whose images can be judged."""
-
-    def __init__(self, prompts: Sequence[Prompt], origin: str, encoder: TextEncoder) -> None:
-        super().__init__([prompt.text for prompt in prompts], origin, encoder)
-        self.prompts = list(prompts)
-        self.sha256 = digest_of([prompt.as_dict() for prompt in prompts])
+    def features(self, indices: Tensor) -> TextFeatures:
+        return TextFeatures.together(self.encoder.encode_all([self.texts[index] for index in indices.tolist()]))
 
 
 class Cached(PromptSource):
@@ -94,21 +82,21 @@ class Cached(PromptSource):
     def __len__(self) -> int:
         return self.count
 
-    def features(self, numbers: Tensor) -> TextFeatures:
-        return self.captions.take(numbers, torch.zeros_like(numbers))
+    def features(self, indices: Tensor) -> TextFeatures:
+        return self.captions.take(indices, torch.zeros_like(indices))
 
 
 @dataclass
 class Once:
-    """Says the first line it is given: batches are encoded one by one, and each would tell of its cut prompts."""
+    """A log of the first line only: texts are encoded batch by batch, and each batch would log its cut prompts."""
 
     log: Log
-    said: bool = False
+    logged: bool = False
 
     def __call__(self, line: str) -> None:
-        if not self.said:
+        if not self.logged:
             self.log(line)
-        self.said = True
+        self.logged = True
 
 
 def digest_of(content: Any) -> str:
@@ -116,78 +104,38 @@ def digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:HASH_DIGITS]
 
 
-def prompts_of(
-    source: Source, settings: EvaluationConfig, options: TextOptions, own: DataConfig | None, log: Log
-) -> PromptSource | None:
-    """The prompts of an evaluation's images; None for a model without text.
-
-    Args:
-        own: a run's data that judges its images itself; of coloured shapes the prompts are questions about them.
-
-    Raises:
-        ValueError: there are none, they cannot be read or encoded, or options do not fit.
-    """
-    check_text_options(source, options)
-    if not source.config.text_dim:
-        return None
-    warn = Once(log)
-    if own is not None and own.kind == "shapes":
-        if options.prompts is not None:
-            raise ValueError(
-                f"prompts is {options.prompts}, but coloured shapes are judged by questions of their own; leave it "
-                "out, or give --reference FILE to compare features instead"
-            )
-        asked = questions(settings.num_samples, settings.seed)
-        origin = f"coloured shapes, {len(asked) // len(_GROUPS)} of each category and split, seed {settings.seed}"
-        return Questions(asked, origin, source.load_text_encoder(options.text_encoder, warn))
-    if options.prompts is not None:
-        texts = read_prompts(None, options.prompts)
-        return Texts(texts, str(options.prompts), source.load_text_encoder(options.text_encoder, warn))
-    return held_out_captions(source, settings.num_samples, options.text_encoder, warn)
-
-
 def check_text_options(source: Source, options: TextOptions) -> None:
-    """Whether a model takes prompts, if there are any, and nothing else.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise a ValueError for prompts of a model without text, and for a model of classes and text."""
     if source.config.text_dim and source.config.num_classes:
         raise ValueError(f"the model of {source.path} takes classes and text, which only its forward can be given")
     for name, value in (("prompts", options.prompts), ("text_encoder", options.text_encoder)):
         if value is not None and not source.config.text_dim:
-            raise ValueError(f"{name} is {value}, but the model of {source.path} takes no text; leave it out")
+            raise ValueError(f"{name} is {value}, but the model of {source.path} takes no text; remove the option")
 
 
-_GROUPS = tuple(product(SPLITS, CATEGORIES))
-
-
-def questions(num_samples: int, seed: int) -> list[Prompt]:
-    """As many of each category, seen and held out; the seen ones first.
+def text_prompts(sampler: Sampler, options: TextOptions, log: Log) -> PromptSource:
+    """The prompts of a file, or a run's held-out captions.
 
     Raises:
-        ValueError: the number cannot be spread evenly.
+        ValueError: there are none, or they cannot be read or encoded.
     """
-    each, left = divmod(num_samples, len(_GROUPS))
-    if left or not each:
-        near = " or ".join(str(n * len(_GROUPS)) for n in (each, each + 1) if n)
-        raise ValueError(
-            f"num_samples is {num_samples}, but prompts of coloured shapes are of {len(CATEGORIES)} categories, seen "
-            f"and held out, as many each; give a multiple of {len(_GROUPS)}, as {near}"
-        )
-    return [prompt for split in SPLITS for prompt in evaluation_prompts(seed, each, split)]
+    source, warn = sampler.source, Once(log)
+    if options.prompts is None:
+        return held_out_captions(source, sampler.settings.num_samples, options.text_encoder, warn)
+    texts = read_prompts(None, options.prompts)
+    return Texts(texts, str(options.prompts), load_text_encoder(source, options.text_encoder, warn))
 
 
 def held_out_captions(source: Source, count: int, text_encoder: str | None, log: Log) -> Texts | Cached:
-    """The first caption of each of a run's held-out images, of as many as `count`.
+    """The first caption of each of a run's held-out images, at most `count`.
 
     Raises:
         ValueError: the folder is no run, nothing is held out, or the captions cannot be read or encoded.
     """
-    run, remedy = RunFolder(source.path), "give --prompts FILE, a prompt a line"
-    if not run.recipe.is_file():
+    remedy = "give --prompts FILE, a prompt a line"
+    if source.recipe is None:
         raise ValueError(f"{source.path} is no run, so it has no captions of its own; {remedy}")
-    data = run.read_recipe().data
+    data = source.recipe.data
     if data.test_fraction == 0:
         raise ValueError(f"data.test_fraction is 0, so there are no held-out captions; {remedy}")
     try:
@@ -195,22 +143,22 @@ def held_out_captions(source: Source, count: int, text_encoder: str | None, log:
     except ValueError as error:
         raise ValueError(f"the run's captions cannot be read: {error}; or {remedy}") from error
     origin = "held-out captions of " + " ".join(filter(None, (data.kind, data.path)))
-    numbers = range(min(count, len(dataset)))
+    indices = range(min(count, len(dataset)))
     if isinstance(dataset.texts, CachedCaptions):
         _check_cache(source, dataset.texts, text_encoder)
-        return Cached(dataset.texts, len(numbers), origin)
-    texts = [dataset.captions(number)[0] for number in numbers]
-    return Texts(texts, origin, source.load_text_encoder(text_encoder, log))
+        return Cached(dataset.texts, len(indices), origin)
+    texts = [dataset.captions(index)[0] for index in indices]
+    return Texts(texts, origin, load_text_encoder(source, text_encoder, log))
 
 
 def _check_cache(source: Source, captions: CachedCaptions, text_encoder: str | None) -> None:
     if text_encoder is not None:
         raise ValueError(
-            f"text_encoder is {text_encoder}, but the captions of {captions.folder} are encoded; leave it out, or give "
-            "--prompts FILE"
+            f"text_encoder is {text_encoder}, but the captions of {captions.folder} are encoded; remove the option, or "
+            "give --prompts FILE"
         )
     if source.text_space is not None and captions.space.sha256 != source.text_space.sha256:
         raise ValueError(
             f"the captions of {captions.folder} are of another text encoder than the model of {source.path}; encode "
-            "them anew, or give --prompts FILE"
+            "them again, or give --prompts FILE"
         )

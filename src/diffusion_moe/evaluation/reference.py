@@ -1,8 +1,8 @@
-"""Statistics of real images in a file: whose they are, what made them, and whether generated images may be compared.
+"""Statistics of real images in a file, and the check that generated images may be compared with them.
 
 Our own `.npz` holds `mu`, `sigma` (and `mu_s`, `sigma_s` of spatial features) in float64 under the names ADM gave them,
 `features` of some of the images for KID, precision and recall, `about` (JSON) and `sha256` over all of it. Published
-files hold `mu` and `sigma`, ADM's also `mu_s`, `sigma_s` and images `arr_0`; they do not say what made them.
+files hold `mu` and `sigma`, ADM's also `mu_s`, `sigma_s` and images `arr_0`, but not what made them.
 """
 
 from __future__ import annotations
@@ -34,33 +34,29 @@ class Reference:
     """Statistics of real images."""
 
     name: str
-    """File, or what stands for it in records."""
+    """File, or a description in its stead."""
     pool: Moments
     spatial: Moments | None = None
     features_RD: Tensor | None = None
     """Of some of the images, float32: for KID, precision and recall."""
     extractor: ExtractorIdentity | None = None
-    """None: the file does not say."""
+    """None: the file does not name it."""
     about: dict[str, Any] = field(default_factory=dict)
-    """num_images, image_size (height and width in pixels), data and what else the file says."""
+    """num_images, image_size (height and width in pixels), data and other metadata of the file."""
     classifier: dict[str, Tensor] = field(default_factory=dict)
     """The weights of the classifier that made it, if one did."""
     sha256: str = ""
     """Start of the SHA-256 over the content."""
     images: Path | None = None
-    """An `.npz` with images of which no features are known yet."""
+    """An `.npz` with images whose features are not extracted yet."""
 
     @property
     def published(self) -> bool:
-        """Whether the statistics are another program's."""
+        """True for statistics of another program."""
         return self.extractor is None
 
     def check(self, extractor: Extractor, image_size: tuple[int, int] | None) -> None:
-        """Whether images of this size (None: not known yet), read by this extractor, may be compared with these.
-
-        Raises:
-            ValueError: they may not.
-        """
+        """Raise a ValueError for images of this size (None: not known yet) and extractor that do not compare."""
         if self.extractor is not None:
             extractor.identity.check(self.extractor, self.name)
         elif not isinstance(extractor, Inception):
@@ -80,12 +76,12 @@ class Reference:
                 f"{image_size[0]} x {image_size[1]}; compare images of one size"
             )
 
-    def record(self) -> dict[str, Any]:
-        """For the record of a score."""
+    def metadata(self) -> dict[str, Any]:
+        """For the file of a score."""
         return {"name": self.name, "sha256": self.sha256, **self.about}
 
     def write(self, path: Path) -> Reference:
-        """Write the statistics, whole or not at all; return them with their hash."""
+        """Write the statistics atomically; return them with their hash."""
         arrays = self._arrays()
         digest = _digest(arrays)
         with replace_atomically(path) as file:
@@ -105,7 +101,7 @@ class Reference:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether a file is an `.npz` with mu and sigma, whatever else."""
+    """Tell an `.npz` with mu and sigma from other files."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
@@ -138,43 +134,30 @@ def read_reference(path: Path) -> Reference:
     _check_width(path, pool, POOL_WIDTH)
     if spatial is not None:
         _check_width(path, spatial, SPATIAL_WIDTH)
-    about = {"made_by": "not said in the file"}
-    return Reference(
-        str(path),
-        pool,
-        spatial,
-        about=about,
-        sha256=_digest(arrays)[:HASH_DIGITS],
-        images=path if has_images else None,
-    )
+    about, digest = {"made_by": "not said in the file"}, _digest(arrays)[:HASH_DIGITS]
+    return Reference(str(path), pool, spatial, about=about, sha256=digest, images=path if has_images else None)
 
 
 def _ours(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
     expected = str(arrays.pop("sha256", ""))
     if _digest(arrays) != expected:
-        raise ValueError(f"{path} is damaged: its content does not have its SHA-256; make it anew")
+        raise ValueError(f"{path} is damaged: its content does not have its SHA-256; make it again")
     try:
         about = json.loads(str(arrays["about"]))
         extractor = ExtractorIdentity(**about.pop("extractor"))
         version = about.pop("format")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not say what made it ({error}); make it anew") from error
+        raise ValueError(f"{path} does not name its extractor ({error}); make it again") from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}; this version reads {FORMAT}")
-    return Reference(
-        str(path),
-        _moments(path, arrays, ""),
-        _moments(path, arrays, "_s") if "mu_s" in arrays else None,
-        torch.from_numpy(arrays["features"]) if "features" in arrays else None,
-        extractor,
-        about,
-        {
-            name.removeprefix(CLASSIFIER_PREFIX): torch.from_numpy(array)
-            for name, array in arrays.items()
-            if name.startswith(CLASSIFIER_PREFIX)
-        },
-        expected[:HASH_DIGITS],
-    )
+    pool, spatial = _moments(path, arrays, ""), _moments(path, arrays, "_s") if "mu_s" in arrays else None
+    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+    classifier = {
+        name.removeprefix(CLASSIFIER_PREFIX): torch.from_numpy(array)
+        for name, array in arrays.items()
+        if name.startswith(CLASSIFIER_PREFIX)
+    }
+    return Reference(str(path), pool, spatial, features, extractor, about, classifier, expected[:HASH_DIGITS])
 
 
 def _moments(path: Path, arrays: dict[str, np.ndarray], ending: str) -> Moments:
@@ -191,13 +174,11 @@ def _moments(path: Path, arrays: dict[str, np.ndarray], ending: str) -> Moments:
 
 def _check_width(path: Path, moments: Moments, width: int) -> None:
     if len(moments.mean_D) != width:
-        raise ValueError(
-            f"{path} is about {len(moments.mean_D)} features; published statistics of Inception are about {width}"
-        )
+        raise ValueError(f"{path} has {len(moments.mean_D)} features; published statistics of Inception have {width}")
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 over names, kinds and values."""
+    """SHA-256 over names, dtypes and values."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

@@ -1,4 +1,4 @@
-"""What judges images: an extractor with statistics of real images, or a run's own data with a classifier of it."""
+"""Scorers of images: by features against statistics of real images, or by a classifier of a run's own data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..distributed import from_main, is_main
 from ..log import Log
 from ..pixels import to_uint8
 from .classifier import Classifier, ClassifierFeatures, train_classifier
-from .extract_features import Features, collected
-from .features import INCEPTION, Extractor, make_extractor
+from .extract_features import Features, Log, extract_features
+from .extractors import make_extractor
+from .features import INCEPTION, Extractor
 from .images import NpzImages
 from .metrics import (
     KERNEL_SEED,
@@ -30,34 +31,39 @@ from .metrics import (
 )
 from .options import ReferenceOptions
 from .reference import Reference, read_reference
+from .report import Result, score_table
 from .statistics import FeatureSums, Moments
 
 ENOUGH = 50_000
-"""Samples of published scores; fewer raise a Fréchet distance."""
+"""Samples of published scores; with fewer, Fréchet distances are higher."""
 OWN_DATA_LIMIT = 2**28
-"""Numbers in the pixels of a run's data, up to which a classifier of it is trained."""
+"""Pixel values of a run's data, up to which a classifier of it is trained."""
 
 
 class Scorer(ABC):
-    """Scores images by what an extractor says of them."""
+    """Scores images by an extractor's features."""
 
     extractor: Extractor
 
     @property
     @abstractmethod
     def reference_sha256(self) -> str:
-        """Start of a hash of what they are compared with; empty for a run's own data."""
+        """Start of a hash of the reference; empty for a run's own data."""
 
     @abstractmethod
-    def scores(self, found: Features, labels: Tensor | None) -> dict[str, Any]:
+    def scores(self, features: Features, labels: Tensor | None) -> Result:
         """The scores, and what they depend on.
 
         Raises:
             ValueError: the images cannot be scored.
         """
 
-    def picture(self, found: Features) -> Image.Image | None:
-        """What a reader should see beside the scores, if anything."""
+    def table(self, result: Result) -> list[str]:
+        """The scores as lines."""
+        return score_table(result)
+
+    def gallery(self, features: Features) -> Image.Image | None:
+        """Some of the images, to be shown beside the scores; None: no gallery."""
         return None
 
 
@@ -72,20 +78,20 @@ class FeatureScorer(Scorer):
     def reference_sha256(self) -> str:
         return self.reference.sha256
 
-    def scores(self, found: Features, labels: Tensor | None) -> dict[str, Any]:
+    def scores(self, features: Features, labels: Tensor | None) -> Result:
         """All that the features and the reference allow; null where the reference lacks what a score needs.
 
         Raises:
             ValueError: too few images, or features that are not finite.
         """
         inception = self.extractor.identity.name == INCEPTION
-        pool, real, count = found.pool_SD, self.reference.features_RD, len(found.pool_SD)
-        result: dict[str, Any] = {}
+        pool, real, count = features.pool_SD, self.reference.features_RD, len(features.pool_SD)
+        result: Result = {}
         result["fid" if inception else "frechet"] = frechet_distance(_moments(pool), self.reference.pool)
         if inception:
             spatial = self.reference.spatial
-            no_spatial = spatial is None or found.spatial is None
-            result["sfid"] = None if no_spatial else frechet_distance(found.spatial, spatial)  # type: ignore[arg-type]
+            no_spatial = spatial is None or features.spatial is None
+            result["sfid"] = None if no_spatial else frechet_distance(features.spatial, spatial)  # type: ignore[arg-type]
             logits = self.extractor.logits(pool)
             assert logits is not None
             result["inception_score"] = inception_score(logits)
@@ -99,14 +105,14 @@ class FeatureScorer(Scorer):
             "num_reference_features": None if real is None else len(real),
             "kernel_subsets": kernel and {"count": KERNEL_SUBSETS, "size": kernel.subset_size, "seed": KERNEL_SEED},
             "extractor": asdict(self.extractor.identity),
-            "reference": self.reference.record(),
-            "images_sha256": found.images_sha256,
-            "seconds_per_image": found.seconds_per_image,
+            "reference": self.reference.metadata(),
+            "images_sha256": features.images_sha256,
+            "seconds_per_image": features.seconds_per_image,
             "warnings": self.warnings(count),
         }
 
     def warnings(self, count: int) -> list[str]:
-        """What a reader of the scores must know."""
+        """Limits of the scores that a reader must know."""
         lines = self.extractor.warnings()
         if count < ENOUGH:
             lines = [*lines, f"{count} samples: Fréchet distances are higher than those of {ENOUGH:,}"]
@@ -125,26 +131,26 @@ def _moments(features_SD: Tensor) -> Moments:
 
 @dataclass(frozen=True)
 class ClassifierScorer(FeatureScorer):
-    """A classifier of a run's own data judges, and pixels are compared with the training images'."""
+    """Scores images by a classifier of a run's own data, and by their distance to the training images."""
 
     real: dict[str, Any]
     """Scores of real images under the same names with `_real`, and how many there are."""
 
-    def scores(self, found: Features, labels: Tensor | None) -> dict[str, Any]:
+    def scores(self, features: Features, labels: Tensor | None) -> Result:
         """As `FeatureScorer`, and two more.
 
         recognised: share of images that the classifier puts into their class (null without classes); nearest_neighbour:
         mean pixel distance to the nearest training image (copies would be nearer than real ones are).
         """
-        logits = self.extractor.logits(found.pool_SD)
+        logits = self.extractor.logits(features.pool_SD)
         assert logits is not None
         recognised = None if labels is None else float((logits.argmax(1) == labels).double().mean())
-        own = {"recognised": recognised, "nearest_neighbour": float(found.others["nearest"].double().mean())}
-        general = super().scores(found, labels)
+        own = {"recognised": recognised, "nearest_neighbour": float(features.others["nearest"].double().mean())}
+        general = super().scores(features, labels)
         return own | general | self.real | {"classifier": self.extractor.identity.weights}
 
 
-class ClassifierScorerFeatures(ClassifierFeatures):
+class ClassifierAndNearest(ClassifierFeatures):
     """The classifier's features, and `nearest`: each image's distance to the nearest training image in pixels."""
 
     def __init__(self, classifier: Classifier, training: Tensor) -> None:
@@ -158,13 +164,14 @@ class ClassifierScorerFeatures(ClassifierFeatures):
 
 
 def make_scorer(
-    options: ReferenceOptions, own: DataConfig | None, image_size: tuple[int, int], beside: Path, log: Log
+    options: ReferenceOptions, own: DataConfig | None, image_size: tuple[int, int], folder: Path, log: Log
 ) -> Scorer:
-    """The judge that options ask for.
+    """The scorer that options ask for.
 
     Args:
-        own: the data of a run, which judges where no reference is given. image_size: of the images to come, in pixels.
-        beside: where unfinished work is kept.
+        own: the data of a run, for a classifier where no reference is given.
+        image_size: height and width of the images to come, in pixels.
+        folder: where unfinished work is kept.
 
     Raises:
         ValueError: reference, extractor and images do not fit, or one of them is missing.
@@ -174,28 +181,28 @@ def make_scorer(
             raise ValueError(
                 "there is nothing to compare with; give --reference FILE, as made by `diffusion-moe stats DATA`"
             )
-        return own_judge(own)
+        return classifier_scorer(own)
     reference = read_reference(options.reference)
     made_by = reference.extractor.name if reference.extractor is not None else INCEPTION
     extractor = make_extractor(options.extractor or made_by, options.inception, reference)
     reference.check(extractor, image_size)
-    return FeatureScorer(extractor, with_features(reference, extractor, 50, beside, log))
+    return FeatureScorer(extractor, with_features(reference, extractor, 50, folder, log))
 
 
-def with_features(reference: Reference, extractor: Extractor, batch_size: int, beside: Path, log: Log) -> Reference:
-    """The features of a published batch's images too, where it brings any."""
+def with_features(reference: Reference, extractor: Extractor, batch_size: int, folder: Path, log: Log) -> Reference:
+    """Add the features of a published batch's images, if it has any."""
     if reference.images is None:
         return reference
     images = NpzImages(reference.images)
     log(f"reading the {images.count} images of {reference.images}")
-    with collected(images, extractor, batch_size, beside, log) as found:
-        if found is None:
+    with extract_features(images, extractor, batch_size, folder, log) as features:
+        if features is None:
             return reference
         about = reference.about | {"image_size": list(images.size)}
-        return replace(reference, features_RD=found.pool_SD, about=about, images=None)
+        return replace(reference, features_RD=features.pool_SD, about=about, images=None)
 
 
-def own_judge(data: DataConfig) -> ClassifierScorer:
+def classifier_scorer(data: DataConfig) -> ClassifierScorer:
     """A classifier trained on the data's training split, and the held-out split's features.
 
     Raises:
@@ -211,9 +218,9 @@ def own_judge(data: DataConfig) -> ClassifierScorer:
             "`diffusion-moe stats DATA`"
         )
     seen, held_out = training.everything(), test.everything()
-    extractor = ClassifierScorerFeatures(shared_classifier(training), seen.images)
+    extractor = ClassifierAndNearest(shared_classifier(training), seen.images)
     real, of_training = extractor(to_uint8(held_out.images)), extractor(to_uint8(seen.images))
-    verdicts = extractor.logits(real["pool"]).argmax(1)
+    predicted = extractor.logits(real["pool"]).argmax(1)
     reference = Reference(
         "the run's held-out images",
         _moments(real["pool"]),
@@ -221,23 +228,19 @@ def own_judge(data: DataConfig) -> ClassifierScorer:
         extractor=extractor.identity,
         about={"num_images": len(test), "data": asdict(data)},
     )
-    about_real = {
-        "recognised_real": float((verdicts == held_out.labels).double().mean()),
+    scores_of_real = {
+        "recognised_real": float((predicted == held_out.labels).double().mean()),
         "frechet_real": frechet_distance(_moments(of_training["pool"]), reference.pool),
         "nearest_neighbour_real": float(real["nearest"].double().mean()),
         "num_real": {"training": len(training), "held_out": len(test)},
     }
-    return ClassifierScorer(extractor, reference, about_real)
+    return ClassifierScorer(extractor, reference, scores_of_real)
 
 
 def check_small(training: ImageDataset) -> None:
-    """Whether a classifier of all images in memory makes sense.
-
-    Raises:
-        ValueError: it does not.
-    """
-    numbers = len(training) * training.read([0]).images[0].numel()
-    if numbers > OWN_DATA_LIMIT:
+    """Raise a ValueError for data too large for a classifier of all images in memory."""
+    values = len(training) * training.read([0]).images[0].numel()
+    if values > OWN_DATA_LIMIT:
         raise ValueError(
             f"the data's {len(training)} images are too many for a small classifier; give --reference FILE, as made by "
             "`diffusion-moe stats DATA`"
@@ -245,7 +248,7 @@ def check_small(training: ImageDataset) -> None:
 
 
 def shared_classifier(training: ImageDataset) -> Classifier:
-    """One classifier for all processes: its weights could differ in the last digit between machines."""
+    """One classifier for all processes: trained on each, its weights could differ in the last digit."""
     weights = from_main(train_classifier(training).state_dict() if is_main() else None)
     classifier = Classifier(training.read([0]).images.shape[1], len(training.class_names))
     classifier.load_state_dict(weights)

@@ -1,35 +1,74 @@
-"""The judge of coloured shapes: geometry reads the objects back out of each image."""
+"""Prompts and scorer of coloured shapes: geometry reads the objects back out of each image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import product
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..sampling.loading import load_text_encoder
+from ..sampling.sampler import Sampler
 from ..shapes.gallery import picture
-from ..shapes.prompts import CATEGORIES, SPLITS, Prompt
-from ..shapes.report import score
+from ..shapes.prompts import CATEGORIES, SPLITS, Prompt, evaluation_prompts
+from ..shapes.report import as_table, score
 from ..shapes.scorer import judge_all
+from ..text import TextEncoder
 from .extract_features import Features
 from .features import Extractor, ExtractorIdentity
-from .prompts import Questions
+from .options import TextOptions
+from .prompts import Log, Once, Texts, digest_of
+from .report import Result
 from .scorer import Scorer
 
-SCORER = "1"
+VERSION = "1"
 """To be raised when other images would count as right, so that scores do not mix."""
-SHOWN_EACH = 6
-"""Images of each category and split in the picture, a row."""
+GALLERY_COLUMNS = 6
+"""Images of each category and split in the gallery, a row."""
+GROUPS = tuple(product(SPLITS, CATEGORIES))
+
+
+class Questions(Texts):
+    """Prompts about coloured shapes, whose images can be scored."""
+
+    def __init__(self, prompts: Sequence[Prompt], origin: str, encoder: TextEncoder) -> None:
+        super().__init__([prompt.text for prompt in prompts], origin, encoder)
+        self.prompts = list(prompts)
+        self.sha256 = digest_of([prompt.as_dict() for prompt in prompts])
+
+
+def shape_questions(sampler: Sampler, options: TextOptions, log: Log) -> Questions:
+    """Questions for a run on coloured shapes: as many of each category, seen and held out; the seen ones first.
+
+    Raises:
+        ValueError: prompts are given, their number is not a multiple of the groups, or the encoder cannot be loaded.
+    """
+    if options.prompts is not None:
+        raise ValueError(
+            f"prompts is {options.prompts}, but coloured shapes are scored by questions of their own; remove the "
+            "option, or give --reference FILE to compare features instead"
+        )
+    count, seed = sampler.settings.num_samples, sampler.settings.seed
+    each, rest = divmod(count, len(GROUPS))
+    if rest or not each:
+        near = " or ".join(str(n * len(GROUPS)) for n in (each, each + 1) if n)
+        raise ValueError(
+            f"num_samples is {count}, but prompts of coloured shapes are of {len(CATEGORIES)} categories, seen "
+            f"and held out, as many each; give a multiple of {len(GROUPS)}, as {near}"
+        )
+    prompts = [prompt for split in SPLITS for prompt in evaluation_prompts(seed, each, split)]
+    origin = f"coloured shapes, {each} of each category and split, seed {seed}"
+    return Questions(prompts, origin, load_text_encoder(sampler.source, options.text_encoder, Once(log)))
 
 
 class Pixels(Extractor):
     """`pool` (S, C * H * W): the pixels themselves, uint8."""
 
     channels = 3
-    identity = ExtractorIdentity("shapes scorer", SCORER, "none", "pixels")
+    identity = ExtractorIdentity("shapes scorer", VERSION, "none", "pixels")
 
     @property
     def device(self) -> torch.device:
@@ -44,9 +83,9 @@ class Pixels(Extractor):
 
 @dataclass(frozen=True)
 class ShapesScorer(Scorer):
-    """Whether each image shows what its prompt asks for."""
+    """Scores images by whether they show what their prompts ask for."""
 
-    asked: Questions
+    questions: Questions
     image_size: tuple[int, int]
     seed: int
     """Of the true images, and of those that measure chance."""
@@ -54,41 +93,44 @@ class ShapesScorer(Scorer):
 
     @property
     def reference_sha256(self) -> str:
-        return self.asked.sha256
+        return self.questions.sha256
 
-    def scores(self, found: Features, labels: Tensor | None) -> dict[str, Any]:
-        """The report of `shapes.score`, and what every record has.
+    def scores(self, features: Features, labels: Tensor | None) -> Result:
+        """The report of `shapes.report.score`, and what every file of scores has.
 
         Raises:
             ValueError: the images are not in colour.
         """
-        report = score(self.asked.prompts, self._images(found), self.seed)
+        report = score(self.questions.prompts, self._images(features), self.seed)
         return report.as_dict() | {
-            "num_samples": len(self.asked),
+            "num_samples": len(self.questions),
             "extractor": asdict(self.extractor.identity),
-            "reference": {"name": "true images of the same prompts", "sha256": self.asked.sha256},
-            "images_sha256": found.images_sha256,
-            "seconds_per_image": found.seconds_per_image,
+            "reference": {"name": "true images of the same prompts", "sha256": self.questions.sha256},
+            "images_sha256": features.images_sha256,
+            "seconds_per_image": features.seconds_per_image,
             "warnings": [],
         }
 
-    def picture(self, found: Features) -> Image.Image:
-        """A row of images for each category, seen and held out."""
-        places = first_of_each(self.asked.prompts)
-        prompts, images = [self.asked.prompts[i] for i in places], self._images(found)[places]
-        return picture(prompts, images, judge_all(prompts, images), columns=SHOWN_EACH)
+    def table(self, result: Result) -> list[str]:
+        """A line a category and split."""
+        return as_table(result).splitlines()
 
-    def _images(self, found: Features) -> Tensor:
+    def gallery(self, features: Features) -> Image.Image:
+        """A row of images for each category, seen and held out."""
+        rows = first_of_each(self.questions.prompts)
+        prompts, images = [self.questions.prompts[i] for i in rows], self._images(features)[rows]
+        return picture(prompts, images, judge_all(prompts, images), columns=GALLERY_COLUMNS)
+
+    def _images(self, features: Features) -> Tensor:
         """NCHW, [-1, 1]."""
         height, width = self.image_size
-        return found.pool_SD.view(len(self.asked), -1, height, width) / 127.5 - 1
+        return features.pool_SD.view(len(self.questions), -1, height, width) / 127.5 - 1
 
 
 def first_of_each(prompts: Sequence[Prompt]) -> list[int]:
-    """Places of the first prompts of each category, its held-out ones below its seen ones."""
-    places = []
-    for category in CATEGORIES:
-        for split in SPLITS:
-            members = [i for i, p in enumerate(prompts) if (p.category, p.split) == (category, split)]
-            places += members[:SHOWN_EACH]
-    return places
+    """Indices of the first prompts of each category, its held-out ones after its seen ones."""
+    indices = []
+    for category, split in product(CATEGORIES, SPLITS):
+        members = [i for i, p in enumerate(prompts) if (p.category, p.split) == (category, split)]
+        indices += members[:GALLERY_COLUMNS]
+    return indices

@@ -11,12 +11,12 @@ from torch import Tensor
 from .features import Extractor, ExtractorIdentity, fingerprint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Where the model names none."""
+"""For models that name none."""
 CLASS_TOKENS = ("cls_token", "class_embedding")
 
 
 class VisionModel(Extractor):
-    """`pool` (S, D): the class token after the last layer; without one, the mean over places.
+    """`pool` (S, D): the class token after the last layer; without one, the mean over positions.
 
     Images are resized to the model's square by an antialiased bicubic filter in float32, whatever their shape.
     """
@@ -75,7 +75,7 @@ def _load(name: str) -> tuple[Any, dict[str, Any]]:
         raise ValueError(
             f"cannot load the extractor {name}: {reason}; give inception, classifier, or a vision model's id or folder"
         ) from error
-    model = getattr(model, "vision_model", model)  # of models that read text too
+    model = getattr(model, "vision_model", model)  # for models that also read text
     if not hasattr(model.config, "image_size") and not hasattr(model.config, "num_channels"):
         raise ValueError(f"{name} is a {type(model).__name__}, which reads no images; give a vision model")
     try:
@@ -86,7 +86,7 @@ def _load(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _side(settings: dict[str, Any], config: Any) -> int:
-    """Height and width in pixels that the model is made for."""
+    """Height and width of the images in pixels that the model was trained on."""
     for key in ("crop_size", "size"):
         value = settings.get(key)
         if isinstance(value, int):

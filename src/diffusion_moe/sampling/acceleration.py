@@ -1,4 +1,4 @@
-"""The model as sampling calls it: as it is, compiled block by block, or replayed as a CUDA graph."""
+"""The model as sampling calls it: eagerly, compiled block by block, or replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..text import TextFeatures
 Network = Callable[..., DiTOutput]
 """x (B, C, H, W), t (a scalar), labels (B,) or None, and of a model with text its `TextFeatures`, to the output."""
 WARM_UP = 3
-"""Calls before a capture: libraries choose their kernels and take their memory."""
+"""Calls before a capture, in which libraries choose their kernels and allocate their memory."""
 
 
 def check_acceleration(config: ModelConfig, settings: EvaluationConfig, device: torch.device) -> None:
-    """Whether the model can be sped up in this way.
+    """Refuse an acceleration that the model or device cannot have.
 
     Raises:
         ValueError: a graph without a GPU, or shapes that depend on what DiffMoE's thresholds choose.
@@ -35,7 +35,7 @@ def check_acceleration(config: ModelConfig, settings: EvaluationConfig, device: 
     ):
         raise ValueError(
             f"acceleration is {settings.acceleration}, but the diffmoe router chooses any number of experts a token; "
-            "give it a capacity_limit (2 leaves ample room)"
+            "give it a capacity_limit (2 is ample)"
         )
 
 
@@ -50,7 +50,7 @@ def accelerated(model: Backbone, settings: EvaluationConfig) -> Network:
     if choose_precision(settings.precision, device).precision == "bf16":
 
         def network(x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
-            # Without autocast's cache of casts: a captured graph must make them itself.
+            # Without autocast's cache of casts: a captured graph must contain them.
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
                 return _with_text(model)(x, t, labels, text)
 
@@ -80,7 +80,7 @@ class _Captured:
 class Replayed:
     """A network captured once for each shape of its inputs, then replayed: the host launches one graph a call.
 
-    The routing reports of an answer are overwritten by the next call of that shape.
+    The next call of that shape overwrites the routing reports of an output.
     """
 
     def __init__(self, network: Network) -> None:
@@ -93,9 +93,9 @@ class Replayed:
         if shapes not in self.captured:
             self.captured[shapes] = self._capture(tuple(None if tensor is None else tensor.clone() for tensor in given))
         captured = self.captured[shapes]
-        for place, tensor in zip(captured.inputs, given):
-            if place is not None and tensor is not None:
-                place.copy_(tensor)
+        for buffer, tensor in zip(captured.inputs, given):
+            if buffer is not None and tensor is not None:
+                buffer.copy_(tensor)
         captured.graph.replay()
         return DiTOutput(captured.output.sample.clone(), captured.output.routing)
 

@@ -1,9 +1,9 @@
-"""Images from a model: number i is a function of (seed, i), whatever the batch size."""
+"""Images from a model: image number i is a function of (seed, i), whatever the batch size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from ..moe.precision import choose_precision
 from ..randomness import normal
 from ..text import TextFeatures
 from .acceleration import Network, accelerated
+from .loading import best_device
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -37,80 +38,80 @@ def class_schedule(num_samples: int, num_classes: int) -> Tensor | None:
 
 
 class Prompts(NamedTuple):
-    """What images show, a row an image."""
+    """Text features of images, a row an image."""
 
     text: TextFeatures
     negative: TextFeatures
-    """What guidance leads away from; without a token: the model's null prompt."""
+    """What guidance leads away from; a row without a token: the model's null prompt."""
 
-    def rows(self, places: Tensor, device: torch.device) -> Prompts:
-        """Of some of the images, on a device."""
-        return Prompts(self.text.rows(places).to(device), self.negative.rows(places).to(device))
+    def rows(self, indices: Tensor, device: torch.device) -> Prompts:
+        """The prompts of some of the images, on a device."""
+        return Prompts(self.text.rows(indices).to(device), self.negative.rows(indices).to(device))
 
     def padded_to(self, length: int) -> Prompts:
-        """With room for at least so many tokens each."""
+        """The same prompts, padded to at least `length` tokens."""
         return Prompts(*(text.padded_to(max(length, text.mask.shape[1])) for text in self))
 
 
 class PromptRows(Protocol):
-    """Anything that knows what each image shows."""
+    """Anything that knows the prompt of each image."""
 
-    def rows(self, places: Tensor, device: torch.device) -> Prompts:
-        """Of some of the images, by their numbers."""
+    def rows(self, indices: Tensor, device: torch.device) -> Prompts:
+        """The prompts of some of the images, by their numbers."""
 
 
 @dataclass
 class SamplingStats:
-    """What generation has cost so far."""
+    """The cost of sampling so far."""
 
     batches: int = 0
     evaluations: int = 0
-    """Calls of the guided model, summed over batches; guidance runs the network twice in a call."""
-    served: list[Tensor] = field(default_factory=list)
-    """For each network evaluation, pairs of token and expert in all MoE layers."""
+    """Calls of the guided model, summed over batches; with guidance, a call runs the network twice."""
+    served: Tensor | float = 0
+    """Pairs of token and expert, summed over MoE layers and network evaluations."""
     offered: int = 0
-    """Tokens that routers saw, summed over layers and network evaluations."""
-    dropped: list[Tensor] = field(default_factory=list)
-    """For each network evaluation with a capacity limit, the choices that found no room."""
+    """Tokens that routers saw, summed likewise."""
+    dropped: Tensor | float | None = None
+    """Choices that exceeded a capacity limit, summed likewise; None without a limit."""
 
     def note(self, reports: tuple[RoutingReport, ...]) -> None:
         """Count what one network evaluation routed."""
-        if reports:
-            self.served.append(torch.stack([report.counts_E.sum() for report in reports]).sum())
+        if reports:  # tensors are summed where they are: reading one would wait for the GPU
+            self.served = self.served + torch.stack([report.counts_E.sum() for report in reports]).sum()
             self.offered += sum(report.num_tokens for report in reports)
-            self.dropped += [report.dropped.clone() for report in reports if report.dropped is not None]
+        for dropped in (report.dropped for report in reports if report.dropped is not None):
+            self.dropped = dropped + (0 if self.dropped is None else self.dropped)
+
+    def totals(self) -> dict[str, float]:
+        """The counts as plain numbers."""
+        return {name: float(value) for name, value in vars(self).items() if value is not None}
+
+    def add(self, totals: dict[str, float]) -> None:
+        """Add the totals of other stats."""
+        for name, value in totals.items():
+            setattr(self, name, value + (getattr(self, name) or 0))
 
     def summary(self) -> dict[str, float | None]:
         """Evaluations an image, routed experts a token on average (null without experts), and the share dropped."""
-        served = float(torch.stack(self.served).sum()) if self.served else 0.0
+        served = float(self.served)
         numbers: dict[str, float | None] = {
             "function_evaluations": self.evaluations / max(1, self.batches),
             "average_capacity": served / self.offered if self.offered else None,
         }
-        if self.dropped:
-            dropped = float(torch.stack(self.dropped).sum())
-            numbers["dropped_share"] = dropped / max(1.0, served + dropped)
+        if self.dropped is not None:
+            numbers["dropped_share"] = float(self.dropped) / max(1.0, served + float(self.dropped))
         return numbers
 
 
-def usual_device() -> torch.device:
-    """Where models are sampled: see `Source.load`."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def with_precision(settings: EvaluationConfig, log: Log) -> EvaluationConfig:
-    """Settings with the precision that they leave open, the main process' for all; says which."""
-    chosen = from_main(choose_precision(settings.precision, usual_device()))
+def with_precision(settings: EvaluationConfig, log: Callable[[str], None]) -> EvaluationConfig:
+    """Settings with a precision chosen, that of the main process for all; logs it."""
+    chosen = from_main(choose_precision(settings.precision, best_device()))
     log(f"computing in {chosen}")
     return replace(settings, precision=chosen.precision)
 
 
 def check_solver(config: ModelConfig, settings: EvaluationConfig) -> None:
-    """Whether solver and guidance fit the model.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Raise a ValueError for a solver or guidance that does not fit the model."""
     fitting = FLOW_SOLVERS if config.process == "flow" else DDPM_SOLVERS
     if settings.solver not in fitting:
         raise ValueError(
@@ -118,7 +119,7 @@ def check_solver(config: ModelConfig, settings: EvaluationConfig) -> None:
         )
     if config.process == "ddpm" and settings.guidance_interval != (0.0, 1.0):
         raise ValueError(
-            f"guidance_interval is {settings.guidance_interval}, but ddpm models have no times t; leave it out"
+            f"guidance_interval is {settings.guidance_interval}, but ddpm models have no times t; remove it"
         )
     if settings.guidance_scale != 1 and config.num_classes and not config.guidable:
         raise ValueError(
@@ -133,7 +134,7 @@ def generate_batches(
     num_samples: int,
     settings: EvaluationConfig,
     vae: AutoencoderKL | None = None,
-    usage: SamplingStats | None = None,
+    stats: SamplingStats | None = None,
     first: int = 0,
     *,
     prompts: PromptRows | None = None,
@@ -143,10 +144,16 @@ def generate_batches(
     """Generate images `first` to num_samples - 1, a batch at a time.
 
     Args:
-        model: in eval mode; its device is used. labels: class of each image, int64, (S,).
-        vae: decodes what the model generates. usage: filled with what it cost.
-        prompts: of each image, for a model with text. size: height and width in the model's space; None: sample_size.
-        network: what `accelerated` made of this model and these settings, to be used again; None: made here.
+        model: in eval mode; its device is used.
+        labels: class of each image, int64, (S,).
+        num_samples: the last image's number, plus 1.
+        settings: solver, guidance and batch size.
+        vae: decodes what the model generates.
+        stats: filled with what it cost.
+        first: number of the first image.
+        prompts: of each image, for a model with text.
+        size: height and width in the model's space; None: sample_size.
+        network: what `accelerated` made of this model and these settings; None: made here.
 
     Yields:
         NCHW, float32, [-1, 1] by convention but not clipped, on the CPU.
@@ -154,20 +161,24 @@ def generate_batches(
     Raises:
         ValueError: see `check_solver` and `acceleration.check_acceleration`.
     """
-    config, usage = model.settings, usage or SamplingStats()
+    config, stats = model.settings, stats or SamplingStats()
     check_solver(config, settings)
     if (prompts is None) == bool(config.text_dim):
         raise ValueError(f"prompts are {'missing' if prompts is None else 'given'}, but text_dim is {config.text_dim}")
     network = network or accelerated(model, settings)
+    shape = (config.in_channels, *(size or (config.sample_size, config.sample_size)))
     scale_thresholds(model, settings.threshold_scale)
     limit_capacity(model, settings.capacity_limit)
     try:
         for samples in torch.arange(first, num_samples).split(settings.batch_size):
             classes = None if labels is None else labels[samples].to(model.device)
-            asked = None if prompts is None else prompts.rows(samples, model.device)
-            # The model would pad them too; a captured graph then meets one length.
-            asked = asked and asked.padded_to(config.text_length)
-            x = _solve(model, network, classes, samples.to(model.device), settings, usage, asked, size)
+            texts = None if prompts is None else prompts.rows(samples, model.device)
+            if texts is not None:  # the model would pad them too; so a captured graph meets one length
+                texts = texts.padded_to(config.text_length)
+            call = Counted(_guided(config, network, classes, texts, settings, stats))
+            x = _solve(call, config, settings, samples.to(model.device), shape)
+            stats.batches += 1
+            stats.evaluations += call.evaluations
             yield (x if vae is None else decode(vae, x)).float().cpu()
     finally:
         scale_thresholds(model, 1.0)
@@ -175,69 +186,55 @@ def generate_batches(
 
 
 def _solve(
-    model: Backbone,
-    network: Network,
-    classes: Tensor | None,
-    samples: Tensor,
-    settings: EvaluationConfig,
-    usage: SamplingStats,
-    prompts: Prompts | None,
-    size: tuple[int, int] | None,
+    call: Model, config: ModelConfig, settings: EvaluationConfig, samples: Tensor, shape: tuple[int, ...]
 ) -> Tensor:
-    """One batch, (B, C, H, W) in the model's space."""
-    config = model.settings
-    shape = (config.in_channels, *(size or (config.sample_size, config.sample_size)))
+    """Integrate `call` from the noise of these image numbers to samples, (B, C, H, W) in the model's space."""
 
     def noise(step: int) -> Tensor:  # step 0 is the start
         return config.noise_scale * normal(settings.seed, "sample", step, samples, shape)
 
-    answer = Counted(_guided(config, network, classes, settings, usage, prompts))
-    x, solver = noise(0), settings.solver
+    def step_noise(step: int) -> Tensor:
+        return noise(step + 1)
+
+    solver, x = settings.solver, noise(0)
     if config.process == "ddpm":
         schedule = respaced(linear_schedule(DDPM_STEPS), settings.steps)
-        x = (
-            ddim(answer, x, schedule)
-            if solver == "ddim"
-            else ddpm_ancestral(answer, x, schedule, lambda k: noise(k + 1))
-        )
-    elif solver == "dopri5":
-        x = dopri5(answer, x, settings.rtol, settings.atol)
-    elif solver == "sde":
-        x = sde(answer, x, even_times(settings.steps), lambda k: noise(k + 1))
-    else:
-        x = SOLVERS[solver](answer, x, even_times(settings.steps))
-    usage.batches += 1
-    usage.evaluations += answer.evaluations
-    return x
+        return ddim(call, x, schedule) if solver == "ddim" else ddpm_ancestral(call, x, schedule, step_noise)
+    if solver == "dopri5":
+        return dopri5(call, x, settings.rtol, settings.atol)
+    if solver == "sde":
+        return sde(call, x, even_times(settings.steps), step_noise)
+    return SOLVERS[solver](call, x, even_times(settings.steps))
 
 
 def _guided(
     config: ModelConfig,
     network: Network,
     classes: Tensor | None,
+    prompts: Prompts | None,
     settings: EvaluationConfig,
-    usage: SamplingStats,
-    prompts: Prompts | None = None,
+    stats: SamplingStats,
 ) -> Model:
     """The velocity (flow), or epsilon and variance (ddpm), with guidance."""
 
-    def answer(labels: Tensor | None, text: TextFeatures | None) -> Callable[[Tensor, Tensor], Tensor]:
-        def of(x: Tensor, t: Tensor) -> Tensor:
-            out = network(x, t.to(x.device), labels, *(() if text is None else (text,)))
-            usage.note(out.routing)
+    def predict(labels: Tensor | None, text: TextFeatures | None) -> Callable[[Tensor, Tensor], Tensor]:
+        def prediction(x: Tensor, t: Tensor) -> Tensor:
+            texts = () if text is None else (text,)
+            out = network(x, t.to(x.device), labels, *texts)
+            stats.note(out.routing)
             if config.process == "ddpm":
                 return out.sample.float()
-            prediction = out.sample[:, : config.in_channels].float()
-            return convert(prediction, x, t.to(x.device), config.prediction, "velocity", config.min_gap)
+            mean = out.sample[:, : config.in_channels].float()  # the rest is a learned variance
+            return convert(mean, x, t.to(x.device), config.prediction, "velocity", config.min_gap)
 
-        return of
+        return prediction
 
     text, negative = (None, None) if prompts is None else prompts
-    conditional = answer(classes, text)
+    conditional = predict(classes, text)
     if classes is None and text is None:
         return conditional
-    null = None if classes is None else torch.full_like(classes, config.num_classes) if config.null_class else classes
-    joint = answer(
+    null = torch.full_like(classes, config.num_classes) if classes is not None and config.null_class else classes
+    joint = predict(
         None if classes is None or null is None else torch.cat((classes, null)),
         None if text is None or negative is None else TextFeatures.joined(text, negative),
     )
@@ -246,10 +243,10 @@ def _guided(
         output, without = joint(torch.cat((x, x)), t).chunk(2)
         return output, without
 
-    # One batch of both, but where routing pools the batch and would mix them.
+    # Both in one batch, unless routing pools the batch and would mix them.
     channels = settings.guidance_channels or config.in_channels
     scale, interval = settings.guidance_scale, settings.guidance_interval
-    return guided(conditional, answer(null, negative), scale, interval, channels, None if config.pools_batch else both)
+    return guided(conditional, predict(null, negative), scale, interval, channels, None if config.pools_batch else both)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -258,24 +255,20 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return torch.cat([vae.decode(some).sample for some in latents.split(DECODED_AT_A_TIME)])
 
 
+def vae_scale_factor(vae: AutoencoderKL | None) -> int:
+    """Pixels along a side for each of a latent; 1 without a VAE."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def generate(
-    model: Backbone,
-    labels: Tensor | None,
-    num_samples: int,
-    settings: EvaluationConfig,
-    vae: AutoencoderKL | None = None,
-    usage: SamplingStats | None = None,
-    *,
-    prompts: PromptRows | None = None,
-    size: tuple[int, int] | None = None,
+    model: Backbone, labels: Tensor | None, num_samples: int, settings: EvaluationConfig, *options: Any, **more: Any
 ) -> Tensor:
-    """All images of `generate_batches` as one tensor."""
-    options: dict[str, Any] = {"prompts": prompts, "size": size}
-    return torch.cat(list(generate_batches(model, labels, num_samples, settings, vae, usage, **options)))
+    """All images of `generate_batches`, whose arguments these are, as one tensor."""
+    return torch.cat(list(generate_batches(model, labels, num_samples, settings, *options, **more)))
 
 
-def provenance(settings: EvaluationConfig, usage: SamplingStats) -> dict[str, Any]:
-    """How the images were made, for every file and number that comes of them."""
+def sampling_metadata(settings: EvaluationConfig, stats: SamplingStats) -> dict[str, Any]:
+    """How images were sampled and at what cost."""
     adaptive = settings.solver == "dopri5"
     return {
         "solver": settings.solver,
@@ -285,7 +278,7 @@ def provenance(settings: EvaluationConfig, usage: SamplingStats) -> dict[str, An
         "guidance_interval": list(settings.guidance_interval),
         "guidance_channels": settings.guidance_channels,
         "threshold_scale": settings.threshold_scale,
-        "dtype": choose_precision(settings.precision, usual_device()).precision,
+        "dtype": choose_precision(settings.precision, best_device()).precision,
         "seed": settings.seed,
-        **usage.summary(),
+        **stats.summary(),
     }

@@ -2,6 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
 Weights = str
-"""ema: as the folder publishes them; model: of a run's newest checkpoint, not averaged; or the decay of a further
-average that the run has kept, as 0.999."""
+"""ema: as the folder publishes them; model: of a run's newest checkpoint, without EMA; or the decay of a further EMA
+that the run has kept, as 0.999."""
+ENDINGS = {"grid": ".png", "npz": ".npz", "png": ""}
+"""Of the file or folder (png) that each format is written to."""
+
+
+@dataclass(frozen=True)
+class WeightsOptions:
+    """Weights and decoder of a folder."""
+
+    weights: Weights = "ema"
+    """A run's EMA weights (ema), those of its newest checkpoint without EMA (model), or a further EMA
+    (training.extra_ema_decays) by its decay, as 0.999."""
+    vae: str | None = None
+    """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
+
+
+@dataclass(frozen=True)
+class SampleOptions(WeightsOptions):
+    """Which images to sample and how to save them."""
+
+    classes: str | None = None
+    """Names or numbers of classes, as "golden retriever,7"; #7 is number 7, name:7 the class named 7. All unless given,
+    or eight of more than twenty."""
+    per_class: int = 10
+    """Images of each class (of an unconditional model: images)."""
+    format: Literal["grid", "png", "npz"] = "grid"
+    """One image with a row a class, single images, or arrays `images` (uint8, NHWC) and `labels`."""
+    output: Path | None = None
+    """File (grid, npz) or folder (png); inside the folder's samples/ unless given."""
+    prompt: str | None = None
+    """A text to generate `per_class` images of."""
+    prompts: Path | None = None
+    """A text file of prompts, a line each."""
+    negative_prompt: str | None = None
+    """A text that guidance leads away from; the model's null prompt unless given."""
+    text_encoder: str | None = None
+    """Hub id or folder of the text encoder, if it is not where training left it."""
+    height: int | None = None
+    """Height of the images in pixels, any that patches fill; the model's own unless given."""
+    width: int | None = None
+    """Width of the images in pixels; likewise."""
+
+    def __post_init__(self) -> None:
+        if self.per_class < 1:
+            raise ValueError(f"per_class is {self.per_class}; it must be positive")
+        for name in ("negative_prompt", "text_encoder"):
+            if getattr(self, name) is not None and self.prompt is None and self.prompts is None:
+                raise ValueError(f"{name} is {getattr(self, name)}, but there is no prompt; give --prompt or --prompts")
+        ending = ENDINGS[self.format]
+        if self.output is not None and ending and self.output.suffix != ending:
+            raise ValueError(f"output is {self.output}; a file of format {self.format} ends in {ending}")
+
+    def class_list(self) -> list[str] | None:
+        """The classes one by one."""
+        return None if self.classes is None else [part.strip() for part in self.classes.strip("[] ").split(",")]

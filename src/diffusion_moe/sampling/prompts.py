@@ -12,7 +12,9 @@ import torch
 from ..config import ModelConfig
 from ..log import Log
 from ..text import TextFeatures
-from .generate import Prompts
+from .generate import Prompts, vae_scale_factor
+from .loading import load_text_encoder
+from .options import SampleOptions
 from .source import Source
 
 if TYPE_CHECKING:
@@ -21,17 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """Texts to draw."""
+    """Texts to generate images of."""
 
     prompts: tuple[str, ...]
     negative: str | None = None
     """What guidance leads away from; None: the model's null prompt."""
     text_encoder: str | None = None
-    """Where the encoder is, if not where training left it."""
+    """Folder or hub id of the encoder; None: where training left it."""
 
-    def encoded(self, source: Source, each: int, log: Log) -> Prompts:
+    def encode(self, source: Source, each: int, log: Callable[[str], None]) -> Prompts:
         """Features of the prompts, `each` times one after another, on the CPU."""
-        encoder = source.load_text_encoder(self.text_encoder, log)
+        encoder = load_text_encoder(source, self.text_encoder, log)
         texts = encoder.encode_all(self.prompts)
         text = TextFeatures.together(texts).rows(torch.arange(len(self.prompts)).repeat_interleave(each))
         if self.negative is None:
@@ -39,7 +41,7 @@ class PromptRequest:
         negative = TextFeatures.together(encoder.encode_all([self.negative]))
         return Prompts(text, negative.rows(torch.zeros(len(text.mask), dtype=torch.long)))
 
-    def record(self, each: int) -> dict[str, Any]:
+    def metadata(self, each: int) -> dict[str, Any]:
         """For the file beside the images."""
         return {"prompts": list(self.prompts), "per_prompt": each, "negative_prompt": self.negative}
 
@@ -47,6 +49,23 @@ class PromptRequest:
         """A part of a file's name that other prompts do not share."""
         text = "\n".join((*self.prompts, repr(self.negative)))
         return f"prompts{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def requested_prompts(options: SampleOptions, source: Source) -> PromptRequest | None:
+    """The prompts of options; None for a model without text.
+
+    Raises:
+        ValueError: they cannot be read, or they do not fit the model.
+    """
+    prompts = read_prompts(options.prompt, options.prompts)
+    if bool(prompts) != bool(source.config.text_dim):
+        remedy = "takes no text; remove the prompts" if prompts else "takes text; give --prompt or --prompts"
+        raise ValueError(f"the model of {source.path} {remedy}")
+    if not prompts:
+        return None
+    if source.config.num_classes:
+        raise ValueError(f"the model of {source.path} takes classes and text, which only its forward can be given")
+    return PromptRequest(prompts, options.negative_prompt, options.text_encoder)
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> tuple[str, ...]:
@@ -71,17 +90,17 @@ def read_prompts(prompt: str | None, file: Path | None) -> tuple[str, ...]:
 def model_size(
     size: tuple[int | None, int | None], config: ModelConfig, vae: AutoencoderKL | None
 ) -> tuple[int, int] | None:
-    """Height and width in the model's space of an image's in pixels; None: the model's own.
+    """Height and width in the model's space for an image's in pixels; None: the model's own.
 
     Raises:
         ValueError: the patches do not fill them.
     """
     if size == (None, None):
         return None
-    shrinks_by = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    multiple, own = shrinks_by * config.patch_size, shrinks_by * config.sample_size
+    factor = vae_scale_factor(vae)
+    multiple, own = factor * config.patch_size, factor * config.sample_size
     height, width = (own if side is None else side for side in size)
     for name, side in (("height", height), ("width", width)):
         if side < multiple or side % multiple:
             raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple}")
-    return height // shrinks_by, width // shrinks_by
+    return height // factor, width // factor

@@ -20,24 +20,23 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..log import Log
-from ..pixels import image_grid, to_uint8
-from ..run_folder import write_atomically
+from diffusion_moe.pixels import image_grid, to_uint8
+from diffusion_moe.run_folder import write_atomically
 
 IMAGES_PER_PROMPT = 4
-"""As the published scores have it."""
+"""Of the published scores."""
 
 
 @dataclass(frozen=True)
 class Required:
-    """Objects that must be there (`include`), or must not be as many (`exclude`)."""
+    """Objects of at least a count that an image must (`include`) or must not (`exclude`) show."""
 
     name: str
     """The key `class` of the file."""
     count: int
     color: str | None = None
     position: tuple[str, int] | None = None
-    """Relation to the objects of another entry of `include`, by its number."""
+    """Relation to the objects of another entry of `include`, and its index."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ class GenEvalPrompt:
     include: tuple[Required, ...]
     exclude: tuple[Required, ...]
     line: str
-    """As it was read: it goes beside the images."""
+    """The line as read, to be written beside the images."""
 
 
 def read_prompts(path: Path) -> list[GenEvalPrompt]:
-    """The prompts of a file in GenEval's format.
+    """Read the prompts of a file in GenEval's format.
 
     Raises:
-        ValueError: there is no such file, it holds no prompts, or a line is not as the format says.
+        ValueError: there is no such file, it holds no prompts, or a line does not follow the format.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give GenEval's evaluation_metadata.jsonl")
@@ -94,9 +93,7 @@ def _read(line: str) -> GenEvalPrompt:
     for number, entry in enumerate(include):
         # GenEval looks for the other objects among the entries that it has already matched.
         if entry.position and not 0 <= entry.position[1] < number:
-            raise ValueError(
-                f"include {number} stands {entry.position[0]} entry {entry.position[1]}; name an earlier one"
-            )
+            raise ValueError(f"include {number} is {entry.position[0]} entry {entry.position[1]}; name an earlier one")
     return GenEvalPrompt(values["prompt"], values["tag"], include, _entries(values, "exclude"), line)
 
 
@@ -120,11 +117,11 @@ def _required(entry: dict[str, Any], key: str) -> Required:
     match position:
         case [str(relation), int(other)]:
             return Required(name, count, color, (relation, other))
-    raise ValueError(f"position is {position!r} in {key}; it must be a relation and the number of an entry")
+    raise ValueError(f"position is {position!r} in {key}; it must be a relation and the index of an entry")
 
 
 def missing(folder: Path, prompts: Sequence[GenEvalPrompt]) -> list[int]:
-    """Numbers of the prompts whose images are not all written yet.
+    """Indices of the prompts whose images are not all written yet.
 
     Raises:
         ValueError: the folder holds images of other prompts; GenEval would score them too.
@@ -132,7 +129,7 @@ def missing(folder: Path, prompts: Sequence[GenEvalPrompt]) -> list[int]:
     numbers = []
     beyond = [item for item in folder.glob("*") if item.name.isdigit() and int(item.name) >= len(prompts)]
     if beyond:
-        raise ValueError(f"{min(beyond)} lies beyond the {len(prompts)} prompts; choose another folder")
+        raise ValueError(f"{min(beyond)} is beyond the {len(prompts)} prompts; choose another folder")
     for number, prompt in enumerate(prompts):
         written = folder / f"{number:05}" / "metadata.jsonl"
         if not written.is_file():
@@ -143,16 +140,19 @@ def missing(folder: Path, prompts: Sequence[GenEvalPrompt]) -> list[int]:
 
 
 def write_images(folder: Path, number: int, prompt: GenEvalPrompt, images: Tensor) -> Path:
-    """Write one prompt's images, and its line last: where it lies, all of them do.
+    """Write one prompt's images, and its line last, as the mark that all are written.
 
     Args:
-        number: of the prompt in its file. images: (K, 3, H, W), [-1, 1].
+        folder: of all images.
+        number: index of the prompt in its file.
+        prompt: of the images.
+        images: (K, 3, H, W), [-1, 1].
 
     Returns:
         The prompt's folder.
 
     Raises:
-        ValueError: they are there already, or are no colour images.
+        ValueError: they exist already, or are no colour images.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images have the shape {tuple(images.shape)}; give (images, 3, height, width)")
@@ -176,25 +176,28 @@ def _save(pixels: Tensor, path: Path) -> None:
     partial.replace(path)
 
 
-def draw_all(
+def sample_all(
     folder: Path,
     prompts: Sequence[GenEvalPrompt],
-    draw: Callable[[str, int], Tensor],
-    log: Log = print,
+    sample: Callable[[str, int], Tensor],
+    log: Callable[[str], None] = print,
 ) -> int:
-    """Draw and write what is missing; a stopped call goes on where it was.
+    """Sample and write the missing images; a stopped call is resumed.
 
     Args:
-        draw: from a prompt's text and number to its images, (K, 3, H, W), [-1, 1]. log: receives a line a prompt.
+        folder: of the images.
+        prompts: of the file.
+        sample: from a prompt's text and number to its images, (K, 3, H, W), [-1, 1].
+        log: receives a line a prompt.
 
     Returns:
-        How many prompts were drawn.
+        The number of prompts whose images were sampled.
 
     Raises:
         ValueError: the folder holds images of other prompts.
     """
     todo = missing(folder, prompts)
     for number in todo:
-        write_images(folder, number, prompts[number], draw(prompts[number].prompt, number))
+        write_images(folder, number, prompts[number], sample(prompts[number].prompt, number))
         log(f"{number + 1} of {len(prompts)}: {prompts[number].prompt}")
     return len(todo)

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from diffusion_moe.config import EvaluationConfig
-from diffusion_moe.evaluation.evaluate import own_data
-from diffusion_moe.evaluation.images import GeneratedImages
-from diffusion_moe.evaluation.options import EvaluateOptions, TextOptions
-from diffusion_moe.evaluation.prompts import prompts_of
 from diffusion_moe.models import DiT
 from diffusion_moe.moe import limit_capacity, routers_of
 from diffusion_moe.sampling import acceleration
-from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, provenance
+from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, sampling_metadata
+from diffusion_moe.sampling.prompts import PromptRequest
+from diffusion_moe.sampling.sampler import load_sampler
 from diffusion_moe.sampling.source import read_source
 from diffusion_moe.text import TextFeatures
 
+PARTS = [(10, 10), (20, 10), (24, 4)]
+"""Number after the last image of each, and how many images there are."""
 SETTINGS = EvaluationConfig(steps=2, solver="heun", guidance_interval=(0.0, 0.6))
 
 
@@ -35,8 +35,8 @@ def make_model(router, **options):
 
 
 def images_and_record(model, settings):
-    usage = SamplingStats()
-    return generate(model, class_schedule(6, 10), 6, settings, usage=usage), provenance(settings, usage)
+    stats = SamplingStats()
+    return generate(model, class_schedule(6, 10), 6, settings, stats=stats), sampling_metadata(settings, stats)
 
 
 @pytest.mark.parametrize("pool", ["image", "batch"])
@@ -116,21 +116,23 @@ class Graphs:
 
 
 @pytest.mark.parametrize("run", ["run_folder", "shapes_run"])
-def test_a_graph_is_captured_once_for_each_shape_of_a_whole_evaluation(run, request, monkeypatch):
+def test_a_graph_is_captured_once_for_each_shape_of_all_parts(run, request, monkeypatch):
     """Parts of 10 images in batches of 5, the last of 4: two shapes with guidance, two without, for any prompts."""
     graphs, source = Graphs(monkeypatch), read_source(request.getfixturevalue(run))
-    settings = dataclasses.replace(source.settings, num_samples=24, batch_size=5, steps=2, guidance_interval=(0.0, 0.4))
-    shown = prompts_of(source, settings, TextOptions(), own_data(source, EvaluateOptions()), print)
-    loaded, parts = source.load(), [range(0, 10), range(10, 20), range(20, 24)]
-    drawn, records = {}, {}
+    settings = dataclasses.replace(source.settings, batch_size=5, steps=2, guidance_interval=(0.0, 0.4))
+    sampler, labels, prompts = load_sampler(source, settings), class_schedule(24, source.config.num_classes), None
+    if source.config.text_dim:
+        request = PromptRequest(tuple("a red square and a circle"[: 4 + i] for i in range(24)))
+        prompts = request.encode(source, 1, print)
+        assert len(prompts.text.mask.sum(dim=1).unique()) > 2
+    images, summaries = {}, {}
     for name in ("none", "graph"):
-        images = GeneratedImages(loaded, dataclasses.replace(settings, acceleration=name), "run", shown)
-        usage = SamplingStats()
-        drawn[name] = torch.cat([batch for part in parts for batch in images.read(part, 5, usage)])
-        records[name] = usage.summary()
-    assert torch.equal(drawn["graph"], drawn["none"]) and records["graph"] == records["none"]
+        chosen, stats = dataclasses.replace(settings, acceleration=name), SamplingStats()
+        same = dataclasses.replace(sampler, settings=chosen)
+        parts = [same.batches(stop, labels, prompts, first=stop - n, stats=stats) for stop, n in PARTS]
+        images[name] = torch.cat([batch for part in parts for batch in part])
+        summaries[name] = stats.summary()
+    assert torch.equal(images["graph"], images["none"]) and summaries["graph"] == summaries["none"]
     assert [shapes[0][0] for shapes in graphs.captures] == [10, 5, 8, 4]
-    if shown is not None:
-        lengths = shown.rows(torch.arange(24), torch.device("cpu")).text.mask.sum(dim=1)
-        assert len(lengths.unique()) > 2
+    if prompts is not None:
         assert {shapes[4] for shapes in graphs.captures} == {(n, 16) for n in (10, 5, 8, 4)}

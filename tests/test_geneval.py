@@ -2,13 +2,16 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diffusion_moe.evaluation.geneval import Required, draw_all, missing, read_prompts, write_images
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from geneval import Required, missing, read_prompts, sample_all, write_images
 
 LINES = [
     {"tag": "single_object", "include": [{"class": "lamp", "count": 1}], "prompt": "a photo of a lamp"},
@@ -68,7 +71,7 @@ def test_prompts_are_read_as_values(file):
 
 def test_the_scorer_finds_every_image_with_its_line(file, tmp_path):
     prompts, folder = read_prompts(file), tmp_path / "images"
-    assert draw_all(folder, prompts, lambda text, number: images_of(number), log=lambda line: None) == 4
+    assert sample_all(folder, prompts, lambda text, number: images_of(number), log=lambda line: None) == 4
     results = found_by_the_scorer(folder)
     assert [(number, path.name) for number, _, path in results] == [
         (number, f"{k:04}.png") for number in range(4) for k in range(4)
@@ -94,12 +97,12 @@ def test_a_stopped_call_goes_on_and_keeps_what_is_there(file, tmp_path):
         return images_of(number)
 
     with pytest.raises(KeyboardInterrupt):
-        draw_all(folder, prompts, draw, log=lambda line: None)
+        sample_all(folder, prompts, draw, log=lambda line: None)
     (folder / "00002" / "samples").mkdir(parents=True)
     (folder / "00002" / "samples" / "0007.png").write_bytes(b"half of an image")
     before = (folder / "00001" / "samples" / "0003.png").stat().st_mtime_ns
     assert missing(folder, prompts) == [2, 3]
-    assert draw_all(folder, prompts, draw, log=lambda line: None) == 2
+    assert sample_all(folder, prompts, draw, log=lambda line: None) == 2
     assert drawn == [p.prompt for p in (*prompts[:3], *prompts[2:])]
     assert (folder / "00001" / "samples" / "0003.png").stat().st_mtime_ns == before
     assert len(found_by_the_scorer(folder)) == 16

@@ -1,0 +1,85 @@
+"""A loaded model with all that sampling from it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import EvaluationConfig
+from ..models import Backbone
+from .acceleration import Network, accelerated
+from .generate import PromptRows, SamplingStats, check_solver, generate_batches, sampling_metadata, vae_scale_factor
+from .loading import best_device, load_decoder, load_weights
+from .source import Source
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """A model in eval mode, the VAE that decodes its latents, and how it is sampled.
+
+    `load_sampler` makes one of a folder. To sample a loaded model with other settings, use `dataclasses.replace`.
+    """
+
+    source: Source
+    """Where the model is from, and what is known of its classes, latents and texts."""
+    model: Backbone
+    settings: EvaluationConfig
+    vae: AutoencoderKL | None = None
+    weights_metadata: dict[str, Any] = field(default_factory=dict)
+    """See `Source.weights_metadata`."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of its images in pixels."""
+        side = self.source.config.sample_size * vae_scale_factor(self.vae)
+        return side, side
+
+    def batches(
+        self,
+        count: int,
+        labels: Tensor | None = None,
+        prompts: PromptRows | None = None,
+        *,
+        first: int = 0,
+        size: tuple[int, int] | None = None,
+        stats: SamplingStats | None = None,
+    ) -> Iterator[Tensor]:
+        """Images `first` to count - 1, a batch at a time; see `generate_batches`."""
+        call = (self.model, labels, count, self.settings, self.vae, stats, first)
+        return generate_batches(*call, prompts=prompts, size=size, network=self._network)
+
+    def images(self, count: int, labels: Tensor | None = None, prompts: PromptRows | None = None) -> Tensor:
+        """All images of `batches` as one tensor."""
+        return torch.cat(list(self.batches(count, labels, prompts)))
+
+    def metadata(self, stats: SamplingStats) -> dict[str, Any]:
+        """How images were sampled, and from which weights; for every file that comes of them."""
+        chosen = {"weights": self.source.weights}
+        return sampling_metadata(self.settings, stats) | chosen | self.weights_metadata
+
+    @cached_property
+    def _network(self) -> Network:
+        """Made once, so that a CUDA graph is captured once for each shape."""
+        return accelerated(self.model, self.settings)
+
+
+def load_sampler(source: Source, settings: EvaluationConfig | None = None) -> Sampler:
+    """Check that model and settings (None: the source's) fit, then load the weights and the VAE.
+
+    Raises:
+        ValueError: solver or guidance do not fit the model, latents lack a VAE, or weights are missing or damaged.
+    """
+    settings = settings or source.settings
+    check_solver(source.config, settings)
+    source.check_images()
+    metadata, device = source.weights_metadata(), best_device()
+    model, vae = load_weights(source).to(device), load_decoder(source)
+    return Sampler(source, model, settings, None if vae is None else vae.to(device), metadata)
