@@ -19,6 +19,7 @@ from .conversion import ConvertOptions, export_reference_checkpoint, to_pipeline
 from .encoding.options import EncodeOptions
 from .evaluation.options import EvaluateOptions, ImagesOptions, StatsOptions, SweepOptions
 from .inspection.options import InspectOptions
+from .log import Log
 from .parsing import (
     find_recipe,
     make_parser,
@@ -389,7 +390,7 @@ def _of(section: type[Section], parsed: Any) -> Section:
 
 
 @contextmanager
-def _processes() -> Iterator[Callable[[str], None]]:
+def _processes() -> Iterator[Log]:
     """Join torchrun's processes, if there are any; of several, only the main one says something."""
     from .distributed import is_main, torchrun_processes
 

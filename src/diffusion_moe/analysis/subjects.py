@@ -12,8 +12,9 @@ from ..config import EvaluationConfig
 from ..data import ImageDataset
 from ..data.captions import CachedCaptions
 from ..evaluation.options import TextOptions
-from ..evaluation.prompts import Log, Once, PromptSource, Texts, check_text_options, held_out_captions
+from ..evaluation.prompts import Once, PromptSource, Texts, check_text_options, held_out_captions
 from ..evaluation.shapes_scorer import Questions
+from ..log import Log
 from ..run_folder import RunFolder
 from ..sampling.generate import Prompts
 from ..sampling.loading import load_text_encoder

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 from ..config import DataConfig
+from ..log import Log
 from ..run_folder import EVALUATION, RunFolder, replace_atomically, write_atomically
 from ..sampling.sample import settings_name, weights_name
 from ..sampling.sampler import Sampler
 from ..sampling.source import Source
-from .extract_features import Log, extract_features
+from .extract_features import extract_features
 from .images import GeneratedImages, Images, open_images
 from .metrics import NEIGHBOURS
 from .options import EvaluateOptions, ImagesOptions, SweepOptions

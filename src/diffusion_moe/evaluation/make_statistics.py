@@ -15,7 +15,7 @@ from ..distributed import is_main, rank, to_main, world_size
 from ..log import Log
 from ..sampling.generate import SamplingStats
 from .classifier import ClassifierFeatures
-from .extract_features import Log, ProgressLog, parts_of
+from .extract_features import ProgressLog, parts_of
 from .extractors import make_extractor
 from .features import CLASSIFIER, Extractor
 from .images import DatasetImages, Images, digest_of_all, digests_of, open_images

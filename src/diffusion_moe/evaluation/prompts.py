@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data import load_dataset
 from ..data.captions import CachedCaptions
+from ..log import Log
 from ..sampling.generate import Prompts
 from ..sampling.loading import load_text_encoder
 from ..sampling.prompts import read_prompts

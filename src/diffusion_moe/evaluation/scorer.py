@@ -16,7 +16,7 @@ from ..distributed import from_main, is_main
 from ..log import Log
 from ..pixels import to_uint8
 from .classifier import Classifier, ClassifierFeatures, train_classifier
-from .extract_features import Features, Log, extract_features
+from .extract_features import Features, extract_features
 from .extractors import make_extractor
 from .features import INCEPTION, Extractor
 from .images import NpzImages

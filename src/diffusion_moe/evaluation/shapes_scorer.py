@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..log import Log
 from ..sampling.loading import load_text_encoder
 from ..sampling.sampler import Sampler
 from ..shapes.gallery import picture
@@ -20,7 +21,7 @@ from ..text import TextEncoder
 from .extract_features import Features
 from .features import Extractor, ExtractorIdentity
 from .options import TextOptions
-from .prompts import Log, Once, Texts, digest_of
+from .prompts import Once, Texts, digest_of
 from .report import Result
 from .scorer import Scorer
 

@@ -18,7 +18,6 @@ from ..sampling.generate import check_solver
 from ..sampling.sampler import load_sampler
 from ..sampling.source import Source
 from .evaluate import prompts_for, score_model, scorer_for
-from .extract_features import Log
 from .features import fingerprint
 from .grid import AXES, SweepPoint
 from .options import SweepOptions

@@ -103,7 +103,7 @@ class SamplingStats:
         return numbers
 
 
-def with_precision(settings: EvaluationConfig, log: Callable[[str], None]) -> EvaluationConfig:
+def with_precision(settings: EvaluationConfig, log: Log) -> EvaluationConfig:
     """Settings with a precision chosen, that of the main process for all; logs it."""
     chosen = from_main(choose_precision(settings.precision, best_device()))
     log(f"computing in {chosen}")

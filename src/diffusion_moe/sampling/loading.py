@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..log import Log
 from ..models import Backbone, load_model
 from ..models.trained import last_weights
 from ..run_folder import RunFolder
@@ -59,9 +59,7 @@ def load_decoder(source: Source) -> AutoencoderKL | None:
     return vae
 
 
-def load_text_encoder(
-    source: Source, name: str | None = None, warn: Callable[[str], None] | None = None
-) -> TextEncoder:
+def load_text_encoder(source: Source, name: str | None = None, warn: Log | None = None) -> TextEncoder:
     """The encoder for the model's prompts, on the best device.
 
     Args:

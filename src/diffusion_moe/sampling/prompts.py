@@ -31,7 +31,7 @@ class PromptRequest:
     text_encoder: str | None = None
     """Folder or hub id of the encoder; None: where training left it."""
 
-    def encode(self, source: Source, each: int, log: Callable[[str], None]) -> Prompts:
+    def encode(self, source: Source, each: int, log: Log) -> Prompts:
         """Features of the prompts, `each` times one after another, on the CPU."""
         encoder = load_text_encoder(source, self.text_encoder, log)
         texts = encoder.encode_all(self.prompts)

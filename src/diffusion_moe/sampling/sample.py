@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,7 @@ LOG_EVERY = 10.0
 """Seconds between lines of progress."""
 
 
-def generate_images(
-    source: Source, settings: EvaluationConfig, options: SampleOptions, log: Callable[[str], None] = print
-) -> Path:
+def generate_images(source: Source, settings: EvaluationConfig, options: SampleOptions, log: Log = print) -> Path:
     """Sample images and write them, with JSON metadata beside them.
 
     Returns:
@@ -65,7 +63,7 @@ def generate_images(
     return path
 
 
-def _with_progress(batches: Iterator[Tensor], count: int, log: Callable[[str], None]) -> Iterator[Tensor]:
+def _with_progress(batches: Iterator[Tensor], count: int, log: Log) -> Iterator[Tensor]:
     """The same batches, with a line now and then."""
     done, logged = 0, time.monotonic()
     for batch in batches:

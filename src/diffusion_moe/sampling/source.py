@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import EvaluationConfig, ModelConfig, Recipe
-from ..run_folder import AVERAGE, DATA, ORIGIN, RunFolder
+from ..run_folder import DATA, EMA_MODEL, ORIGIN, RunFolder
 from .options import Weights
 
 if TYPE_CHECKING:
@@ -90,11 +90,11 @@ class Source:
             return self.model_folder
         remedy = "choose ema or model"
         try:
-            folder = RunFolder(self.path).average(float(self.weights))
+            folder = RunFolder(self.path).ema_model(float(self.weights))
         except ValueError as error:
             raise ValueError(f"weights is {self.weights}; {remedy}, or the decay of a further EMA") from error
         if not folder.is_dir():
-            kept = sorted(found.name.removeprefix(AVERAGE) for found in self.path.glob(f"{AVERAGE}*"))
+            kept = sorted(found.name.removeprefix(EMA_MODEL) for found in self.path.glob(f"{EMA_MODEL}*"))
             more = f", or the decay {' or '.join(kept)}" if kept else ": it has no further EMA"
             raise ValueError(f"weights is {self.weights}, but {self.path} has no such EMA; {remedy}{more}")
         return folder

@@ -6,7 +6,7 @@ to the host in the background.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import Recipe
 from ..data import Batch
 from ..distributed import all_reduce_sum, world_size
+from ..log import Log
 from ..models import Backbone
 from ..moe import RoutingReport, merge_reports, routers_of, update_routing_state
 from ..randomness import derive_seed
@@ -86,7 +87,7 @@ def train_step(
     batch: Batch,
     stop: bool = False,
     detailed: bool = False,
-    lap: Callable[[str], None] = lambda name: None,
+    lap: Log = lambda name: None,
 ) -> StepResult:
     """Take one step and advance `state.step`.
 
@@ -131,9 +132,7 @@ def train_step(
     return StepResult(step, lr, HostCopy(numbers))
 
 
-def _accumulate_gradients(
-    state: TrainState, recipe: Recipe, batch: Batch, step: int, lap: Callable[[str], None]
-) -> list[LossParts]:
+def _accumulate_gradients(state: TrainState, recipe: Recipe, batch: Batch, step: int, lap: Log) -> list[LossParts]:
     model, count = state.model, len(batch.images)
     samples = torch.arange(count) if batch.places is None else batch.places  # indices in the global batch
     model.zero_grad(set_to_none=True)
