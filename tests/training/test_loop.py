@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion_moe.parsing import read_recipe
+from diffusion_moe.config import read_recipe
 from diffusion_moe.training import loop
 from diffusion_moe.training.loop import train
 

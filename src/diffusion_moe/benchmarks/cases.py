@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import EvaluationConfig, ModelConfig, Recipe, Solver
+from ..config import EvaluationConfig, ModelConfig, Recipe, Solver, read_recipe
 from ..data import Batch
 from ..models import Backbone, make_model
 from ..models.block import make_moe
 from ..moe import MoEFeedForward, recompute_experts
 from ..moe.precision import product_dtype
-from ..parsing import read_recipe
 from ..sampling.generate import generate
 from ..training.step import state_of, train_step
 from .contestants import Contestant, layer_contestants

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..config import EvaluationConfig, ModelConfig
+from ..config import EvaluationConfig, ModelConfig, current_names
 from ..run_folder import AVERAGE, DATA, ORIGIN, RunFolder
 from .options import Weights
 
@@ -280,7 +280,7 @@ def _read_config(folder: Path) -> ModelConfig:
             f"{folder} holds a model of class {content.get('_class_name')}; this library reads DiT and JiT"
         )
     known = ModelConfig.__dataclass_fields__
-    settings = {name: value for name, value in content.items() if not name.startswith("_")}
+    settings = current_names({name: value for name, value in content.items() if not name.startswith("_")})
     unknown = sorted(settings.keys() - known.keys())
     if unknown:
         raise ValueError(f"{folder / 'config.json'} has unknown {', '.join(unknown)}")

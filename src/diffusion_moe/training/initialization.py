@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import InitConfig, ModelConfig, Recipe
+from ..config import InitConfig, ModelConfig, Recipe, names_where
 from ..distributed import world_size
 from ..models import Backbone, make_model
 from ..models.adapters import LABEL_TABLE, add_adapters, merged, save_adapters, targets_of
@@ -28,21 +28,14 @@ from .upcycling import upcycled
 NEW_ROW_STD = 0.02
 """Of the rows of new classes around the mean of the old ones; what fresh tables are drawn with."""
 TABLE = f"{LABEL_TABLE}.weight"
-LABELS, SIZE = {"num_classes", "null_class"}, {"sample_size"}
-LOOSE = {
-    *("dropout", "attention_dropout", "expert_dropout", "inference_pool", "threshold_decay", "capacity_loss_weight"),
-    *("balance", "balance_weight", "balance_rate"),
-}
-"""Settings that no weight depends on."""
-EXPERTS = {
-    *("router", "num_experts", "expert_dim", "expert_activation", "expert_bias", "top_k", "capacity", "n_group"),
-    *("topk_group", "routed_scaling_factor", "shared", "shared_dim", "shared_bias", "moe_layer_freq", "first_k_dense"),
-}
-"""What upcycling decides."""
+FREE = frozenset().union(*(names_where(ModelConfig, affects=part) for part in ("nothing", "labels", "positions")))
+"""Settings that may differ from those of the checkpoint to start from."""
+UPCYCLED = names_where(ModelConfig, group="experts", affects="weights")
+"""Settings that upcycling decides."""
 
 
-class Origin(NamedTuple):
-    """The model that training begins from."""
+class Pretrained(NamedTuple):
+    """The model that training starts from."""
 
     name: str
     """For messages."""
@@ -119,7 +112,7 @@ def copy_frozen(model: Backbone, averages: Iterable[Backbone]) -> None:
                 local_part(parameter.data).copy_(local_part(frozen[name].data))  # type: ignore[union-attr, arg-type]
 
 
-def initialize_from(model: Backbone, recipe: Recipe, origin: Origin, data: Mapping[str, Any]) -> list[str]:
+def initialize_from(model: Backbone, recipe: Recipe, origin: Pretrained, data: Mapping[str, Any]) -> list[str]:
     """Fill a fresh model, not yet prepared, with another's weights.
 
     Args:
@@ -168,7 +161,7 @@ def check_settings(name: str, old: ModelConfig, new: ModelConfig, upcycle: bool)
     """
     if upcycle and old.router != "dense":
         raise ValueError(f"init.upcycle is true, but {name} has experts already (router {old.router}); leave it out")
-    free = LABELS | SIZE | LOOSE | (EXPERTS if upcycle else set())
+    free = FREE | UPCYCLED if upcycle else FREE
     for field, value in vars(new).items():
         if field not in free and value != getattr(old, field):
             remedy = (
@@ -230,7 +223,7 @@ def merge_adapters(model: Backbone, init: InitConfig, folder: Path | None) -> Ba
 
 
 def _label_notes(
-    rows: Sequence[int | None], config: ModelConfig, origin: Origin, class_names: Sequence[str]
+    rows: Sequence[int | None], config: ModelConfig, origin: Pretrained, class_names: Sequence[str]
 ) -> list[str]:
     classes, null = rows[: config.num_classes], rows[config.num_classes :]
     names, lines = set(origin.class_names), []
@@ -262,7 +255,7 @@ def _resize(state: dict[str, Tensor], old: ModelConfig, new: ModelConfig) -> str
     )
 
 
-def _latent_notes(origin: Origin, data: Mapping[str, Any]) -> list[str]:
+def _latent_notes(origin: Pretrained, data: Mapping[str, Any]) -> list[str]:
     before, now = origin.latent_space, data.get("latent_space")
     if before is None or now is None:
         return []

@@ -30,7 +30,7 @@ from .checkpoint import Checkpoints
 from .dataloader import batches, images_of_step
 from .fit import check_fit, check_same_images, choose_device, settled
 from .history import go_on
-from .initialization import Origin, check_initialization, initialize_from, merge_adapters
+from .initialization import Pretrained, check_initialization, initialize_from, merge_adapters
 from .log import MetricsLog, Progress, check_trackers
 from .parallelize import check_parallel, make_layout, whole_model
 from .signals import requests_to_stop, torchrun_is_gone
@@ -64,7 +64,7 @@ def train(
     resume: Resume = "auto",
     log: Log = print,
     preview: Preview | None = None,
-    origin: Callable[[], Origin] | None = None,
+    origin: Callable[[], Pretrained] | None = None,
 ) -> Outcome:
     """Train until the recipe's last step, or until Ctrl-C or SIGTERM, which save a checkpoint first.
 
@@ -119,7 +119,7 @@ class Trainer:
         resume: Resume,
         log: Log,
         preview: Preview | None,
-        origin: Callable[[], Origin] | None = None,
+        origin: Callable[[], Pretrained] | None = None,
     ) -> None:
         self.device = choose_device(recipe.training.device)
         recipe, precision = settled(recipe, run, resume, self.device)
@@ -173,7 +173,7 @@ class Trainer:
         self.log(f"trained {state.step} steps; the averaged model is in {self.run_folder.model}")
         return Outcome(state.step)
 
-    def _begin_from(self, origin: Callable[[], Origin] | None, model: Backbone) -> None:
+    def _begin_from(self, origin: Callable[[], Pretrained] | None, model: Backbone) -> None:
         if origin is None:
             raise ValueError(
                 f"init.from_checkpoint is {self.recipe.init.from_checkpoint}; pass `origin`, which reads it"

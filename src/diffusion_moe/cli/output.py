@@ -1,0 +1,20 @@
+"""Lines for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def log(text: str) -> None:
+    """Print one line at once."""
+    print(text, flush=True)
+
+
+@contextmanager
+def torchrun_log() -> Iterator[Callable[[str], None]]:
+    """Join torchrun's processes, if there are any; of several, only the main one logs."""
+    from ..distributed import is_main, torchrun_processes
+
+    with torchrun_processes():
+        yield log if is_main() else lambda text: None
