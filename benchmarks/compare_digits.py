@@ -14,8 +14,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from diffusion_moe.config import read_recipe
 from diffusion_moe.models.sizes import model_size
-from diffusion_moe.parsing import read_recipe
 
 RULES = {
     "dense": ("no experts", ["--model.router=dense"]),

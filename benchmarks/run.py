@@ -186,8 +186,7 @@ def run(
 
 def small_cases(cases: list[Case], folder: Path) -> list[Case]:
     """The same cases on models that take no time: same experts, routers and rules, narrow and shallow."""
-    from diffusion_moe.config import to_yaml
-    from diffusion_moe.parsing import read_recipe
+    from diffusion_moe.config import read_recipe, to_yaml
 
     narrow = {"hidden_size": 32, "depth": 2, "num_heads": 2, "expert_dim": 16, "sample_size": 8, "num_classes": 10}
     tokens = 4 * (narrow["sample_size"] // 2) ** 2

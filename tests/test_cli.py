@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from diffusion_moe.cli import main
-from diffusion_moe.config import SECTIONS
-from diffusion_moe.parsing import find_recipe, read_recipe, recipe_names
+from diffusion_moe.config import SECTIONS, find_recipe, read_recipe, recipe_names
 
 
 def run(capsys, *arguments):
@@ -117,7 +116,7 @@ def test_print_config_shows_every_field_and_reads_back(capsys, tmp_path):
 
 
 def test_help_explains_every_option(capsys):
-    status, out, _ = run(capsys, "train", "--help")
+    status, out, _ = run(capsys, "train", "--help", "all")
     assert status == 0
     text = " ".join(out.split())
     for name, section in SECTIONS.items():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = {"diffusers", "datasets", "sklearn", "matplotlib", "jsonargparse", "yaml", "rich", "safetensors", "PIL"}
+HEAVY = {"diffusers", "datasets", "sklearn", "matplotlib", "yaml", "rich", "safetensors", "PIL"}
 
 
 def loaded_by(statement):

@@ -11,12 +11,10 @@ import yaml
 from safetensors.torch import load_file
 
 from diffusion_moe.cli import main
-from diffusion_moe.config import InitConfig
+from diffusion_moe.config import InitConfig, read_recipe
 from diffusion_moe.conversion import ConvertOptions, export_reference_checkpoint, to_pipeline
-from diffusion_moe.initialization import PretrainedModel, model_options
+from diffusion_moe.initialization import PretrainedSource, model_settings
 from diffusion_moe.models import load_model, make_model
-from diffusion_moe.parsing import read_recipe
-from diffusion_moe.sampling.loading import load_weights
 from diffusion_moe.sampling.source import read_source
 
 
@@ -55,14 +53,14 @@ def states_equal(one, other):
 
 
 def test_a_run_gives_its_average_or_its_last_weights(base):
-    average, last = (PretrainedModel(InitConfig(str(base), weights)) for weights in ("ema", "model"))
-    assert average.settings == read_recipe(base / "recipe.yaml").model
-    origin = average.origin()
+    average, last = (PretrainedSource(InitConfig(str(base), weights)) for weights in ("ema", "model"))
+    assert average.config == read_recipe(base / "recipe.yaml").model
+    origin = average.load()
     assert origin.name == f"{base} (ema weights)" and origin.class_names == tuple("0123456789")
     assert states_equal(origin.model.state_dict(), load_file(base / "model" / "diffusion_pytorch_model.safetensors"))
     saved = load_file(next(base.glob("checkpoints/*06/*.safetensors")))
     expected = {name.removeprefix("model."): t for name, t in saved.items() if name.startswith("model.")}
-    assert states_equal(last.origin().model.state_dict(), expected)
+    assert states_equal(last.load().model.state_dict(), expected)
     assert not states_equal(origin.model.state_dict(), expected)
 
 
@@ -104,8 +102,8 @@ def merged_by_hand(run):
 
 
 def test_last_weights_of_a_run_of_adapters_are_merged(adapted):
-    origin = PretrainedModel(InitConfig(str(adapted), "model")).origin().model
-    sampled = load_weights(replace(read_source(adapted), weights="model"))
+    origin = PretrainedSource(InitConfig(str(adapted), "model")).load().model
+    sampled = replace(read_source(adapted), weights="model").load().model.cpu()
     expected = merged_by_hand(adapted)
     torch.testing.assert_close(dict(origin.state_dict()), expected)
     assert states_equal(origin.state_dict(), sampled.state_dict())
@@ -156,25 +154,25 @@ def test_samples_of_other_weights_stand_beside_those_of_the_average(capsys, base
 def test_pipelines_and_model_folders_and_published_files_give_the_same(tmp_path, base):
     to_pipeline(str(base), ConvertOptions(tmp_path / "pipeline"))
     export_reference_checkpoint(str(base), ConvertOptions(tmp_path / "published" / "model.pt", to="published"))
-    expected = PretrainedModel(InitConfig(str(base))).origin()
+    expected = PretrainedSource(InitConfig(str(base))).load()
     for path in (tmp_path / "pipeline", base / "model", tmp_path / "published" / "model.pt", tmp_path / "published"):
-        point = PretrainedModel(InitConfig(str(path)))
-        found = point.origin()
+        point = PretrainedSource(InitConfig(str(path)))
+        found = point.load()
         assert states_equal(found.model.state_dict(), expected.model.state_dict()), path
-        assert point.settings == found.model.settings
+        assert point.config == found.model.settings
         names = () if "published" in str(path) else expected.class_names
         assert found.class_names == names
 
 
 def test_a_choice_of_weights_that_is_not_there_is_refused(tmp_path, base):
     with pytest.raises(ValueError, match=r"init.weights is ema2, but .*run has ema or model"):
-        _ = PretrainedModel(InitConfig(str(base), "ema2")).source
-    with pytest.raises(ValueError, match=r"init.weights is model, but .* has one set of weights; leave it out"):
-        _ = PretrainedModel(InitConfig(str(base / "model"), "model")).source
+        _ = PretrainedSource(InitConfig(str(base), "ema2")).source
+    with pytest.raises(ValueError, match=r"init.weights is model, but .* has one set of weights; remove it"):
+        _ = PretrainedSource(InitConfig(str(base / "model"), "model")).source
     shutil.copytree(base, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(ValueError, match=r"init.weights is model, but .* has no checkpoint.*; set init.weights to ema"):
-        PretrainedModel(InitConfig(str(tmp_path / "run"), "model")).origin()
+        PretrainedSource(InitConfig(str(tmp_path / "run"), "model")).load()
 
 
 def test_the_recipe_need_not_repeat_the_architecture(capsys, tmp_path, base, recipe_file):
@@ -205,8 +203,8 @@ def test_upcycling_takes_the_dense_width_unless_told(tmp_path, capsys, tiny):
     options = [*tiny, "--training.steps=1", "--model.router=dense"]
     assert run(capsys, "train", "digits", "--output_dir", dense, *options)[0] == 0
     start = InitConfig(str(dense), upcycle=True)
-    given = model_options(start, PretrainedModel(start))
-    assert "--model.expert_dim=128" in given and "--model.shared=none" in given
+    given = model_settings(PretrainedSource(start))
+    assert (given["expert_dim"], given["shared"]) == (128, "none")
     (tmp_path / "up.yaml").write_text(
         yaml.safe_dump(
             {

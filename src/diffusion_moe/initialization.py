@@ -1,14 +1,13 @@
-"""Models that training may begin from: runs, pipeline and model folders, published checkpoints."""
+"""Checkpoints that training may start from: runs, pipeline and model folders, reference checkpoints."""
 
 from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import InitConfig, ModelConfig
 from .conversion import is_ours
-from .parsing import as_text, read_recipe
 from .run_folder import RunFolder
 from .sampling.source import Source, read_source
 
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from .training.initialization import Pretrained
 
 
-class PretrainedModel:
-    """The model that `init.from_checkpoint` names; its weights are read when `origin` is called."""
+class PretrainedSource:
+    """The checkpoint that `init.from_checkpoint` names; its weights are read by `load`."""
 
     def __init__(self, init: InitConfig) -> None:
         assert init.from_checkpoint is not None
@@ -26,7 +25,7 @@ class PretrainedModel:
 
     @cached_property
     def source(self) -> Source | None:
-        """The folder, if it is one of this library's; None for a published checkpoint.
+        """The folder, if it is one of this library's; None for a reference checkpoint.
 
         Raises:
             ValueError: it has no weights of the kind that is asked for.
@@ -34,22 +33,23 @@ class PretrainedModel:
         if not is_ours(self.path):
             return None
         source, weights = read_source(self.path), self.init.weights
-        if weights != "ema" and (weights != "model" or not RunFolder(self.path).recipe.is_file()):
-            choice = "ema or model" if RunFolder(self.path).recipe.is_file() else "one set of weights; leave it out"
+        is_run = RunFolder(self.path).recipe.is_file()
+        if weights == "ema2" or (weights == "model" and not is_run):
+            choice = "ema or model" if is_run else "one set of weights; remove it"
             raise ValueError(f"init.weights is {weights}, but {self.path} has {choice}")
         return source
 
     @cached_property
-    def settings(self) -> ModelConfig:
+    def config(self) -> ModelConfig:
         """Its architecture.
 
         Raises:
             ValueError: it cannot be read.
         """
-        return self._published.settings if self.source is None else self.source.config
+        return self._reference.settings if self.source is None else self.source.config
 
     @cached_property
-    def _published(self) -> Backbone:
+    def _reference(self) -> Backbone:
         from .checkpoint_formats import read_published
 
         try:
@@ -58,8 +58,8 @@ class PretrainedModel:
             options = " (`diffusion-moe convert` takes such options and makes a folder to start from)"
             raise ValueError(f"init.from_checkpoint: {error}{options if ' --' in str(error) else ''}") from error
 
-    def origin(self) -> Pretrained:
-        """Read it.
+    def load(self) -> Pretrained:
+        """Read its weights.
 
         Raises:
             ValueError: the weights are missing or damaged.
@@ -70,7 +70,7 @@ class PretrainedModel:
 
         name = f"{self.path} ({self.init.weights} weights)"
         if self.source is None:
-            return Pretrained(name, self._published)
+            return Pretrained(name, self._reference)
         if self.init.weights == "model":
             model = last_weights(RunFolder(self.path), "init.weights")
         else:
@@ -79,32 +79,25 @@ class PretrainedModel:
         return Pretrained(name, model, self.source.class_names, space)
 
 
-def model_options(init: InitConfig, point: PretrainedModel, run: RunFolder | None = None) -> list[str]:
-    """The model section that a recipe with a source need not write, as options; those it does write come after these.
+def model_settings(pretrained: PretrainedSource, run: RunFolder | None = None) -> dict[str, Any]:
+    """The values of the model section that a recipe with a checkpoint to start from need not have.
 
     Args:
-        run: the folder to train in; if it holds a run from this source its record is taken, so that the source may be
-            gone by then.
+        pretrained: the checkpoint.
+        run: the folder to train in; if it holds a run from this checkpoint its recipe is read instead, so that the
+            checkpoint may be deleted by then.
     """
+    init = pretrained.init
     if run is not None and run.recipe.is_file():
-        recorded = read_recipe(run.recipe)
-        if recorded.init.from_checkpoint == init.from_checkpoint:
-            return _options(recorded.model, set())
+        recipe = run.read_recipe()
+        if recipe.init.from_checkpoint == init.from_checkpoint:
+            return vars(recipe.model)
     from .training.initialization import UPCYCLED
 
-    config = point.settings
+    config = pretrained.config
     if not init.upcycle:
-        return _options(config, set())
-    own = {
-        "expert_dim": config.mlp_width,
-        "expert_activation": config.mlp_activation,
-        "expert_bias": config.mlp_bias,
-        "shared": "none",
-    }
-    if config.mlp_activation == "silu":
-        del own["expert_activation"]  # there are no such experts
-    return [*_options(config, UPCYCLED), *(f"--model.{name}={as_text(value)}" for name, value in own.items())]
-
-
-def _options(config: ModelConfig, without: set[str]) -> list[str]:
-    return [f"--model.{name}={as_text(value)}" for name, value in vars(config).items() if name not in without]
+        return vars(config)
+    own = {"expert_dim": config.mlp_width, "expert_bias": config.mlp_bias, "shared": "none"}
+    if config.mlp_activation != "silu":  # there are no SiLU experts
+        own["expert_activation"] = config.mlp_activation
+    return {name: value for name, value in vars(config).items() if name not in UPCYCLED} | own

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
-from .config import Recipe, difference, to_yaml
+from .config import SECTIONS, Recipe, TrainingConfig, difference, names_where, older_values, read_yaml, to_yaml
+from .config.reading import Sections, build_recipe, check_names, merge
+from .config.renamed import current_sections
 from .log import Log
-from .parsing import as_text, read_recipe, read_yaml
 
 Resume = Literal["auto", "never", "changed"]
 """What to do with a run that is there: go on with it, refuse it, or go on with it by another recipe."""
-ONE_FOR_ALL = ("model", "init")
-"""Sections of a recipe that stay as they are as long as a run goes on."""
-YOUNGER_FIELDS = {"ema_warmup": False}
-"""Fields of the training section that recipes of older versions lack, and what their runs did."""
 ORIGIN = "training.json"
 """In the model's folder: number of its training steps, and the decay of its EMA."""
 HANDOVER_SECONDS = 120.0
@@ -131,7 +128,10 @@ class RunFolder:
 
     def _check_changes(self, changes: list[str], resume: Resume) -> None:
         """Raises ValueError unless the run may go on with these changes of its recipe."""
-        never = [line for line in changes if line.partition(".")[0] in ONE_FOR_ALL]
+        fixed = [
+            f"{section}.{name}" for section, kind in SECTIONS.items() for name in names_where(kind, change="never")
+        ]
+        never = [line for line in changes if line.partition(":")[0] in fixed]
         if never and resume == "changed":
             raise ValueError(
                 f"{self.path} holds a run of another model or init ({'; '.join(never)}), which --resume changed "
@@ -178,24 +178,29 @@ class RunFolder:
             raise ValueError(f"{self.path} has no recipe.yaml, so it is no run; give the folder of a run")
         return read_run_recipe(self.recipe)
 
-    def younger_fields(self) -> dict[str, Any]:
-        """Fields of the training section that this run's recipe lacks, with what the run did."""
-        return _younger_fields(self.recipe) if self.recipe.is_file() else {}
+    def older_training(self) -> dict[str, Any]:
+        """Fields of the training section that this run's recipe lacks, with the values it was trained with."""
+        return _older_training(_run_sections(self.recipe)) if self.recipe.is_file() else {}
 
 
 def read_run_recipe(path: Path) -> Recipe:
-    """The recipe of a run from its file; what an older version did not know is as the run did it.
+    """The recipe of a run from its file; fields of a later version than the run's have the values it was trained with.
 
     Raises:
         ValueError: it cannot be read.
     """
-    return read_recipe(path, [f"--training.{name}={as_text(value)}" for name, value in _younger_fields(path).items()])
+    sections = _run_sections(path)
+    return build_recipe(merge({"training": _older_training(sections)}, sections))
 
 
-def _younger_fields(path: Path) -> dict[str, Any]:
-    sections = read_yaml(path)
-    known = sections.get("training") if isinstance(sections, dict) else None
-    return {name: value for name, value in YOUNGER_FIELDS.items() if not isinstance(known, dict) or name not in known}
+def _run_sections(path: Path) -> Sections:
+    content = read_yaml(path)
+    return check_names(current_sections(content) if isinstance(content, dict) else content, path)
+
+
+def _older_training(sections: Sections) -> dict[str, Any]:
+    known = sections.get("training", {})
+    return {name: value for name, value in older_values(TrainingConfig).items() if name not in known}
 
 
 def _locked(file: TextIO) -> bool:

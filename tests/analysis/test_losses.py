@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from diffusion_moe.analysis.losses import HELD_OUT_BINS, held_out_loss, read_curves
+from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
 from diffusion_moe.models import DiTOutput, make_model
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.randomness import normal
 
 

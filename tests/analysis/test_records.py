@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_moe import record_routing
 from diffusion_moe.analysis.records import pairs_of, tally
-from diffusion_moe.config import EvaluationConfig
+from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.models import make_model
 from diffusion_moe.moe import MoEFeedForward, Router, RouterConfig, Routing, route_by_token
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate
 
 KINDS = ["tc", "ec", "diffmoe", "dsmoe"]

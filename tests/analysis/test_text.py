@@ -16,11 +16,11 @@ from diffusion_moe.analysis.plot_compute import text_and_image
 from diffusion_moe.analysis.record import collect
 from diffusion_moe.analysis.subjects import in_turn
 from diffusion_moe.cli import main
+from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
 from diffusion_moe.diffusion.loss import flow_loss
 from diffusion_moe.diffusion.path import rectified_flow
 from diffusion_moe.evaluation.options import TextOptions
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.randomness import normal
 from diffusion_moe.sampling.generate import Prompts, generate_batches
 from diffusion_moe.sampling.loading import load_text_encoder, load_weights

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusion_moe.config import read_recipe
 from diffusion_moe.models.sizes import model_size
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.shapes.prompts import CATEGORIES
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from diffusion_moe.benchmarks.scaling import axes, fit_power, scaling
-from diffusion_moe.config import ModelConfig
-from diffusion_moe.parsing import read_recipe
+from diffusion_moe.config import ModelConfig, read_recipe
 
 CPU = torch.device("cpu")
 

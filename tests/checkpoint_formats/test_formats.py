@@ -10,9 +10,8 @@ import torch
 
 from diffusion_moe.checkpoint_formats import detect_format, from_published, make_layout, read_settings, to_published
 from diffusion_moe.checkpoint_formats.settings import write_settings
-from diffusion_moe.config import ModelConfig
+from diffusion_moe.config import ModelConfig, read_recipe
 from diffusion_moe.models import make_model
-from diffusion_moe.parsing import read_recipe
 
 # For each published model '<pattern of names>': [shape, how many]; N is a block's number, E an expert's.
 STATES = json.loads((Path(__file__).parent / "states.json").read_text())

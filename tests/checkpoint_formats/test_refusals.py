@@ -16,7 +16,7 @@ from safetensors.torch import save
 from diffusion_moe.checkpoint_formats.files import find_file, read_checkpoint
 from diffusion_moe.cli import main
 from diffusion_moe.config import InitConfig
-from diffusion_moe.initialization import PretrainedModel
+from diffusion_moe.initialization import PretrainedSource
 
 TENSORS = {"a.weight": torch.arange(4096.0), "b": torch.ones(3)}
 
@@ -122,7 +122,7 @@ def test_start_source_says_the_same(tmp_path, name):
     content, expected = CASES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        _ = PretrainedModel(InitConfig(str(tmp_path / name))).settings
+        _ = PretrainedSource(InitConfig(str(tmp_path / name))).config
     options = " (`diffusion-moe convert` takes such options and makes a folder to start from)"
     assert (
         str(caught.value) == f"init.from_checkpoint: {tmp_path / name} {expected}{options if name == 'runs.pt' else ''}"

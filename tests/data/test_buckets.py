@@ -99,5 +99,5 @@ def test_what_stands_in_for_an_unreadable_image_takes_its_size(pictures):
 def test_sizes_that_are_none():
     with pytest.raises(ValueError, match=r"data\.buckets holds '8'; give sizes such as 256x384"):
         DataConfig(kind="folder", path="a", buckets=("8",))
-    with pytest.raises(ValueError, match=r"data\.buckets is 8x8, but data\.kind digits has no use for it"):
+    with pytest.raises(ValueError, match=r"data\.buckets is 8x8, which is not supported for data\.kind digits"):
         DataConfig(buckets=("8x8",))

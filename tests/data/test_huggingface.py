@@ -171,7 +171,7 @@ def test_a_wrong_path_is_one_line(tmp_path):
 
 
 def test_options_of_another_kind_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.image_column is picture, but data\.kind folder has no use for it"):
+    with pytest.raises(ValueError, match=r"image_column is picture, which is not supported for data\.kind folder"):
         DataConfig(kind="folder", path="x", image_column="picture")
     with pytest.raises(ValueError, match=r"data\.path is missing; data\.kind huggingface needs it"):
         DataConfig(kind="huggingface")

@@ -212,5 +212,5 @@ def test_what_recipe_and_cache_disagree_on_is_one_line_with_the_remedy(tmp_path)
     change(channel_std=[0.0, 1.0, 1.0])(tmp_path)
     with pytest.raises(ValueError, match=r"a channel of the latent cache .* is constant"):
         load_dataset(config(tmp_path, normalize="channel"), "train")
-    with pytest.raises(ValueError, match=r"data\.normalize is channel, but data\.kind digits has no use for it"):
+    with pytest.raises(ValueError, match=r"data\.normalize is channel, which is not supported for data\.kind digits"):
         DataConfig(normalize="channel")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
 from diffusion_moe.distributed import is_main, torchrun_processes
 from diffusion_moe.models import Backbone
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.dataloader import batches
 from diffusion_moe.training.parallelize import check_parallel, make_meshes, whole_model
 from diffusion_moe.training.state import make_state

@@ -2,7 +2,7 @@
 
 import torch
 
-from diffusion_moe.parsing import read_recipe
+from diffusion_moe.config import read_recipe
 from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
 from diffusion_moe.training.state import make_state
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion_moe.config import read_recipe as read
 from diffusion_moe.models import DiT, JiT
 from diffusion_moe.models.presets import make_preset, model_preset, preset_names
-from diffusion_moe.parsing import read_recipe as read
 
 read_recipe = cache(read)
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_moe.config import ModelConfig
+from diffusion_moe.config import ModelConfig, read_recipe, recipe_names
 from diffusion_moe.models.sizes import PAPER_MILLION, Size, model_flops, model_size
-from diffusion_moe.parsing import read_recipe, recipe_names
 
 # What the published configurations say of each model, and what its published (or freshly built) state dict counts.
 PUBLISHED = json.loads((Path(__file__).parent / "published_sizes.json").read_text())

@@ -233,7 +233,7 @@ def test_features_that_are_not_the_model_s_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"text_length": 5}, r"model\.text_length is 5, but model\.text_dim is 0 \(no text\); leave it out"),
+        ({"text_length": 5}, r"model\.text_length is 5, but model\.text_dim is 0 \(no text\); remove it"),
         ({"text_dim": -1}, r"model\.text_dim is -1; use 0 for none"),
         ({"text_dim": 4, "text_length": 0}, r"model\.text_length is 0; it must be positive"),
         ({"text_dim": 4, "text_conditioning": "joint", "sliding_window": 3}, r"model\.sliding_window is 3, but in one"),

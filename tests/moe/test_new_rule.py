@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusion_moe.parsing import read_recipe
 
 from diffusion_moe import record_routing
 from diffusion_moe.benchmarks.scaling import axes
@@ -13,7 +14,6 @@ from diffusion_moe.data import batches_from, load_dataset
 from diffusion_moe.models import make_model
 from diffusion_moe.models.sizes import model_size
 from diffusion_moe.moe import ROUTERS, Router, register_router, route_by_token
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.planning.compute import compute_of
 from diffusion_moe.routing_rules import RULES
 from diffusion_moe.training.step import make_state, train_step

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_moe.benchmarks.counting import saved_bytes
 from diffusion_moe.cli import main
+from diffusion_moe.config import read_recipe
 from diffusion_moe.models import make_model
 from diffusion_moe.models.sizes import blank_inputs
 from diffusion_moe.moe import recompute_experts
 from diffusion_moe.moe.precision import use_cpu_matmul
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.planning.activations import trace_saved, travelling_bytes
 from diffusion_moe.planning.compute import compute_of
 from diffusion_moe.planning.memory import Tensors

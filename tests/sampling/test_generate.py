@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from diffusion_moe.analysis.records import record_routing
-from diffusion_moe.config import EvaluationConfig
+from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.diffusion.ddpm import ddpm_ancestral, linear_schedule, respaced
 from diffusion_moe.diffusion.solvers import even_times, sde
 from diffusion_moe.moe import routers_of
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.pixels import image_grid, to_uint8
 from diffusion_moe.randomness import normal
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, sampling_metadata

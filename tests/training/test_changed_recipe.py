@@ -1,6 +1,7 @@
 """A run that goes on under another recipe: what it keeps, what it refuses, and that it resumes as any run does."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,9 @@ from safetensors.torch import load_file
 
 from diffusion_moe import run_history
 from diffusion_moe.cli import main
-from diffusion_moe.config import CHANGEABLE, CHANGEABLE_SECTIONS
+from diffusion_moe.config import SECTIONS, names_where, read_recipe
 from diffusion_moe.data import Segment, load_dataset
 from diffusion_moe.data.digits import Digits
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.run_folder import RunFolder
 from diffusion_moe.run_history import recipes_in, record
 from diffusion_moe.storage import Manifest
@@ -338,9 +338,14 @@ def test_bad_steps_after_the_change_are_left_out_and_named_by_the_segments(recip
 def test_the_page_of_run_folders_lists_what_may_change():
     page = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text()
     start = page.index("These may change")
-    listed = page[start : page.index("`--resume never`")]
-    for name in [*(f"{section}.*" for section in CHANGEABLE_SECTIONS), *CHANGEABLE]:
-        assert f"`{name}`" in listed or f"`{name.removeprefix('training.')}`" in listed, name
+    listed = set(re.findall(r"`([a-z_.*]+)`", page[start : page.index("`--resume never`")]))
+    expected, excepted = set(), {"parallel.pool"}
+    for section, kind in SECTIONS.items():
+        free = names_where(kind, change="always") | names_where(kind, change="constant")
+        everything = kind.__dataclass_fields__.keys() - {name.partition(".")[2] for name in excepted}
+        names = {f"{section}.*"} if free == everything else {f"{section}.{name}" for name in free}
+        expected |= {name.removeprefix("training.") for name in names}
+    assert listed == expected | excepted | {"training."}
 
 
 def test_other_images_are_refused_unless_wanted(tiny, tmp_path):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from diffusion_moe.config import read_recipe
 from diffusion_moe.data import batches_from, load_dataset
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.storage import AsyncWriter, CheckpointError, checkpoint_path, checkpoints_in
 from diffusion_moe.training.checkpoint import Checkpoints, load_checkpoint, state_tensors
 from diffusion_moe.training.state import make_state

@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffusion_moe import DiT
-from diffusion_moe.config import InitConfig, ModelConfig, Recipe
+from diffusion_moe.config import InitConfig, ModelConfig, Recipe, read_recipe
 from diffusion_moe.data import load_dataset
 from diffusion_moe.models import load_model, make_model
 from diffusion_moe.models.adapters import load_lora
 from diffusion_moe.nn.position import sincos_table
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.initialization import (
     Pretrained,
     check_initialization,
@@ -476,7 +475,7 @@ WRONG = {
     "alpha": (["--init.from_checkpoint=x", "--init.lora_rank=2", "--init.lora_alpha=0"], "init.lora_alpha is 0"),
     "alpha alone": (["--init.from_checkpoint=x", "--init.lora_alpha=2"], "init.lora_alpha is 2.0, but init.lora_rank"),
     "no targets": (["--init.from_checkpoint=x", "--init.lora_rank=2", "--init.lora_targets=[]"], "are empty"),
-    "both": (["--init.from_checkpoint=x", "--init.lora_rank=2", '--init.freeze=["*"]'], "leave it out"),
+    "both": (["--init.from_checkpoint=x", "--init.lora_rank=2", '--init.freeze=["*"]'], "remove it"),
     "adapters of new experts": (["--init.from_checkpoint=x", "--init.lora_rank=2", "--init.upcycle"], "new routers"),
     "noise": (["--init.from_checkpoint=x", "--init.upcycle_noise=0.1"], "init.upcycle is false"),
     "negative noise": (["--init.from_checkpoint=x", "--init.upcycle_noise=-1"], "use 0 for none"),

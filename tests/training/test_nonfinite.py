@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from diffusion_moe.cli import main
+from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
 from diffusion_moe.data.digits import Digits
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
 from diffusion_moe.training.dataloader import images_of_step
 from diffusion_moe.training.loop import train

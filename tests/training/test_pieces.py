@@ -4,9 +4,8 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from diffusion_moe.config import OptimizerConfig
+from diffusion_moe.config import OptimizerConfig, read_recipe, recipe_names
 from diffusion_moe.data import load_dataset
-from diffusion_moe.parsing import read_recipe, recipe_names
 from diffusion_moe.training.dataloader import batches
 from diffusion_moe.training.ema import ema_decay, update_ema
 from diffusion_moe.training.optimizer import LocalAdamW, learning_rate

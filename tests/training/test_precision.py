@@ -8,9 +8,9 @@ import yaml
 from run_state import final_state
 
 from diffusion_moe.cli import main
+from diffusion_moe.config import read_recipe
 from diffusion_moe.moe import precision
 from diffusion_moe.moe.precision import choose_precision
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.planning.options import PlanOptions
 from diffusion_moe.planning.plan import make_plan
 from diffusion_moe.run_folder import RunFolder

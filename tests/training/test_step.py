@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from diffusion_moe.config import read_recipe
 from diffusion_moe.data import Batch, batches_from, load_dataset
 from diffusion_moe.diffusion.ddpm import ddpm_losses, linear_schedule
 from diffusion_moe.diffusion.times import draw_steps, draw_times
 from diffusion_moe.moe import routers_of
-from diffusion_moe.parsing import read_recipe
 from diffusion_moe.randomness import normal
 from diffusion_moe.training.loss import micro_batch_loss
 from diffusion_moe.training.state import make_state
@@ -206,7 +206,7 @@ def test_the_loss_of_every_objective_is_its_formula(tiny, options):
     [
         (["--diffusion.loss_min_gap=0"], "loss_min_gap is 0.0; it must be above 0 and at most 1"),
         (["--diffusion.loss_min_gap=0.4"], "loss_min_gap is 0.4, but from velocity to velocity nothing is divided"),
-        (["--diffusion.loss_min_gap=0.4", "--model.prediction=x"], "but from x to x nothing is divided; leave it out"),
+        (["--diffusion.loss_min_gap=0.4", "--model.prediction=x"], "but from x to x nothing is divided; remove it"),
         (["--diffusion.loss_min_gap=0.4", "--diffusion.loss=x"], "but from velocity to x nothing is divided"),
         (["--diffusion.loss_min_gap=0.4", *OBJECTIVES["ddpm"]], "but from epsilon to epsilon nothing is divided"),
         (["--diffusion.loss=x", *OBJECTIVES["ddpm"]], "loss is 'x', but model.process ddpm compares epsilon"),

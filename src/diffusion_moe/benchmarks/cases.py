@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import EvaluationConfig, ModelConfig, Recipe, Solver
+from ..config import EvaluationConfig, ModelConfig, Recipe, Solver, read_recipe
 from ..data import Batch
 from ..models import Backbone, make_model
 from ..models.block import make_moe
 from ..moe import MoEFeedForward, recompute_experts
 from ..moe.precision import matmul_dtype
-from ..parsing import read_recipe
 from ..sampling.generate import generate
 from ..training.state import state_from_model
 from ..training.step import train_step

@@ -13,9 +13,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from ..config import ModelConfig, Process
+from ..config import ModelConfig, Process, find_recipe, read_recipe, read_yaml, recipe_names
 from ..models import Backbone, make_model
-from ..parsing import find_recipe, read_recipe, read_yaml, recipe_names
 from .files import Checkpoint, Weights, find_file, read_checkpoint, write_checkpoint
 from .formats import FORMATS, detect_format, make_layout
 from .layout import from_published, to_published

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import ModelConfig, Process
+from ..config import ModelConfig, Process, names_where, unread_by
 
 Settings = dict[str, Any]
 
@@ -256,37 +256,6 @@ def write_settings(kind: str, config: ModelConfig) -> tuple[Settings, Settings |
     return p, m
 
 
-# What only our training or inference reads, so that the published code may lack it.
-FREE = {
-    "inference_pool",
-    "threshold_decay",
-    "balance",
-    "balance_weight",
-    "balance_rate",
-    "capacity_loss_weight",
-    "min_gap",
-    "noise_scale",
-}
-UNREAD = {
-    "dense": {"num_experts", "expert_dim", "expert_activation", "expert_bias", "shared", "shared_dim", "shared_bias"}
-    | {
-        "top_k",
-        "capacity",
-        "n_group",
-        "topk_group",
-        "routed_scaling_factor",
-        "moe_layer_freq",
-        "first_k_dense",
-        "expert_dropout",
-    },
-    "tc": {"capacity", "n_group", "topk_group", "routed_scaling_factor"},
-    "ec": {"top_k", "n_group", "topk_group", "routed_scaling_factor"},
-    "diffmoe": {"top_k", "n_group", "topk_group", "routed_scaling_factor"},
-    "dsmoe": {"capacity"},
-}
-"""Settings that a routing rule does not read."""
-
-
 def check_writable(kind: str, config: ModelConfig, again: ModelConfig) -> None:
     """Refuse a model that would be read again as another.
 
@@ -296,7 +265,9 @@ def check_writable(kind: str, config: ModelConfig, again: ModelConfig) -> None:
     Raises:
         ValueError: names the settings that differ.
     """
-    names = [name for name in vars(config) if name not in FREE | UNREAD[config.router]]
+    # The published code may lack what only our training or inference reads.
+    free = names_where(ModelConfig, reference=False) | unread_by(config.router)
+    names = [name for name in vars(config) if name not in free]
     differ = [name for name in names if _effective(config, name) != _effective(again, name)]
     if differ:
         values = ", ".join(f"{name} {_effective(config, name)!r}" for name in differ)

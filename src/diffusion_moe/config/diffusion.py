@@ -5,31 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .fields import require, setting
 from .model import Prediction
-from .require import require
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """How times and labels are drawn in training, and what the loss compares."""
 
-    loss: Prediction | None = None
-    """What the mean squared error compares, after converting to it: velocity, x or epsilon; null: what the model
-    predicts. JiT predicts x and compares velocities."""
-    loss_min_gap: float | None = None
-    """The least 1 - t (out of x) or t (out of epsilon) that this conversion divides by; null: model.min_gap. Velocities
-    weigh errors of x by 1 / max(1 - t, loss_min_gap)^2: with 0.4, late ones 6 times as much as early ones."""
-    time: Literal["uniform", "logit_normal"] = "uniform"
+    loss: Prediction | None = setting(None)
+    """Prediction that the mean squared error compares, after converting the model's output to it: velocity, x or
+    epsilon; null: the model's own prediction. JiT predicts x and compares velocities."""
+    loss_min_gap: float | None = setting(None)
+    """Smallest 1 - t (from x) or t (from epsilon) that this conversion divides by; null: model.min_gap. Velocities
+    weight errors of x by 1 / max(1 - t, loss_min_gap)^2: with 0.4, late ones 6 times as much as early ones."""
+    time: Literal["uniform", "logit_normal"] = setting("uniform")
     """Distribution of the training time t in [0, 1] (0 is noise, 1 is data); of ddpm's step, uniform only."""
-    time_mean: float = 0.0
+    time_mean: float = setting(0.0)
     """Mean of the normal under the logistic function (time: logit_normal)."""
-    time_std: float = 1.0
+    time_std: float = setting(1.0)
     """Standard deviation of that normal."""
-    class_dropout: float = 0.1
+    class_dropout: float = setting(0.1)
     """Share of training samples whose class is replaced by the null class, for guidance."""
-    caption_dropout: float = 0.1
+    caption_dropout: float = setting(0.1)
     """Share of training samples whose caption is replaced by the null prompt, for guidance (model.text_dim); decided by
-    the same draw as class_dropout."""
+    the same random number as class_dropout."""
 
     def __post_init__(self) -> None:
         gap = self.loss_min_gap

@@ -1,11 +1,11 @@
-"""Settings of sampling and scoring."""
+"""Settings of sampling and evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .require import require
+from .fields import require, setting
 
 FLOW_SOLVERS = ("euler", "heun", "heun_euler", "dopri5", "sde")
 
@@ -18,41 +18,41 @@ Solver = Literal["euler", "heun", "heun_euler", "dopri5", "sde", "ddpm", "ddim"]
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How images are generated and scored."""
+    """Generation and evaluation of images."""
 
-    num_samples: int = 1000
-    """Images generated for the scores, spread evenly over the classes, or over the prompts; of coloured shapes over
+    num_samples: int = setting(1000, change="always")
+    """Images generated for the scores, spread evenly over the classes, or over the prompts; for coloured shapes over
     their categories, seen and held out, so a multiple of 12."""
-    batch_size: int = 250
-    """Images generated at a time; the images are the same for any number (but with model.inference_pool batch)."""
-    solver: Solver = "euler"
-    """For flow models euler, heun, heun_euler (the last step an Euler step, as JiT), dopri5 (adaptive) or sde; for ddpm
-    models ddpm (ancestral) or ddim."""
-    steps: int = 50
+    batch_size: int = setting(250, change="always")
+    """Images generated at a time; the images are the same for any number (except with model.inference_pool batch)."""
+    solver: Solver = setting("euler", change="always")
+    """Solver of flow models: euler, heun, heun_euler (the last step an Euler step, as JiT), dopri5 (adaptive) or sde;
+    of ddpm models: ddpm (ancestral) or ddim."""
+    steps: int = setting(50, change="always", common=True)
     """Solver steps (Heun evaluates the model twice a step); dopri5 chooses its own."""
-    rtol: float = 1e-3
+    rtol: float = setting(1e-3, change="always")
     """Relative tolerance (solver: dopri5)."""
-    atol: float = 1e-6
+    atol: float = setting(1e-6, change="always")
     """Absolute tolerance (solver: dopri5)."""
-    guidance_scale: float = 1.5
-    """Classifier-free guidance; 1 is none."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_scale: float = setting(1.5, change="always", common=True)
+    """Guidance scale of classifier-free guidance; 1: no guidance."""
+    guidance_interval: tuple[float, float] = setting((0.0, 1.0), change="always")
     """Times t between which guidance is on (0 is noise, 1 is data)."""
-    guidance_channels: int | None = None
-    """Guide the first channels only; null: all. The published DDPM scores guided three of four."""
-    threshold_scale: float = 1.0
+    guidance_channels: int | None = setting(None, change="always")
+    """Number of first channels that are guided; null: all. The papers' DDPM scores guided three of four."""
+    threshold_scale: float = setting(1.0, change="always")
     """Factor on the thresholds (diffmoe): below 1 more compute for each token, above 1 less."""
-    capacity_limit: float | None = None
-    """Experts a token on average that a batch has room for (diffmoe); null: as many as the thresholds choose. With a
-    limit the shapes are fixed and nothing waits for the device; choices of least weight beyond it are dropped and
-    counted."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    capacity_limit: float | None = setting(None, change="always")
+    """Maximum number of experts per token, on average over the batch (diffmoe); null: as many as the thresholds choose.
+    With a limit the shapes are fixed and nothing waits for the device; assignments of least weight beyond it are
+    dropped and counted."""
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", change="always")
     """bf16: autocast; routers always compute in float32. auto: bf16 on GPUs that have it and processors that are fast
     in it, else fp32."""
-    acceleration: Literal["none", "compile", "graph"] = "none"
+    acceleration: Literal["none", "compile", "graph"] = setting("none", change="always")
     """compile: every block by torch.compile, slow at the first call; graph: replay a CUDA graph."""
-    seed: int = 0
-    """Image number i is a function of this seed and i."""
+    seed: int = setting(0, change="always")
+    """Seed of the noise; image i is a function of this seed and i."""
 
     def __post_init__(self) -> None:
         require(

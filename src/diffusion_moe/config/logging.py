@@ -1,28 +1,28 @@
-"""Settings of what is logged while training."""
+"""Settings of logs, validation and previews."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .require import require
+from .fields import require, setting
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is written while training."""
+    """Logs, validation and previews while training."""
 
-    every: int = 20
+    every: int = setting(20, change="always")
     """Steps between lines of metrics.jsonl, TensorBoard points and progress lines."""
-    tensorboard: bool = True
-    """Write TensorBoard files beside metrics.jsonl."""
-    wandb: str | None = None
-    """Project of Weights & Biases to send the same numbers to (needs the package wandb); null: none."""
-    validate_every: int = 0
-    """Steps between losses on held-out images with fixed noise, for the weights and each average; 0: never."""
-    validate_images: int = 512
+    tensorboard: bool = setting(True, change="always")
+    """Write TensorBoard files next to metrics.jsonl."""
+    wandb: str | None = setting(None, change="always")
+    """Project of Weights & Biases to send the same values to (needs the package wandb); null: none."""
+    validate_every: int = setting(0, change="always", common=True)
+    """Steps between losses on held-out images with fixed noise, for the weights and each EMA; 0: never."""
+    validate_images: int = setting(512, change="always")
     """Held-out images for it, the first of their split."""
-    sample_every: int = 0
-    """Steps between pictures of generated images, in previews/; 0: never."""
+    sample_every: int = setting(0, change="always", common=True)
+    """Steps between grids of generated images, in previews/; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("every", "validate_images"):

@@ -1,155 +1,156 @@
-"""The settings of a model. This file imports nothing heavy, as `config.py` does not."""
+"""Settings of the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin
 
-from ..routing_rules import RoutingRule, rule_of
-from .require import require
+from ..routing_rules import RULES, RoutingRule, rule_of
+from .fields import hints, names_where, require, setting
 
 Router = str
 """dense, or a name in `routing_rules.RULES`."""
 Balance = Literal["none", "aux", "bias"]
 Activation = Literal["gelu", "silu", "swiglu"]
 Position = Literal["sincos", "rope1d", "rope2d", "sincos+rope2d"]
+Shared = Literal["none", "identity", "gelu", "swiglu"]
 Process = Literal["flow", "ddpm"]
 Prediction = Literal["velocity", "x", "epsilon"]
-
-TEXT_FIELDS = ("text_dim", "text_length", "text_pooled_dim", "text_conditioning", "text_null")
-"""Fields of `ModelConfig` that say how text conditions."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The diffusion transformer. The fields are the arguments of `diffusion_moe.DiT` and `diffusion_moe.JiT`."""
 
-    backbone: Literal["dit", "jit"] = "dit"
-    """dit: latents or small images; jit: large pixel patches through a bottleneck, and class tokens in the sequence."""
-    process: Process = "flow"
-    """What t means: flow, from 0 (noise) to 1 (data) on a straight path; ddpm, the step 0 (data) to 999 (noise) of the
+    backbone: Literal["dit", "jit"] = setting("dit", affects="weights")
+    """dit: latents or small images; jit: large pixel patches through a bottleneck, with class tokens in the
+    sequence."""
+    process: Process = setting("flow", affects="weights")
+    """Meaning of t: flow, from 0 (noise) to 1 (data) on a straight path; ddpm, the step 0 (data) to 999 (noise) of the
     linear schedule."""
-    prediction: Prediction = "velocity"
-    """What the network answers: the velocity x - epsilon, the clean image x, or the noise epsilon."""
-    min_gap: float = 0.05
-    """Lowest 1 - t (and t) by which an answer is divided to become another prediction (process: flow)."""
-    noise_scale: float = 1.0
+    prediction: Prediction = setting("velocity", affects="weights")
+    """Output of the network: the velocity x - epsilon, the clean image x, or the noise epsilon."""
+    min_gap: float = setting(0.05, affects="weights", reference=False)
+    """Smallest 1 - t (and t) that an output is divided by to become another prediction (process: flow)."""
+    noise_scale: float = setting(1.0, affects="weights", reference=False)
     """Standard deviation of the noise at t = 0 (process: flow)."""
-    sample_size: int = 32
+    sample_size: int = setting(32, affects="positions", common=True)
     """Height and width of the image or latent, in its own pixels."""
-    patch_size: int = 2
+    patch_size: int = setting(2, affects="weights", common=True)
     """Side of the square of pixels that makes one token."""
-    in_channels: int = 4
+    in_channels: int = setting(4, affects="weights")
     """Channels of the image or latent."""
-    learn_sigma: bool = False
-    """Predict twice the channels, as the published models do; the second half is the variance (process: ddpm) or
+    learn_sigma: bool = setting(False, affects="weights")
+    """Predict twice the channels, as the papers' models do; the second half is the variance (process: ddpm) or
     unused."""
-    hidden_size: int = 384
+    hidden_size: int = setting(384, affects="weights", common=True)
     """Width D of a token."""
-    depth: int = 12
+    depth: int = setting(12, affects="weights", common=True)
     """Number of transformer blocks."""
-    bottleneck_dim: int | None = None
-    """Width that a patch is squeezed to before D (backbone: jit)."""
-    class_tokens: int = 0
-    """Tokens made of the class, put before those of the image (backbone: jit)."""
-    class_tokens_from: int = 0
-    """The first block that sees the class tokens (backbone: jit)."""
-    num_heads: int = 6
+    bottleneck_dim: int | None = setting(None, affects="weights")
+    """Width that a patch is projected to before D (backbone: jit)."""
+    class_tokens: int = setting(0, affects="weights")
+    """Tokens made of the class, before those of the image (backbone: jit)."""
+    class_tokens_from: int = setting(0, affects="weights")
+    """Index of the first block with class tokens (backbone: jit)."""
+    num_heads: int = setting(6, affects="weights", common=True)
     """Attention heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: int | None = setting(None, affects="weights")
     """Key and value heads (grouped-query attention); null: as many as num_heads."""
-    head_dim: int | None = None
+    head_dim: int | None = setting(None, affects="weights")
     """Width of a head; null: hidden_size / num_heads."""
-    qk_norm: bool = False
+    qk_norm: bool = setting(False, affects="weights")
     """Normalise queries and keys (RMSNorm over each head)."""
-    attention_sinks: bool = False
-    """A learned number a head that joins the softmax, so that a head may attend to nothing."""
-    sliding_window: int = 0
-    """Attend to tokens whose number (row by row) is less than this away; 0: to all."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation before attention and feed-forward: LayerNorm without, or RMSNorm with a learned scale."""
-    position: Position = "rope2d"
-    """Positions: a fixed sine-cosine table added once, rotary over one or two axes, or both."""
-    rotary_pairs: Literal["halves", "neighbours"] = "halves"
-    """Which two numbers rotary positions turn together: i and i + half of the axis' share, or 2i and 2i + 1."""
-    mlp_ratio: float = 4.0
+    attention_sinks: bool = setting(False, affects="weights")
+    """Add a learned logit per head to the softmax, so that a head may attend to nothing."""
+    sliding_window: int = setting(0, affects="weights")
+    """Attend to tokens whose index (row by row) differs by less than this; 0: to all tokens."""
+    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", affects="weights")
+    """Normalisation before attention and feed-forward: LayerNorm without a learned scale, or RMSNorm with one."""
+    position: Position = setting("rope2d", affects="weights")
+    """Position embedding: a fixed sine-cosine table added once, rotary over one or two axes, or both."""
+    rotary_pairs: Literal["halves", "neighbours"] = setting("halves", affects="weights")
+    """Pairs of elements that rotary positions rotate: i and i + half of the axis' share, or 2i and 2i + 1."""
+    mlp_ratio: float = setting(4.0, affects="weights")
     """Hidden width of a dense feed-forward layer over D."""
-    mlp_dim: int | None = None
+    mlp_dim: int | None = setting(None, affects="weights")
     """Hidden width of a dense feed-forward layer; null: mlp_ratio times hidden_size."""
-    mlp_activation: Activation = "gelu"
+    mlp_activation: Activation = setting("gelu", affects="weights")
     """Activation of the dense feed-forward layers (gelu is the tanh form)."""
-    mlp_bias: bool = True
-    """Whether the dense feed-forward layers have biases."""
-    dropout: float = 0.0
+    mlp_bias: bool = setting(True, affects="weights")
+    """Biases in the dense feed-forward layers."""
+    dropout: float = setting(0.0, affects="nothing")
     """Dropout after attention and inside dense feed-forward layers, in the middle half of the blocks."""
-    attention_dropout: float = 0.0
+    attention_dropout: float = setting(0.0, affects="nothing")
     """Dropout of attention weights, in the middle half of the blocks."""
-    num_classes: int = 1000
-    """Number of classes; 0 for an unconditional model."""
-    null_class: bool = True
-    """Whether there is one class more, for no class, as guidance needs."""
-    text_dim: int = 0
+    num_classes: int = setting(1000, affects="labels", common=True)
+    """Number of classes; 0: an unconditional model."""
+    null_class: bool = setting(True, affects="labels")
+    """Add one class for no class, which guidance needs."""
+    text_dim: int = setting(0, affects="weights", group="text")
     """Width of the text encoder's features; 0: no text."""
-    text_length: int = 77
-    """Most tokens of a prompt (text_dim above 0)."""
-    text_pooled_dim: int = 0
-    """Width of the text encoder's pooled feature, which modulates the blocks beside time; 0: it has none, and the mean
-    over the tokens takes its place (text_dim above 0)."""
-    text_conditioning: Literal["cross", "joint"] = "cross"
-    """cross: image tokens attend to text tokens after each self-attention, and routers see image tokens alone; joint:
-    text and image tokens are one sequence, which attends and is routed as one (text_dim above 0)."""
-    text_null: Literal["learned", "empty"] = "learned"
-    """What stands for no prompt, in guidance and dropout: a learned sequence, or the encoder's features of the empty
-    prompt (text_dim above 0)."""
-    router: Router = "dsmoe"
-    """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (batch pool with a
-    capacity predictor), dsmoe (sigmoid grouped top-k)."""
-    num_experts: int = 16
+    text_length: int = setting(77, affects="weights", group="text")
+    """Maximum number of tokens of a prompt (text_dim above 0)."""
+    text_pooled_dim: int = setting(0, affects="weights", group="text")
+    """Width of the text encoder's pooled feature, which modulates the blocks together with time; 0: the mean over the
+    tokens is used instead (text_dim above 0)."""
+    text_conditioning: Literal["cross", "joint"] = setting("cross", affects="weights", group="text")
+    """cross: image tokens attend to text tokens after each self-attention, and only image tokens are routed; joint:
+    text and image tokens form one sequence, which attends and is routed together (text_dim above 0)."""
+    text_null: Literal["learned", "empty"] = setting("learned", affects="weights", group="text")
+    """Text features without a prompt, for guidance and dropout: a learned sequence, or the encoder's features of the
+    empty prompt (text_dim above 0)."""
+    router: Router = setting("dsmoe", affects="weights", group="experts", common=True)
+    """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (expert choice over
+    the batch with a capacity predictor), dsmoe (sigmoid grouped top-k)."""
+    num_experts: int = setting(16, affects="weights", group="experts", common=True)
     """Routed experts of a layer."""
-    expert_dim: int = 768
+    expert_dim: int = setting(768, affects="weights", group="experts", common=True)
     """Hidden width of one expert."""
-    expert_activation: Literal["gelu", "swiglu"] = "swiglu"
+    expert_activation: Literal["gelu", "swiglu"] = setting("swiglu", affects="weights", group="experts")
     """Activation of the experts."""
-    expert_bias: bool = False
-    """Whether the experts' two projections have biases."""
-    expert_dropout: float = 0.0
+    expert_bias: bool = setting(False, affects="weights", group="experts")
+    """Biases in the experts' two projections."""
+    expert_dropout: float = setting(0.0, affects="nothing", group="experts")
     """Dropout inside routed and shared experts."""
-    top_k: int = 2
+    top_k: int = setting(2, affects="weights", group="experts", common=True)
     """Experts a token is sent to (tc, dsmoe)."""
-    capacity: float = 1.0
+    capacity: float = setting(1.0, affects="weights", group="experts", common=True)
     """Experts a token is sent to on average (ec, diffmoe)."""
-    n_group: int = 1
+    n_group: int = setting(1, affects="weights", group="experts")
     """Groups the experts are divided into (dsmoe)."""
-    topk_group: int = 1
+    topk_group: int = setting(1, affects="weights", group="experts")
     """Groups a token may choose its experts from (dsmoe)."""
-    routed_scaling_factor: float = 1.0
+    routed_scaling_factor: float = setting(1.0, affects="weights", group="experts")
     """Factor on the routed experts' weights (dsmoe)."""
-    shared: Literal["none", "identity", "gelu", "swiglu"] = "swiglu"
-    """What every token gets beside its routed experts: nothing, itself, or a shared expert of that activation."""
-    shared_dim: int | None = None
+    shared: Literal["none", "identity", "gelu", "swiglu"] = setting("swiglu", affects="weights", group="experts")
+    """Output for every token added to that of its routed experts: none, the token itself (identity), or that of a
+    shared expert with this activation."""
+    shared_dim: int | None = setting(None, affects="weights", group="experts")
     """Hidden width of the shared expert; null: expert_dim."""
-    shared_bias: bool = False
-    """Whether the shared expert has biases."""
-    balance: Balance = "none"
-    """How token-choice routers (tc, dsmoe) keep experts evenly loaded: not at all, by an auxiliary loss, or by moving
-    the correction bias after each step (DeepSeek-V3)."""
-    balance_weight: float = 0.01
+    shared_bias: bool = setting(False, affects="weights", group="experts")
+    """Biases in the shared expert."""
+    balance: Balance = setting("none", affects="nothing", group="experts", reference=False)
+    """Load balancing of token-choice routers (tc, dsmoe): none, an auxiliary loss, or the correction bias, moved after
+    each step (DeepSeek-V3)."""
+    balance_weight: float = setting(0.01, affects="nothing", group="experts", reference=False)
     """Weight of the auxiliary loss (balance: aux)."""
-    balance_rate: float = 0.001
+    balance_rate: float = setting(0.001, affects="nothing", group="experts", reference=False)
     """Step of the correction bias (balance: bias)."""
-    capacity_loss_weight: float = 1.0
+    capacity_loss_weight: float = setting(1.0, affects="nothing", group="experts", reference=False)
     """Weight of the capacity predictor's loss (diffmoe)."""
-    threshold_decay: float = 0.95
+    threshold_decay: float = setting(0.95, affects="nothing", group="experts", reference=False)
     """Decay of the moving average of the thresholds (diffmoe)."""
-    inference_pool: Literal["image", "batch"] = "image"
-    """Over what tokens thresholds decide at inference (diffmoe): each image for itself, or the paper's whole batch."""
-    moe_layer_freq: int = 2
-    """Every how many blocks one is an MoE block, the last of each group: 2: blocks 1, 3, ...; 1: all blocks."""
-    first_k_dense: int = 0
-    """Number of first blocks that are dense whatever moe_layer_freq says."""
+    inference_pool: Literal["image", "batch"] = setting("image", affects="nothing", group="experts", reference=False)
+    """Tokens that thresholds choose from at inference (diffmoe): those of each image, or of the whole batch as in the
+    paper."""
+    moe_layer_freq: int = setting(2, affects="weights", group="experts")
+    """Number of blocks per MoE block, the last of each group: 2: blocks 1, 3, ...; 1: all blocks."""
+    first_k_dense: int = setting(0, affects="weights", group="experts")
+    """Number of first blocks that are dense whatever moe_layer_freq is."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
+        for name, hint in hints(type(self)).items():
             choices, value = get_args(hint), getattr(self, name)
             if get_origin(hint) is Literal:
                 require(value in choices, f"model.{name} is {value!r}; choose one of {', '.join(choices)}")
@@ -214,7 +215,7 @@ class ModelConfig:
 
     @property
     def adds_sincos(self) -> bool:
-        """Whether the sine-cosine table is added to the tokens."""
+        """True if the sine-cosine table is added to the tokens."""
         return self.position in ("sincos", "sincos+rope2d")
 
     def _check_positions(self) -> None:
@@ -240,7 +241,7 @@ class ModelConfig:
             for name, none in (("bottleneck_dim", None), ("class_tokens", 0), ("class_tokens_from", 0)):
                 require(
                     getattr(self, name) == none,
-                    f"model.{name} is {getattr(self, name)}, but only model.backbone jit has it; leave it out",
+                    f"model.{name} is {getattr(self, name)}, but model.backbone is dit; remove it",
                 )
             return
         require(
@@ -261,11 +262,11 @@ class ModelConfig:
         for name in ("text_dim", "text_pooled_dim"):
             require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; use 0 for none")
         if not self.text_dim:
-            for name in TEXT_FIELDS[1:]:
+            for name in TEXT_FIELDS:
                 usual = type(self).__dataclass_fields__[name].default
                 require(
                     getattr(self, name) == usual,
-                    f"model.{name} is {getattr(self, name)}, but model.text_dim is 0 (no text); leave it out",
+                    f"model.{name} is {getattr(self, name)}, but model.text_dim is 0 (no text); remove it",
                 )
         require(self.text_length > 0, f"model.text_length is {self.text_length}; it must be positive")
         require(
@@ -276,11 +277,42 @@ class ModelConfig:
 
     @property
     def guidable(self) -> bool:
-        """Whether the model has an answer for no class or no prompt, as guidance needs."""
+        """True if the model has an output for no class or no prompt, as guidance needs."""
         return self.text_dim > 0 or (self.num_classes > 0 and self.null_class)
 
     def _check_experts(self) -> None:
         for name in ("expert_dim", "moe_layer_freq"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        if self.rule is not None:
-            self.rule.check(self, "model.")
+        for name in ("top_k", "capacity"):
+            require(
+                getattr(self, name) <= self.num_experts,
+                f"model.{name} is {getattr(self, name)}, more than model.num_experts {self.num_experts}",
+            )
+        if self.rule is not None and "n_group" in self.rule.reads:
+            require(
+                self.n_group > 0 and self.num_experts % self.n_group == 0,
+                f"model.num_experts {self.num_experts} is not divisible by model.n_group {self.n_group}",
+            )
+            require(
+                0 < self.topk_group <= self.n_group,
+                f"model.topk_group is {self.topk_group}; choose 1 to model.n_group {self.n_group}",
+            )
+            reachable = self.topk_group * self.num_experts // self.n_group
+            require(
+                self.top_k <= reachable,
+                f"model.top_k is {self.top_k}, but model.topk_group {self.topk_group} leaves {reachable} experts",
+            )
+
+
+TEXT_FIELDS = names_where(ModelConfig, group="text")
+"""Fields that only models with text read."""
+
+
+def unread_by(router: str) -> frozenset[str]:
+    """Fields that a routing rule does not read."""
+    if router == "dense":
+        return names_where(ModelConfig, group="experts") - {"router"}
+    read_by_some = frozenset().union(*(rule.reads for rule in RULES.values()))
+    rule = rule_of(router)
+    assert rule is not None
+    return read_by_some - rule.reads

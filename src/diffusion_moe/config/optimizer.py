@@ -5,27 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .require import require
+from .fields import require, setting
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = setting(1e-4, common=True)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = setting((0.9, 0.999))
     """Decay of the first and second moment."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8)
     """Added to the root of the second moment."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0)
     """Decoupled weight decay, on matrices only (not on biases, norms and embeddings)."""
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0, common=True)
     """Steps of linear warm-up from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or a cosine down to 0 at the last step."""
-    max_grad_norm: float | None = 1.0
-    """Clip the gradient's norm to this; null: never."""
+    schedule: Literal["constant", "cosine"] = setting("constant", common=True)
+    """Learning rate after the warm-up: constant, or a cosine down to 0 at the last step."""
+    max_grad_norm: float | None = setting(1.0)
+    """Maximum norm of the gradient, which is clipped to it; null: no clipping."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")

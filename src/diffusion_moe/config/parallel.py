@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .require import require
+from .fields import require, setting
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the run is spread over processes: replicate x shard x experts must be as many as torchrun started."""
+    """Distribution over processes: replicate x shard x experts must be the number that torchrun started."""
 
-    replicate: int = 1
+    replicate: int = setting(1, change="always")
     """Copies of the model, each on its share of the batch."""
-    shard: int = 1
-    """Processes that share one copy's weights (FSDP2)."""
-    experts: int = 1
-    """Processes that share the experts, each holding some of them whole; tokens travel."""
-    pool: Literal["rank", "global"] = "rank"
-    """Tokens that DiffMoE's experts choose from: those of a process, or of all of them. Global costs a gathering of all
-    scores in each mixture layer."""
+    shard: int = setting(1, change="always", common=True)
+    """Processes that a copy's weights are sharded over (FSDP2)."""
+    experts: int = setting(1, change="always", common=True)
+    """Processes that the experts are distributed over; tokens are dispatched between them."""
+    pool: Literal["rank", "global"] = setting("rank")
+    """Tokens that DiffMoE's experts choose from: those of a process, or of all processes. Global gathers all scores in
+    each MoE layer."""
 
     def __post_init__(self) -> None:
         for name in ("replicate", "shard", "experts"):

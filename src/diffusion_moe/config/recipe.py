@@ -1,9 +1,8 @@
-"""The recipe: all sections of a run, their YAML, and which fields may change when a run resumes."""
+"""The recipe: all sections of a run, their YAML, and the difference of two recipes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +11,18 @@ import yaml
 from .data import DataConfig
 from .diffusion import DiffusionConfig
 from .evaluation import EvaluationConfig
+from .fields import require
 from .initialization import InitConfig
 from .logging import LoggingConfig
 from .model import ModelConfig
 from .optimizer import OptimizerConfig
 from .parallel import ParallelConfig
-from .require import require
 from .training import TrainingConfig
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run: what is trained, on what, how, and how it is judged."""
+    """One run: the model, its data, its training and its evaluation."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -43,18 +42,18 @@ class Recipe:
         if self.model.process == "ddpm":
             require(
                 self.diffusion.loss in (None, "epsilon"),
-                f"diffusion.loss is {self.diffusion.loss!r}, but model.process ddpm compares epsilon; leave it out",
+                f"diffusion.loss is {self.diffusion.loss!r}, but model.process ddpm compares epsilon; remove it",
             )
             require(
                 self.diffusion.time == "uniform",
-                f"diffusion.time is {self.diffusion.time!r}, but model.process ddpm draws uniform steps; leave it out",
+                f"diffusion.time is {self.diffusion.time!r}, but model.process ddpm samples uniform steps; remove it",
             )
         loss = self.diffusion.loss or self.model.prediction
         divides = self.model.process == "flow" and self.model.prediction != "velocity" and loss != self.model.prediction
         require(
             divides or self.diffusion.loss_min_gap is None,
             f"diffusion.loss_min_gap is {self.diffusion.loss_min_gap}, but from {self.model.prediction} to {loss} "
-            "nothing is divided; leave it out",
+            "nothing is divided; remove it",
         )
         require(
             self.model.null_class or self.diffusion.class_dropout == 0 or self.model.num_classes == 0,
@@ -63,30 +62,12 @@ class Recipe:
 
     @property
     def loss_min_gap(self) -> float:
-        """The least 1 - t or t that the loss divides by."""
+        """The smallest 1 - t or t that the loss divides by."""
         gap = self.diffusion.loss_min_gap
         return self.model.min_gap if gap is None else gap
 
 
 SECTIONS: dict[str, type] = {name: value.default_factory for name, value in Recipe.__dataclass_fields__.items()}  # type: ignore[misc]
-
-
-# Fields that leave the course of training as it is: a run may be continued with other values of these.
-CHANGEABLE = {
-    "training.steps",  # under a constant schedule only; see `difference`
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.keep_every",
-    "training.max_nonfinite_steps",
-    "training.stop_seconds",
-    "training.recompute",
-    "training.compile",
-    "data.num_workers",
-    "data.on_corrupt",
-}
-
-
-CHANGEABLE_SECTIONS = {"logging", "evaluation", "parallel"}
 
 
 def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -103,20 +84,13 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
 
 
-def flatten(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of a nested recipe."""
-    for section, fields in sections.items():
-        for key, value in fields.items():
-            yield f"{section}.{key}", value
-
-
 def difference(old: Recipe, new: Recipe) -> list[str]:
-    """Lines `name: old -> new` for every field that may not change while a run continues."""
-    fixed = {"parallel.pool"} | (set() if new.optimizer.schedule == "constant" else {"training.steps"})
-    before, after = dict(flatten(to_dict(old))), dict(flatten(to_dict(new)))
+    """Lines `name: old -> new` for every field that may not change while a run resumes without --resume changed."""
+    before, after = to_dict(old), to_dict(new)
+    free = ("always", "constant") if new.optimizer.schedule == "constant" else ("always",)
     return [
-        f"{name}: {before[name]} -> {after[name]}"
-        for name in after
-        if before[name] != after[name]
-        and (name in fixed or (name not in CHANGEABLE and name.split(".")[0] not in CHANGEABLE_SECTIONS))
+        f"{section}.{field.name}: {before[section][field.name]} -> {after[section][field.name]}"
+        for section, kind in SECTIONS.items()
+        for field in dataclasses.fields(kind)
+        if before[section][field.name] != after[section][field.name] and field.metadata["change"] not in free
     ]

@@ -5,47 +5,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .require import require
+from .fields import require, setting
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The training loop."""
 
-    steps: int = 10000
+    steps: int = setting(10000, change="constant", common=True)
     """Optimizer steps."""
-    batch_size: int = 256
+    batch_size: int = setting(256, common=True)
     """Images of one optimizer step, over all processes and micro-batches."""
-    accumulation: int = 1
+    accumulation: int = setting(1)
     """Micro-batches a step is split into; batch_size must be divisible by it."""
-    ema_decay: float = 0.9999
-    """Decay of the moving average of weights and routing state: the model that the run gives."""
-    extra_ema_decays: tuple[float, ...] = ()
-    """Further averages to keep beside it."""
-    ema_warmup: bool = True
-    """Let averages forget the first weights sooner: at update n their decay is at most (1 + n) / (10 + n)."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16: autocast, weights in float32; routers always compute in float32. auto: as a run that is resumed has begun,
-    else bf16 on GPUs that have it and processors that are fast in it, else fp32."""
-    recompute: Literal["none", "experts", "blocks"] = "none"
-    """What the backward pass makes again instead of keeping: nothing, the hidden layers of routed and shared experts (a
-    fifth more of their products), or whole blocks (a third more of everything)."""
-    compile: bool = False
+    ema_decay: float = setting(0.9999, common=True)
+    """Decay of the EMA of weights and routing state; the EMA is the model that the run publishes."""
+    extra_ema_decays: tuple[float, ...] = setting(())
+    """Decays of further EMAs."""
+    ema_warmup: bool = setting(True, before=False)
+    """Warm up the EMAs: at update n their decay is at most (1 + n) / (10 + n)."""
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", common=True)
+    """bf16: autocast with float32 weights; routers always compute in float32. auto: as a resumed run began, else bf16
+    on GPUs that have it and processors that are fast in it, else fp32."""
+    recompute: Literal["none", "experts", "blocks"] = setting("none", change="always")
+    """Activations that the backward pass recomputes instead of keeping: none, the hidden layers of routed and shared
+    experts (a fifth more expert FLOPs), or whole blocks (a third more of all FLOPs)."""
+    compile: bool = setting(False, change="always")
     """Compile each block by torch.compile."""
-    max_nonfinite_steps: int = 3
-    """Steps in a row whose loss or gradient may be not finite; each is left out. One more goes back to the last
-    checkpoint and leaves their batches out; if that does not help, the run stops and names the images."""
-    seed: int = 0
-    """Seed of the initial weights, the order, the noise and every other draw."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; there is always one after the last step."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
-    keep_every: int = 0
+    max_nonfinite_steps: int = setting(3, change="always")
+    """Consecutive steps whose loss or gradient may be non-finite; each is skipped. One more returns to the last
+    checkpoint and skips their batches; if that does not help, the run stops and names the images."""
+    seed: int = setting(0, common=True)
+    """Seed of the initial weights, the order, the noise and every other random number."""
+    checkpoint_every: int = setting(1000, change="always")
+    """Steps between checkpoints; the last step always saves one."""
+    keep_checkpoints: int = setting(2, change="always")
+    """Number of newest checkpoints to keep."""
+    keep_every: int = setting(0, change="always")
     """Steps whose multiples keep their checkpoints for good; 0: none."""
-    stop_seconds: int = 600
-    """Time that SIGTERM or Ctrl-C leaves for the step in progress and a checkpoint; after it the run ends as it is."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    stop_seconds: int = setting(600, change="always")
+    """Seconds that SIGTERM or Ctrl-C leaves for the current step and a checkpoint; after them the run ends without
+    one."""
+    device: Literal["auto", "cpu", "cuda"] = setting("auto")
     """auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import EvaluationConfig
-from ..parsing import read_yaml, unknown_name
+from ..config import EvaluationConfig, read_yaml, unknown_name
 from ..sampling.options import Weights
 from .options import SweepOptions
 
@@ -41,8 +39,8 @@ class Grid(NamedTuple):
 
     lists: dict[str, Any]
     """By axis."""
-    arguments: list[str]
-    """Its other settings, as options."""
+    others: dict[str, Any]
+    """Its other settings."""
 
 
 def read_grid(path: Path) -> Grid:
@@ -58,11 +56,9 @@ def read_grid(path: Path) -> Grid:
     for key in content:
         if key not in known or key == "grid":
             raise ValueError(f"{path}: {unknown_name(str(key), known)}")
-    others = {key: value for key, value in content.items() if key not in AXES}
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in others.items()}
     return Grid(
         {key: value for key, value in content.items() if key in AXES},
-        [f"--{key}={text}" for key, text in texts.items()],
+        {key: value for key, value in content.items() if key not in AXES},
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..config import read_recipe, recipe_names
 from ..models import Backbone, make_model
-from ..parsing import read_recipe, recipe_names
 
 
 def preset_names() -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import EvaluationConfig, ModelConfig, Recipe
+from ..config import EvaluationConfig, ModelConfig, Recipe, current_names
 from ..run_folder import DATA, EMA_MODEL, ORIGIN, RunFolder
 from .options import Weights
 
@@ -195,7 +195,7 @@ def _read_config(folder: Path) -> ModelConfig:
         raise ValueError(
             f"{folder} holds a model of class {content.get('_class_name')}; this library reads DiT and JiT"
         )
-    settings = {name: value for name, value in content.items() if not name.startswith("_")}
+    settings = current_names({name: value for name, value in content.items() if not name.startswith("_")})
     unknown = sorted(settings.keys() - ModelConfig.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(f"{folder / 'config.json'} has unknown {', '.join(unknown)}")

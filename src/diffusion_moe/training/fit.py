@@ -119,7 +119,7 @@ def resolve_precision(recipe: Recipe, run: RunFolder, resume: Resume, device: to
         began = run.read_recipe().training.precision
         if training.precision == "auto" and began != "auto":
             chosen = Chosen(began, "as the run began")
-    younger = {} if resume == "changed" else from_main(run.younger_fields())
+    older = {} if resume == "changed" else from_main(run.older_training())
     chosen = from_main(chosen)
-    training = dataclasses.replace(training, precision=chosen.precision, **younger)
+    training = dataclasses.replace(training, precision=chosen.precision, **older)
     return dataclasses.replace(recipe, training=training), chosen

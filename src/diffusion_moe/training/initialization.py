@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import InitConfig, ModelConfig, Recipe
+from ..config import InitConfig, ModelConfig, Recipe, names_where
 from ..distributed import world_size
 from ..models import Backbone, make_model
 from ..models.adapters import LABEL_TABLE, add_adapters, merged, save_adapters, targets_of
@@ -28,16 +28,9 @@ from .upcycling import upcycled
 NEW_ROW_STD = 0.02
 """Standard deviation of new classes' rows around the mean of the old ones; also that of fresh tables."""
 TABLE = f"{LABEL_TABLE}.weight"
-LABELS, SIZE = {"num_classes", "null_class"}, {"sample_size"}
-LOOSE = {
-    *("dropout", "attention_dropout", "expert_dropout", "inference_pool", "threshold_decay", "capacity_loss_weight"),
-    *("balance", "balance_weight", "balance_rate"),
-}
-"""Settings on which no weight depends."""
-UPCYCLED = {
-    *("router", "num_experts", "expert_dim", "expert_activation", "expert_bias", "top_k", "capacity", "n_group"),
-    *("topk_group", "routed_scaling_factor", "shared", "shared_dim", "shared_bias", "moe_layer_freq", "first_k_dense"),
-}
+FREE = frozenset().union(*(names_where(ModelConfig, affects=part) for part in ("nothing", "labels", "positions")))
+"""Settings that may differ from those of the checkpoint to start from."""
+UPCYCLED = names_where(ModelConfig, group="experts", affects="weights")
 """Settings that upcycling decides."""
 
 
@@ -169,7 +162,7 @@ def check_settings(name: str, old: ModelConfig, new: ModelConfig, upcycle: bool)
     """
     if upcycle and old.router != "dense":
         raise ValueError(f"init.upcycle is true, but {name} already has experts (router {old.router}); remove it")
-    free = LABELS | SIZE | LOOSE | (UPCYCLED if upcycle else set())
+    free = FREE | UPCYCLED if upcycle else FREE
     for field, value in vars(new).items():
         if field not in free and value != getattr(old, field):
             remedy = (

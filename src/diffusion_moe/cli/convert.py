@@ -1,0 +1,43 @@
+"""The verbs that write models: `convert` and `text-encoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..conversion import ConvertOptions, export_reference_checkpoint, to_pipeline
+from ..shapes.text_encoder.options import TextEncoderOptions
+from .command_line import CommandLine
+from .output import log
+from .parsing import parse
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """Make a pipeline folder of a reference checkpoint or a run, or the other way with --to published."""
+    line = CommandLine(
+        "convert",
+        convert.__doc__ or "",
+        (ConvertOptions,),
+        first=("source", "a reference checkpoint, a folder that holds one, a hub id, or a run"),
+    )
+    given = parse(line, arguments)
+    options = given.options(ConvertOptions)
+    work = to_pipeline if options.to == "diffusers" else export_reference_checkpoint
+    log(work(given.first, options))
+    return 0
+
+
+def text_encoder(arguments: Sequence[str]) -> int:
+    """Train a small text encoder and tokenizer for the coloured shapes, from scratch, in a minute."""
+    line = CommandLine(
+        "text-encoder",
+        text_encoder.__doc__ or "",
+        (TextEncoderOptions,),
+        first=("folder", "its folder; an encoder that is there already is kept"),
+    )
+    given = parse(line, arguments)
+    options = given.options(TextEncoderOptions)
+    from ..shapes.text_encoder.train import make_text_encoder
+
+    make_text_encoder(Path(given.first), options, log)
+    return 0

@@ -1,0 +1,68 @@
+"""What verbs that sample from a folder share: its model, the verb's options, and settings that default to the run's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from ..config import EvaluationConfig
+from ..sampling.source import Source, read_source
+from .command_line import CommandLine
+from .parsing import parse
+
+Options = TypeVar("Options")
+FOLDER = ("folder", "folder of a run, or one that `diffusion-moe convert` made")
+
+
+class Folder(NamedTuple):
+    """A folder and how to sample from it."""
+
+    source: Source
+    options: Any
+    """The verb's own."""
+    settings: EvaluationConfig
+
+
+def read_folder(
+    verb: str,
+    description: str,
+    arguments: Sequence[str],
+    options: type,
+    left_out: Iterable[str] = (),
+    usual: Mapping[str, Any] | None = None,
+) -> Folder:
+    """Parse the command line of a verb that samples from a folder.
+
+    Args:
+        verb: its name.
+        description: its docstring.
+        arguments: its command line.
+        options: the dataclass of its own options.
+        left_out: sampling settings that are not options of the verb.
+        usual: settings that the verb does not take from the run.
+
+    Raises:
+        ValueError: one line that says what is wrong.
+    """
+    line = CommandLine(
+        verb,
+        description,
+        (options, EvaluationConfig),
+        first=FOLDER,
+        left_out={EvaluationConfig: left_out},
+        defaults=usual or {},
+    )
+    given = parse(line, arguments)
+    source = read_source(Path(given.first))
+    unconditional = is_unconditional(source)
+    defaults = vars(source.settings) | ({"guidance_scale": 1.0} if unconditional else {}) | dict(usual or {})
+    settings = given.options(EvaluationConfig, defaults)
+    if unconditional and settings.guidance_scale != 1:
+        raise ValueError(f"guidance_scale is {settings.guidance_scale}, but the model is unconditional; remove it")
+    return Folder(source, given.options(options), settings)
+
+
+def is_unconditional(source: Source) -> bool:
+    """True for a model without classes and text, which cannot be guided."""
+    return source.config.num_classes == 0 and source.config.text_dim == 0
