@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusion_moe.parsing import read_recipe
 
+from diffusion_moe.config import read_recipe
 from diffusion_moe.training.state import make_state
 
 OPTIONS = ["--optimizer.eps=1e-5", "--optimizer.weight_decay=0.1", "--training.extra_ema_decays=[0.5]"]

@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from diffusion_moe.parsing import read_recipe
 
 from diffusion_moe import record_routing
 from diffusion_moe.benchmarks.scaling import axes
 from diffusion_moe.cli import main
-from diffusion_moe.config import ModelConfig
+from diffusion_moe.config import ModelConfig, read_recipe
 from diffusion_moe.data import batches_from, load_dataset
 from diffusion_moe.models import make_model
 from diffusion_moe.models.sizes import model_size

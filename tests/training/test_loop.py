@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusion_moe.parsing import read_recipe
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_moe.cli import main
+from diffusion_moe.config import read_recipe
 from diffusion_moe.training import loop
 from diffusion_moe.training.loop import train
 
