@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .allocator import keep_compiled_products, keep_freed_memory
-from .benchmarks.options import BenchOptions, What
+from .benchmarks.options import BenchOptions, What, check_old_words
 from .config import SECTIONS, DataConfig, EvaluationConfig, InitConfig, to_yaml
 from .conversion import ConvertOptions, export_reference_checkpoint, to_pipeline
 from .encoding.options import EncodeOptions
@@ -340,15 +340,16 @@ def analyze(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Time the layer, a training step, sampling, products, or how cost grows: one JSON line a measurement."""
+    """Time the layer, a training step, sampling, matmuls, or the growth of cost: one JSON line a measurement."""
+    check_old_words(arguments)
     parser = make_parser("bench", bench.__doc__ or "")
     parser.add_argument("what", type=What, help="what to time")
     parser.add_class_arguments(BenchOptions)
     what, rest = _positional(
-        parser, arguments, "thing to time", "diffusion-moe bench layer|step|sample|products|scaling"
+        parser, arguments, "thing to time", "diffusion-moe bench layer|step|sample|matmuls|scaling"
     )
     parsed = parse(parser, [what, *rest])
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells standard error of every start
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints a line at every start
     from .benchmarks.cases import measure
 
     for record in measure(parsed.what, BenchOptions(**{name: parsed[name] for name in _fields(BenchOptions)})):
