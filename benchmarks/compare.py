@@ -83,9 +83,9 @@ def compare(what: What, options: CompareOptions) -> Iterator[dict[str, Any]]:
 def compared(ours: Candidate, theirs: Candidate, what: What, setting: Setting) -> dict[str, Any]:
     """Both candidates timed in turn and counted."""
     times = interleaved([ours.run, theirs.run], setting.options.seconds, setting.device)
-    both = [
+    own, other = (
         measurements(candidate, time, setting.device, setting.dtype) for candidate, time in zip((ours, theirs), times)
-    ]
+    )
     if what != "layer":
         for record, time in zip((own, other), times):
             record["images_per_second"] = setting.images / time.median

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..shapes.gallery import picture
+from ..shapes.gallery import make_gallery
 from ..shapes.prompts import CATEGORIES, SPLITS, Prompt
-from ..shapes.report import score
-from ..shapes.scorer import judge_all
+from ..shapes.report import make_report
+from ..shapes.scorer import score_images
 from .extract_features import Features
 from .features import Extractor, ExtractorIdentity
 from .prompts import Questions
@@ -62,7 +62,7 @@ class ShapesScorer(Scorer):
         Raises:
             ValueError: the images are not in colour.
         """
-        report = score(self.asked.prompts, self._images(found), self.seed)
+        report = make_report(self.asked.prompts, self._images(found), self.seed)
         return report.as_dict() | {
             "num_samples": len(self.asked),
             "extractor": asdict(self.extractor.identity),
@@ -76,7 +76,7 @@ class ShapesScorer(Scorer):
         """A row of images for each category, seen and held out."""
         places = first_of_each(self.asked.prompts)
         prompts, images = [self.asked.prompts[i] for i in places], self._images(found)[places]
-        return picture(prompts, images, judge_all(prompts, images), columns=SHOWN_EACH)
+        return make_gallery(prompts, images, score_images(prompts, images), columns=SHOWN_EACH)
 
     def _images(self, found: Features) -> Tensor:
         """NCHW, [-1, 1]."""
