@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from diffusion_moe.analysis.records import record_routing
+from diffusion_moe.analysis.recorder import record_routing
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.diffusion.ddpm import ddpm_ancestral, linear_schedule, respaced
 from diffusion_moe.diffusion.solvers import even_times, sde

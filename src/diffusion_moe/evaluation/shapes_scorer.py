@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..shapes.gallery import make_gallery
-from ..shapes.prompts import CATEGORIES, SPLITS, Prompt
+from ..shapes.prompts import CATEGORIES, SPLITS, Prompt, evaluation_prompts
 from ..shapes.report import make_report
 from ..shapes.scorer import score_images
 from .extract_features import Features
@@ -92,3 +92,11 @@ def first_of_each(prompts: Sequence[Prompt]) -> list[int]:
             members = [i for i, p in enumerate(prompts) if (p.category, p.split) == (category, split)]
             places += members[:SHOWN_EACH]
     return places
+
+
+def questions_in_turn(count: int, seed: int) -> list[Prompt]:
+    """Questions for an analysis: one of each seen category and one of each held-out category in turn."""
+    C = len(CATEGORIES)
+    each = -(-count // (len(SPLITS) * C))
+    found = {split: evaluation_prompts(seed, each, split) for split in SPLITS}  # category by category
+    return [found[split][c * each + i] for i in range(each) for split in SPLITS for c in range(C)][:count]
