@@ -1,9 +1,9 @@
-"""DiffMoE at inference: how far the rules per image and per batch (the paper's) differ, and what thresholds trade.
+"""DiffMoE at inference: choice per image against choice per batch (the paper's), and the effect of thresholds.
 
     diffusion-moe train digits --model.router diffmoe --output_dir runs/diffmoe
     python benchmarks/diffmoe_inference.py runs/diffmoe
 
-Every line draws the same 500 digits (same noise, same classes) and judges them by a classifier of the real ones.
+Every line samples the same 500 digits (same noise, same classes) and scores them by a classifier of real digits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IMAGES = 500
 
 
 def main(folder: Path) -> None:
-    """Print a line for each way of deciding."""
+    """Print a line for each setting."""
     data = RunFolder(folder).read_recipe().data
     model = read_source(folder).load().model
     classifier = train_classifier(load_dataset(data, "train"))
@@ -35,19 +35,19 @@ def main(folder: Path) -> None:
     columns = f"{'pool':8}{'batch':>7}{'scale':>7}{'experts a token':>17}{'recognised':>12}{'Frechet':>9}"
     print(f"{columns}{'RMS difference':>16}")
     reference = None
-    ways = [("image", IMAGES, 1.0)] + [("batch", batch, 1.0) for batch in (1, 10, 100, IMAGES)]
-    ways += [("image", IMAGES, scale) for scale in (0.5, 0.8, 0.9, 1.1, 1.2, 1.5)]
-    for pool, batch, scale in ways:
+    settings_of_lines = [("image", IMAGES, 1.0)] + [("batch", batch, 1.0) for batch in (1, 10, 100, IMAGES)]
+    settings_of_lines += [("image", IMAGES, scale) for scale in (0.5, 0.8, 0.9, 1.1, 1.2, 1.5)]
+    for pool, batch, scale in settings_of_lines:
         for router in routers_of(model):
             router.config = dataclasses.replace(router.config, inference_pool=pool)
         usage, settings = SamplingStats(), EvaluationConfig(batch_size=batch, threshold_scale=scale)
         images = generate(model, labels, IMAGES, settings, usage=usage).clamp(-1, 1)
         reference = images if reference is None else reference
-        features, verdicts = classifier.scorer(images)
+        features, classes = classifier.scorer(images)
         difference = float((images - reference).square().mean().sqrt())
         print(
             f"{pool:8}{batch:7}{scale:7.2f}{usage.summary()['average_capacity']:17.3f}"
-            f"{float((verdicts == labels).float().mean()):12.1%}"
+            f"{float((classes == labels).float().mean()):12.1%}"
             f"{frechet_distance(FeatureSums.of(features), held_out):9.1f}{difference:16.3f}",
             flush=True,
         )

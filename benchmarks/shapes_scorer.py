@@ -74,7 +74,7 @@ def _is(one: Detection, item: Item) -> bool:
 
 
 def row(size: int, blur: float, noise: float, count: int, per_category: int) -> str:
-    """One line of the table."""
+    """One row of the table."""
     rows = torch.arange(count) * 7919 % len(contents())
     scenes = arrange(rows, 1, "scorer", torch.arange(count))
     whole = read_back(scenes, spoiled(render(scenes, size), blur / 32, noise, seed=1)).double().mean()
@@ -96,7 +96,7 @@ def row(size: int, blur: float, noise: float, count: int, per_category: int) -> 
 
 
 def pictures(folder: Path) -> None:
-    """Scenes at both sizes, equally large; and a page of scores on true images, every other one of another prompt."""
+    """Save scenes of both sizes, and a gallery of true images, every other one of another prompt."""
     scenes = sample_scenes(0, "train", torch.arange(16))
     small, large = render(scenes, 32).repeat_interleave(4, 2).repeat_interleave(4, 3), render(scenes, 64)
     pixels = image_grid(torch.cat((small, large.repeat_interleave(2, 2).repeat_interleave(2, 3))), 8)
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--per_category", type=int, default=60, help="prompts of each category and split a line")
     parser.add_argument("--images", type=Path, help="folder for the pictures")
     options = parser.parse_args()
-    print("| side | blur | noise | scenes read back whole | true images scored right | wrong ones accepted |")
+    print("| side | blur | noise | scenes detected | true images scored right | wrong ones accepted |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for size, (blur, noise) in product(SIZES, SPOILING):
         print(row(size, blur, noise, options.count, options.per_category), flush=True)
