@@ -1,6 +1,6 @@
-"""Train the five routing rules on digits, three seeds each, and write the table to docs/digits.md.
+"""Train the routing rules on digits, three seeds each, and write the table to docs/digits.md.
 
-Every run is the shipped recipe with overrides. Finished runs are not repeated, so the script can be interrupted.
+Every run is the shipped recipe with overrides. Finished runs are kept, so the script can be interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RULES = {
     "dense": ("no experts", ["--model.router=dense"]),
     "tc": ("softmax top-2, auxiliary loss 0.01", ["--model.router=tc", "--model.balance=aux"]),
     "ec": ("expert choice per image, capacity 2", ["--model.router=ec"]),
-    "diffmoe": ("batch pool, capacity 2, thresholds per image", ["--model.router=diffmoe"]),
+    "diffmoe": ("token choice over the batch, capacity 2, thresholds per image", ["--model.router=diffmoe"]),
     "dsmoe": ("sigmoid top-2, correction bias", ["--model.router=dsmoe"]),
 }
 SEEDS = (0, 1, 2)
@@ -58,9 +58,9 @@ def page(results: dict[str, list[dict]]) -> str:
         "# Five routing rules on digits",
         "",
         f"Written by `make compare`. Each row is the recipe `digits` ({recipe.training.steps} steps of "
-        f"{recipe.training.batch_size} images) with another routing rule and nothing else changed: mean and standard "
+        f"{recipe.training.batch_size} images) with another routing rule: mean and standard "
         f"deviation over {len(SEEDS)} seeds. Scores are of {first['num_samples']} images each, {first['solver']} with "
-        f"{first['steps']} steps, guidance {first['guidance_scale']}, averaged weights.",
+        f"{first['steps']} steps, guidance {first['guidance_scale']}, EMA weights.",
         "",
         f"Real held-out digits: {first['recognised_real']:.1%} recognised; Fréchet distance of the training "
         f"to the held-out split {first['frechet_real']:.2f}; distance to the nearest training image "
@@ -86,8 +86,8 @@ def page(results: dict[str, list[dict]]) -> str:
     lines += [
         "",
         "Training loss: mean of the last ten logged steps. Imbalance: load of the busiest expert over the mean load at "
-        "the end of training (1 is even). Differences within the spread of the seeds say nothing: this page shows that "
-        "every rule trains, and is no ranking of the papers.",
+        "the end of training (1 is even). Differences within the spread of the seeds are not significant: this page "
+        "shows that every rule trains, and is not a ranking of the papers.",
         "",
     ]
     return "\n".join(lines)

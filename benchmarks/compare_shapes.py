@@ -1,6 +1,6 @@
-"""Train the recipe shapes-t2i and a dense model of as many activated parameters; write scores into docs/shapes.md.
+"""Train the recipe shapes-t2i and a dense model of equal activated parameters; write scores into docs/shapes.md.
 
-Every run is the shipped recipe with overrides. Finished runs are not repeated, so the script can be interrupted.
+Every run is the shipped recipe with overrides. Finished runs are kept, so the script can be interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS
 
 MODELS = {
     "DiffMoE": [],
-    "dense": ["--model.router=dense", "--model.mlp_dim=276"],  # wider, to make up for gates and predictors
+    "dense": ["--model.router=dense", "--model.mlp_dim=276"],  # wider, to compensate for gates and predictors
 }
 PAGE = Path(__file__).parents[1] / "docs" / "shapes.md"
 
@@ -64,7 +64,7 @@ def table(results: dict[str, list[dict]]) -> list[str]:
     lines = [
         f"{recipe.training.steps} steps of {recipe.training.batch_size} images, {seeds} "
         f"seed{'s' if seeds > 1 else ''}; {first['num_samples']} images a run, {first['solver']} with "
-        f"{first['steps']} steps, guidance {first['guidance_scale']}, averaged weights. Activated parameters: {words}. "
+        f"{first['steps']} steps, guidance {first['guidance_scale']}, EMA weights. Activated parameters: {words}. "
         f"Training loss at the end: {losses}.",
         "",
         "| category | split | chance | true images | " + " | ".join(results) + " |",

@@ -1,4 +1,4 @@
-"""A mixture of experts in your own transformer: `MoEFeedForward` where the MLP was. Needs torch alone, runs in seconds.
+"""An MoE layer in your own transformer: `MoEFeedForward` in place of the MLP. Needs torch alone, runs in seconds.
 
 python examples/moe_in_your_transformer.py
 """
@@ -10,7 +10,7 @@ from diffusion_moe.moe import MoEFeedForward, RouterConfig, RoutingReport, route
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; the two marked lines are all that changed."""
+    """A pre-norm transformer block; only the two marked lines are changed."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ def main() -> None:
             x, report = block(x)
             reports.append(report)
 
-        # 1. Some rules bring losses of their own (this one has none; try balance="aux").
+        # 1. Some routing rules have their own losses (this one has none; try balance="aux").
         loss = nn.functional.mse_loss(x, target) + sum(sum(report.losses.values()) for report in reports)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-        # 2. A forward changes nothing in a router; its state moves here, once a step.
+        # 2. A forward pass changes no router; the state of all routers is updated here, once per step.
         update_routing_state(routers_of(blocks), reports)
 
         if step % 10 == 0:

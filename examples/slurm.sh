@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster, on one node or many, over preemption and the limit of time:
+# Train on a Slurm cluster, on one or more nodes, resuming after preemption and the time limit:
 #
 #     sbatch examples/slurm.sh dsmoe-s-e16 --data.path /data/imagenet-latents
 #     sbatch --nodes 4 examples/slurm.sh dsmoe-l-e16 --data.path /data/imagenet-latents
 #     RUN=/scratch/me/try GPUS=4 sbatch --gpus-per-node 4 examples/slurm.sh my-recipe.yaml --optimizer.learning_rate 2e-4
 #
-# What follows the recipe are options of `diffusion-moe train`; later ones win over those below. What `sbatch` is given
-# wins over the lines that begin with #SBATCH. The same line again goes on with the same run.
+# Options after the recipe are those of `diffusion-moe train` and override those below. Options of `sbatch` override the
+# lines that begin with #SBATCH. The same command again resumes the run.
 #
 #SBATCH --job-name=diffusion-moe
 #SBATCH --nodes=1
@@ -14,7 +14,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-# This script, and nothing else, is told two minutes before the time is over.
+# Only this script gets the signal, two minutes before the time limit.
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -30,22 +30,22 @@ gpus=${GPUS:-${SLURM_GPUS_ON_NODE:-8}}
 # On a file system that all nodes share: checkpoints are written by all processes.
 run=${RUN:-runs/${name%.yaml}}
 
-# Where models and data sets from the hub are kept; shared too, or filled on each node beforehand. Compute nodes often
-# have no network: download on a login node, and tell the libraries not to look.
+# Cache of models and data sets from the hub; shared too, or filled on each node before. Compute nodes often have no
+# network: download on a login node, and keep the libraries offline.
 export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 export HF_DATASETS_OFFLINE=${HF_DATASETS_OFFLINE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-# How long torchrun waits for its processes to save before it kills them (30 s unless told). A little less than the
+# Seconds that torchrun waits for its processes to save before it kills them (default 30). A little less than the
 # script has, a little more than training.stop_seconds below.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
-# A store of its own for every start, so that a node that has taken another's place is found.
+# A new store for every start, so that a replaced node is found.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# One torchrun a node; it starts a process a GPU. Weights are spread within a node, copies stand on the nodes.
+# One torchrun per node; it starts a process for each GPU. Weights are sharded within a node and replicated over nodes.
 launch=(
     torchrun
     --nnodes "$nodes"
@@ -65,7 +65,7 @@ train=(
 )
 
 asked=
-# To the processes of the step: all save together and end.
+# To the processes of the job step: all save together and end.
 trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
 
 srun "${launch[@]}" "${train[@]}" &
@@ -78,8 +78,8 @@ while [[ $status -gt 128 ]] && kill -0 "$step" 2>/dev/null; do
     status=$?
 done
 
-# torchrun ends with 1 whatever its processes end with, so that it is the signal that tells what to do. If training came
-# to its end all the same, there is nothing left to do.
+# torchrun always ends with 1, so the signal decides whether to requeue. If training finished nevertheless (status 0),
+# there is nothing left to do.
 if [[ -n $asked && $status -ne 0 ]]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 143

@@ -7,7 +7,7 @@ from .pipelines.registration import register as _register_with_diffusers
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .analysis.records import record_routing
+    from .analysis.recorder import record_routing
     from .config import Recipe
     from .models import DiT, DiTOutput, JiT
     from .models.presets import model_preset
@@ -29,7 +29,7 @@ _HOME = {
     "TextToImagePipeline": "pipelines.text_to_image",
     "default_scheduler": "pipelines.schedulers",
     "model_preset": "models.presets",
-    "record_routing": "analysis.records",
+    "record_routing": "analysis.recorder",
 }
 
 __all__ = [

@@ -14,11 +14,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from diffusion_moe import DiT
+from diffusion_moe.analysis.figure_notes import sampling_note
 from diffusion_moe.analysis.figures import PANELS, panels
+from diffusion_moe.analysis.findings import class_choice, distinct_names, gather_findings
 from diffusion_moe.analysis.losses import Curves
-from diffusion_moe.analysis.notes import sampling_note
 from diffusion_moe.analysis.plot_compute import mosaic, tile_centres
-from diffusion_moe.analysis.record import class_choice, collect, distinct_names
 from diffusion_moe.analysis.style import LINES, column_names, readable_on, shorten
 from diffusion_moe.analysis.tables import TABLES
 from diffusion_moe.cli import main
@@ -78,7 +78,7 @@ class Page(HTMLParser):
 def gathered(folder, compare=(), **settings):
     """What a report would be made of."""
     source = read_source(folder)
-    return collect(source, replace(source.settings, **{"num_samples": 20, "steps": 4} | settings), compare)
+    return gather_findings(source, replace(source.settings, **{"num_samples": 20, "steps": 4} | settings), compare)
 
 
 def analyze(folder, output, *options):
@@ -280,12 +280,12 @@ def test_mistakes_are_one_line_and_write_nothing(run_of, tmp_path, capsys):
         assert expected in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert main(["analyze", str(run_of("dsmoe") / "model"), f"--compare={folder}"]) == 2
-    assert "is no run, so it has no loss to compare" in capsys.readouterr().err
+    assert "is not a run and has no loss" in capsys.readouterr().err
 
 
 def test_a_model_folder_has_routing_but_no_curves(run_of):
     found = gathered(run_of("diffmoe") / "model")
-    assert found.missing == ("This folder is no run: it has no training curves and no data of its own.",)
+    assert found.missing == ("This folder is not a run: it has no training curves and no data.",)
     sections = panels(found)
     assert list(sections) == ["Compute", "Experts"]
     shown = {panel.name for some in sections.values() for panel in some if panel.figure is not None}
@@ -319,7 +319,7 @@ def test_names_of_classes_are_shown_as_they_are(run_of, tmp_path):
 
 def test_a_vae_that_is_gone_costs_the_pictures_only(run_of):
     source = replace(read_source(run_of("diffmoe")), vae="/no/such/vae")
-    found = collect(source, replace(source.settings, num_samples=5, steps=2))
+    found = gather_findings(source, replace(source.settings, num_samples=5, steps=2))
     assert "the VAE cannot be loaded: " in found.missing[0] and "/no/such/vae" in found.missing[0]
     assert found.sampling.examples.pictures is not None  # pixels need no VAE
     assert {panel.name: panel for panel in panels(found)["Compute"]}["maps"].figure is not None
@@ -396,7 +396,7 @@ def test_names_are_shortened():
 
 def test_many_columns_bear_some_names_and_long_ones_stand_on_end():
     many = column_names([f"class {i}" for i in range(100)])
-    assert many.short == [f"class {i}" for i in range(0, 100, 13)] and many.places == range(0, 100, 13)
+    assert many.short == [f"class {i}" for i in range(0, 100, 13)] and many.positions == range(0, 100, 13)
     assert (many.angle, column_names(["a", "b"]).angle) == (90, 0)
     assert column_names(["abc"] * 9).height == pytest.approx(0.21) and column_names(["a"]).height == 0
 

@@ -11,16 +11,16 @@ from pyarrow import parquet
 from diffusion_moe import DiT
 from diffusion_moe.analysis import record_routing
 from diffusion_moe.analysis.figures import panels
+from diffusion_moe.analysis.findings import gather_findings
 from diffusion_moe.analysis.losses import HELD_OUT_BINS
 from diffusion_moe.analysis.plot_compute import text_and_image
-from diffusion_moe.analysis.record import collect
-from diffusion_moe.analysis.subjects import in_turn
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
 from diffusion_moe.diffusion.loss import flow_loss
 from diffusion_moe.diffusion.path import rectified_flow
 from diffusion_moe.evaluation.options import TextOptions
+from diffusion_moe.evaluation.shapes_scorer import questions_in_turn
 from diffusion_moe.randomness import normal
 from diffusion_moe.sampling.generate import Prompts, generate_batches
 from diffusion_moe.sampling.loading import load_text_encoder, load_weights
@@ -43,7 +43,7 @@ def gathered(folder, prompts=None, **settings):
     """What a report would be made of."""
     source = read_source(folder)
     settings = replace(source.settings, **{"num_samples": 24, "steps": 3} | settings)
-    return collect(source, settings, log=lambda line: None, asked=TextOptions(prompts=prompts))
+    return gather_findings(source, settings, log=lambda line: None, asked=TextOptions(prompts=prompts))
 
 
 def tiny_model(conditioning, router="dsmoe"):
@@ -83,7 +83,7 @@ def test_rows_are_kinds_of_prompts_and_no_prompt(conditioning):
 
 
 def test_questions_take_turns():
-    asked = in_turn(29, seed=4)
+    asked = questions_in_turn(29, seed=4)
     seen, held_out = (evaluation_prompts(4, 3, split) for split in SPLITS)
     assert asked[:12] == seen[::3] + held_out[::3] and asked[12:24] == seen[1::3] + held_out[1::3]
     assert [prompt.category for prompt in asked] == [CATEGORIES[i % 6] for i in range(29)]
@@ -93,9 +93,9 @@ def test_compute_is_told_apart_by_category(shapes_run):
     """Against each image drawn alone, whose routing nothing else can have mixed with."""
     found = gathered(shapes_run, guidance_scale=2.0)
     assert found.class_names == ["single object", "two object", "counting", "colors", "position", "color attr"]
-    source, asked = read_source(shapes_run), in_turn(24, 0)
-    model = load_weights(source)
-    text = TextFeatures.together(load_text_encoder(source).encode_all([prompt.text for prompt in asked]))
+    source, asked = read_source(shapes_run), questions_in_turn(24, 0)
+    model = source.load().model
+    text = TextFeatures.together(source.load_text_encoder().encode_all([prompt.text for prompt in asked]))
     settings = replace(source.settings, num_samples=24, steps=3, guidance_scale=2.0, batch_size=1)
     served, null = np.zeros((6, 4), dtype=int), np.zeros(4, dtype=int)
     with record_routing(model, 3) as record:

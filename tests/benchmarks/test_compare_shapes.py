@@ -2,28 +2,15 @@
 
 import json
 import sys
-from pathlib import Path
 
-import pytest
+import compare_shapes as compare
 
 from diffusion_moe.config import read_recipe
 from diffusion_moe.models.sizes import model_size
 from diffusion_moe.shapes.prompts import CATEGORIES
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-
-@pytest.fixture
-def compare(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import compare_shapes
-
-    yield compare_shapes
-    for name in ("compare_shapes", "tables"):
-        sys.modules.pop(name, None)
-
-
-def test_both_models_activate_as_much(compare):
+def test_both_models_activate_as_much():
     activated = [model_size(read_recipe("shapes-t2i", options).model).activated for options in compare.MODELS.values()]
     assert max(activated) / min(activated) < 1.001
 
@@ -38,8 +25,8 @@ def scores(value):
     return settings | {"categories": categories, "seen": tally(value), "held_out": tally(value / 2)}
 
 
-def test_the_table_is_written_from_finished_runs(compare, monkeypatch, tmp_path):
-    """No run is repeated that is there."""
+def test_the_table_is_written_from_finished_runs(monkeypatch, tmp_path):
+    """Finished runs are not repeated."""
     page = tmp_path / "shapes.md"
     page.write_text("before\n<!-- compare -->\nold\n<!-- end compare -->\nafter\n")
     for name, values in {"diffmoe": (0.8, 0.9), "dense": (0.5, 0.5)}.items():

@@ -25,7 +25,7 @@ from diffusion_moe.sampling.sampler import Sampler
 from diffusion_moe.sampling.source import read_source
 from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS, evaluation_prompts, true_scenes
 from diffusion_moe.shapes.rendering import render
-from diffusion_moe.shapes.report import score
+from diffusion_moe.shapes.report import make_report
 from diffusion_moe.text import TextFeatures
 
 OPTIONS = ["--num_samples=24", "--steps=2", "--batch_size=10", "--seed=3"]
@@ -55,7 +55,7 @@ def test_a_run_is_judged_by_what_its_images_show(capsys, shapes_run, prompts):
     assert status == 0
     result = json.loads((shapes_run / "evaluation.json").read_text())
     pixels = to_uint8(drawn(shapes_run, [prompt.text for prompt in prompts]))
-    expected = score(prompts, pixels / 127.5 - 1, seed=3).as_dict()
+    expected = make_report(prompts, pixels / 127.5 - 1, seed=3).as_dict()
     assert {key: result[key] for key in expected} == expected
     assert result["images_sha256"] == digest_of_all(digests_of(pixels))
     assert result["prompts"]["count"] == 24 and result["prompts"]["sha256"] == result["reference"]["sha256"]

@@ -1,16 +1,19 @@
-"""What the benchmark counts and times on a CUDA device, on examples whose answer is known."""
+"""Counts and times of the benchmark on a CUDA device, on examples whose results are known."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffusion_moe.benchmarks.counting import kernels, peak_bytes, work
 from diffusion_moe.benchmarks.measure import ceilings, interleaved
-from diffusion_moe.cli import main
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
+COMPARE = Path(__file__).parents[2] / "benchmarks" / "compare.py"
 
 
 def test_kernels_are_counted():
@@ -54,30 +57,31 @@ def test_peak_bytes_are_the_highest_level():
 
 
 def test_times_are_those_of_the_device():
-    """A product of twice the operations takes about twice as long, and neither is faster than the ceiling."""
+    """A matmul of twice the operations takes about twice as long, and neither is faster than the ceiling."""
     a = torch.randn(4096, 4096, device=CUDA, dtype=torch.bfloat16)
     once, twice = interleaved([lambda: a @ a, lambda: (a @ a, a @ a)], 0.5, CUDA)
     assert 1.7 < twice.median / once.median < 2.3
     assert 2 * 4096**3 / once.median < 1.2 * ceilings(CUDA, torch.bfloat16).matmul_flops
 
 
-def test_a_layer_never_waits_and_is_told_with_its_kernels(capsys):
-    arguments = ["--recipe=dsmoe-s-e48", "--tokens=1024", "--seconds=0.1", "--device=cuda"]
-    assert main(["bench", "layer", *arguments]) == 0
-    for line in capsys.readouterr().out.splitlines():
-        record = json.loads(line)
+def run(*arguments):
+    """Records of `benchmarks/compare.py layer` in a process of its own."""
+    options = ["--tokens=1024", "--seconds=0.1", "--device=cuda"]
+    done = subprocess.run([sys.executable, COMPARE, "layer", *options, *arguments], capture_output=True, text=True)
+    if "cannot run here" in done.stderr or "cannot be imported" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_layer_never_waits_and_its_kernels_are_counted():
+    for record in run("--recipe=dsmoe-s-e48"):
         assert record["waits"] == 0 and record["against_waits"] >= 48
         assert 0 < record["kernels"] < record["against_kernels"]
         assert record["difference"] < 0.03 and record["cuda"] == torch.version.cuda
 
 
-@pytest.mark.parametrize("against", ["transformers", "scattermoe", "sonicmoe"])
-def test_rivals_answer_as_the_layer_does(capsys, against):
-    """Where they are installed: a larger difference is an error of the command."""
-    arguments = ["--recipe=dsmoe-b-e48", "--tokens=1024", "--seconds=0.1", "--device=cuda", f"--against={against}"]
-    status = main(["bench", "layer", *arguments])
-    said = capsys.readouterr()
-    if "cannot run here" in said.err or "cannot be imported" in said.err:
-        pytest.skip(said.err.strip())
-    assert status == 0, said.err
-    assert len(said.out.splitlines()) == 2
+@pytest.mark.parametrize("against", ["transformers", "scattermoe"])
+def test_libraries_compute_as_the_layer_does(against):
+    """Where they are installed: a larger difference is an error of the script."""
+    assert len(run("--recipe=dsmoe-b-e48", f"--against={against}")) == 2

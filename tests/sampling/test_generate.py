@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-
 from diffusion_moe.analysis.records import record_routing
+
 from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.diffusion.ddpm import ddpm_ancestral, linear_schedule, respaced
 from diffusion_moe.diffusion.solvers import even_times, sde

@@ -12,7 +12,7 @@ from diffusion_moe.data.order import Draw
 from diffusion_moe.shapes import captions
 from diffusion_moe.shapes.captions import MENTIONS, WORDS, Mention, describe
 from diffusion_moe.shapes.rendering import render
-from diffusion_moe.shapes.sampling import draw_scenes
+from diffusion_moe.shapes.sampling import sample_scenes
 from diffusion_moe.shapes.scene import Content, Look, contents
 
 
@@ -102,7 +102,7 @@ def test_captions_of_a_scene_say_more_and_more():
 def test_images_are_those_of_the_scenes(layout):
     data = load_dataset(config(image_size=32, shapes_layout=layout), "train")
     batch = data.read([11, 3])
-    torch.testing.assert_close(batch.images, render(draw_scenes(0, "train", torch.tensor([11, 3]), layout), 32))
+    torch.testing.assert_close(batch.images, render(sample_scenes(0, "train", torch.tensor([11, 3]), layout), 32))
     assert batch.labels.tolist() == [0, 0]
     again = data.__getitems__([Draw(3, 2, 5), Draw(11, 9, 6)])
     torch.testing.assert_close(again.images, batch.images.flip(0))

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from shapes_scorer import read_back, spoiled
 
-from diffusion_moe.shapes.accuracy import read_back, spoiled
-from diffusion_moe.shapes.detector import parse, segment
+from diffusion_moe.shapes.detector import detect, segment
 from diffusion_moe.shapes.rendering import palette, render
-from diffusion_moe.shapes.sampling import Scenes, draw_scenes, place
+from diffusion_moe.shapes.sampling import Scenes, arrange, sample_scenes
 from diffusion_moe.shapes.scene import COLOURS, SHAPES, SIZES, Item, Scene, contents
 
 
@@ -31,7 +31,7 @@ def drawn(inside, size=64, colour="blue", fine=8):
 
 
 def shapes_found(images):
-    return [[(thing.shape, thing.colour) for thing in found] for found in parse(images)]
+    return [[(thing.shape, thing.colour) for thing in found] for found in detect(images)]
 
 
 @st.composite
@@ -52,7 +52,7 @@ def scenes(draw):
 @given(scenes(), st.sampled_from([32, 64]))
 @settings(max_examples=60, deadline=None)
 def test_what_is_drawn_is_found(scene, size):
-    found = parse(image_of(*scene.items, size=size))[0]
+    found = detect(image_of(*scene.items, size=size))[0]
     assert len(found) == len(scene.items)
     for item in scene.items:
         thing = min(found, key=lambda thing: math.hypot(thing.x - item.x, thing.y - item.y))
@@ -67,12 +67,12 @@ def test_what_is_drawn_is_found(scene, size):
 def test_every_content_is_read_back(size, blur, noise):
     """Each of the 840, held out or not: clean, blurred by 0.8 and 1 of 32 pixels, and with noise."""
     rows = torch.arange(0, len(contents()), 1 if blur == noise == 0 else 7)
-    scenes = place(rows, 1, "back", rows)
+    scenes = arrange(rows, 1, "back", rows)
     assert read_back(scenes, spoiled(render(scenes, size), blur, noise, seed=0)).float().mean() >= 0.99
 
 
 def test_read_back_tells_wrong_pictures_from_right_ones():
-    right = draw_scenes(0, "train", torch.arange(12))
+    right = sample_scenes(0, "train", torch.arange(12))
     assert read_back(right, render(right, 32)).all()
     moved = Scenes(right.shape, right.colour, right.x.roll(1, 0), right.y, right.radius)
     for changed in (right[[*range(1, 12), 0]], moved):
@@ -104,7 +104,7 @@ def test_pixels_are_unmixed():
 
 def test_an_empty_image_holds_nothing():
     background, _ = palette()
-    assert parse(background[None, :, None, None].expand(2, 3, 32, 32)) == [[], []]
+    assert detect(background[None, :, None, None].expand(2, 3, 32, 32)) == [[], []]
 
 
 R = 0.16
@@ -139,7 +139,7 @@ def test_random_blobs_are_seldom_taken_for_shapes():
         blob = field > np.quantile(field, generator.uniform(0.7, 0.97))
         background, colours = palette()
         image = background[:, None, None] + torch.from_numpy(blob) * (colours[2] - background)[:, None, None]
-        patches += parse(image[None])[0]
+        patches += detect(image[None])[0]
     assert len(patches) > 100
     assert np.mean([thing.shape is not None for thing in patches]) < 0.2
 
@@ -148,7 +148,7 @@ def test_noise_alone_holds_no_shapes():
     generator = torch.Generator().manual_seed(0)
     for strength in (0.5, 1.0, 3.0):
         images = strength * torch.randn(8, 3, 32, 32, generator=generator)
-        assert [thing.shape for found in parse(images) for thing in found if thing.shape] == []
+        assert [thing.shape for found in detect(images) for thing in found if thing.shape] == []
 
 
 def test_colours_off_the_palette_are_unknown():
@@ -166,7 +166,7 @@ def test_colours_off_the_palette_are_unknown():
 def test_shapes_too_small_or_too_large_are_none():
     """Drawn as whole squares, of radius 0.07 and 0.4."""
     for radius in (0.07, 0.4):
-        found = parse(image_of(Item("square", "red", 0.5, 0.5, radius), size=64))[0]
+        found = detect(image_of(Item("square", "red", 0.5, 0.5, radius), size=64))[0]
         assert [(thing.shape, thing.colour) for thing in found] == [(None, "red")]
         assert found[0].fit > 0.9
 
@@ -185,6 +185,6 @@ def test_specks_are_left_out():
 
 def test_what_is_no_image_is_refused():
     with pytest.raises(ValueError, match=r"images have the shape \(2, 1, 8, 8\); give \(images, 3, height, width\)"):
-        parse(torch.zeros(2, 1, 8, 8))
+        detect(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match="images hold values that are not finite; generate them anew"):
-        parse(torch.full((1, 3, 8, 8), torch.nan))
+        detect(torch.full((1, 3, 8, 8), torch.nan))

@@ -4,24 +4,24 @@ import random
 
 import pytest
 import torch
+from shapes_scorer import truth
 
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import load_dataset
-from diffusion_moe.shapes.accuracy import truth
 from diffusion_moe.shapes.captions import MENTIONS, WORDS, describe
 from diffusion_moe.shapes.prompts import (
     CATEGORIES,
     SPLITS,
     Prompt,
+    RequiredObject,
     Requirement,
-    Wanted,
     evaluation_prompts,
     questions,
     true_scenes,
 )
-from diffusion_moe.shapes.sampling import place
+from diffusion_moe.shapes.sampling import arrange
 from diffusion_moe.shapes.scene import contents, held_out, seen_contents
-from diffusion_moe.shapes.scorer import complaints
+from diffusion_moe.shapes.scorer import find_errors
 
 
 def test_numbers_of_questions_follow_from_the_held_out_sets():
@@ -40,11 +40,11 @@ def test_numbers_of_questions_follow_from_the_held_out_sets():
 def test_no_training_scene_fulfils_a_held_out_question():
     """By construction: every content that training shows, placed, against everything that is held out."""
     rows = torch.tensor([row for row, content in enumerate(contents()) if not held_out(content)]).repeat(3)
-    scenes = place(rows, 0, "any", torch.arange(len(rows)))
+    scenes = arrange(rows, 0, "any", torch.arange(len(rows)))
     asked = [question.requirement for category in CATEGORIES for question in questions(category, "held_out")]
     for s in range(len(rows)):
         found = truth(scenes.scene(s))
-        assert all(complaints(requirement, found) for requirement in asked)
+        assert all(find_errors(requirement, found) for requirement in asked)
 
 
 def test_every_seen_question_is_fulfilled_by_training_scenes():
@@ -52,8 +52,8 @@ def test_every_seen_question_is_fulfilled_by_training_scenes():
         for question in questions(category, "seen"):
             rows = torch.tensor(question.rows)
             assert all(contents()[row] in seen_contents() for row in question.rows)
-            scenes = place(rows, 0, "any", rows)
-            assert not any(complaints(question.requirement, truth(scenes.scene(s))) for s in range(len(rows)))
+            scenes = arrange(rows, 0, "any", rows)
+            assert not any(find_errors(question.requirement, truth(scenes.scene(s))) for s in range(len(rows)))
 
 
 def test_no_training_caption_is_a_held_out_prompt():
@@ -114,11 +114,11 @@ def test_true_scenes_fulfil_their_prompts():
         prompts = evaluation_prompts(2, 60, split)
         scenes = true_scenes(prompts, seed=3)
         for s, prompt in enumerate(prompts):
-            assert complaints(prompt.requirement, truth(scenes.scene(s))) == []
+            assert find_errors(prompt.requirement, truth(scenes.scene(s))) == []
 
 
 def test_what_cannot_be_asked_is_refused():
     with pytest.raises(ValueError, match="per_category is 0; it must be positive"):
         evaluation_prompts(0, 0, "seen")
     with pytest.raises(ValueError, match="the prompt 'five circles' asks for nothing of the category counting"):
-        true_scenes([Prompt("five circles", "counting", "seen", Requirement((Wanted("circle", 5),)))], 0)
+        true_scenes([Prompt("five circles", "counting", "seen", Requirement((RequiredObject("circle", 5),)))], 0)

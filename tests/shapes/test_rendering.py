@@ -5,7 +5,7 @@ import torch
 
 from diffusion_moe.shapes import rendering, sampling
 from diffusion_moe.shapes.rendering import AREAS, SQUARE_HALF, coverage, palette, render
-from diffusion_moe.shapes.sampling import Scenes, draw_scenes
+from diffusion_moe.shapes.sampling import Scenes, sample_scenes
 from diffusion_moe.shapes.scene import BACKGROUND, COLOURS, SHAPES, Item, Scene
 
 
@@ -81,7 +81,7 @@ def test_a_triangle_points_up_and_a_circle_is_round():
 
 def test_images_are_the_same_at_both_sizes():
     """64 pixels averaged over squares of four are 32 pixels, but for corners."""
-    scenes = draw_scenes(0, "train", torch.arange(64))
+    scenes = sample_scenes(0, "train", torch.arange(64))
     small, large = render(scenes, 32), render(scenes, 64)
     averaged = large.view(64, 3, 32, 2, 32, 2).mean((3, 5))
     assert (averaged - small).abs().mean() < 0.003
@@ -89,7 +89,7 @@ def test_images_are_the_same_at_both_sizes():
 
 
 def test_images_lie_in_range_on_their_background():
-    images = render(draw_scenes(0, "train", torch.arange(256)), 32)
+    images = render(sample_scenes(0, "train", torch.arange(256)), 32)
     assert images.dtype == torch.float32
     assert images.abs().amax() <= 1
     border = torch.cat((images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]), -1)
@@ -98,7 +98,7 @@ def test_images_lie_in_range_on_their_background():
 
 
 def test_one_by_one_and_in_a_batch_are_the_same():
-    scenes = draw_scenes(5, "train", torch.arange(40))
+    scenes = sample_scenes(5, "train", torch.arange(40))
     together = render(scenes, 32)
     for s in range(40):
         torch.testing.assert_close(render(scenes[[s]], 32)[0], together[s], atol=1e-6, rtol=0)
@@ -113,7 +113,7 @@ def test_drawing_is_a_few_operations_whatever_the_number(monkeypatch):
     counts = []
     for number in (40, 1000):
         calls.clear()
-        assert render(draw_scenes(0, "train", torch.arange(number)), 32).shape == (number, 3, 32, 32)
+        assert render(sample_scenes(0, "train", torch.arange(number)), 32).shape == (number, 3, 32, 32)
         counts.append((calls.count("coverage"), calls.count("uniforms")))
     assert counts == [(4, 2), (4, 2)]
 

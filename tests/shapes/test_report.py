@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_moe.shapes.gallery import picture
+from diffusion_moe.shapes.gallery import make_gallery
 from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS, evaluation_prompts, questions, true_scenes
 from diffusion_moe.shapes.rendering import render
-from diffusion_moe.shapes.report import score, table
-from diffusion_moe.shapes.scorer import judge_all
+from diffusion_moe.shapes.report import as_table, make_report
+from diffusion_moe.shapes.scorer import score_images
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def images(prompts):
 
 @pytest.fixture(scope="module")
 def perfect(prompts, images):
-    return score(prompts, images, seed=0)
+    return make_report(prompts, images, seed=0)
 
 
 def test_true_images_score_one(perfect, images):
@@ -62,7 +62,7 @@ def test_shuffled_images_score_about_chance():
     members = [i for i, prompt in enumerate(prompts) if prompt.category == "counting"]
     some = [prompts[i] for i in members]
     order = torch.randperm(len(some), generator=torch.Generator().manual_seed(0))
-    report = score(some, render(true_scenes(some, 2), 32)[order])
+    report = make_report(some, render(true_scenes(some, 2), 32)[order])
     # 9 of the 12 questions are asked 96 times, 3 of them 48 times: each has a share near 1/12 of the images.
     values = report.as_dict()["categories"]["counting"]["overall"]
     assert values["score"] == pytest.approx(values["chance"], abs=0.06)
@@ -76,7 +76,7 @@ def test_the_score_is_the_share_that_is_right_and_the_mean_goes_over_categories(
         if prompt.split == "seen" and prompt.category != "colors":
             spoiled[i] = background[:, None, None]
     spoiled[prompts.index(next(p for p in prompts if p.category == "colors"))] = background[:, None, None]
-    values = score(prompts, spoiled).as_dict()
+    values = make_report(prompts, spoiled).as_dict()
     assert values["categories"]["colors"]["seen"]["score"] == pytest.approx(11 / 12)
     assert values["seen"]["score"] == pytest.approx(11 / 12 / 6)
     assert values["held_out"]["score"] == 1
@@ -85,17 +85,17 @@ def test_the_score_is_the_share_that_is_right_and_the_mean_goes_over_categories(
 
 def test_one_split_and_one_category_can_be_scored_alone(prompts, images):
     members = [i for i, p in enumerate(prompts) if (p.category, p.split) == ("position", "held_out")]
-    values = score([prompts[i] for i in members], images[members]).as_dict()
+    values = make_report([prompts[i] for i in members], images[members]).as_dict()
     assert set(values) == {"overall", "held_out", "n", "categories"}
     assert list(values["categories"]) == ["position"]
 
 
 def test_a_report_is_a_function_of_its_arguments(prompts, images, perfect):
-    assert score(prompts, images, seed=0) == perfect
+    assert make_report(prompts, images, seed=0) == perfect
 
 
 def test_table_shows_every_number(perfect):
-    lines = table(perfect).split("\n")
+    lines = as_table(perfect.as_dict()).split("\n")
     assert len(lines) == 2 + 6 * 3 + 3
     assert "| counting | held out | 12 | 100.0% | 8.3% | 100.0% |" in lines
     assert lines[-3].startswith("| mean | overall |  | 100.0% |")
@@ -103,14 +103,14 @@ def test_table_shows_every_number(perfect):
 
 def test_nothing_to_score_is_refused():
     with pytest.raises(ValueError, match="there are no prompts to score; give some"):
-        score([], torch.zeros(0, 3, 32, 32))
+        make_report([], torch.zeros(0, 3, 32, 32))
 
 
 def test_picture_frames_right_ones_green_and_wrong_ones_red(prompts, images):
     some, shown = prompts[:2] + prompts[40:42], images[[0, 1, 42, 43]]
-    verdicts = judge_all(some, shown)
-    shot = picture(some, shown, verdicts, columns=2)
-    assert [verdict.correct for verdict in verdicts] == [True, True, False, False]
+    scores = score_images(some, shown)
+    shot = make_gallery(some, shown, scores, columns=2)
+    assert [score.correct for score in scores] == [True, True, False, False]
     assert shot.size == (2 * 148 + 12, 2 * 218 + 12)
     corners = [shot.getpixel((12 + column * 148, 12 + row * 218)) for row in (0, 1) for column in (0, 1)]
     assert corners == [(26, 152, 80)] * 2 + [(215, 48, 39)] * 2
@@ -121,8 +121,8 @@ def test_picture_frames_right_ones_green_and_wrong_ones_red(prompts, images):
 
 
 def test_picture_wants_one_of_each(prompts, images):
-    with pytest.raises(ValueError, match="there are 2 prompts, 1 images and 0 verdicts; give one of each"):
-        picture(prompts[:2], images[:1], [])
+    with pytest.raises(ValueError, match="there are 2 prompts, 1 images and 0 scores; give one of each"):
+        make_gallery(prompts[:2], images[:1], [])
 
 
 def test_the_page_shows_what_there_is(tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_the_page_shows_what_there_is(tmp_path, monkeypatch):
     names["images"] = render(true_scenes(prompts, 1), 16)
     exec(scored, names)
     assert (tmp_path / "prompts.png").is_file()
-    assert len(names["report"].verdicts) == 600
+    assert len(names["report"].scores) == 600
     counts = re.search(r"\| questions, seen \+ held out \| (.*) \|", page).group(1)
     assert counts.split(" | ") == [" + ".join(str(len(questions(c, s))) for s in SPLITS) for c in CATEGORIES]
     (tmp_path / "geneval" / "prompts").mkdir(parents=True)

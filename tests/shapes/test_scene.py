@@ -13,9 +13,9 @@ from diffusion_moe.shapes.sampling import (
     REACH,
     SLOPE,
     Scenes,
-    draw_contents,
-    draw_scenes,
-    place,
+    arrange,
+    sample_contents,
+    sample_scenes,
 )
 from diffusion_moe.shapes.scene import (
     COLOURS,
@@ -35,9 +35,9 @@ from diffusion_moe.shapes.scene import (
     Scene,
     contents,
     held_out,
+    relation_holds,
     seen_contents,
     size_of,
-    stands,
 )
 
 LAYOUTS = pytest.mark.parametrize("layout", ["free", "grid"])
@@ -46,7 +46,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["free", "grid"])
 def everything(repeats, layout="free"):
     """Every content, placed several times; the rows beside the scenes."""
     rows = torch.arange(len(contents())).repeat(repeats)
-    return rows.tolist(), place(rows, 0, "every", torch.arange(len(rows)), layout)
+    return rows.tolist(), arrange(rows, 0, "every", torch.arange(len(rows)), layout)
 
 
 def test_numbers_of_contents_follow_from_the_choices():
@@ -92,23 +92,26 @@ def test_every_word_is_seen_in_training_in_other_combinations():
 @LAYOUTS
 def test_a_scene_is_a_function_of_seed_split_and_number(layout):
     """Alone, in another order, in another batch."""
-    whole = draw_scenes(3, "train", torch.arange(50), layout)
-    some = draw_scenes(3, "train", torch.tensor([40, 7]), layout)
+    whole = sample_scenes(3, "train", torch.arange(50), layout)
+    some = sample_scenes(3, "train", torch.tensor([40, 7]), layout)
     assert [some.scene(0), some.scene(1)] == [whole.scene(40), whole.scene(7)]
-    for other in (draw_scenes(4, "train", torch.arange(50), layout), draw_scenes(3, "test", torch.arange(50), layout)):
+    for other in (
+        sample_scenes(4, "train", torch.arange(50), layout),
+        sample_scenes(3, "test", torch.arange(50), layout),
+    ):
         assert sum(other.scene(i) == whole.scene(i) for i in range(50)) == 0
 
 
 def test_a_known_scene_stays_what_it_is():
     """Data sets made by other versions hold the same scenes."""
-    scene = draw_scenes(0, "train", torch.tensor([1])).scene(0)
+    scene = sample_scenes(0, "train", torch.tensor([1])).scene(0)
     assert [(item.shape, item.colour) for item in scene.items] == [("circle", "red"), ("square", "purple")]
     assert (scene.items[0].x, scene.items[0].y) == pytest.approx((0.54199, 0.22690), abs=1e-5)
     assert (scene.items[1].x, scene.items[1].y) == pytest.approx((0.16807, 0.15181), abs=1e-5)
 
 
 def test_kinds_come_in_their_shares_and_contents_of_a_kind_alike():
-    rows = draw_contents(0, "any", torch.arange(40000))
+    rows = sample_contents(0, "any", torch.arange(40000))
     counts = torch.bincount(rows, minlength=len(contents()))
     for kind, share in KIND_SHARES.items():
         members = [row for row, content in enumerate(contents()) if content.kind == kind and not held_out(content)]
@@ -163,7 +166,7 @@ def test_the_grid_has_nine_places():
 
 
 def test_both_layouts_show_the_same_contents():
-    free, grid = (draw_scenes(0, "train", torch.arange(50), layout) for layout in ("free", "grid"))
+    free, grid = (sample_scenes(0, "train", torch.arange(50), layout) for layout in ("free", "grid"))
     for i in range(50):
         looks = [[(item.shape, item.colour, item.size) for item in scenes.scene(i).items] for scenes in (free, grid)]
         assert looks[0] == looks[1]
@@ -179,13 +182,13 @@ def test_scenes_show_their_contents(layout):
         ]
         if content.relation:
             first, second = ((item.x, item.y) for item in items)
-            assert [relation for relation in RELATIONS if stands(first, relation, second)] == [content.relation]
+            assert [relation for relation in RELATIONS if relation_holds(first, relation, second)] == [content.relation]
             away = [abs(a - b) for a, b in zip(first, second)]
             assert min(away) <= (SLOPE + 0.15) * max(away)
 
 
 def test_scenes_and_values_turn_into_each_other():
-    scenes = draw_scenes(0, "train", torch.arange(30))
+    scenes = sample_scenes(0, "train", torch.arange(30))
     back = Scenes.of([scenes.scene(s) for s in range(30)])
     for name in ("shape", "colour", "x", "y", "radius"):
         there = scenes.radius > 0
@@ -203,14 +206,14 @@ def test_words_for_sizes_lie_midway():
 
 
 def test_a_relation_is_a_cone_of_60_degrees():
-    assert stands((0.2, 0.5), "left of", (0.6, 0.5))
-    assert not stands((0.6, 0.5), "left of", (0.2, 0.5))
-    assert stands((0.5, 0.2), "above", (0.5, 0.6))
-    assert stands((0.5, 0.6), "below", (0.5, 0.2))
+    assert relation_holds((0.2, 0.5), "left of", (0.6, 0.5))
+    assert not relation_holds((0.6, 0.5), "left of", (0.2, 0.5))
+    assert relation_holds((0.5, 0.2), "above", (0.5, 0.6))
+    assert relation_holds((0.5, 0.6), "below", (0.5, 0.2))
     origin = (0.0, 0.0)
-    assert stands((1.0, 1.70), "right of", origin)  # tan 60 degrees is 1.732
-    assert not stands((1.0, 1.76), "right of", origin)
-    assert not any(stands(origin, relation, origin) for relation in RELATIONS)
+    assert relation_holds((1.0, 1.70), "right of", origin)  # tan 60 degrees is 1.732
+    assert not relation_holds((1.0, 1.76), "right of", origin)
+    assert not any(relation_holds(origin, relation, origin) for relation in RELATIONS)
 
 
 def test_colours_are_far_apart():

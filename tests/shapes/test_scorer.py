@@ -2,29 +2,34 @@
 
 import pytest
 import torch
+from shapes_scorer import spoiled
 
-from diffusion_moe.shapes.accuracy import spoiled
-from diffusion_moe.shapes.prompts import Prompt, Requirement, Wanted, evaluation_prompts, true_scenes
+from diffusion_moe.shapes.prompts import Prompt, RequiredObject, Requirement, evaluation_prompts, true_scenes
 from diffusion_moe.shapes.rendering import palette, render
 from diffusion_moe.shapes.sampling import Scenes
 from diffusion_moe.shapes.scene import Item, Scene
-from diffusion_moe.shapes.scorer import judge, judge_all
+from diffusion_moe.shapes.scorer import score_images
 
 SIZES = pytest.mark.parametrize("size", [32, 64])
 BINDING = Prompt(
     "a red circle and a blue square",
     "color_attr",
     "seen",
-    Requirement((Wanted("circle", colour="red"), Wanted("square", colour="blue"))),
+    Requirement((RequiredObject("circle", colour="red"), RequiredObject("square", colour="blue"))),
 )
-LEFT = Prompt("", "position", "seen", Requirement((Wanted("circle"), Wanted("square")), "left of"))
-THREE = Prompt("three triangles", "counting", "seen", Requirement((Wanted("triangle", 3),)))
-LARGE = Prompt("a large circle", "single_object", "seen", Requirement((Wanted("circle", size="large"),)))
-YELLOW = Prompt("a yellow cross", "colors", "seen", Requirement((Wanted("cross", colour="yellow"),)))
+LEFT = Prompt("", "position", "seen", Requirement((RequiredObject("circle"), RequiredObject("square")), "left of"))
+THREE = Prompt("three triangles", "counting", "seen", Requirement((RequiredObject("triangle", 3),)))
+LARGE = Prompt("a large circle", "single_object", "seen", Requirement((RequiredObject("circle", size="large"),)))
+YELLOW = Prompt("a yellow cross", "colors", "seen", Requirement((RequiredObject("cross", colour="yellow"),)))
 
 
 def image_of(*items, size=32):
     return render(Scenes.of([Scene(items)]), size)[0]
+
+
+def score_of(prompt, image):
+    (score,) = score_images([prompt], image[None])
+    return score
 
 
 def item(shape, colour, x, y, radius=0.15):
@@ -46,7 +51,7 @@ def item(shape, colour, x, y, radius=0.15):
     ],
 )
 def test_right_pictures(prompt, items, size):
-    assert judge(prompt, image_of(*items, size=size)).reasons == ()
+    assert score_of(prompt, image_of(*items, size=size)).errors == ()
 
 
 @SIZES
@@ -85,31 +90,31 @@ def test_right_pictures(prompt, items, size):
     ],
 )
 def test_wrong_pictures_and_why(prompt, items, reason, size):
-    verdict = judge(prompt, image_of(*items, size=size))
-    assert not verdict.correct
-    assert verdict.reason == reason
+    score = score_of(prompt, image_of(*items, size=size))
+    assert not score.correct
+    assert score.reason == reason
 
 
 @SIZES
 def test_objects_that_run_into_each_other_are_wrong(size):
     """Three triangles of which two touch; a square that hides a part of the circle."""
     touching = [item("triangle", "red", x, y) for x, y in ((0.25, 0.7), (0.5, 0.7), (0.5, 0.25))]
-    assert judge(THREE, image_of(*touching, size=size)).reasons[0] == "1 patch is no shape"
+    assert score_of(THREE, image_of(*touching, size=size)).errors[0] == "1 patch is no shape"
     covered = image_of(item("circle", "red", 0.4, 0.5), size=size)
     start = round(0.42 * size)
     square = slice(start, start + round(0.28 * size))
     covered[:, square, square] = palette()[1][3][:, None, None]
-    verdict = judge(BINDING, covered)
-    assert verdict.reasons[0] == "1 patch is no shape"
-    assert "no circles instead of one" in verdict.reasons
+    score = score_of(BINDING, covered)
+    assert score.errors[0] == "1 patch is no shape"
+    assert "no circles instead of one" in score.errors
 
 
 @SIZES
 def test_a_patch_that_is_no_shape_makes_a_right_picture_wrong(size):
     image = image_of(item("circle", "red", 0.3, 0.3), item("square", "blue", 0.75, 0.3), size=size)
-    assert judge(BINDING, image).correct
+    assert score_of(BINDING, image).correct
     image[:, round(0.7 * size) : round(0.76 * size), size // 8 : -size // 8] = 1
-    assert judge(BINDING, image).reason == "1 patch is no shape"
+    assert score_of(BINDING, image).reason == "1 patch is no shape"
 
 
 def test_noise_and_plain_images_are_wrong_for_every_prompt():
@@ -118,7 +123,7 @@ def test_noise_and_plain_images_are_wrong_for_every_prompt():
     background, colours = palette()
     plain = [colour[:, None, None].expand_as(noise) for colour in (background, *colours)]
     for images in (noise, 0.3 * noise + 0.5, *plain):
-        assert not any(verdict.correct for verdict in judge_all(prompts, images))
+        assert not any(score.correct for score in score_images(prompts, images))
 
 
 @SIZES
@@ -126,15 +131,15 @@ def test_noise_and_plain_images_are_wrong_for_every_prompt():
 def test_true_images_are_right(size, blur, noise):
     prompts = evaluation_prompts(3, 30, "seen") + evaluation_prompts(3, 30, "held_out")
     images = spoiled(render(true_scenes(prompts, 4), size), blur, noise, seed=0)
-    assert sum(verdict.correct for verdict in judge_all(prompts, images)) >= 0.99 * len(prompts)
+    assert sum(score.correct for score in score_images(prompts, images)) >= 0.99 * len(prompts)
 
 
 def test_a_verdict_holds_what_was_found():
-    verdict = judge(YELLOW, image_of(item("cross", "white", 0.4, 0.6)))
-    assert [(thing.shape, thing.colour) for thing in verdict.found] == [("cross", "white")]
-    assert (verdict.found[0].x, verdict.found[0].y) == pytest.approx((0.4, 0.6), abs=0.01)
+    score = score_of(YELLOW, image_of(item("cross", "white", 0.4, 0.6)))
+    assert [(thing.shape, thing.colour) for thing in score.found] == [("cross", "white")]
+    assert (score.found[0].x, score.found[0].y) == pytest.approx((0.4, 0.6), abs=0.01)
 
 
 def test_as_many_images_as_prompts():
     with pytest.raises(ValueError, match="there are 2 images for 1 prompts; give one for each"):
-        judge_all([YELLOW], torch.zeros(2, 3, 32, 32))
+        score_images([YELLOW], torch.zeros(2, 3, 32, 32))

@@ -1,5 +1,5 @@
-"""What the routers did."""
+"""Analysis of routing: the recorder, and reports of figures and data."""
 
-from .records import RoutingCounts, RoutingRecord, record_routing
+from .recorder import RoutingCounts, RoutingRecord, record_routing
 
 __all__ = ["RoutingCounts", "RoutingRecord", "record_routing"]

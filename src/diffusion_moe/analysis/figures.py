@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .findings import Findings
 from .plot_compute import capacity_by_time, compute_maps, experts_of_classes, hard_to_easy
 from .plot_experts import (
     activation_frequency,
@@ -12,8 +13,7 @@ from .plot_experts import (
     together,
 )
 from .plot_training import balance, logged_loss_by_time, loss_by_time, training_loss
-from .record import Findings
-from .style import Panel, drawing
+from .style import Panel, figure_style
 
 TRAINING = (training_loss, loss_by_time, logged_loss_by_time)
 ROUTING = {
@@ -28,20 +28,34 @@ ROUTING = {
     ),
 }
 PANELS = (
-    *("loss", "loss_by_time", "loss_levels", "balance", "capacity", "classes", "hard_to_easy", "maps"),
-    *("experts", "frequency", "places", "coactivation", "similarity", "guidance"),
+    "loss",
+    "loss_by_time",
+    "loss_levels",
+    "balance",
+    "capacity",
+    "classes",
+    "hard_to_easy",
+    "maps",
+    "experts",
+    "frequency",
+    "places",
+    "coactivation",
+    "similarity",
+    "guidance",
 )
-"""Names of all figures that there may be."""
+"""Names of all possible figures."""
 
 
 def panels(findings: Findings) -> dict[str, list[Panel]]:
-    """The figures by section. A panel without a figure says why; what no run could show is left out."""
-    with drawing():
+    """The figures by section. A panel without a figure has the reason; panels that no run could show are left out."""
+    with figure_style():
         sections: dict[str, list[Panel]] = {}
         if findings.loss:
-            sections["Training"] = [draw(findings) for draw in TRAINING]
+            sections["Training"] = [plot(findings) for plot in TRAINING]
             sections["Training"] += [balance(findings)] if findings.sampling is not None else []
         if findings.sampling is not None:
-            for section, draws in ROUTING.items():
-                sections[section] = [draw(findings, findings.sampling) for draw in draws]
-    return {name: found for name, some in sections.items() if (found := [p for p in some if p.figure or p.caption])}
+            for section, plots in ROUTING.items():
+                sections[section] = [plot(findings, findings.sampling) for plot in plots]
+    for name, some in sections.items():
+        sections[name] = [panel for panel in some if panel.figure or panel.caption]
+    return {name: some for name, some in sections.items() if some}

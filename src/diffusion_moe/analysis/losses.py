@@ -1,4 +1,4 @@
-"""The loss of a run: what training logged, and what the finished model costs on held-out images at each time.
+"""Losses of a run: those that training logged, and the trained model's loss on held-out images at each time.
 
 Shape suffixes: W logged steps, I images, S bins of time, L MoE layers, E experts, B images of a pass.
 """
@@ -22,23 +22,23 @@ from ..diffusion.path import rectified_flow
 from ..models import Backbone
 from ..randomness import normal
 from ..text import TextFeatures
-from .measures import spread_out
+from .routing_metrics import evenly_spaced
 
 HELD_OUT_IMAGES, HELD_OUT_BINS, PASS = 256, 10, 256
 
 
 class Curves(NamedTuple):
-    """What a run logged while training. A step that lacks a number has NaN."""
+    """Logs of a run. Missing values are NaN."""
 
     run: str
     about: str
-    """How much it saw."""
+    """Batch size and seed."""
     steps_W: np.ndarray
     loss_W: np.ndarray
     imbalance_W: np.ndarray
     """Load of the busiest expert over the mean load, averaged over layers; 1 is even."""
     imbalance_WL: np.ndarray
-    """The same for each layer; no columns where it was not logged."""
+    """Imbalance of each layer; no columns where it was not logged."""
     loss_WS: np.ndarray
     """Loss by bin of t, noise first; no columns where it was not logged."""
 
@@ -48,9 +48,9 @@ class HeldOut(NamedTuple):
 
     run: str
     seed: int
-    """Of the noise."""
+    """Seed of the noise."""
     loss_IS: np.ndarray
-    """Of each image at the middle of each of S equal bins of t, from noise to data."""
+    """Loss of each image at the middle of each of S equal bins of t, from noise to data."""
     labels_I: np.ndarray
     training_steps: int | None
 
@@ -61,7 +61,7 @@ class HeldOut(NamedTuple):
 
 
 def read_curves(metrics: Path, run: str, about: str = "", is_ddpm: bool = False) -> Curves | None:
-    """The curves of a `metrics.jsonl`; None if it is missing or holds no step. A line cut off by a kill is left out."""
+    """Curves of a `metrics.jsonl`; None if it is missing or has no step. Incomplete lines are skipped."""
     rows = []
     for line in metrics.read_text().splitlines() if metrics.is_file() else []:
         try:
@@ -80,7 +80,7 @@ def read_curves(metrics: Path, run: str, about: str = "", is_ddpm: bool = False)
         np.array([_number(row.get("loss")) for row in rows]),
         np.array([_number(row.get("imbalance")) for row in rows]),
         _columns(rows, r"moe_(\d+)/load_max"),
-        loss_WS[:, ::-1] if is_ddpm else loss_WS,  # there, times are logged as steps from data to noise
+        loss_WS[:, ::-1] if is_ddpm else loss_WS,  # ddpm logs times as steps from data to noise
     )
 
 
@@ -89,15 +89,15 @@ def _number(value: Any) -> float:
 
 
 def _columns(rows: list[dict[str, Any]], pattern: str) -> np.ndarray:
-    """The numbers under keys of that pattern, in the order of the number in the key, a column each."""
+    """Values of the keys that match a pattern, a column each, sorted by the number in the key."""
     found = {key: match for row in rows for key in row if (match := re.fullmatch(pattern, key))}
     keys = sorted(found, key=lambda key: float(found[key][1]))
     return np.array([[_number(row.get(key)) for key in keys] for row in rows]).reshape(len(rows), len(keys))
 
 
 def held_out_rows(dataset: ImageDataset) -> list[int]:
-    """Which of the held-out images the loss is computed on."""
-    return spread_out(len(dataset), HELD_OUT_IMAGES)
+    """Indices of the held-out images for the loss."""
+    return evenly_spaced(len(dataset), HELD_OUT_IMAGES)
 
 
 @torch.no_grad()
@@ -112,11 +112,12 @@ def held_out_loss(
 ) -> HeldOut:
     """The training loss of some of the data set's images at the middle of each bin of t, in float32.
 
-    The noise of an image is a function of (seed, bin, image), so that models are compared on the same.
+    The noise of an image is a function of (seed, bin, image), so that models are compared on the same noise.
 
     Args:
-        model: in eval mode. dataset: held out; of it `held_out_rows` are taken. text: the captions of these, of a model
-            with text.
+        model: in eval mode.
+        dataset: held-out images, of which `held_out_rows` are used.
+        text: features of their captions, for a model with text.
     """
     batch = dataset.read(held_out_rows(dataset))
     images, labels = batch.images, batch.labels
@@ -126,8 +127,10 @@ def held_out_loss(
         for rows in torch.arange(len(images)).split(PASS):
             noise = normal(seed, "held_out", s, rows, tuple(images.shape[1:]))
             classes = labels[rows] if recipe.model.num_classes else None
-            shown = None if text is None else text.rows(rows).to(model.device)
-            losses.append(_losses(model, recipe, images[rows], noise, classes, shown, (s + 0.5) / HELD_OUT_BINS).cpu())
+            prompts = None if text is None else text.rows(rows).to(model.device)
+            losses.append(
+                _losses(model, recipe, images[rows], noise, classes, prompts, (s + 0.5) / HELD_OUT_BINS).cpu()
+            )
         columns.append(torch.cat(losses))
     return HeldOut(run, seed, torch.stack(columns, dim=1).double().numpy(), labels.numpy(), training_steps)
 
@@ -141,7 +144,7 @@ def _losses(
     text: TextFeatures | None,
     time: float,
 ) -> Tensor:
-    """Of each image at one time in [0, 1], (B,)."""
+    """Loss of each image at one time in [0, 1], (B,)."""
     images, noise = images.to(model.device), noise.to(model.device)
     labels = None if labels is None else labels.to(model.device)
     prompt = {} if text is None else text.arguments(recipe.model.text_pooled_dim > 0)

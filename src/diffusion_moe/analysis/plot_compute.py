@@ -1,16 +1,16 @@
-"""Figures of compute: how many experts tokens get, by time, class and place in the image.
+"""Figures of compute: experts a token by time, class and position in the image.
 
-Shape suffixes: L MoE layers, S bins of time, K classes or kinds of prompts, P places of the image, I example images.
+Shape suffixes: L MoE layers, S bins of time, K classes or kinds of prompts, P positions in the image, I example images.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .measures import Estimate, effective_experts, estimate, ratio, shares, spread_out, varies
-from .notes import examples_note, held_out_note, sampling_note, text_note
+from .figure_notes import examples_note, held_out_note, sampling_note, text_note
+from .findings import Findings, HeldOut, Sampling
 from .plot_training import SHOWN_LAYERS
-from .record import Findings, HeldOut, Sampling
+from .routing_metrics import Estimate, effective_experts, estimate, evenly_spaced, ratio, shares, varies
 from .style import (
     DASHES,
     INK,
@@ -19,7 +19,7 @@ from .style import (
     Panel,
     color_scale,
     column_names,
-    heat,
+    heat_map,
     layer_ticks,
     legend_above,
     name_columns,
@@ -29,7 +29,7 @@ from .style import (
 )
 
 EXTREMES, SHOWN_TIMES = 10, 6
-"""Of more than `style.MANY` classes so many of either end are shown; and maps of so many times."""
+"""Classes shown from either end where there are more than `style.MANY`, and number of times with maps."""
 
 
 def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
@@ -44,7 +44,7 @@ def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
     times_S = (np.arange(S) + 0.5) / S
     figure = new_figure(3.4)
     axes = figure.subplots()
-    for i, layer in enumerate(spread_out(len(capacity_LS), SHOWN_LAYERS)):
+    for i, layer in enumerate(evenly_spaced(len(capacity_LS), SHOWN_LAYERS)):
         label = f"MoE layer {layer + 1}"
         axes.plot(times_S, capacity_LS[layer], color=LINES[i], ls=DASHES[i], linewidth=1.1, label=label)
     mean = estimate(groups.served_RS, groups.tokens_RS)
@@ -68,7 +68,7 @@ def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
 
 
 def text_and_image(sampling: Sampling) -> dict[str, np.ndarray]:
-    """Experts that a token of the image and one of the text got at each time; empty where text is not routed."""
+    """Experts of an image token and of a text token at each time; empty where text is not routed."""
     if sampling.text is None:
         return {}
     served_S, tokens_S = (x.sum((0, 2)) for x in (sampling.counts.served_LSK, sampling.counts.tokens_LSK))
@@ -103,7 +103,7 @@ def experts_of_classes(findings: Findings, sampling: Sampling) -> Panel:
     names = column_names([findings.class_names[k] for k in rows])
     figure = new_figure(names.height + 0.45 + len(maps) * (0.6 + 0.22 * min(L, 16)))
     for axes, (label, values_LK) in zip(np.atleast_1d(figure.subplots(len(maps), sharex=True)), maps):
-        image = heat(axes, values_LK)
+        image = heat_map(axes, values_LK)
         figure.colorbar(image, ax=axes, pad=0.01)
         axes.set(title=label, ylabel="MoE layer")
         layer_ticks(axes, L)
@@ -115,7 +115,7 @@ def experts_of_classes(findings: Findings, sampling: Sampling) -> Panel:
 
 
 def hard_to_easy(findings: Findings, sampling: Sampling) -> Panel:
-    """Classes in the order of their compute, or where the rule fixes it, of their loss."""
+    """Classes sorted by compute, or by loss where the rule fixes the compute."""
     name, title = "hard_to_easy", f"{findings.kinds.capitalize()} from hard to easy"
     groups, rows = sampling.groups, present(sampling)
     compute = estimate(groups.served_RK[:, rows], groups.tokens_RK[:, rows])
@@ -158,22 +158,22 @@ def _nothing_to_compare(findings: Findings) -> str:
 
 
 def compute_maps(findings: Findings, sampling: Sampling) -> Panel:
-    """How much compute each token of some images got at some times."""
+    """Experts of each token of some images at some times."""
     name, title = "maps", "Compute over the image"
     examples = sampling.examples
     count, S, P = examples.compute_ISP.shape
     if not varies(examples.compute_ISP):
-        return Panel(name, title, constant(findings, fixed(examples.compute_ISP) + "at every place of the image"))
+        return Panel(name, title, constant(findings, fixed(examples.compute_ISP) + "at every position of the image"))
     side = round(P**0.5)
     known = [s for s in range(S) if np.isfinite(examples.compute_ISP[:, s]).all()]
-    times = [known[i] for i in spread_out(len(known), SHOWN_TIMES)]
+    times = [known[i] for i in evenly_spaced(len(known), SHOWN_TIMES)]
     named = len(findings.class_names) > 1
     letters = 8 if findings.kind == "class" else 13
     rows = [shorten(findings.class_names[k], letters) if named else str(k) for k in examples.classes_I]
     figure = new_figure(1.0 + 0.53 * count)
     pictures, axes = figure.subplots(1, 2, width_ratios=(1, len(times)))
     tiles = examples.compute_ISP[:, times].reshape(count, len(times), side, side, 1)
-    image = heat(axes, mosaic(tiles)[..., 0], aspect="equal")
+    image = heat_map(axes, mosaic(tiles)[..., 0], aspect="equal")
     axes.set_xticks(tile_centres(side, len(times)), [f"{s / S:.2f}" for s in times])
     axes.set_yticks([])
     axes.set_xlabel("t (0 is noise, 1 is data)")
@@ -202,12 +202,12 @@ def compute_maps(findings: Findings, sampling: Sampling) -> Panel:
 
 
 def gap_of(side: int) -> int:
-    """Between the tiles of a mosaic, in their pixels."""
+    """Gap between the tiles of a mosaic in pixels."""
     return max(1, side // 8)
 
 
 def tile_centres(side: int, count: int) -> np.ndarray:
-    """Where a mosaic's tiles have their middles, in its pixels."""
+    """Centres of a mosaic's tiles in pixels."""
     return side / 2 - 0.5 + (side + gap_of(side)) * np.arange(count)
 
 
@@ -221,7 +221,7 @@ def mosaic(tiles: np.ndarray) -> np.ndarray:
 
 
 def present(sampling: Sampling) -> np.ndarray:
-    """The classes that images were drawn of."""
+    """Classes that have images."""
     return np.flatnonzero(sampling.counts.tokens_LSK.sum((0, 1)))
 
 
@@ -234,10 +234,10 @@ def _loss_of_classes(held_out: HeldOut, rows: np.ndarray) -> Estimate:
 
 
 def fixed(values: np.ndarray) -> str:
-    """The beginning of a sentence."""
+    """Beginning of a sentence about a constant number of experts."""
     return f"a token gets {values[np.isfinite(values)].mean():.4g} experts "
 
 
 def constant(findings: Findings, what: str) -> str:
-    """Why there is no figure where the rule leaves no differences."""
+    """Reason why there is no figure where the rule leaves no differences."""
     return f"With {findings.model.router} routing {what}: there is no difference to show."

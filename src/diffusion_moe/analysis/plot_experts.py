@@ -1,6 +1,6 @@
-"""Figures of experts: whom they serve, with whom, how alike they are, and what guidance changes.
+"""Figures of experts: classes, times and positions they serve, coactivation, similarity and the effect of guidance.
 
-Shape suffixes: L MoE layers, S bins of time, K classes or kinds of prompts, E experts, P places of the image.
+Shape suffixes: L MoE layers, S bins of time, K classes or kinds of prompts, E experts, P positions in the image.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from .measures import coactivation, ratio, shares, spread_out, total_variation, varies
-from .notes import sampling_note, text_note, weights_note
+from .figure_notes import sampling_note, text_note, weights_note
+from .findings import Findings, Sampling
 from .plot_compute import constant, mosaic, present, tile_centres
 from .plot_training import SHOWN_LAYERS
-from .record import Findings, Sampling
+from .routing_metrics import coactivation, evenly_spaced, ratio, shares, total_variation, varies
 from .style import (
     DASHES,
     DIVERGING,
@@ -24,7 +24,7 @@ from .style import (
     color_scale,
     column_names,
     expert_ticks,
-    heat,
+    heat_map,
     layer_ticks,
     legend_above,
     name_columns,
@@ -34,7 +34,7 @@ from .style import (
 
 
 def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Panel:
-    """One row a layer: experts against classes, and experts against time."""
+    """Experts against classes and against time, a row for each layer."""
     counts, rows, kind = sampling.counts, present(sampling), findings.kind
     told_apart = not findings.model.text_dim or len(rows) > 1
     title = f"Which expert serves which {f'{kind} and time' if told_apart else 'time'}"
@@ -43,7 +43,7 @@ def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Pane
     if not varies(by_class_LKE) and not varies(by_time_LSE):
         nothing = f"every expert serves as many tokens of every {kind} and time"
         return Panel("experts", title, constant(findings, nothing))
-    layers = spread_out(len(by_class_LKE), SHOWN_LAYERS)
+    layers = evenly_spaced(len(by_class_LKE), SHOWN_LAYERS)
     E = findings.model.num_experts
     top = max(np.nanmax(by_class_LKE[layers]), np.nanmax(by_time_LSE[layers]))
     names = column_names([findings.class_names[k] for k in rows], room=20)
@@ -51,9 +51,9 @@ def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Pane
     panes = figure.subplots(len(layers), 1 + told_apart, squeeze=False, sharey=True, sharex="col")
     for layer, row in zip(layers, panes):
         if told_apart:
-            heat(row[0], by_class_LKE[layer].T, vmin=0, vmax=top)
+            heat_map(row[0], by_class_LKE[layer].T, vmin=0, vmax=top)
             name_columns(row[0], names, "")
-        image = heat(row[-1], by_time_LSE[layer].T, vmin=0, vmax=top, extent=(0, 1, E - 0.5, -0.5))
+        image = heat_map(row[-1], by_time_LSE[layer].T, vmin=0, vmax=top, extent=(0, 1, E - 0.5, -0.5))
         row[0].set_ylabel(f"MoE layer {layer + 1}\nexpert")
         expert_ticks(row[0], E)
     if told_apart:
@@ -75,7 +75,7 @@ def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
         return Panel("frequency", title, constant(findings, "all experts of a layer serve as many tokens"))
     figure = new_figure(0.95 + 0.24 * min(L, 24))
     axes = figure.subplots()
-    image = heat(axes, load_LE, cmap=DIVERGING, norm=TwoSlopeNorm(1.0, 0.0, max(2.0, load_LE.max())))
+    image = heat_map(axes, load_LE, cmap=DIVERGING, norm=TwoSlopeNorm(1.0, 0.0, max(2.0, load_LE.max())))
     figure.colorbar(image, ax=axes, pad=0.01)
     axes.set(title="load / even load", xlabel="expert", ylabel="MoE layer")
     layer_ticks(axes, L)
@@ -90,19 +90,19 @@ def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
 
 
 def places_of_experts(findings: Findings, sampling: Sampling) -> Panel:
-    """Where in the image each expert works."""
+    """Positions in the image that each expert serves."""
     places_LEP = sampling.counts.places_LEP
     assert places_LEP is not None
     E, side = findings.model.num_experts, round(places_LEP.shape[2] ** 0.5)
     columns = min(E, 8)
     lines = -(-E // columns)
-    layers = spread_out(len(places_LEP), max(2, min(SHOWN_LAYERS, 12 // lines)))
+    layers = evenly_spaced(len(places_LEP), max(2, min(SHOWN_LAYERS, 12 // lines)))
     tiles = np.full((len(layers), lines * columns, side, side, 1), np.nan)
     tiles[:, :E] = (places_LEP[layers] / sampling.evaluations).reshape(-1, E, side, side, 1)
     picture = mosaic(tiles.reshape(-1, columns, side, side, 1))[..., 0]
     figure = new_figure(1.05 + 3.75 * picture.shape[0] / picture.shape[1])
     axes = figure.subplots()
-    image = heat(axes, picture, aspect="equal", vmin=0)
+    image = heat_map(axes, picture, aspect="equal", vmin=0)
     axes.set_xticks(tile_centres(side, columns), [str(e) for e in range(columns)])
     starts = [f"layer {layer + 1}" if line == 0 else f"+{line * columns}" for layer in layers for line in range(lines)]
     axes.set_yticks(tile_centres(side, len(starts)), starts)
@@ -118,14 +118,14 @@ def places_of_experts(findings: Findings, sampling: Sampling) -> Panel:
 
 
 def together(findings: Findings, sampling: Sampling) -> Panel:
-    """Which experts serve the same tokens."""
+    """Pairs of experts that serve the same tokens."""
     name, title = "coactivation", "Experts that serve the same tokens"
     pairs_LEE = sampling.counts.pairs_LEE
     assert pairs_LEE is not None
     if not pairs_LEE[:, ~np.eye(pairs_LEE.shape[1], dtype=bool)].any():
         return Panel(name, title, "No token was served by more than one expert.")
     values_LEE = coactivation(pairs_LEE)
-    layers = spread_out(len(values_LEE), SHOWN_LAYERS)
+    layers = evenly_spaced(len(values_LEE), SHOWN_LAYERS)
     limits = (0.0, float(np.nanmax(values_LEE)))
     figure = _squares(
         values_LEE[layers], layers, "viridis", limits, "share of the row's tokens", "served too by expert"
@@ -138,10 +138,10 @@ def together(findings: Findings, sampling: Sampling) -> Panel:
 
 
 def similarity(findings: Findings, sampling: Sampling) -> Panel:
-    """How alike experts and routers' vectors are."""
+    """Similarity of experts and of router vectors."""
     weights = findings.weights
     assert weights is not None
-    layers = spread_out(len(weights.experts_LEE), SHOWN_LAYERS)
+    layers = evenly_spaced(len(weights.experts_LEE), SHOWN_LAYERS)
     E = weights.experts_LEE.shape[1]
     above = np.triu(np.ones((E, E), dtype=bool), 1)
     cosines_LEE = np.where(above, weights.experts_LEE, weights.routers_LEE)[layers]
@@ -156,7 +156,7 @@ def similarity(findings: Findings, sampling: Sampling) -> Panel:
 
 
 def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
-    """Routing of the same images with their class or prompt and with none."""
+    """Routing of the same images with and without their class or prompt."""
     what = findings.condition
     name, title = "guidance", f"Routing with and without the {what}"
     null_LSE, null_tokens_LS = sampling.null_served_LSE, sampling.null_tokens_LS
@@ -169,7 +169,7 @@ def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
         return Panel(name, title, constant(findings, f"every expert serves as many tokens with the {what} as without"))
     change_LSE = ratio(with_LSE, counts.tokens_LSK.sum(2)[..., None]) - ratio(null_LSE, null_tokens_LS[..., None])
     L, S, E = change_LSE.shape
-    layers = spread_out(L, SHOWN_LAYERS)
+    layers = evenly_spaced(L, SHOWN_LAYERS)
     height = 0.3 + 0.11 * min(E, 16)
     figure = new_figure(2.8 + len(layers) * height)
     lines, *maps = figure.subplots(1 + len(layers), 1, height_ratios=[1.6, *[height] * len(layers)], sharex=True)
@@ -181,7 +181,9 @@ def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
     legend_above(lines)
     limit = max(float(np.nanmax(np.abs(change_LSE[layers]))), 1e-6)
     for layer, axes in zip(layers, maps):
-        image = heat(axes, change_LSE[layer].T, cmap=DIVERGING, vmin=-limit, vmax=limit, extent=(0, 1, E - 0.5, -0.5))
+        image = heat_map(
+            axes, change_LSE[layer].T, cmap=DIVERGING, vmin=-limit, vmax=limit, extent=(0, 1, E - 0.5, -0.5)
+        )
         axes.set_ylabel(f"layer {layer + 1}\nexpert")
         expert_ticks(axes, E)
     maps[-1].set(xlabel="t (0 is noise, 1 is data)", xlim=(0, 1))
@@ -204,7 +206,7 @@ def _squares(
     figure = new_figure(0.75 + rows * (0.55 + 3.4 / 2))
     panes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, layer, value in zip(panes, layers, values):
-        image = heat(axes, value, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="equal")
+        image = heat_map(axes, value, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="equal")
         axes.set(title=f"MoE layer {layer + 1}", xlabel=across, ylabel="expert")
         expert_ticks(axes, len(value), "x", room=8)
         expert_ticks(axes, len(value), "y", room=8)

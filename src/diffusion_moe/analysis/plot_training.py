@@ -1,4 +1,4 @@
-"""Figures of training: loss against steps and against time, and how evenly experts were loaded.
+"""Figures of training: loss against steps and against time, and load balance.
 
 Shape suffixes: W logged steps, S bins of time, L MoE layers.
 """
@@ -8,27 +8,25 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
+from .figure_notes import held_out_note
+from .findings import Findings
 from .losses import Curves
-from .measures import moving_average, spread_out
-from .notes import held_out_note
-from .record import Findings
+from .routing_metrics import evenly_spaced, moving_average
 from .style import DASHES, LINES, Panel, legend_above, new_figure
 
 SHOWN_LAYERS = 6
-"""Of more MoE layers, figures with a part for each show as many."""
+"""Most MoE layers in a figure with a part for each."""
 
 
 def training_loss(findings: Findings) -> Panel:
-    """The loss as logged and smoothed, of every run."""
+    """Logged and smoothed loss of every run."""
     title = "Training loss"
     if not any(np.isfinite(curves.loss_W).any() for curves in findings.curves):
         return Panel("loss", title, "No training loss was logged beside the model (metrics.jsonl).")
     figure = new_figure(3.4)
     axes = figure.subplots()
-    shown = []
-    for i, curves in enumerate(findings.curves):
-        shown.append(_smoothed(axes, curves, curves.loss_W, i, curves.run))
-    low = min(smooth.min() for smooth in shown)
+    smoothed = [_smoothed(axes, curves, curves.loss_W, i, curves.run) for i, curves in enumerate(findings.curves)]
+    low = min(values.min() for values in smoothed)
     high = max(np.nanquantile(curves.loss_W, 0.98) for curves in findings.curves)
     axes.set(xlabel="training step", ylabel=f"{findings.loss} loss (mean squared error)", xlim=(0, None))
     if high > low:
@@ -46,7 +44,7 @@ def training_loss(findings: Findings) -> Panel:
 
 
 def loss_by_time(findings: Findings) -> Panel:
-    """The finished model's loss at each noise level."""
+    """Held-out loss of the trained model at each noise level."""
     title = "Held-out loss at each noise level"
     if not findings.held_out:
         return Panel("loss_by_time", title, " ".join(findings.missing))
@@ -57,8 +55,7 @@ def loss_by_time(findings: Findings) -> Panel:
         mean, error = run.loss_IS.mean(0), run.loss_IS.std(0, ddof=1) / np.sqrt(len(run.loss_IS))
         axes.plot(run.times_S, mean, color=color, ls=DASHES[i % len(DASHES)], marker="o", ms=3, label=run.run)
         axes.fill_between(run.times_S, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-    _time_axis(axes)
-    axes.set_ylabel(f"{findings.loss} loss")
+    axes.set(xlabel="t (0 is noise, 1 is data)", xlim=(0, 1), ylabel=f"{findings.loss} loss")
     axes.grid(True)
     paired = ""
     if len(findings.held_out) > 1:
@@ -72,7 +69,7 @@ def loss_by_time(findings: Findings) -> Panel:
 
 
 def logged_loss_by_time(findings: Findings) -> Panel:
-    """The training loss of each noise level, where the run logged it."""
+    """Training loss at each noise level, where the run logged it."""
     title = "Training loss by noise level"
     curves = [curves for curves in findings.curves if curves.loss_WS.shape[1]]
     if not curves:
@@ -80,7 +77,7 @@ def logged_loss_by_time(findings: Findings) -> Panel:
     figure = new_figure(2.9 * len(curves))
     for axes, run in zip(np.atleast_1d(figure.subplots(len(curves), sharex=True)), curves):
         bins = run.loss_WS.shape[1]
-        for i, s in enumerate(spread_out(bins, len(LINES))):
+        for i, s in enumerate(evenly_spaced(bins, len(LINES))):
             _smoothed(axes, run, run.loss_WS[:, s], i, f"t from {s / bins:.2g} to {(s + 1) / bins:.2g}")
         axes.set(ylabel=f"{findings.loss} loss", title=run.run if len(curves) > 1 else "")
         axes.grid(True)
@@ -92,7 +89,7 @@ def logged_loss_by_time(findings: Findings) -> Panel:
 
 
 def balance(findings: Findings) -> Panel:
-    """How evenly the experts were loaded in each logged training batch."""
+    """Load balance of the experts in each logged training batch."""
     name, title = "balance", "Load balance over training"
     curves = [c for c in findings.curves if np.isfinite(c.imbalance_W).any() or np.isfinite(c.imbalance_WL).any()]
     if not curves:
@@ -101,7 +98,7 @@ def balance(findings: Findings) -> Panel:
     axes = figure.subplots()
     own = curves[0]
     if len(curves) == 1 and own.imbalance_WL.shape[1]:
-        for i, layer in enumerate(spread_out(own.imbalance_WL.shape[1], SHOWN_LAYERS)):
+        for i, layer in enumerate(evenly_spaced(own.imbalance_WL.shape[1], SHOWN_LAYERS)):
             _smoothed(axes, own, own.imbalance_WL[:, layer], i, f"MoE layer {layer + 1}")
     else:
         for i, run in enumerate(curves):
@@ -121,16 +118,12 @@ def balance(findings: Findings) -> Panel:
 
 
 def _smoothed(axes: Axes, run: Curves, values_W: np.ndarray, i: int, label: str) -> np.ndarray:
-    """Draw a curve thin as logged and thick as a moving average, which is returned."""
+    """Plot a curve thin as logged and thick as a moving average, and return the average."""
     known = np.isfinite(values_W)
     steps, values = run.steps_W[known], values_W[known]
     window, color = max(1, len(values) // 20), LINES[i % len(LINES)]
     smooth = moving_average(values, window)
     axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.35)
-    # Each mean stands at the last of its steps, so that no later step is in it.
+    # Each mean is plotted at the last of its steps, so that it includes no later step.
     axes.plot(steps[window - 1 :], smooth, color=color, ls=DASHES[i % len(DASHES)], label=label)
     return smooth
-
-
-def _time_axis(axes: Axes) -> None:
-    axes.set(xlabel="t (0 is noise, 1 is data)", xlim=(0, 1))

@@ -1,73 +1,21 @@
-"""The report: one HTML file with everything in it, for phone and desktop, light and dark, without any script."""
+"""The report: one HTML file for phone and desktop, light and dark, without scripts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from string import Template
 
 import numpy as np
 
-from .measures import dead_experts, duplicate_experts, effective_experts, imbalance, ratio, shares
-from .notes import sampling_note, weights_note
-from .record import Findings, Sampling
+from .figure_notes import sampling_note, weights_note
+from .findings import Findings, Sampling
+from .routing_metrics import dead_experts, duplicate_experts, effective_experts, imbalance, ratio, shares
 from .style import Panel, for_page
 
 NAMES = {"dit": "DiT", "jit": "JiT"}
-_PAGE = Template("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1f2329; --soft: #5b6470; --paper: #ffffff; --card: #f6f7f9; --line: #dfe3e8;
-  --link: #1257a8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --soft: #a3adb8; --paper: #15181c; --card: #1c2026;
-  --line: #323841; --link: #7db4ee; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 80rem; padding: 1.25rem .75rem 4rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; }
-h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 0 0 .5rem; }
-p { margin: .4rem 0; }
-a { color: var(--link); }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: .75rem 0; }
-.soft, figcaption, .absent { color: var(--soft); font-size: .875rem; line-height: 1.45; }
-.figures { columns: 3 21rem; column-gap: 1rem; }
-figure, .absent { margin: 0 0 1rem; padding: .7rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem; break-inside: avoid; scroll-margin-top: 1rem; }
-figure svg { display: block; width: 100%; height: auto; color: var(--ink); margin-bottom: .6rem; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0; }
-.numbers div { padding: .6rem .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
-.numbers dt { color: var(--soft); font-size: .8125rem; line-height: 1.3; }
-.numbers dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; }
-code { font-size: .9em; }
-</style>
-</head>
-<body>
-<header>
-<h1>$heading</h1>
-<p>$summary</p>
-$notes
-<nav aria-label="Sections">$links</nav>
-</header>
-<main>
-$numbers
-$sections
-$data
-</main>
-</body>
-</html>
-""")
+_PAGE = Template(Path(__file__).with_name("report.html").read_text())
 
 
 def html_report(
@@ -76,7 +24,8 @@ def html_report(
     """The page.
 
     Args:
-        svgs: of each panel that has a figure, by its name. files: names of the data files beside the report.
+        svgs: figure of each panel by its name.
+        files: names of the data files next to the report.
     """
     names = [name for name in sections if sections[name]]
     anchors = {name: f"section-{name.lower()}" for name in names}
@@ -105,7 +54,7 @@ def _summary(findings: Findings) -> str:
 
 
 def _numbers(findings: Findings, sampling: Sampling) -> str:
-    """The numbers at a glance, and a table of the layers."""
+    """Key values, and a table of the layers."""
     counts, weights = sampling.counts, findings.weights
     assert weights is not None
     share_LE = shares(counts.served_LSKE.sum((1, 2)))
@@ -156,7 +105,7 @@ def _numbers(findings: Findings, sampling: Sampling) -> str:
 
 
 def _text_numbers(sampling: Sampling) -> dict[str, str]:
-    """How much compute tokens of the image and of the text got, where both are routed."""
+    """Experts of an image token and of a text token, where both are routed."""
     if sampling.text is None:
         return {}
     counts, text = sampling.counts, sampling.text

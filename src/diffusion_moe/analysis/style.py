@@ -1,4 +1,4 @@
-"""How figures look, and how they become files: one width for phone and desktop, colours for light and dark paper."""
+"""Style of figures and their files: one width for phone and desktop, colours for light and dark pages."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 WIDTH = 4.5
-"""Of every figure, inches: narrow enough that its text can be read on a phone."""
+"""Width of every figure in inches, so that its text can be read on a phone."""
 INK, PAPER = "#1f2329", "#fefefe"
-"""Placeholders: a page that shows the SVG puts its own text colour and no background in their place."""
+"""Placeholders: a page that shows the SVG replaces them by its own text colour and no background."""
 LINES = ("#2f7fd1", "#d1600f", "#17906a", "#b455b6", "#8f7a12", "#6f7d8c")
-"""Of curves; each has a contrast of at least 3 with white and with near-black paper."""
+"""Colours of curves; each has a contrast of at least 3 with a white and with a near-black page."""
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)), (0, (2, 2)))
-"""Beside the colours, for those who cannot tell these apart."""
+"""Dashes of curves, for readers who cannot distinguish the colours."""
 MANY = 24
-"""More columns than this bear no names."""
+"""Most columns that all have names."""
 
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -62,16 +62,16 @@ class Panel(NamedTuple):
     """One figure of a report, or why there is none."""
 
     name: str
-    """Of its files, and its anchor in the report."""
+    """Name of its files and anchor in the report."""
     title: str
     caption: str
-    """What it shows, in which units, from how many images; without a figure, why."""
+    """Contents, units and number of images; without a figure, the reason."""
     figure: Figure | None = None
 
 
 @contextmanager
-def drawing() -> Iterator[None]:
-    """The style, and no warning about letters that the font lacks (names of classes may be in any script)."""
+def figure_style() -> Iterator[None]:
+    """Apply the style, without warnings about letters that the font lacks (class names may be in any script)."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
@@ -85,7 +85,7 @@ def new_figure(height: float) -> Figure:
 def to_png(figure: Figure) -> bytes:
     """On white paper, 200 dots an inch."""
     file = io.BytesIO()
-    with drawing():
+    with figure_style():
         figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
     return file.getvalue()
 
@@ -93,9 +93,9 @@ def to_png(figure: Figure) -> bytes:
 def to_svg(figure: Figure, name: str) -> str:
     """With text as text; the same figure and name give the same bytes. Ids start with the name."""
     file = io.StringIO()
-    with drawing(), matplotlib.rc_context({"svg.hashsalt": name}):
+    with figure_style(), matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    figure.set_layout_engine("none")  # the layout is found: do not look for it again in another format
+    figure.set_layout_engine("none")  # keep this layout for other formats
     svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
@@ -104,15 +104,15 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def for_page(svg: str, label: str) -> str:
-    """An SVG to stand inside a page: its text has the page's colour, its size the page's width."""
+    """An SVG for a page, with the page's text colour and width."""
     namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     opening = rf'<svg role="img" aria-label="{label}" \1 {namespaces}>'
     svg = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*>', opening, svg, count=1)
     return svg.replace(f"fill: {PAPER}", "fill: none").replace(INK, "currentColor")
 
 
-def heat(axes: Axes, values: np.ndarray, **options: Any) -> Any:
-    """A heat map whose unknown values are a faint grey. Rows are experts or layers, the first on top."""
+def heat_map(axes: Axes, values: np.ndarray, **options: Any) -> Any:
+    """Plot a heat map with NaN in faint grey. Rows are experts or layers, the first on top."""
     image = axes.imshow(np.ma.masked_invalid(values), aspect=options.pop("aspect", "auto"), **options)
     image.set_cmap(image.get_cmap().with_extremes(bad=(0.5, 0.5, 0.5, 0.15)))
     axes.spines[:].set_visible(False)
@@ -121,30 +121,30 @@ def heat(axes: Axes, values: np.ndarray, **options: Any) -> Any:
 
 
 def color_scale(figure: Figure, image: Any, axes: Any, label: str) -> None:
-    """The colours' meaning, in a thin bar under the axes, whose width they leave to the data."""
+    """Add a thin colour bar under the axes."""
     bar = figure.colorbar(image, ax=axes, label=label, location="bottom", aspect=35, pad=0.02)
     bar.outline.set_visible(False)
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend where no curve runs."""
+    """Add a legend above the axes."""
     longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
     columns = max(1, min(3, 40 // longest))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
 
 
 class Names(NamedTuple):
-    """Names of columns that a heat map or a row of points has under it."""
+    """Names of columns under a heat map or a row of points."""
 
-    places: range
-    """Some of many columns."""
+    positions: range
+    """Columns with a name, some of many."""
     short: list[str]
     angle: int
-    """Degrees; on end where they need more room than there is."""
+    """Degrees; 90 where they need more room."""
 
     @property
     def height(self) -> float:
-        """What a figure needs for them, in inches, beside a line's height."""
+        """Additional height that a figure needs for them, in inches."""
         return 0.0 if self.angle == 0 else 0.07 * max(map(len, self.short))
 
 
@@ -157,7 +157,7 @@ def column_names(names: Sequence[str], room: int = 30) -> Names:
 
 def name_columns(axes: Axes, names: Names, what: str) -> None:
     """Write them under the axes."""
-    axes.set_xticks(names.places, names.short, rotation=names.angle)
+    axes.set_xticks(names.positions, names.short, rotation=names.angle)
     axes.set_xlabel(what)
 
 

@@ -1,4 +1,4 @@
-"""The numbers behind the figures as parquet files, a row a cell, with how they were made in the file's metadata."""
+"""Data of the figures as parquet files, with metadata on how they were made."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from .record import Findings, Sampling
+from .findings import Findings, Sampling
 
 Columns = dict[str, np.ndarray]
 TABLES = ("routing", "pairs", "places", "maps", "weights", "curves", "held_out")
-"""Names of the files that there may be; docs/analysis.md explains their columns."""
+"""Names of all possible files; docs/analysis.md explains their columns."""
 
 
 def tables(findings: Findings) -> dict[str, Columns]:
-    """Columns of each table there is something for."""
+    """Columns of each table that has data."""
     found: dict[str, Columns] = {}
     if findings.sampling is not None:
         found |= _routing_tables(findings, findings.sampling)
@@ -74,7 +74,7 @@ def _routing_tables(findings: Findings, sampling: Sampling) -> dict[str, Columns
 
 
 def _indices(shape: tuple[int, ...]) -> list[np.ndarray]:
-    """An array of that shape for each axis, of the places along it."""
+    """Indices along each axis of a shape, an array of that shape for each axis."""
     return list(np.indices(shape))
 
 

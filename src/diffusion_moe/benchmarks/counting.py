@@ -1,4 +1,4 @@
-"""Counting what a run asks of the machine: kept and highest memory, operators, bytes, operations, kernels, waits."""
+"""Counts of a run: saved and peak memory, operators, bytes, floating-point operations, kernels, waits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 Run = Callable[[], Any]
 
 WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_consecutive", "equal"}
-"""Operators whose answer the host waits for."""
+"""Operators whose result the host waits for."""
 SYNC_WARNING = "called a synchronizing CUDA operation"
-"""What torch says of each wait when it is asked to (torch.cuda.set_sync_debug_mode)."""
+"""Torch's warning for each wait (torch.cuda.set_sync_debug_mode)."""
 
 
 def saved_bytes(forward: Run, excluded: Sequence[Tensor] = ()) -> int:
-    """Bytes that autograd keeps of a forward pass, every storage once; parameters (`excluded`) do not count."""
+    """Bytes that autograd saves in a forward pass, every storage once; parameters (`excluded`) do not count."""
     seen = {tensor.untyped_storage().data_ptr() for tensor in excluded}
     total = 0
 
@@ -32,7 +32,7 @@ def saved_bytes(forward: Run, excluded: Sequence[Tensor] = ()) -> int:
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
-        kept.append(tensor)  # so that no address is given out twice
+        kept.append(tensor)  # so that no address is used twice
         return tensor
 
     kept: list[Tensor] = []
@@ -43,7 +43,7 @@ def saved_bytes(forward: Run, excluded: Sequence[Tensor] = ()) -> int:
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Memory at its highest during a run, above what was there before."""
+    """Peak memory during a run, above what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -61,7 +61,7 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 
 def _allocations(profile: Any) -> Iterator[int]:
-    """Bytes taken (positive) and given back (negative), in order."""
+    """Bytes allocated (positive) and freed (negative), in order."""
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         yield event.nbytes()
@@ -69,16 +69,16 @@ def _allocations(profile: Any) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run consists of."""
+    """Counts of one run."""
 
     operators: int
     """Operators called, views among them."""
     bytes: int
-    """Of every operator's inputs and outputs, views aside: what passes through memory where no cache helps."""
+    """Bytes of every operator's inputs and outputs, without views: memory traffic where no cache helps."""
     flops: int
-    """Floating-point operations of matrix products."""
+    """Floating-point operations of matmuls."""
     waits: int
-    """Times that the host waits for a device: on a CPU those that it would wait for one."""
+    """Times that the host waits for the device; on a CPU, times that it would wait for one."""
 
 
 class _Operators(TorchDispatchMode):
@@ -94,8 +94,8 @@ class _Operators(TorchDispatchMode):
         self.called += 1
         self.waits += name in WAITS
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
-        places = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-        is_view = not func._schema.is_mutable and all(x.untyped_storage().data_ptr() in places for x in outputs)
+        storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        is_view = not func._schema.is_mutable and all(x.untyped_storage().data_ptr() in storages for x in outputs)
         if not (is_view or "empty" in name):
             self.bytes += sum(_bytes(tensor) for tensor in (*inputs, *outputs))
         return out
@@ -106,20 +106,20 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """An expanded tensor takes no more than its storage."""
+    """Bytes of a tensor; an expanded one takes no more than its storage."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def work(run: Run, device: torch.device) -> Work:
-    """Count one run, compiled parts as if they were not; waits on a GPU in another one, as it is."""
+    """Count one run with its compiled parts uncompiled; waits on a GPU are counted in another run, unchanged."""
     with (
         torch.compiler.set_stance("force_eager"),
-        FlopCounterMode(display=False) as products,
+        FlopCounterMode(display=False) as matmuls,
         _Operators() as operators,
     ):
         run()
     waits = sync_warnings(run) if device.type == "cuda" else operators.waits
-    return Work(operators.called, operators.bytes, products.get_total_flops(), waits)
+    return Work(operators.called, operators.bytes, matmuls.get_total_flops(), waits)
 
 
 def sync_warnings(run: Run) -> int:
@@ -146,6 +146,6 @@ def kernels(run: Run, device: torch.device) -> int | None:
 
 
 def launches(events: Iterable[Any]) -> int:
-    """Events of the profiler that ran on a GPU; a range that a user named is none."""
+    """Number of the profiler's events that ran on a GPU, without ranges that a user named."""
     on_gpu = torch.autograd.DeviceType.CUDA
     return sum(event.device_type() == on_gpu and not event.is_user_annotation() for event in events)

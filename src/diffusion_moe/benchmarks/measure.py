@@ -1,4 +1,4 @@
-"""Measuring: contestants timed in turn, the machine's ceilings, and what one is held against another in a record."""
+"""Measuring: candidates timed in turn, the machine's ceilings, and records of both."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..moe import backend as kernel_backend
 from ..moe.precision import matmul_dtype
-from .contestants import Contestant
+from .candidates import Candidate
 from .counting import Run, kernels, peak_bytes, saved_bytes, work
 
 WARM_UP_ROUNDS = 3
-"""Rounds before the timed ones: what is made at a first call, and until memory has found its places. Fewer where they
-take longer than the time to measure."""
+"""Rounds before the timed ones, for what a first call sets up; fewer where they are longer than the time to measure."""
 SHORTEST = 0.02
-"""Seconds a timing on a GPU lasts at least: shorter runs are queued several times, as layers of a model are."""
+"""Least seconds of a timing on a GPU: shorter runs are queued several times, as layers of a model are."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one contestant."""
+    """Seconds of one candidate."""
 
     median: float
     low: float
@@ -43,20 +42,20 @@ class Times:
         low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
         return cls(median, low, high, len(seconds))
 
-    def record(self, prefix: str = "") -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Milliseconds, ready for JSON."""
         return {
-            f"{prefix}ms": 1e3 * self.median,
-            f"{prefix}ms_quartiles": [1e3 * self.low, 1e3 * self.high],
-            f"{prefix}rounds": self.rounds,
+            "ms": 1e3 * self.median,
+            "ms_quartiles": [1e3 * self.low, 1e3 * self.high],
+            "rounds": self.rounds,
         }
 
 
 def interleaved(runs: Sequence[Run], seconds: float, device: torch.device) -> list[Times]:
-    """Time several contestants in turn, so that a disturbance meets all of them.
+    """Time several candidates in turn, so that a disturbance meets all of them.
 
     Args:
-        seconds: about how long to go on; but five rounds at least, or three of such as take longer than half of it.
+        seconds: approximate time; at least five rounds are run, or three where one takes longer than half of it.
     """
     begin = time.perf_counter()
     estimates: list[float] = []
@@ -75,12 +74,12 @@ def interleaved(runs: Sequence[Run], seconds: float, device: torch.device) -> li
 
 
 def _repeats(estimate: float, device: torch.device) -> int:
-    """How often a run is queued in one timing; its own time is then that of the device or of the host, the longer."""
+    """Times that a run is queued in one timing, so that the device or the host is timed, whichever is slower."""
     return min(100, math.ceil(SHORTEST / max(estimate, 1e-6))) if device.type == "cuda" else 1
 
 
 def _timed(run: Run, device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one run: on a GPU between two events on its stream."""
+    """Seconds of one run; on a GPU between two events on its stream."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(repeats):
@@ -96,34 +95,23 @@ def _timed(run: Run, device: torch.device, repeats: int = 1) -> float:
     return begin_event.elapsed_time(end_event) / 1e3 / repeats
 
 
-def compare(
-    ours: Contestant, theirs: Contestant, seconds: float, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Two contestants timed in turn and counted; what begins with `against_` is theirs."""
-    times = interleaved([ours.run, theirs.run], seconds, device)
-    record: dict[str, Any] = {"ratio": times[1].median / times[0].median}
-    for prefix, contestant, time_ in zip(("", "against_"), (ours, theirs), times):
-        done = work(contestant.counted or contestant.run, device)
-        record |= time_.record(prefix)
-        if contestant.forward is not None:
-            record[f"{prefix}saved_bytes"] = saved_bytes(contestant.forward, contestant.parameters)
-        record[f"{prefix}peak_bytes"] = peak_bytes(contestant.run, device)
-        record |= {f"{prefix}operators": done.operators, f"{prefix}waits": done.waits}
-        record[f"{prefix}kernels"] = kernels(contestant.run, device)
-        if not prefix:
-            multiplied = matmul_dtype(torch.empty(0, device=device), dtype)
-            record |= utilisation(done.flops, done.bytes, time_.median, device, multiplied)
-    if record.get("saved_bytes"):
-        record["memory_ratio"] = record["against_saved_bytes"] / record["saved_bytes"]
-    record["peak_ratio"] = record["against_peak_bytes"] / max(1, record["peak_bytes"])
-    return record
+def measurements(candidate: Candidate, times: Times, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Times and counts of a candidate, and their shares of the machine's ceilings; dtype: of autocast."""
+    done = work(candidate.counted or candidate.run, device)
+    record = times.record()
+    if candidate.forward is not None:
+        record["saved_bytes"] = saved_bytes(candidate.forward, candidate.parameters)
+    record["peak_bytes"] = peak_bytes(candidate.run, device)
+    record |= {"operators": done.operators, "waits": done.waits, "kernels": kernels(candidate.run, device)}
+    multiplied = matmul_dtype(torch.empty(0, device=device), dtype)
+    return record | utilisation(done.flops, done.bytes, times.median, device, multiplied)
 
 
 def utilisation(flops: int, moved: int, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Speed of products (in `dtype`) and of memory, and their shares of the machine's ceilings."""
+    """Speed of matmuls (in `dtype`) and of memory, and their shares of the machine's ceilings."""
     limits = ceilings(device, dtype)
     return {
-        "products": str(dtype).removeprefix("torch."),
+        "matmul_dtype": str(dtype).removeprefix("torch."),
         "flops": flops,
         "flops_per_second": flops / seconds,
         "utilisation": flops / seconds / limits.matmul_flops,
@@ -137,10 +125,10 @@ def utilisation(flops: int, moved: int, seconds: float, device: torch.device, dt
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine can do at best."""
+    """Highest speeds of the machine."""
 
     matmul_flops: float
-    """Floating-point operations a second of a large matrix product."""
+    """Floating-point operations a second of a large matmul."""
     copy_bytes: float
     """Bytes read and written a second by a large copy."""
 
@@ -161,13 +149,13 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def _matmul_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Least time of a square product."""
+    """Least time of a square matmul."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return min(_timed(lambda: a @ b, device) for _ in range(8))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads, which implementation of our operators runs, and versions."""
+    """Device, threads, implementation of our operators, and versions."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
@@ -182,7 +170,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name, or its kind where the system does not tell."""
+    """The processor's name, or its kind where the system does not report a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -192,15 +180,11 @@ def _processor() -> str:
 
 
 def backend(device: torch.device) -> str:
-    """What our operators run as on a device: torch, or the choice that `moe.backend` makes."""
-    try:
-        choices = import_module("diffusion_moe.moe.backend")
-    except ModuleNotFoundError:
-        return "torch"
-    name: str = choices.chosen()
+    """Implementation of our operators on a device, as `moe.backend` chooses it."""
+    name = kernel_backend.chosen()
     if name != "auto":
         return name
-    return "triton" if choices.takes_triton(torch.empty(1, device=device)) else "torch"
+    return "triton" if kernel_backend.takes_triton(torch.empty(1, device=device)) else "torch"
 
 
 def installed_version(distribution: str) -> str | None:

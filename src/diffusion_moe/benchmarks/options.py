@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-What = Literal["layer", "step", "sample", "products", "scaling"]
-Against = Literal["loop", "dense", "transformers", "scattermoe", "sonicmoe"]
+What = Literal["layer", "step", "sample", "matmuls", "scaling"]
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,15 @@ class BenchOptions:
     tokens: int = 4096
     """Tokens of a batch: images times tokens of an image."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of products (bfloat16: autocast over float32 weights)."""
-    against: Against | None = None
-    """What layer, step and sample are held against; null: loop. loop: the same as a plain loop over experts. dense: a
-    dense layer with as many activated parameters. transformers, scattermoe, sonicmoe: that library's experts with our
-    weights and our routing (token choice, SwiGLU without biases), where it is installed."""
+    """Dtype of matmuls (bfloat16: autocast over float32 weights)."""
     recompute: bool = False
-    """layer, step: ours makes the experts' hidden layers again in the backward pass (training.recompute experts)."""
+    """layer, step: recompute the experts' hidden layers in the backward pass (training.recompute experts)."""
     acceleration: Literal["none", "compile", "graph"] = "none"
-    """Of both contestants. step: compile; sample: compile or graph (the capture counts: take many solver_steps)."""
+    """step: compile; sample: compile or graph (the capture counts: take many solver_steps)."""
     solver_steps: int = 4
     """Steps of sample's solver."""
     seconds: float = 10.0
-    """About how long to time each measurement; of scaling, each axis."""
+    """Approximate time of each measurement; for scaling, of each axis."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
 
@@ -39,3 +35,14 @@ class BenchOptions:
         for name in ("tokens", "seconds", "solver_steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+
+
+def check_old_words(arguments: Sequence[str]) -> None:
+    """Refuse words that `bench` once took, naming what replaced them."""
+    if arguments and arguments[0] == "products":
+        raise ValueError("bench products is now called matmuls; use diffusion-moe bench matmuls")
+    if any(argument.partition("=")[0] == "--against" for argument in arguments):
+        raise ValueError(
+            "--against is not an option of bench, which times this library alone; "
+            "use python benchmarks/compare.py in the repository"
+        )

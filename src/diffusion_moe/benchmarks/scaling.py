@@ -1,4 +1,4 @@
-"""How the layer's cost grows with tokens, experts, width and experts a token: exponents of power laws.
+"""Growth of the layer's cost with tokens, experts, width and experts a token: exponents of power laws.
 
 Time (forward and backward) and kept memory are measured at points that double along one axis, everything else as in the
 recipe, and fitted by least squares in logarithms.
@@ -15,14 +15,14 @@ import torch
 
 from ..config import ModelConfig
 from ..models.block import make_moe
-from .contestants import Contestant, layer_contestants
+from .candidates import layer_candidates
 from .counting import saved_bytes, work
 from .measure import interleaved, utilisation
 
 LEAST_POINTS = 4
-"""Points an axis has at least; five where the recipe leaves room."""
+"""Least number of points of an axis; five where the recipe leaves room."""
 UNIT = 8
-"""Widths are multiples of this, as grouped products want them."""
+"""Widths are multiples of this, as grouped matmuls need them."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Point:
     """One layer on an axis."""
 
     value: int
-    """Where it is on the axis."""
+    """Position on the axis."""
     config: ModelConfig
     images: int
 
@@ -56,22 +56,27 @@ def fit_power(values: Sequence[float], costs: Sequence[float]) -> Power:
 def scaling(
     config: ModelConfig, images: int, tokens_an_image: int, seconds: float, device: torch.device, dtype: torch.dtype
 ) -> Iterator[dict[str, Any]]:
-    """A record a point, and one an axis with its exponents.
+    """A record for each point, and one for each axis with its exponents.
 
     Args:
-        seconds: about how long to time each axis, its points in turn.
+        seconds: approximate time for each axis, its points in turn.
 
     Raises:
         ValueError: the recipe has too few experts.
     """
     for axis, points in axes(config, images, tokens_an_image).items():
-        contestants = [_contestant(point, tokens_an_image, device, dtype) for point in points]
-        times = interleaved([contestant.run for contestant in contestants], seconds, device)
+        candidates = []
+        for point in points:
+            torch.manual_seed(0)
+            layer = make_moe(point.config).train().to(device)
+            shape = (point.images, tokens_an_image, point.config.hidden_size)
+            candidates.append(layer_candidates(layer, shape, dtype)["forward+backward"])
+        times = interleaved([candidate.run for candidate in candidates], seconds, device)
         saved = []
-        for point, contestant, taken in zip(points, contestants, times):
-            assert contestant.forward is not None
-            done = work(contestant.run, device)
-            saved.append(saved_bytes(contestant.forward, contestant.parameters))
+        for point, candidate, taken in zip(points, candidates, times):
+            assert candidate.forward is not None
+            done = work(candidate.run, device)
+            saved.append(saved_bytes(candidate.forward, candidate.parameters))
             record = {"mode": "forward+backward", "axis": axis, "value": point.value, **taken.record()}
             speed = utilisation(done.flops, done.bytes, taken.median, device, dtype)
             yield record | {"saved_bytes": saved[-1]} | speed
@@ -89,21 +94,13 @@ def scaling(
         }
 
 
-def _contestant(point: Point, tokens_an_image: int, device: torch.device, dtype: torch.dtype) -> Contestant:
-    torch.manual_seed(0)
-    shape = (point.images, tokens_an_image, point.config.hidden_size)
-    x, direction = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
-    layer = make_moe(point.config).train().to(device)
-    return layer_contestants(layer, x, direction, dtype)["forward+backward"]
-
-
 def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, list[Point]]:
     """The points of each axis: tokens, experts, width (of tokens and of experts together), experts a token.
 
     Raises:
         ValueError: there are too few experts for four points of experts a token.
     """
-    # Only the mixture is made: heads and positions need not fit the width.
+    # Only the MoE layer is made: heads and positions need not fit the width.
     config = replace(config, num_heads=1, num_kv_heads=None, head_dim=4, position="rope1d")
     first = max(1, images // 4)
     tokens = [Point(n * tokens_an_image, config, n) for n in (first * 2**i for i in range(5))]
@@ -125,7 +122,7 @@ def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, li
 
 
 def _scaled(config: ModelConfig, factor: float, images: int) -> Point:
-    """All widths times a factor, rounded to what grouped products want."""
+    """All widths times a factor, rounded to multiples of UNIT."""
     widths = {name: getattr(config, name) for name in ("hidden_size", "expert_dim", "shared_dim")}
     if factor != 1:
         widths = {name: width and UNIT * max(1, round(factor * width / UNIT)) for name, width in widths.items()}
@@ -141,5 +138,5 @@ def _name_of_top_k(config: ModelConfig) -> str:
 
 
 def _least_experts(config: ModelConfig) -> float:
-    """Experts that leave as many to choose as a token takes."""
+    """Fewest experts from which a token can still choose its number."""
     return getattr(config, _name_of_top_k(config)) * config.n_group / config.topk_group

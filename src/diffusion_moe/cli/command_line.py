@@ -35,6 +35,8 @@ class CommandLine:
     """Fields that are not options of the verb, by dataclass."""
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Defaults by name of option that differ from the dataclasses'."""
+    program: str = "diffusion-moe "
+    """Text before the verb in the usage."""
 
     def options(self) -> Iterator[Option]:
         """All options."""
@@ -51,4 +53,4 @@ class CommandLine:
         """The command in one line."""
         first = "" if self.first is None else f" {self.first[0].upper()}"
         required = [option.name for option in self.options() if self.default(option) is dataclasses.MISSING]
-        return f"diffusion-moe {self.verb}{first}{''.join(f' --{n} {n.upper()}' for n in required)} [options]"
+        return f"{self.program}{self.verb}{first}{''.join(f' --{n} {n.upper()}' for n in required)} [options]"

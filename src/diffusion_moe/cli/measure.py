@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from ..benchmarks.options import BenchOptions, What
+from ..benchmarks.options import BenchOptions, What, check_old_words
 from ..config import read_recipe, recipe_names
 from .command_line import CommandLine
 from .output import log
@@ -24,7 +24,8 @@ class RecipesOptions:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Time the layer, a training step, sampling, matmuls, or how cost grows: one JSON line a measurement."""
+    """Time the layer, a training step, sampling, matmuls, or the growth of cost: one JSON line a measurement."""
+    check_old_words(arguments)
     choices = get_args(What)
     line = CommandLine("bench", bench.__doc__ or "", (BenchOptions,), first=("|".join(choices), "what to time"))
     given = parse(line, arguments)

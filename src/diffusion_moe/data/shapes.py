@@ -10,7 +10,7 @@ import torch
 from ..config import DataConfig
 from ..shapes.captions import caption
 from ..shapes.rendering import render
-from ..shapes.sampling import draw_contents, place
+from ..shapes.sampling import arrange, sample_contents
 from ..shapes.scene import Content, contents
 from .dataset import Batch, ImageDataset
 from .splits import Split
@@ -39,11 +39,11 @@ class Shapes(ImageDataset):
         self.layout = config.shapes_layout
         self.labels = np.zeros(tested if split == "test" else SCENES - tested, dtype="int64")
         self.class_names: list[str] = []
-        self.contents = draw_contents(SEED, self.stream, torch.arange(len(self)))
+        self.contents = sample_contents(SEED, self.stream, torch.arange(len(self)))
 
     def read(self, indices: Sequence[int]) -> Batch:
         numbers = torch.as_tensor(list(indices), dtype=torch.int64)
-        scenes = place(self.contents[numbers], SEED, self.stream, numbers, self.layout)
+        scenes = arrange(self.contents[numbers], SEED, self.stream, numbers, self.layout)
         return Batch(render(scenes, self.size), torch.zeros(len(numbers), dtype=torch.int64))
 
     def content(self, index: int) -> Content:

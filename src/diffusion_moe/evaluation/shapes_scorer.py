@@ -13,10 +13,10 @@ from torch import Tensor
 from ..log import Log
 from ..sampling.loading import load_text_encoder
 from ..sampling.sampler import Sampler
-from ..shapes.gallery import picture
+from ..shapes.gallery import make_gallery
 from ..shapes.prompts import CATEGORIES, SPLITS, Prompt, evaluation_prompts
-from ..shapes.report import as_table, score
-from ..shapes.scorer import judge_all
+from ..shapes.report import as_table, make_report
+from ..shapes.scorer import score_images
 from ..text import TextEncoder
 from .extract_features import Features
 from .features import Extractor, ExtractorIdentity
@@ -97,12 +97,12 @@ class ShapesScorer(Scorer):
         return self.questions.sha256
 
     def scores(self, features: Features, labels: Tensor | None) -> Result:
-        """The report of `shapes.report.score`, and what every file of scores has.
+        """The report of `shapes.report.make_report`, and what every file of scores has.
 
         Raises:
             ValueError: the images are not in colour.
         """
-        report = score(self.questions.prompts, self._images(features), self.seed)
+        report = make_report(self.questions.prompts, self._images(features), self.seed)
         return report.as_dict() | {
             "num_samples": len(self.questions),
             "extractor": asdict(self.extractor.identity),
@@ -120,7 +120,7 @@ class ShapesScorer(Scorer):
         """A row of images for each category, seen and held out."""
         rows = first_of_each(self.questions.prompts)
         prompts, images = [self.questions.prompts[i] for i in rows], self._images(features)[rows]
-        return picture(prompts, images, judge_all(prompts, images), columns=GALLERY_COLUMNS)
+        return make_gallery(prompts, images, score_images(prompts, images), columns=GALLERY_COLUMNS)
 
     def _images(self, features: Features) -> Tensor:
         """NCHW, [-1, 1]."""
@@ -135,3 +135,11 @@ def first_of_each(prompts: Sequence[Prompt]) -> list[int]:
         members = [i for i, p in enumerate(prompts) if (p.category, p.split) == (category, split)]
         indices += members[:GALLERY_COLUMNS]
     return indices
+
+
+def questions_in_turn(count: int, seed: int) -> list[Prompt]:
+    """Questions for an analysis: one of each seen category and one of each held-out category in turn."""
+    C = len(CATEGORIES)
+    each = -(-count // (len(SPLITS) * C))
+    prompts = {split: evaluation_prompts(seed, each, split) for split in SPLITS}  # category by category
+    return [prompts[split][c * each + i] for i in range(each) for split in SPLITS for c in range(C)][:count]

@@ -1,4 +1,4 @@
-"""Captions by grammar: several phrasings of what a scene shows, from a closed list of words."""
+"""Captions of scenes by a small grammar of 33 words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHRASES: dict[Relation, tuple[str, ...]] = {
     "below": ("below",),
 }
 FRAMES = ("{}", "a picture of {}", "there {verb} {}")
-"""What may stand around the objects."""
+"""Sentences around the objects."""
 
 WORDS: tuple[str, ...] = tuple(
     sorted(
@@ -26,12 +26,12 @@ WORDS: tuple[str, ...] = tuple(
         | {"a", "and", "are", "is", "of", "picture", "there"}
     )
 )
-"""Every word of every caption, in lower case; captions hold nothing but these and single spaces."""
+"""Every word of every caption, in lower case; captions are these words and single spaces."""
 
 
 @dataclass(frozen=True)
 class Mention:
-    """What a caption says besides shapes and counts."""
+    """What a caption says in addition to shapes and counts."""
 
     colour: bool = False
     size: bool = False
@@ -43,38 +43,35 @@ MENTIONS: dict[str, tuple[Mention, ...]] = {
     "count": (Mention(), Mention(colour=True)),
     "pair": (Mention(), Mention(colour=True), Mention(relation=True), Mention(colour=True, relation=True)),
 }
-"""Of each kind of content; a scene's captions go through them in turn."""
+"""Mentions of each kind of content; a scene's captions use them in turn."""
 
 
-def describe(content: Content, mention: Mention, draw: random.Random) -> str:
-    """One caption. `draw` chooses among the phrasings, and which of two objects is named first."""
+def describe(content: Content, mention: Mention, rng: random.Random) -> str:
+    """One caption. `rng` chooses the phrasing, and which of two objects is named first."""
     looks, first = content.looks, content.looks[0]
     if content.kind == "count":
         objects = f"{NUMBERS[len(looks)]} {_name(first, mention, plural=True)}"
     elif content.kind == "single":
-        objects = f"{draw.choice(('a', 'a', 'one'))} {_name(first, mention)}"
+        objects = f"{rng.choice(('a', 'a', 'one'))} {_name(first, mention)}"
     else:
         relation, pair = content.relation, [_name(look, mention) for look in looks]
         assert relation in RELATIONS
-        if draw.random() < 0.5:
+        if rng.random() < 0.5:
             relation, pair = CONVERSE[relation], pair[::-1]
-        between = draw.choice(PHRASES[relation]) if mention.relation else "and"
+        between = rng.choice(PHRASES[relation]) if mention.relation else "and"
         objects = f"a {pair[0]} {between} a {pair[1]}"
     verb = "are" if content.kind == "count" else "is"
-    return draw.choice(FRAMES).format(objects, verb=verb)
+    return rng.choice(FRAMES).format(objects, verb=verb)
 
 
 def caption(content: Content, seed: int, stream: str, index: int, number: int) -> str:
     """Caption `number` of scene `index`: a function of its content and (seed, stream, index, number) alone."""
     mentions = MENTIONS[content.kind]
-    draw = random.Random(derive_seed(seed, f"{stream}/caption/{number}", index))
-    return describe(content, mentions[number % len(mentions)], draw)
+    rng = random.Random(derive_seed(seed, f"{stream}/caption/{number}", index))
+    return describe(content, mentions[number % len(mentions)], rng)
 
 
 def _name(look: Look, mention: Mention, plural: bool = False) -> str:
-    words = [
-        *([look.size] if mention.size else ()),
-        *([look.colour] if mention.colour else ()),
-        PLURALS[look.shape] if plural else look.shape,
-    ]
-    return " ".join(words)
+    size = f"{look.size} " if mention.size else ""
+    colour = f"{look.colour} " if mention.colour else ""
+    return size + colour + (PLURALS[look.shape] if plural else look.shape)

@@ -1,4 +1,4 @@
-"""Reading objects back out of an image of coloured shapes, by geometry alone: nothing here is learned.
+"""Detecting objects in an image of coloured shapes by geometry alone: nothing here is learned.
 
 Shapes: B images, H and W pixels, C = 6 colours.
 """
@@ -19,32 +19,32 @@ from .scene import COLOURS, SHAPES, Colour, Shape, Size, size_of
 SMOOTHING = 0.02
 """Standard deviation of the filter against noise, as a share of the image's side."""
 BLURS = (1.0, 1.5, 2.0)
-"""Of the shapes that a patch is compared with, over SMOOTHING: sharp images and blurred ones."""
+"""Blurs, relative to SMOOTHING, of the shapes that a patch is compared with: for sharp and for blurred images."""
 SPECK = 0.01
-"""Patches that cover less of the image are left out of account."""
+"""Smaller patches, as a share of the image, are ignored."""
 OFF_PALETTE = 0.37
 """Greatest distance of a pixel, RGB in [-1, 1], from the line between the background and a colour: a little less than
 half of the distance between two colours, so that orange is neither red nor yellow."""
 LEAST_FIT = 0.82
-"""Intersection over union with the drawn shape from which a patch counts as that shape."""
+"""Least intersection over union with a rendered shape for a patch to count as that shape."""
 RADII = (0.09, 0.35)
-"""Least and greatest radius of a shape, as shares of the side: with room around what is drawn, and a filled image is no
+"""Least and greatest radius of a shape, as shares of the side: wider than those of scenes, but a filled image is not a
 square."""
 _OFF = len(COLOURS)
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """A patch of one colour; lengths are shares of the image's side, y runs downwards."""
 
     shape: Shape | None
-    """None: no shape fits."""
+    """None if no shape fits."""
     colour: Colour | None
-    """None: no colour of the palette."""
+    """None if it is not of the palette."""
     x: float
     y: float
     radius: float
-    """Of the shape that fits best, at the patch's area."""
+    """Radius of the best-fitting shape of the patch's area."""
     area: float
     """Share of the image."""
     fit: float
@@ -55,8 +55,8 @@ class Found:
         return size_of(self.radius)
 
 
-def parse(images: Tensor) -> list[list[Found]]:
-    """The objects of each image, from the top down.
+def detect(images: Tensor) -> list[list[Detection]]:
+    """The objects of each image, from top to bottom.
 
     Args:
         images: (B, 3, H, W), [-1, 1]; values outside are clipped.
@@ -67,7 +67,7 @@ def parse(images: Tensor) -> list[list[Found]]:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have the shape {tuple(images.shape)}; give (images, 3, height, width)")
     if not images.isfinite().all():
-        raise ValueError("images hold values that are not finite; generate them anew")
+        raise ValueError("images hold values that are not finite; generate them again")
     pixels = images.detach().float().cpu().clamp(-1, 1)
     width = SMOOTHING * math.sqrt(pixels.shape[2] * pixels.shape[3])
     smooth = ndimage.gaussian_filter(pixels.numpy(), (0, 0, width, width), mode="nearest")
@@ -76,10 +76,10 @@ def parse(images: Tensor) -> list[list[Found]]:
 
 
 def segment(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The colour of each pixel, and how much of it there is.
+    """Colour and share of the colour of each pixel.
 
-    A pixel at the edge of an object is a mixture of its colour and the background: it belongs to the colour whose line
-    from the background passes nearest, and is part of the object from one half onwards.
+    A pixel at the edge of an object mixes its colour and the background: it belongs to the colour whose line from the
+    background is nearest, and is part of the object from one half on.
 
     Returns:
         labels: int64, (B, H, W): a colour's index, 6 off the palette, -1 background.
@@ -96,7 +96,7 @@ def segment(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(distance > OFF_PALETTE, _OFF, labels), alphas
 
 
-def _objects(labels: np.ndarray, alphas: np.ndarray) -> list[Found]:
+def _objects(labels: np.ndarray, alphas: np.ndarray) -> list[Detection]:
     found = []
     for colour in np.unique(labels[labels >= 0]):
         patches, _ = ndimage.label(labels == colour)
@@ -109,19 +109,19 @@ def _objects(labels: np.ndarray, alphas: np.ndarray) -> list[Found]:
             own = patches[window] == number
             near = ndimage.binary_dilation(own, iterations=reach) & (labels[window] < 0)
             alpha = np.where(own | near, alphas[window], 0)
-            found.append(_recognise(alpha, window, labels.shape, None if colour == _OFF else list(COLOURS)[colour]))
-    return sorted(found, key=lambda thing: (thing.y, thing.x))
+            found.append(_classify(alpha, window, labels.shape, None if colour == _OFF else list(COLOURS)[colour]))
+    return sorted(found, key=lambda one: (one.y, one.x))
 
 
-def _recognise(alpha: np.ndarray, window: tuple[slice, ...], image: tuple[int, ...], colour: Colour | None) -> Found:
-    """The shape that a patch's alphas, (h, w), overlap with best."""
+def _classify(alpha: np.ndarray, window: tuple[slice, ...], image: tuple[int, ...], colour: Colour | None) -> Detection:
+    """The shape with which a patch's alphas, (h, w), overlap best."""
     area = float(alpha.sum())
     y, x = (float((alpha.sum(1 - axis) * (np.arange(alpha.shape[axis]) + 0.5)).sum()) / area for axis in (0, 1))
-    drawn = np.stack([_drawn(shape, x, y, math.sqrt(area / AREAS[shape]), alpha.shape) for shape in SHAPES])
+    rendered = np.stack([_rendered(shape, x, y, math.sqrt(area / AREAS[shape]), alpha.shape) for shape in SHAPES])
     overlaps = []
     for blur in BLURS:
         width = blur * SMOOTHING * math.sqrt(image[0] * image[1])
-        soft = ndimage.gaussian_filter(drawn, (0, width, width), mode="constant")
+        soft = ndimage.gaussian_filter(rendered, (0, width, width), mode="constant")
         overlaps.append(np.minimum(soft, alpha).sum((1, 2)) / np.maximum(soft, alpha).sum((1, 2)))
     fits = dict(zip(SHAPES, np.max(overlaps, 0).tolist()))
     best = max(SHAPES, key=fits.__getitem__)
@@ -129,10 +129,10 @@ def _recognise(alpha: np.ndarray, window: tuple[slice, ...], image: tuple[int, .
     radius = math.sqrt(area / AREAS[best]) / side
     fitting = colour and fits[best] >= LEAST_FIT and RADII[0] <= radius <= RADII[1]
     x, y = (window[1].start + x) / image[1], (window[0].start + y) / image[0]
-    return Found(best if fitting else None, colour, x, y, radius, area / side**2, fits[best])
+    return Detection(best if fitting else None, colour, x, y, radius, area / side**2, fits[best])
 
 
-def _drawn(shape: Shape, x: float, y: float, radius: float, size: tuple[int, ...]) -> np.ndarray:
+def _rendered(shape: Shape, x: float, y: float, radius: float, size: tuple[int, ...]) -> np.ndarray:
     """Coverage of one object, (h, w)."""
-    place = torch.tensor([[x], [y], [radius]])
-    return coverage(shape, place[0], place[1], place[2], (size[0], size[1]))[0].numpy()
+    xs, ys, radii = torch.tensor([[x], [y], [radius]])
+    return coverage(shape, xs, ys, radii, (size[0], size[1]))[0].numpy()

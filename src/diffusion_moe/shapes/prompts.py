@@ -1,7 +1,4 @@
-"""What a model is asked to draw: GenEval's categories over coloured shapes, seen in training or held out.
-
-A prompt carries what it requires as a value; nobody has to read it from the text.
-"""
+"""Prompts about coloured shapes in GenEval's categories, seen in training or held out, with what each requires."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ import torch
 
 from ..randomness import derive_seed
 from .captions import Mention, describe
-from .sampling import Scenes, place
+from .sampling import Scenes, arrange
 from .scene import Axis, Colour, Content, Relation, Shape, Size, contents, held_out
 
 Category = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-"""By GenEval's tags (arXiv 2310.11513)."""
+"""GenEval's tags (arXiv 2310.11513)."""
 Split = Literal["seen", "held_out"]
 
 CATEGORIES: tuple[Category, ...] = get_args(Category)
@@ -27,8 +24,8 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Objects of one shape that must be there; what is None may be anything."""
+class RequiredObject:
+    """Required objects of one shape; None allows any value."""
 
     shape: Shape
     count: int = 1
@@ -38,16 +35,16 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Requirement:
-    """These objects and no others."""
+    """Exactly these objects and no others."""
 
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[RequiredObject, ...]
     relation: Relation | None = None
-    """Where the first stands, seen from the second."""
+    """Position of the first, seen from the second."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to draw."""
+    """One prompt."""
 
     text: str
     category: Category
@@ -55,35 +52,35 @@ class Prompt:
     requirement: Requirement
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Plain values."""
         return asdict(self)
 
 
-class _Row(NamedTuple):
-    """One row of the table of categories."""
+class _Rule(NamedTuple):
+    """Prompts of one category."""
 
     kind: str
     mentions: tuple[Mention, ...]
-    """What its texts may say; all of them require what they say."""
+    """What its texts may say; they require all they say."""
     axis: Axis
-    """Along which its held-out contents are held out, and along no other."""
+    """The one axis along which its held-out contents are held out."""
 
 
-_TABLE: dict[Category, _Row] = {
-    "single_object": _Row("single", (Mention(), Mention(size=True)), "size"),
-    "two_object": _Row("pair", (Mention(),), "pair"),
-    "counting": _Row("count", (Mention(),), "count"),
-    "colors": _Row("single", (Mention(colour=True),), "look"),
-    "position": _Row("pair", (Mention(relation=True),), "relation"),
-    "color_attr": _Row("pair", (Mention(colour=True),), "look"),
+_RULES: dict[Category, _Rule] = {
+    "single_object": _Rule("single", (Mention(), Mention(size=True)), "size"),
+    "two_object": _Rule("pair", (Mention(),), "pair"),
+    "counting": _Rule("count", (Mention(),), "count"),
+    "colors": _Rule("single", (Mention(colour=True),), "look"),
+    "position": _Rule("pair", (Mention(relation=True),), "relation"),
+    "color_attr": _Rule("pair", (Mention(colour=True),), "look"),
 }
 
 
 def requirement_of(content: Content, mention: Mention) -> Requirement:
-    """What a text requires that says so much of a content."""
+    """Requirement of a text that mentions so much of a content."""
     looks = content.looks[:1] if content.kind == "count" else content.looks
     wanted = (
-        Wanted(
+        RequiredObject(
             look.shape,
             len(content.looks) if content.kind == "count" else 1,
             look.colour if mention.colour else None,
@@ -95,7 +92,7 @@ def requirement_of(content: Content, mention: Mention) -> Requirement:
 
 
 class Question(NamedTuple):
-    """A requirement, the mention that says it, and the contents (rows of `contents()`) that fulfil it."""
+    """A requirement, its mention, and the contents (rows of `contents()`) that fulfil it."""
 
     requirement: Requirement
     mention: Mention
@@ -104,13 +101,13 @@ class Question(NamedTuple):
 
 @lru_cache
 def questions(category: Category, split: Split) -> tuple[Question, ...]:
-    """All that can be asked; of a held-out question, every content that fulfils it is held out."""
-    row = _TABLE[category]
-    axes = frozenset() if split == "seen" else frozenset({row.axis})
+    """All questions of a category; every content that fulfils a held-out question is held out."""
+    rule = _RULES[category]
+    axes = frozenset() if split == "seen" else frozenset({rule.axis})
     answers: dict[tuple[Requirement, Mention], list[int]] = {}
     for number, content in enumerate(contents()):
-        if content.kind == row.kind:
-            for mention in row.mentions:
+        if content.kind == rule.kind:
+            for mention in rule.mentions:
                 answers.setdefault((requirement_of(content, mention), mention), []).append(number)
     found = []
     for (requirement, mention), numbers in answers.items():
@@ -122,10 +119,10 @@ def questions(category: Category, split: Split) -> tuple[Question, ...]:
 
 
 def evaluation_prompts(seed: int, per_category: int, split: Split) -> list[Prompt]:
-    """Prompts of every category, as evenly over its questions as their number allows; a function of the arguments.
+    """Prompts of every category, spread evenly over its questions; a function of the arguments.
 
     Raises:
-        ValueError: there are to be none.
+        ValueError: `per_category` is not positive.
     """
     if per_category < 1:
         raise ValueError(f"per_category is {per_category}; it must be positive")
@@ -133,22 +130,26 @@ def evaluation_prompts(seed: int, per_category: int, split: Split) -> list[Promp
     for category in CATEGORIES:
         asked = questions(category, split)
         for number in range(per_category):
-            cycle, place_in_cycle = divmod(number, len(asked))
+            cycle, index = divmod(number, len(asked))
             order = list(range(len(asked)))
             random.Random(derive_seed(seed, f"shapes/questions/{category}/{split}", cycle)).shuffle(order)
-            question = asked[order[place_in_cycle]]
-            draw = random.Random(derive_seed(seed, f"shapes/prompts/{category}/{split}", number))
-            text = describe(contents()[draw.choice(question.rows)], question.mention, draw)
+            question = asked[order[index]]
+            rng = random.Random(derive_seed(seed, f"shapes/prompts/{category}/{split}", number))
+            text = describe(contents()[rng.choice(question.rows)], question.mention, rng)
             prompts.append(Prompt(text, category, split, question.requirement))
     return prompts
 
 
 def true_scenes(prompts: Sequence[Prompt], seed: int) -> Scenes:
-    """A scene that each prompt truly describes; held-out ones show what training never does."""
+    """A scene that fulfils each prompt.
+
+    Raises:
+        ValueError: a prompt's requirement is not of its category.
+    """
     rows = []
     for number, prompt in enumerate(prompts):
         fitting = [q.rows for q in questions(prompt.category, prompt.split) if q.requirement == prompt.requirement]
         if not fitting:
             raise ValueError(f"the prompt {prompt.text!r} asks for nothing of the category {prompt.category}")
         rows.append(random.Random(derive_seed(seed, "shapes/true", number)).choice(fitting[0]))
-    return place(torch.tensor(rows), seed, "shapes/true", torch.arange(len(prompts)))
+    return arrange(torch.tensor(rows), seed, "shapes/true", torch.arange(len(prompts)))

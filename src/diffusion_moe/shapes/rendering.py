@@ -1,6 +1,6 @@
-"""Drawing scenes into pixels: each object is a coverage between 0 and 1 that mixes its colour into the background.
+"""Rendering scenes: each object has a coverage between 0 and 1 that mixes its colour into the background.
 
-A coverage is exact for shapes whose edges follow the axes (products of overlaps of intervals). For others each edge
+The coverage is exact for shapes whose edges follow the axes (products of overlaps of intervals). For others each edge
 covers its distance in pixels plus one half, clipped, and the edges of a triangle are multiplied: within 0.1 of exact.
 """
 
@@ -15,7 +15,7 @@ from .sampling import Scenes
 from .scene import BACKGROUND, COLOURS, SHAPES, Shape
 
 SQUARE_HALF = 0.88
-"""Half side of a square of radius 1: about the area of the circle."""
+"""Half side of a square of radius 1, about as large as the circle."""
 CROSS_REACH, CROSS_HALF = 1.05, 0.36
 """Half length and half width of a bar."""
 TRIANGLE_OUT = 1.2
@@ -26,7 +26,7 @@ AREAS: dict[Shape, float] = {
     "triangle": 0.75 * math.sqrt(3) * TRIANGLE_OUT**2,
     "cross": 8 * CROSS_REACH * CROSS_HALF - 4 * CROSS_HALF**2,
 }
-"""Of each shape of radius 1."""
+"""Area of each shape of radius 1."""
 
 
 def coverage(shape: Shape, x: Tensor, y: Tensor, radius: Tensor, size: tuple[int, int]) -> Tensor:

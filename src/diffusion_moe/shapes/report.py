@@ -1,4 +1,4 @@
-"""The score of a model's images: GenEval's categories, each beside its chance and beside that of true images."""
+"""Report on a model's images: the score of each GenEval category, with chance and the score of true images."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from typing import Any
 from torch import Tensor
 
 from ..randomness import derive_seed
-from .detector import Found, parse
+from .detector import Detection, detect
 from .prompts import CATEGORIES, SPLITS, Category, Prompt, Split, questions, true_scenes
 from .rendering import render
-from .scorer import Verdict, complaints, judge_all
+from .scorer import ImageScore, find_errors, score_images
 
 POOL = 120
-"""Least number of true images of a category that chance is measured on."""
+"""Least number of true images for measuring the chance of a category."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Of one category and split."""
+    """Scores of one category and split."""
 
     n: int
-    """Images."""
+    """Number of images."""
     score: float
-    """Share of them that is right."""
+    """Share of correct images."""
     chance: float
-    """Share that would be right of true images of random prompts of the category, seen and held out alike: of a model
-    that draws what is asked for in the category but does not read its prompt."""
+    """Share of correct images if each were a true image of a random prompt of the category, seen or held out: the score
+    of a model that knows the category but does not read its prompt."""
     true: float
-    """Share that is right of true images, drawn for the same prompts: what the scorer itself can do."""
+    """Share of correct images among true images of the same prompts: the scorer's own ceiling."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Of one model."""
+    """Scores of one model."""
 
     tallies: dict[Category, dict[Split, Tally]]
-    verdicts: tuple[Verdict, ...]
-    """In the order of the prompts."""
+    scores: tuple[ImageScore, ...]
+    """Of each image, in the order of the prompts."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values: overall and for each split the mean over categories, then every category."""
+        """Plain values: means over categories, overall and for each split, and the scores of every category."""
         categories = {
             category: {"overall": _pooled(list(splits.values()))} | {split: vars(t) for split, t in splits.items()}
             for category, splits in self.tallies.items()
@@ -59,23 +59,24 @@ class Report:
             for part in ("overall", *SPLITS)
             if any(part in row for row in categories.values())
         }
-        return means | {"n": len(self.verdicts), "categories": categories}
+        return means | {"n": len(self.scores), "categories": categories}
 
 
-def score(prompts: Sequence[Prompt], images: Tensor, seed: int = 0) -> Report:
-    """Scorer images, one for each prompt.
+def make_report(prompts: Sequence[Prompt], images: Tensor, seed: int = 0) -> Report:
+    """Score images, one for each prompt.
 
     Args:
-        images: (B, 3, H, W), [-1, 1]. seed: of the true images and of the pairs that measure chance.
+        images: (B, 3, H, W), [-1, 1].
+        seed: of the true images and of those that measure chance.
 
     Raises:
-        ValueError: there are no prompts, not as many images, or they are no colour images.
+        ValueError: there are no prompts, the numbers of images and prompts differ, or the images are not in colour.
     """
     if not prompts:
         raise ValueError("there are no prompts to score; give some")
-    verdicts = judge_all(prompts, images)
+    scores = score_images(prompts, images)
     size = min(images.shape[-2:])
-    true = parse(render(true_scenes(prompts, seed), size))
+    true = detect(render(true_scenes(prompts, seed), size))
     tallies: dict[Category, dict[Split, Tally]] = {}
     for category in CATEGORIES:
         members = [i for i, prompt in enumerate(prompts) if prompt.category == category]
@@ -86,37 +87,32 @@ def score(prompts: Sequence[Prompt], images: Tensor, seed: int = 0) -> Report:
             if some:
                 tallies.setdefault(category, {})[split] = Tally(
                     n=len(some),
-                    score=fmean(verdicts[i].correct for i in some),
-                    chance=fmean(not complaints(r, found) for r, found in product(asked, pool)),
-                    true=fmean(not complaints(r, true[i]) for i, r in zip(some, asked)),
+                    score=fmean(scores[i].correct for i in some),
+                    chance=fmean(not find_errors(r, found) for r, found in product(asked, pool)),
+                    true=fmean(not find_errors(r, true[i]) for i, r in zip(some, asked)),
                 )
-    return Report(tallies, tuple(verdicts))
+    return Report(tallies, tuple(scores))
 
 
 @lru_cache(maxsize=len(CATEGORIES))  # a sweep asks for the same at every point
-def chance_pool(category: Category, size: int, seed: int) -> list[list[Found]]:
-    """What is found in at least POOL true images of a category: of each of its questions, seen or held out, as many."""
+def chance_pool(category: Category, size: int, seed: int) -> list[list[Detection]]:
+    """Detections in at least POOL true images of a category, the same number for each of its questions."""
     asked = [
         Prompt("", category, split, question.requirement) for split in SPLITS for question in questions(category, split)
     ]
     prompts = asked * math.ceil(POOL / len(asked))
-    return parse(render(true_scenes(prompts, derive_seed(seed, f"shapes/chance/{category}")), size))
+    return detect(render(true_scenes(prompts, derive_seed(seed, f"shapes/chance/{category}")), size))
 
 
 def _pooled(tallies: Sequence[Tally]) -> dict[str, float]:
-    """Of both splits together, each image counted once."""
+    """Scores of both splits together, each image counted once."""
     n = sum(tally.n for tally in tallies)
     shares = {key: sum(t.n * getattr(t, key) for t in tallies) / n for key in ("score", "chance", "true")}
     return {"n": n, **shares}
 
 
-def table(report: Report) -> str:
-    """The report as a Markdown table."""
-    return as_table(report.as_dict())
-
-
 def as_table(values: Mapping[str, Any]) -> str:
-    """The same of `Report.as_dict`'s values."""
+    """The values of `Report.as_dict` as a Markdown table."""
     rows = ["| category | split | n | score | chance | true images |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     parts = [(name, split, row) for name, splits in values["categories"].items() for split, row in splits.items()]
     parts += [("mean", part, values[part] | {"n": ""}) for part in ("overall", *SPLITS) if part in values]

@@ -1,6 +1,6 @@
-"""Drawing scenes: what they hold and where, each a function of (seed, stream, scene number) alone.
+"""Sampling scenes: contents and positions, each a function of (seed, stream, scene number) alone.
 
-Shapes: S scenes, I = 4 places for objects, of which a scene fills the first ones; R = 2 rows of C = 2 columns.
+Shapes: S scenes, I = 4 objects at most, the first ones of a scene are used; R = 2 rows of C = 2 columns.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .scene import COLOURS, LARGE_FROM, MAX_COUNT, SHAPES, SIZES, Item, Scene, c
 EDGE, GAP = 1 / 32, 0.07
 """Least distance of an object's box to the image's edge and to another box, as a share of the side."""
 REACH = {"circle": 1.0, "square": 0.88, "triangle": 1.2, "cross": 1.05}
-"""Of a shape of radius 1: greatest distance from the centroid along x or y."""
+"""Greatest distance from the centroid along x or y, for a shape of radius 1."""
 GRID = (1 / 4, 1 / 8)
-"""Of the layout grid, small and large objects: centres are at most one such step from the middle, along x and y."""
+"""Step of the layout grid for small and large objects; centres are at most one step from the middle along x and y."""
 SLOPE = 0.5
-"""Of two objects with a relation: greatest offset across its direction, over the offset along it."""
+"""Greatest offset of two related objects across the relation's direction, over the offset along it."""
 KIND_SHARES = {"single": 0.2, "count": 0.2, "pair": 0.6}
-"""Of the training scenes."""
+"""Shares of the training scenes."""
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Many scenes as tensors, (S, I) each; places without an object have radius 0."""
+    """Many scenes as tensors, (S, I) each; missing objects have radius 0."""
 
     shape: Tensor
     """Index into SHAPES, int64."""
@@ -53,7 +53,7 @@ class Scenes:
         """The same scenes as tensors.
 
         Raises:
-            ValueError: a scene has more objects than there are places.
+            ValueError: a scene has more than MAX_COUNT objects.
         """
         whole, real = torch.zeros(2, len(scenes), MAX_COUNT).long(), torch.zeros(3, len(scenes), MAX_COUNT)
         colours = list(COLOURS)
@@ -66,7 +66,7 @@ class Scenes:
         return cls(*whole, *real)
 
     def scene(self, index: int) -> Scene:
-        """One of them as a value."""
+        """One scene as a value."""
         colours = list(COLOURS)
         rows = zip(*(getattr(self, name)[index].tolist() for name in ("shape", "colour", "x", "y", "radius")))
         return Scene(tuple(Item(SHAPES[shape], colours[colour], x, y, r) for shape, colour, x, y, r in rows if r > 0))
@@ -83,9 +83,9 @@ class _Table:
     """Least and greatest radius."""
     most: Tensor
     across: Tensor
-    """Whether the relation is left or right."""
+    """True if the relation is left or right."""
     backwards: Tensor
-    """Whether the first object of a relation is the right or the lower one."""
+    """True if the first object of a relation is the right or the lower one."""
     related: Tensor
 
 
@@ -122,11 +122,13 @@ def _seen_rows() -> list[Tensor]:
     ]
 
 
-def draw_contents(seed: int, stream: str, numbers: Tensor) -> Tensor:
-    """What training scenes show, as rows of `contents()`: the kind by KIND_SHARES, then any of it that is not held out.
+def sample_contents(seed: int, stream: str, numbers: Tensor) -> Tensor:
+    """Contents of training scenes as rows of `contents()`: a kind by KIND_SHARES, then any that is not held out.
 
     Args:
-        seed, stream: of the randomness. numbers: of the scenes, int64, (S,).
+        seed: of the randomness.
+        stream: name of the random numbers.
+        numbers: numbers of the scenes, int64, (S,).
     """
     u = uniforms(seed, f"{stream}/contents", 0, numbers, 2)
     kinds = torch.bucketize(u[:, 0].contiguous(), torch.tensor(list(KIND_SHARES.values())).cumsum(0)[:-1], right=True)
@@ -137,15 +139,18 @@ def draw_contents(seed: int, stream: str, numbers: Tensor) -> Tensor:
     return rows
 
 
-def place(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: ShapesLayout = "free") -> Scenes:
-    """Scenes that show these contents.
+def arrange(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: ShapesLayout = "free") -> Scenes:
+    """Scenes of these contents at random positions.
 
-    Objects stand in two rows of at most two. Free: rows, and objects in a row, share the free space at random, so no
-    draw has to be rejected. Grid: every centre is one of nine places, and two in a row (or two rows) stand at its two
-    ends. Half of the scenes are then turned about the diagonal; where a relation asks for it, always.
+    Objects are in two rows of at most two. Free: rows, and objects in a row, share the free space at random, so that
+    nothing is rejected. Grid: every centre is one of nine positions, and two in a row (or two rows) are at both ends.
+    Half of the scenes are then mirrored at the diagonal, or all where a relation needs it.
 
     Args:
-        rows: of `contents()`, int64, (S,). seed, stream: of the randomness. numbers: of the scenes, int64, (S,).
+        rows: of `contents()`, int64, (S,).
+        seed: of the randomness.
+        stream: name of the random numbers.
+        numbers: numbers of the scenes, int64, (S,).
     """
     table = _table()
     shape = table.shape[rows]
@@ -167,14 +172,14 @@ def place(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: ShapesL
     return Scenes(shape, table.colour[rows], x.masked_fill(empty, 0), y.masked_fill(empty, 0), radius)
 
 
-def draw_scenes(seed: int, split: str, numbers: Tensor, layout: ShapesLayout = "free") -> Scenes:
+def sample_scenes(seed: int, split: str, numbers: Tensor, layout: ShapesLayout = "free") -> Scenes:
     """Scenes of a split by number, int64, (S,): a function of (seed, split, number), with nothing that is held out."""
     stream = f"shapes/{split}"
-    return place(draw_contents(seed, stream, numbers), seed, stream, numbers, layout)
+    return arrange(sample_contents(seed, stream, numbers), seed, stream, numbers, layout)
 
 
 def _slots(count: Tensor, u: Tensor) -> Tensor:
-    """Slot of each place, 2 * row + column, (S, I); of three objects either row may hold two."""
+    """Slot of each object, 2 * row + column, (S, I); of three objects either row may hold two."""
     slots = torch.tensor([[0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3, 1]])
     return slots[count - 1 + 2 * ((count == 3) & (u < 0.5)).long()]
 
@@ -190,7 +195,7 @@ def _spread_over_rows(reach: Tensor, slot: Tensor, u: Tensor) -> tuple[Tensor, T
 
 
 def _spread(half: Tensor, u: Tensor) -> Tensor:
-    """Centres of two intervals of half widths `half` in [0, 1], one after the other; one alone takes all the room."""
+    """Centres of two intervals of half widths `half` in [0, 1], one after the other; a single one uses all the room."""
     alone = half[..., 1] == 0
     room = 1 - 2 * EDGE - 2 * half.sum(-1) - GAP * ~alone
     first = room * torch.where(alone, u[..., 0], u.amin(-1))
@@ -199,7 +204,7 @@ def _spread(half: Tensor, u: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor, y: Tensor, reach: Tensor, u: Tensor) -> Tensor:
-    """x, (S, I), with the second object's drawn anew: no farther from the first's than SLOPE times the offset in y."""
+    """x, (S, I), with the second object's sampled again: within SLOPE times the offset in y from the first's."""
     offset = SLOPE * (y[:, 1] - y[:, 0]) * (2 * u - 1)
     second = (x[:, 0] + offset).clamp(EDGE + reach[:, 1], 1 - EDGE - reach[:, 1])
     return torch.stack((x[:, 0], second, x[:, 2], x[:, 3]), 1)
@@ -208,8 +213,8 @@ def _aligned(x: Tensor, y: Tensor, reach: Tensor, u: Tensor) -> Tensor:
 def _on_the_grid(radius: Tensor, slot: Tensor, related: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Centres x and y, (S, I), of objects of these radii; u: uniform numbers, (S, 7)."""
     taken = torch.zeros_like(radius, dtype=torch.bool).scatter(1, slot, radius > 0).view(-1, 2, 2)  # (S, R, C)
-    rows = _places(taken.any(2), u[:, :2])
-    x = _places(taken, u[:, 2:6].view(-1, 2, 2))
+    rows = _steps(taken.any(2), u[:, :2])
+    x = _steps(taken, u[:, 2:6].view(-1, 2, 2))
     y = rows[:, :, None].expand_as(x)
     x, y = (z.flatten(1).gather(1, slot) for z in (x, y))
     aside = _step(u[:, 6])  # the rows are two steps apart: SLOPE allows one
@@ -219,8 +224,8 @@ def _on_the_grid(radius: Tensor, slot: Tensor, related: Tensor, u: Tensor) -> tu
     return 0.5 + step * x, 0.5 + step * y
 
 
-def _places(taken: Tensor, u: Tensor) -> Tensor:
-    """Steps from the middle of two places in order, (..., 2): both ends where both are taken, else any."""
+def _steps(taken: Tensor, u: Tensor) -> Tensor:
+    """Steps of two objects from the middle, (..., 2): both ends where both are there, else any."""
     return torch.where(taken.all(-1, keepdim=True), torch.tensor([-1.0, 1.0]), _step(u))
 
 

@@ -1,4 +1,4 @@
-"""The world of coloured shapes: what a scene may hold, and which combinations are held out from training."""
+"""The world of coloured shapes: possible contents of a scene, and combinations held out from training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Colour = Literal["red", "yellow", "green", "blue", "purple", "white"]
 Size = Literal["small", "large"]
 Relation = Literal["left of", "right of", "above", "below"]
 Axis = Literal["look", "size", "count", "pair", "relation"]
-"""Along which axis something is held out; a look is a shape in a colour."""
+"""Axis along which something is held out; a look is a shape in a colour."""
 
 SHAPES: tuple[Shape, ...] = ("circle", "square", "triangle", "cross")
 COLOURS: dict[Colour, tuple[int, int, int]] = {
@@ -26,7 +26,7 @@ COLOURS: dict[Colour, tuple[int, int, int]] = {
 }
 """sRGB, 0 to 255. Their directions from the background are far apart, so edges mixed with it keep their colour."""
 BACKGROUND = (28, 30, 38)
-"""Of every scene; sRGB, 0 to 255."""
+"""Background of every scene; sRGB, 0 to 255."""
 SIZES: dict[Size, tuple[float, float]] = {"small": (0.135, 0.165), "large": (0.22, 0.27)}
 """Least and greatest radius, as a share of the image's side."""
 LARGE_FROM = 0.19
@@ -81,11 +81,11 @@ class Look:
 
 @dataclass(frozen=True)
 class Content:
-    """What a scene shows, without saying where: one object, copies of one, or two that differ in shape and colour."""
+    """Contents of a scene without positions: one object, copies of one, or two that differ in shape and colour."""
 
     looks: tuple[Look, ...]
     relation: Relation | None = None
-    """Of two different objects: where the first is, seen from the second."""
+    """Position of the first of two different objects, seen from the second."""
 
     @property
     def kind(self) -> Literal["single", "count", "pair"]:
@@ -101,7 +101,7 @@ class Item:
     shape: Shape
     colour: Colour
     x: float
-    """Of the centroid."""
+    """Position of the centroid."""
     y: float
     radius: float
 
@@ -122,8 +122,8 @@ def size_of(radius: float) -> Size:
     return "large" if radius >= LARGE_FROM else "small"
 
 
-def stands(first: tuple[float, float], relation: Relation, second: tuple[float, float]) -> bool:
-    """Whether the first centre lies within 60 degrees of the relation's direction from the second; (x, y) each.
+def relation_holds(first: tuple[float, float], relation: Relation, second: tuple[float, float]) -> bool:
+    """True if the first centre is within 60 degrees of the relation's direction from the second; (x, y) each.
 
     The cone is GenEval's (arXiv 2310.11513): the offset along the direction exceeds half of the distance.
     """
@@ -133,26 +133,26 @@ def stands(first: tuple[float, float], relation: Relation, second: tuple[float, 
 
 
 def held_out(content: Content) -> frozenset[Axis]:
-    """Along which axes a content is held out; training shows only those with none."""
+    """Axes along which a content is held out; training shows only contents without any."""
     shapes = [look.shape for look in content.looks]
     axes: dict[Axis, bool] = {
         "look": any((look.shape, look.colour) in HELD_OUT_LOOKS for look in content.looks),
         "size": any((look.shape, look.size) in HELD_OUT_SIZES for look in content.looks),
         "count": content.kind == "count" and (len(shapes), shapes[0]) in HELD_OUT_COUNTS,
         "pair": frozenset(shapes) in HELD_OUT_PAIRS,
-        "relation": content.relation is not None and is_held_out_relation(shapes[0], content.relation, shapes[1]),
+        "relation": content.relation is not None and _is_held_out_relation(shapes[0], content.relation, shapes[1]),
     }
     return frozenset(axis for axis, holds in axes.items() if holds)
 
 
-def is_held_out_relation(first: Shape, relation: Relation, second: Shape) -> bool:
-    """Whether training never shows the first shape so beside the second."""
+def _is_held_out_relation(first: Shape, relation: Relation, second: Shape) -> bool:
+    """True if training never shows this relation of the two shapes."""
     return not HELD_OUT_RELATIONS.isdisjoint({(first, relation, second), (second, CONVERSE[relation], first)})
 
 
 @lru_cache
 def contents() -> tuple[Content, ...]:
-    """Everything that a scene can show: 48 single objects, 72 counts, 720 pairs."""
+    """All possible contents: 48 single objects, 72 counts, 720 pairs."""
     looks = list(product(SHAPES, COLOURS))
     single = [Content((Look(shape, colour, size),)) for size in SIZES for shape, colour in looks]
     counts = [Content((Look(*look),) * count) for count in range(2, MAX_COUNT + 1) for look in looks]
@@ -167,5 +167,5 @@ def contents() -> tuple[Content, ...]:
 
 @lru_cache
 def seen_contents() -> tuple[Content, ...]:
-    """What training may show."""
+    """Contents that training may show."""
     return tuple(content for content in contents() if not held_out(content))

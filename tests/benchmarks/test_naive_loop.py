@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from naive_loop import LoopMoE, dense_equivalent
 
-from diffusion_moe.benchmarks.loop import LoopMoE, dense_equivalent
 from diffusion_moe.moe import MoEFeedForward, RouterConfig
 
 
@@ -35,7 +35,7 @@ def test_loop_and_layer_agree_in_output_and_gradients(kind, training, activation
 
 
 @pytest.mark.parametrize(("shared", "bias"), [("swiglu", False), ("none", True)])
-def test_the_dense_rival_has_the_activated_parameters(shared, bias):
+def test_the_dense_layer_has_the_activated_parameters(shared, bias):
     layer = make_layer("dsmoe", shared, bias=bias)
     an_expert = sum(p[0].numel() for p in layer.experts.parameters())
     activated = 2 * an_expert + (sum(p.numel() for p in layer.shared.parameters()) if layer.shared else 0)

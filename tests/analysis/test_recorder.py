@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_moe import record_routing
-from diffusion_moe.analysis.records import pairs_of, tally
+from diffusion_moe.analysis.recorder import pairs_of, tally
 from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.models import make_model
 from diffusion_moe.moe import MoEFeedForward, Router, RouterConfig, Routing, route_by_token
@@ -352,7 +352,7 @@ def test_a_record_of_no_pass_is_an_error(tiny):
 def test_recording_needs_neither_diffusers_nor_figures():
     code = "from diffusion_moe import record_routing; import sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "diffusion_moe.analysis.records" in loaded
+    assert "diffusion_moe.analysis.recorder" in loaded
     assert not {"diffusers", "matplotlib", "datasets", "sklearn", "torchdiffeq"} & set(loaded)
 
 

@@ -1,8 +1,8 @@
-"""The MoE layer as a plain loop over experts: what most code does, and what ours is held against.
+"""The MoE layer as a plain loop over experts, as most code writes it, and a dense layer of equal activated parameters.
 
-Each expert is a module of linear layers of its own. Token choice goes expert by expert through the tokens that chose
-it (a wait for the device an expert); a pool stacks every expert's answer and scatters it into a buffer of experts x
-tokens. Shape suffixes as in `moe.routing`.
+Each expert is a module of linear layers of its own. Token choice loops over the experts and the tokens that chose each
+(one wait for the device per expert); rules that choose tokens over the batch stack every expert's output and scatter it
+into a buffer of experts x tokens. Shape suffixes as in `moe.routing`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..moe import FeedForward, MoEFeedForward, MoEOutput, Routing
-from ..moe.activation import activated
+from diffusion_moe.moe import FeedForward, MoEFeedForward, MoEOutput, Routing
+from diffusion_moe.moe.activation import activated
 
 
 class PlainFeedForward(nn.Module):
-    """`FeedForward` as most code writes it: autograd keeps whatever the operators ask it to."""
+    """`FeedForward` as most code writes it: autograd saves whatever the operators ask for."""
 
     def __init__(self, network: FeedForward) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class PlainFeedForward(nn.Module):
 
 
 class LoopMoE(nn.Module):
-    """A copy of a `MoEFeedForward` that computes the same, naively."""
+    """A copy of a `MoEFeedForward` that computes the same in a loop."""
 
     def __init__(self, layer: MoEFeedForward) -> None:
         super().__init__()
@@ -45,15 +45,15 @@ class LoopMoE(nn.Module):
     def forward(self, x_BND: Tensor) -> MoEOutput:
         routing = self.router(x_BND)
         x_TD = x_BND.flatten(0, 1)
-        equal = self.training and routing.row_TK is None  # a pool: every expert takes as many tokens
-        y_BND = (self._pool if equal else self._each)(x_TD, routing).view_as(x_BND)
+        equal = self.training and routing.row_TK is None  # every expert takes the same number of tokens
+        y_BND = (self._stacked if equal else self._looped)(x_TD, routing).view_as(x_BND)
         if self.shared is not None:
             y_BND = y_BND + self.shared(x_BND)
         elif self.add_input:
             y_BND = y_BND + x_BND
         return MoEOutput(y_BND, routing.report)
 
-    def _each(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _looped(self, x_TD: Tensor, routing: Routing) -> Tensor:
         out_TD = torch.zeros_like(x_TD)
         weight_TE = routing.weight_A.new_zeros(len(x_TD), len(self.experts))
         weight_TE = weight_TE.index_put((routing.token_A, routing.expert_A()), routing.weight_A)
@@ -66,15 +66,15 @@ class LoopMoE(nn.Module):
                 out_TD.index_add_(0, token_C, y_CD.to(out_TD.dtype))
         return out_TD
 
-    def _pool(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _stacked(self, x_TD: Tensor, routing: Routing) -> Tensor:
         E, (T, D) = len(self.experts), x_TD.shape
         token_EC, weight_EC = routing.token_A.view(E, -1), routing.weight_A.view(E, -1)
         x_ECD = x_TD[token_EC]
         y_ECD = torch.stack([expert(x_CD) for expert, x_CD in zip(self.experts, x_ECD)]) * weight_EC[..., None]
-        place_A = (token_EC + T * torch.arange(E, device=x_TD.device)[:, None]).flatten()
-        wide = torch.zeros(E * T, D, dtype=y_ECD.dtype, device=x_TD.device)
-        wide = wide.scatter(0, place_A[:, None].expand(-1, D), y_ECD.flatten(0, 1))
-        return wide.view(E, T, D).sum(0).to(x_TD.dtype)
+        position_A = (token_EC + T * torch.arange(E, device=x_TD.device)[:, None]).flatten()
+        out_SD = torch.zeros(E * T, D, dtype=y_ECD.dtype, device=x_TD.device)
+        out_SD = out_SD.scatter(0, position_A[:, None].expand(-1, D), y_ECD.flatten(0, 1))
+        return out_SD.view(E, T, D).sum(0).to(x_TD.dtype)
 
 
 @torch.no_grad()
@@ -90,11 +90,11 @@ def _copy_expert(layer: MoEFeedForward, e: int, expert: FeedForward) -> None:
         expert.down_proj.bias.copy_(experts.b_out[e])
 
 
-def dense_equivalent(layer: MoEFeedForward, experts_a_token: float) -> FeedForward:
-    """A dense layer with as many parameters as serve a token: those of the chosen experts and of the shared one."""
+def dense_equivalent(layer: MoEFeedForward, experts_per_token: float) -> FeedForward:
+    """A dense layer with as many parameters as a token activates: those of its experts and of the shared one."""
     experts = layer.experts
     F, D = experts.w_out.shape[1:]
-    width = experts_a_token * F
+    width = experts_per_token * F
     if layer.shared is not None:
         width += sum(p.numel() for p in layer.shared.parameters()) / ((experts.w_in.shape[2] // F + 1) * D)
     return FeedForward(D, round(width), experts.activation, experts.b_in is not None)

@@ -1,15 +1,15 @@
-"""How many images, steps, which weights, guidance and seed: the sentences that stand under every figure."""
+"""Notes under every figure: weights, images, steps, guidance and seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .findings import Findings, Sampling
 from .losses import HeldOut
-from .record import Findings, Sampling
 
 
 def weights_note(findings: Findings) -> str:
-    """Which weights."""
+    """Origin of the weights."""
     origin = findings.origin
     if "training_steps" in origin:
         return f"averaged weights (decay {origin['ema_decay']:g}) after {origin['training_steps']:,} training steps"
@@ -20,10 +20,10 @@ def weights_note(findings: Findings) -> str:
 
 
 def sampling_note(findings: Findings, sampling: Sampling) -> str:
-    """How the images were drawn whose routing a figure shows."""
+    """Settings of the images whose routing a figure shows."""
     about = sampling.about
     count = about["num_samples"]
-    many = f"{count} image{'s' * (count != 1)}"
+    many = "1 image" if count == 1 else f"{count} images"
     if about["num_classes"]:
         each = count / about["num_classes"]
         many += f", {each:.3g} of each of {about['num_classes']} {findings.kinds}" if each >= 1 else ""
@@ -32,22 +32,22 @@ def sampling_note(findings: Findings, sampling: Sampling) -> str:
     if "prompts" in about:
         many += f", prompts: {about['prompts']['origin']}"
     if findings.model.pools_batch:
-        many += f", routed in pools of {about['batch_size']}"
+        many += f", routed in batches of {about['batch_size']}"
     return f"{many}; {examples_note(findings, sampling)}"
 
 
 def text_note(findings: Findings, sampling: Sampling) -> str:
-    """Whether text tokens are among those that are counted."""
+    """Note on text tokens, where they are counted too."""
     if sampling.text is None:
         return ""
     return (
         f"Tokens are those of the image and the {findings.model.text_length} of the text, which are routed with them; "
-        "maps and places show the image's alone. "
+        "maps and positions show those of the image alone. "
     )
 
 
 def examples_note(findings: Findings, sampling: Sampling) -> str:
-    """The same but for the number of images."""
+    """Settings of the images without their number."""
     about = sampling.about
     adaptive = f"{about['function_evaluations']:.3g} evaluations"
     solver = f"{about['solver']}, {adaptive if about['steps'] is None else str(about['steps']) + ' steps'}"
@@ -60,12 +60,12 @@ def examples_note(findings: Findings, sampling: Sampling) -> str:
     if about["threshold_scale"] != 1:
         parts.append(f"thresholds times {about['threshold_scale']:g}")
     if about.get("dropped_share"):
-        parts.append(f"{100 * about['dropped_share']:.2g} % of the choices found no room")
+        parts.append(f"{100 * about['dropped_share']:.2g} % of the choices were dropped")
     return f"{'; '.join(parts)}; {weights_note(findings)}."
 
 
 def held_out_note(findings: Findings, runs: Sequence[HeldOut]) -> str:
-    """How the held-out loss of some runs was computed."""
+    """Settings of the held-out loss of some runs."""
     loss = runs[0]
     images, bins = loss.loss_IS.shape
     names = [f"{run.run}: {run.training_steps:,} training steps" for run in runs if run.training_steps]

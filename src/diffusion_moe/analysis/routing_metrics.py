@@ -1,4 +1,4 @@
-"""What counts of routing mean: pure functions on arrays. Where nothing was counted the answer is NaN.
+"""Metrics of routing: pure functions on arrays of counts. Where nothing was counted they are NaN.
 
 Shape suffixes: L MoE layers, S bins of time, E experts, R groups of images, D width, F expert width; x any axes.
 """
@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 DEAD_SHARE = 0.01
-"""Of an even load: an expert below it counts as dead."""
+"""Share of an even load below which an expert counts as dead."""
 DUPLICATE_COSINE = 0.9
-"""Two experts whose weights are more alike than this count as duplicates."""
+"""Cosine of their weights above which two experts count as duplicates."""
 
 
 class Estimate(NamedTuple):
@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
 
     mean: np.ndarray
     error: np.ndarray
-    """Standard error of the mean; NaN where fewer than two groups tell."""
+    """Standard error of the mean; NaN with fewer than two groups."""
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -30,7 +30,7 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def estimate(part_Rx: np.ndarray, whole_Rx: np.ndarray) -> Estimate:
-    """A ratio of totals, and its standard error from the ratios of independent groups, which count alike."""
+    """A ratio of totals, and its standard error from the ratios of independent groups of equal weight."""
     groups_Rx = ratio(part_Rx, whole_Rx)
     known_x = np.isfinite(groups_Rx).sum(0)
     centre_x = ratio(np.nansum(groups_Rx, axis=0), known_x)
@@ -61,7 +61,7 @@ def dead_experts(share_LE: np.ndarray) -> list[tuple[int, int]]:
 
 
 def coactivation(pairs_LEE: np.ndarray) -> np.ndarray:
-    """Of the tokens that expert a served, the share that expert b served too, (L, a, b); NaN on the diagonal."""
+    """Share of the tokens of expert a that expert b served too, (L, a, b); NaN on the diagonal."""
     own_LE = np.diagonal(pairs_LEE, axis1=1, axis2=2)
     together_LEE = ratio(pairs_LEE, own_LE[:, :, None])
     E = pairs_LEE.shape[-1]
@@ -70,22 +70,21 @@ def coactivation(pairs_LEE: np.ndarray) -> np.ndarray:
 
 
 def total_variation(p_xE: np.ndarray, q_xE: np.ndarray) -> np.ndarray:
-    """Half the sum of |p - q|: the share of assignments that would have to move; 0 to 1."""
+    """Total variation distance, sum |p - q| / 2: the share of assignments that would have to move; 0 to 1."""
     return np.abs(p_xE - q_xE).sum(-1) / 2
 
 
 def cosines(rows_ED: np.ndarray) -> np.ndarray:
     """Cosine of each pair of rows, (E, E); NaN for a row of zeros."""
-    products_EE = rows_ED @ rows_ED.T
-    length_E = np.sqrt(np.diagonal(products_EE))
-    return ratio(products_EE, length_E[:, None] * length_E[None])
+    dot_EE = rows_ED @ rows_ED.T
+    length_E = np.sqrt(np.diagonal(dot_EE))
+    return ratio(dot_EE, length_E[:, None] * length_E[None])
 
 
 def expert_maps(w_in_EDH: np.ndarray, w_out_EFD: np.ndarray) -> np.ndarray:
-    """What each expert would be without its activation, as one row of numbers: w_in w_out, (E, D * D or twice that).
+    """Each expert without its activation, w_in w_out, as a row, (E, D * D or twice that).
 
-    Unlike the weights themselves it does not depend on the order of hidden units. Gates and values of SwiGLU give a
-    map each.
+    Unlike the weights, it does not depend on the order of hidden units. Gates and values of SwiGLU give a map each.
     """
     E, F, _ = w_out_EFD.shape
     halves = np.split(w_in_EDH, w_in_EDH.shape[2] // F, axis=2)
@@ -93,13 +92,13 @@ def expert_maps(w_in_EDH: np.ndarray, w_out_EFD: np.ndarray) -> np.ndarray:
 
 
 def duplicate_experts(cosine_LEE: np.ndarray) -> list[tuple[int, int, int]]:
-    """(layer, expert, expert) of those more alike than `DUPLICATE_COSINE`."""
+    """(layer, expert, expert) of pairs with a cosine above `DUPLICATE_COSINE`."""
     upper = np.triu(np.nan_to_num(cosine_LEE), k=1)
     return [(int(layer), int(a), int(b)) for layer, a, b in np.argwhere(upper > DUPLICATE_COSINE)]
 
 
 def varies(values: np.ndarray, tolerance: float = 1e-9) -> bool:
-    """Whether the known values differ at all: some rules give every token as many experts."""
+    """True if the finite values differ: some rules give every token the same number of experts."""
     known = values[np.isfinite(values)]
     return known.size > 0 and bool(known.max() - known.min() > tolerance)
 
@@ -109,8 +108,8 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid") if len(values) else np.empty(0)
 
 
-def spread_out(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of the numbers below `count`, evenly spaced, with the first and the last."""
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of the integers below `count`, evenly spaced, with the first and the last."""
     if count <= wanted:
         return list(range(count))
     return [round(i * (count - 1) / (wanted - 1)) for i in range(wanted)] if wanted > 1 else [0]

@@ -1,4 +1,4 @@
-"""What is timed: something to run, and what is worth counting of it."""
+"""Candidates: what is timed and counted."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from ..moe import MoEOutput
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """Something to time, and what is worth counting of it."""
+class Candidate:
+    """Something to time."""
 
     run: Callable[[], Any]
     forward: Callable[[], Any] | None = None
-    """The part whose saved tensors count."""
+    """Part whose saved tensors are counted."""
     parameters: tuple[Tensor, ...] = ()
     counted: Callable[[], Any] | None = None
-    """What operators are counted of, where `run` replays a graph that hides them."""
+    """Run whose operators are counted, where `run` replays a graph that hides them."""
 
 
-def layer_contestants(module: nn.Module, x: Tensor, direction: Tensor, dtype: torch.dtype) -> dict[str, Contestant]:
-    """A layer's forward pass, and the same with the backward pass.
+def layer_candidates(module: nn.Module, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Candidate]:
+    """A layer's forward pass, and its forward and backward pass, on the same random tokens for every layer.
 
     Args:
-        x: tokens, (images, tokens of one, width), requiring a gradient. direction: the output's gradient, of x's shape.
-        dtype: of products.
+        shape: of the input (images, tokens of one, width).
+        dtype: of matmuls.
     """
     parameters = tuple(module.parameters())
+    device = parameters[0].device
+    torch.manual_seed(1)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    direction = torch.randn(shape, device=device)
 
     def forward() -> tuple[Tensor, ...]:
-        with autocast(x.device, dtype):
+        with autocast(device, dtype):
             out = module(x)
         return (out.hidden_states, *out.report.losses.values()) if isinstance(out, MoEOutput) else (out,)
 
@@ -47,13 +51,13 @@ def layer_contestants(module: nn.Module, x: Tensor, direction: Tensor, dtype: to
             parameter.grad = None
 
     return {
-        "forward": Contestant(forward, forward, parameters),
-        "forward+backward": Contestant(both, forward, parameters),
+        "forward": Candidate(forward, forward, parameters),
+        "forward+backward": Candidate(both, forward, parameters),
     }
 
 
 @contextmanager
 def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """The dtype that products run in; float32 is no autocast."""
+    """Autocast to the dtype of matmuls; none for float32."""
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         yield

@@ -1,10 +1,10 @@
-"""Recording routers at work, by hooks on their modules: the model is not changed.
+"""The recorder: counts of routing, collected by hooks on routers without changing the model.
 
-Counts are summed on the model's device while it runs and brought to the host when they are read. So recording waits for
-nothing, and its memory does not grow with the number of passes.
+Counts are summed on the model's device and copied to the host when they are read. So recording never waits for the
+device, and its memory does not grow with the number of passes.
 
 Shape suffixes: L MoE layers, S bins of time, K rows of classes, E experts, B images of a pass, N tokens of one image,
-P places of the image (its tokens without class tokens), T tokens of a pass (B * N), A assignments.
+P positions in the image (its tokens without class tokens), T tokens of a pass (B * N), A assignments.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from ..moe import Router, Routing, routers_of
 from ..moe.precision import full_precision
 
 BIN_SLACK = 1e-4
-"""Of a bin's width: times that rounding left just under the edge of a bin belong into it."""
+"""Tolerance, as a share of a bin's width: times that rounding put just below a bin count in it."""
 
 
 class RoutingCounts(NamedTuple):
-    """What was recorded, on the host; every number is a count, int64.
+    """Recorded counts on the host, int64.
 
-    Row k of a class axis is class k; models that know "no class" have it as their last row, unconditional ones have one
-    row. Of a model with text and no classes row k is a kind of prompt (one, or as told), and the last one "no prompt".
-    Bin s of a time axis holds t from s / S to (s + 1) / S, 0 is noise and 1 is data, whatever the model's process.
+    Row k of a class axis is class k; the last row is "no class" for models that have it; unconditional models have one
+    row. For a model with text and no classes, row k is a kind of prompt and the last row is "no prompt".
+    Bin s of a time axis has t from s / S to (s + 1) / S; 0 is noise and 1 is data for every process.
     """
 
     served_LSKE: np.ndarray
     """Assignments: tokens of class k at time s that expert e of layer l served."""
     tokens_LSK: np.ndarray
-    """Tokens that the router of layer l saw, so that served / tokens is the number of experts a token."""
+    """Tokens that the router of layer l saw; served / tokens is the number of experts a token."""
     images_SK: np.ndarray
-    """Evaluations of the network, one an image."""
+    """Evaluations of the network, one per image."""
     pairs_LEE: np.ndarray | None = None
-    """Tokens that both experts served; on the diagonal those of one expert. With `pairs`."""
+    """Tokens that both experts served; on the diagonal those of one expert. Needs `pairs`."""
     compute_SKP: np.ndarray | None = None
-    """Assignments of the token at place p, summed over layers, places row by row. With `places`."""
+    """Assignments of the token at position p (row by row), summed over layers. Needs `places`."""
     places_LEP: np.ndarray | None = None
-    """Assignments of the tokens at place p, summed over times and classes. With `places`."""
+    """Assignments of the tokens at position p, summed over times and classes. Needs `places`."""
     others_SK: np.ndarray | None = None
-    """Assignments of the tokens before those of the image (its text's, class tokens), summed over layers. With
+    """Assignments of the tokens before those of the image (its text's, class tokens), summed over layers. Needs
     `places`."""
 
     @property
@@ -57,24 +57,24 @@ class RoutingCounts(NamedTuple):
         return self.served_LSKE.sum(-1)
 
     def plus(self, other: RoutingCounts) -> RoutingCounts:
-        """The counts of both."""
+        """Sum of both counts."""
         return RoutingCounts(*(None if a is None or b is None else a + b for a, b in zip(self, other)))  # type: ignore[arg-type]
 
 
 class LayerSums(NamedTuple):
-    """The running sums of one layer, on its device; see `RoutingCounts`."""
+    """Running sums of one layer, on its device; see `RoutingCounts`."""
 
     served_RE: Tensor
     """Rows are pairs of bin and class, s * K + k."""
     tokens_R: Tensor
     pairs_EE: Tensor | None
     compute_RQ: Tensor | None
-    """Column 0 is for text and class tokens, the others are places."""
+    """Column 0 is for text and class tokens, the others are positions."""
     places_EQ: Tensor | None
 
 
 class RoutingRecord:
-    """Running counts of what routers did. Made by `record_routing`."""
+    """Running counts of routing. Made by `record_routing`."""
 
     def __init__(self, model: nn.Module, time_bins: int, pairs: bool, places: bool, kinds: int = 1) -> None:
         self.time_bins, self.pairs, self.places = time_bins, pairs, places
@@ -83,17 +83,17 @@ class RoutingRecord:
         if len(experts) > 1:
             raise ValueError(f"the model's layers have {sorted(experts)} experts; record layers of equal number")
         self.num_experts = experts.pop() if experts else 0
-        # Wrappers (compilation, parallel training, adapters) hide the model whose inputs are known.
+        # The model itself may be inside wrappers (compilation, parallel training, adapters).
         self.root = next((module for module in model.modules() if _settings(module)), model)
         settings = _settings(self.root)
         self.rows = 1
         self.num_places: int | None = None
-        """None: all tokens of an image, as the first pass shows."""
+        """None until the first pass, then all tokens of an image."""
         self.takes_prompts = settings is not None and settings.text_dim > 0 and settings.num_classes == 0
         if kinds != 1 and not self.takes_prompts:
             raise ValueError(f"kinds is {kinds}, but the model takes no prompts; leave it at 1")
         self.kinds_B: Tensor | None = None
-        """Kind of prompt of each image of the passes to come, int64, below `kinds`; a pass may hold the images several
+        """Kind of prompt of each image of the next passes, int64, below `kinds`; a pass may have the images several
         times, one round after another. None: all are of kind 0."""
         if settings is not None:
             of_classes = max(1, settings.num_classes + int(settings.null_class and settings.num_classes > 0))
@@ -103,7 +103,7 @@ class RoutingRecord:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was recorded."""
+        """Reset all counts."""
         self.sums: list[LayerSums | None] = [None] * len(self.routers)
         self.images_R: Tensor | None = None
         self.passes = 0
@@ -112,10 +112,10 @@ class RoutingRecord:
         self._inside = False
 
     def counts(self) -> RoutingCounts:
-        """What was recorded since the start or the last `clear`. Waits for the device.
+        """Counts since the start or the last `clear`. Waits for the device.
 
         Raises:
-            ValueError: there is none, of the model or of one of its routers.
+            ValueError: no pass of the model or of one of its routers was recorded.
         """
         silent = [f"MoE layer {layer + 1}" for layer, sums in enumerate(self.sums) if sums is None]
         if not self.passes or silent:
@@ -124,18 +124,11 @@ class RoutingRecord:
                 "and as it was before torch.compile, which leaves hooks out"
             )
         L, S, K, E = len(self.routers), self.time_bins, self.rows, self.num_experts
-        width = (self.num_places or 0) + 1
-        blank = LayerSums(
-            torch.zeros(S * K, E, dtype=torch.long),
-            torch.zeros(S * K, dtype=torch.long),
-            torch.zeros(E, E, dtype=torch.long) if self.pairs else None,
-            torch.zeros(S * K, width, dtype=torch.long) if self.places else None,
-            torch.zeros(E, width, dtype=torch.long) if self.places else None,
-        )
-        columns = [LayerSums(*column) for column in [sums or blank for sums in self.sums]] or [blank]
+        zeros = self._zeros(torch.device("cpu"))
 
         def stacked(name: str) -> np.ndarray:
-            return torch.stack([getattr(layer, name).cpu() for layer in columns])[:L].numpy()
+            # The zeros give a model without routers its shapes.
+            return torch.stack([getattr(layer, name).cpu() for layer in [*self.sums, zeros]])[:L].numpy()
 
         images_R = torch.zeros(S * K, dtype=torch.long) if self.images_R is None else self.images_R.cpu().clone()
         return RoutingCounts(
@@ -149,8 +142,8 @@ class RoutingRecord:
         )
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pass of the model starts: note the row of each image, if its inputs say time and class."""
-        # What gradient checkpointing computes again in the backward pass is no pass of the model, and is not counted.
+        """Start a pass of the model: note the row of each image, if its inputs have time and class."""
+        # Recomputation by gradient checkpointing happens outside of a pass and is not counted.
         self._inside, self._row_B = True, None
         self.passes += 1
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
@@ -164,7 +157,7 @@ class RoutingRecord:
         self._count_images(self._row_B)
 
     def _prompts_of(self, given: dict[str, Any]) -> Tensor:
-        """The kind of each image's prompt, and the last row for no prompt, int64, (B,)."""
+        """Row of each image: the kind of its prompt, or the last row for no prompt, int64, (B,)."""
         features, mask = given["encoder_hidden_states"], given.get("encoder_attention_mask")
         kind_B = torch.zeros(len(features), dtype=torch.long, device=features.device)
         if self.kinds_B is not None:
@@ -178,27 +171,31 @@ class RoutingRecord:
 
     def _count_images(self, row_B: Tensor) -> None:
         if self.images_R is None:
-            with torch.inference_mode(False):  # or it could not be added to outside of it
+            with torch.inference_mode(False):  # an inference tensor could not be updated outside of it
                 self.images_R = torch.zeros(self.time_bins * self.rows, dtype=torch.long, device=row_B.device)
         self.images_R.index_add_(0, row_B, torch.ones_like(row_B))
 
     def end(self, *_: Any) -> None:
-        """The pass is over, or failed."""
+        """End the pass, also after an error."""
         self._inside = False
 
     @torch.no_grad()
     def note(self, layer: int, x_BND: Tensor, routing: Routing) -> None:
-        """Add what one router answered."""
+        """Add the routing of one layer."""
         if not self._inside:
             return
         B, N = x_BND.shape[:2]
-        sums = self.sums[layer] or self._make_sums(layer, N, x_BND.device)
+        sums = self.sums[layer]
+        if sums is None:
+            self.num_places = self.num_places or N
+            with torch.inference_mode(False):
+                sums = self.sums[layer] = self._zeros(x_BND.device)
         row_B = self._row_B
         if row_B is None:
             row_B = torch.zeros(B, dtype=torch.long, device=x_BND.device)
             if layer == 0:
                 self._count_images(row_B)
-        row_B = row_B.to(sums.tokens_R.device, non_blocking=True)  # layers may lie on several devices
+        row_B = row_B.to(sums.tokens_R.device, non_blocking=True)  # layers may be on several devices
         expert_A, image_A = routing.expert_A(), routing.token_A // N
         times_A = served_of(routing)
         sums.served_RE.index_add_(0, row_B, tally(image_A, expert_A, B, self.num_experts, times_A))
@@ -212,32 +209,31 @@ class RoutingRecord:
             sums.compute_RQ.index_add_(0, row_B, tally(image_A, column_A, B, width, times_A))
             sums.places_EQ.add_(tally(expert_A, column_A, self.num_experts, width, times_A))
 
-    def _make_sums(self, layer: int, tokens: int, device: torch.device) -> LayerSums:
-        if self.num_places is None:
-            self.num_places = tokens
-        R, E, Q = self.time_bins * self.rows, self.num_experts, self.num_places + 1
-        with torch.inference_mode(False):
-            sums = LayerSums(
-                torch.zeros(R, E, dtype=torch.long, device=device),
-                torch.zeros(R, dtype=torch.long, device=device),
-                torch.zeros(E, E, dtype=torch.long, device=device) if self.pairs else None,
-                torch.zeros(R, Q, dtype=torch.long, device=device) if self.places else None,
-                torch.zeros(E, Q, dtype=torch.long, device=device) if self.places else None,
-            )
-        self.sums[layer] = sums
-        return sums
+    def _zeros(self, device: torch.device) -> LayerSums:
+        R, E, Q = self.time_bins * self.rows, self.num_experts, (self.num_places or 0) + 1
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        return LayerSums(
+            zeros(R, E),
+            zeros(R),
+            zeros(E, E) if self.pairs else None,
+            zeros(R, Q) if self.places else None,
+            zeros(E, Q) if self.places else None,
+        )
 
 
 def served_of(routing: Routing) -> Tensor:
-    """1 for each assignment, int64, (A,); 0 for rows that only fill up a fixed shape, as a capacity limit has them."""
-    # Where rows fill up, the report says how many choices were dropped; elsewhere a weight of 0 is a weight.
+    """1 for each assignment, int64, (A,); 0 for rows that only pad a fixed shape, as a capacity limit makes them."""
+    # Padded rows occur only where the report counts dropped choices; elsewhere a weight of 0 is a weight.
     if getattr(routing.report, "dropped", None) is None:
         return torch.ones_like(routing.token_A)
     return (routing.weight_A.detach() != 0).long()
 
 
 def tally(row_A: Tensor, column_A: Tensor, rows: int, columns: int, times_A: Tensor) -> Tensor:
-    """How often each pair of row and column occurs, int64, (rows, columns); assignment a counts times_A[a] times."""
+    """Counts of each pair of row and column, int64, (rows, columns); assignment a counts times_A[a] times."""
     key_A = row_A * columns + column_A
     # Not bincount, which waits for a GPU.
     return key_A.new_zeros(rows * columns).index_add_(0, key_A, times_A).view(rows, columns)
@@ -255,20 +251,20 @@ def pairs_of(token_A: Tensor, expert_A: Tensor, num_tokens: int, num_experts: in
 def record_routing(
     model: nn.Module, time_bins: int = 20, pairs: bool = False, places: bool = False, kinds: int = 1
 ) -> Iterator[RoutingRecord]:
-    """Count what the routers of `model` do while inside.
+    """Count what the routers of `model` do inside the block.
 
-    Outputs stay as they are, bit for bit. Times and classes are those that a `DiT` or `JiT` is called with; of any
-    other model (a layer, your own transformer) everything falls into one row. Recorders may be nested or overlap: each
-    counts for itself.
+    Outputs are unchanged, bit for bit. Times and classes are those that a `DiT` or `JiT` is called with; any other
+    model (a layer, your own transformer) has a single row. Recorders may be nested or overlap; each counts for itself.
 
     Args:
-        model: a model or a layer. time_bins: equal bins of t from 0 (noise) to 1 (data).
-        pairs: count also which experts serve the same tokens (one product of (E, T) and (T, E) a layer).
-        places: count also where in the image the served tokens lie.
-        kinds: rows for so many kinds of prompts, of a model with text; set `kinds_B` of the record before each pass.
+        model: a model or a layer.
+        time_bins: number of equal bins of t from 0 (noise) to 1 (data).
+        pairs: also count which experts serve the same tokens (one matmul of (E, T) and (T, E) a layer).
+        places: also count the positions of the served tokens in the image.
+        kinds: number of kinds of prompts of a model with text; set `kinds_B` of the record before each pass.
 
     Raises:
-        ValueError: no bins, kinds of a model without text, or layers of different numbers of experts.
+        ValueError: `time_bins` is not positive, `kinds` does not fit the model, or layers differ in their experts.
 
     Example:
         >>> with record_routing(model) as record:
@@ -301,5 +297,5 @@ def record_routing(
 
 def _settings(module: nn.Module) -> ModelConfig | None:
     """The settings of a backbone; None for any other module."""
-    settings = vars(module).get("settings")  # its own, not one that a wrapper hands through
+    settings = vars(module).get("settings")  # its own, not one that a wrapper forwards
     return settings if isinstance(settings, ModelConfig) else None

@@ -1,7 +1,7 @@
-"""The experts' matrix products alone: one grouped product, held against a product an expert and a batched product.
+"""The experts' matmuls alone: one grouped matmul against a loop over experts and a batched matmul.
 
-Every expert has as many rows here, so that all three do the same; rows that are left over are dropped. Shape suffixes:
-A rows, E experts, C rows of one expert, I inputs, O outputs.
+Every expert has the same number of rows here, so that all three compute the same; remaining rows are dropped. Shape
+suffixes: A rows, E experts, C rows of one expert, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..moe.ops import gmm, gmm_wgrad
 from .counting import work
 from .measure import interleaved, utilisation
 
-Product = Callable[[Tensor, Tensor], Tensor]
+Matmul = Callable[[Tensor, Tensor], Tensor]
 
 
-def products(
+def matmuls(
     config: ModelConfig, images: int, tokens_an_image: int, seconds: float, device: torch.device, dtype: torch.dtype
 ) -> Iterator[dict[str, Any]]:
-    """For both projections, forward and the two gradients: the grouped product against each of the others.
+    """The grouped matmul against each of the others, for both projections, forward and the two gradients.
 
     Raises:
         ValueError: there are fewer rows than experts.
@@ -46,12 +46,12 @@ def products(
             speed = utilisation(done.flops, done.bytes, times["grouped"].median, device, dtype)
             for against in ("loop", "bmm"):
                 ratio = times[against].median / times["grouped"].median
-                record = {**shape, "against": against, "ratio": ratio, **times["grouped"].record()}
-                yield record | times[against].record("against_") | speed
+                others = {f"against_{name}": value for name, value in times[against].record().items()}
+                yield shape | {"against": against, "ratio": ratio} | times["grouped"].record() | others | speed
 
 
-def ways_of(num_experts: int, rows: int, device: torch.device) -> dict[str, dict[str, Product]]:
-    """For each pass the three ways to compute it, `grouped`, `loop` and `bmm`: rows of A and what they meet."""
+def ways_of(num_experts: int, rows: int, device: torch.device) -> dict[str, dict[str, Matmul]]:
+    """The three ways, `grouped`, `loop` and `bmm`, to compute each pass."""
     offsets_E = rows * torch.arange(1, num_experts + 1, dtype=torch.int32, device=device)
 
     def by_expert(x_A: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ def ways_of(num_experts: int, rows: int, device: torch.device) -> dict[str, dict
             torch.mm(x_CI.T, dy_CO, out=out_IO)
         return out_EIO
 
-    along: dict[str, Product] = {
+    along: dict[str, Matmul] = {
         "grouped": lambda x_AI, w_EIO: gmm(x_AI, w_EIO, offsets_E),
         "loop": loop,
         "bmm": lambda x_AI, w_EIO: by_expert(x_AI).bmm(w_EIO).flatten(0, 1),
     }
-    across: dict[str, Product] = {
+    across: dict[str, Matmul] = {
         "grouped": lambda x_AI, dy_AO: gmm_wgrad(x_AI, dy_AO, offsets_E),
         "loop": loop_wgrad,
         "bmm": lambda x_AI, dy_AO: by_expert(x_AI).transpose(1, 2).bmm(by_expert(dy_AO)),

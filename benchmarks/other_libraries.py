@@ -1,32 +1,32 @@
-"""Other libraries' experts with our weights and our routing, so that what is compared answers the same.
+"""Other libraries' experts with our weights and our routing, so that both compute the same.
 
-Each adapter takes tokens, the experts each token chose and their weights, and computes in the dtype of the tokens.
-A library that is missing, or does not suit, is a `ValueError` that says why. Shape suffixes: B images, N tokens of one
-image, T tokens of the batch, D width, E experts, F expert width, K experts a token.
+Each adapter takes tokens, the experts that each token chose and their weights, and computes in the dtype of the tokens.
+Shape suffixes: B images, N tokens of one image, T tokens of the batch, D width, E experts, F expert width, K experts a
+token.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from naive_loop import PlainFeedForward
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..moe import GroupedExperts, MoEFeedForward, MoEOutput, RoutingReport
-from ..moe.balance import balance_loss
-from ..moe.precision import compute_dtype, full_precision
-from ..moe.routers import DSMoERouter, TokenChoice
-from .loop import LoopMoE, PlainFeedForward, dense_equivalent
-from .measure import installed_version
-from .options import Against
+from diffusion_moe.benchmarks.measure import installed_version
+from diffusion_moe.moe import GroupedExperts, MoEFeedForward, MoEOutput, RoutingReport
+from diffusion_moe.moe.balance import balance_loss
+from diffusion_moe.moe.precision import compute_dtype, full_precision
+from diffusion_moe.moe.routers import DSMoERouter, TokenChoice
+
+Library = Literal["transformers", "scattermoe"]
 
 
 class Choice(NamedTuple):
-    """What a token-choice router decided, before our grouping by expert: the libraries group for themselves."""
+    """Choice of a token-choice router before our grouping by expert: the libraries group for themselves."""
 
     expert_TK: Tensor
     weight_TK: Tensor
@@ -78,7 +78,7 @@ class TransformersExperts(nn.Module):
         config._experts_implementation = "grouped_mm"
         self.inner = module.Qwen3MoeExperts(config)
         with torch.no_grad():
-            self.inner.gate_up_proj.copy_(experts.w_in.transpose(1, 2))  # gates first, as ours
+            self.inner.gate_up_proj.copy_(experts.w_in.transpose(1, 2))  # gates first, as in ours
             self.inner.down_proj.copy_(experts.w_out.transpose(1, 2))
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -108,45 +108,10 @@ class ScatterExperts(nn.Module):
         return functional_call(self.inner, _cast(self.inner, x_TD.dtype), (x_TD, weight_TK.to(x_TD.dtype), expert_TK))
 
 
-class SonicExperts(nn.Module):
-    """SonicMoE's experts (0.1) for any routing: rows of the first projection are gate and value in turn."""
-
-    def __init__(self, experts: GroupedExperts) -> None:
-        super().__init__()
-        try:
-            self.run = import_module("sonicmoe").moe_general_routing_inputs
-            enums = import_module("sonicmoe.enums")
-        except ImportError as error:
-            raise ValueError(f"against is sonicmoe, which cannot be imported ({first_line(error)})") from error
-        self.activation = enums.ActivationType.SWIGLU
-        gate_EDF, value_EDF = experts.w_in.detach().chunk(2, dim=2)
-        self.w_in_EHD = nn.Parameter(torch.stack((gate_EDF, value_EDF), dim=3).flatten(2).transpose(1, 2).contiguous())
-        self.w_out_EDF = nn.Parameter(experts.w_out.detach().transpose(1, 2).contiguous())
-
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        T, K = expert_TK.shape
-        token_A = torch.arange(T, dtype=torch.int32, device=x_TD.device).repeat_interleave(K, output_size=T * K)
-        out_TD, _ = self.run(
-            x_TD,
-            weight_TK.float().flatten(),
-            token_A,
-            expert_TK.flatten().int(),
-            self.w_in_EHD.to(x_TD.dtype).permute(1, 2, 0),
-            None,
-            self.w_out_EDF.to(x_TD.dtype).permute(1, 2, 0),
-            None,
-            E=len(self.w_out_EDF),
-            stream_id=torch.cuda.current_stream().cuda_stream if x_TD.is_cuda else 0,
-            activation_type=self.activation,
-            is_inference_mode_enabled=not torch.is_grad_enabled(),
-        )
-        return out_TD
-
-
 class ForeignMoE(nn.Module):
     """A copy of a `MoEFeedForward` around another library's experts: our router, and the shared expert plainly.
 
-    Autocast is off inside the experts: their weights are cast once a forward pass, as ours are.
+    Autocast is off inside the experts: their weights are cast once per forward pass, as ours are.
     """
 
     def __init__(self, layer: MoEFeedForward, experts: nn.Module) -> None:
@@ -168,65 +133,38 @@ class ForeignMoE(nn.Module):
         return MoEOutput(y_BND.to(x_BND.dtype), choice.report)
 
 
-def make_rival(
-    against: Against, layer: MoEFeedForward, experts_a_token: float, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """What a layer is held against, with copies of its weights where they mean the same.
+def with_library(library: Library, layer: MoEFeedForward, device: torch.device, dtype: torch.dtype) -> ForeignMoE:
+    """A layer with a library's experts, with copies of our weights.
 
     Raises:
-        ValueError: the library is not there, or does not suit the layer, the device or the dtype.
+        ValueError: the library is not installed, or does not support the layer, the device or the dtype.
     """
-    if against == "loop":
-        return LoopMoE(copy.deepcopy(layer))
-    if against == "dense":
-        return dense_equivalent(layer, experts_a_token)
     experts, kind = layer.experts, layer.router.config.kind
     if type(layer.router) not in UNGROUPED:
-        raise ValueError(f"against is {against}, which is for token choice, but the router is {kind}; choose loop")
-    if experts.activation != "swiglu" or experts.b_in is not None:
         raise ValueError(
-            f"against is {against}, but the experts are {experts.activation}"
-            f"{' with biases' if experts.b_in is not None else ''}; it is for swiglu without"
+            f"against is {library}, which supports token choice alone, but the router is {kind}; choose loop"
         )
-    why_not = UNSUITED[against](layer, device, dtype)
-    if why_not is not None:
-        raise ValueError(f"against is {against}, which cannot run here: {why_not}")
-    if against == "transformers":
+    if experts.activation != "swiglu" or experts.b_in is not None:
+        biases = " with biases" if experts.b_in is not None else ""
+        raise ValueError(
+            f"against is {library}, which supports swiglu without biases alone, but the experts are "
+            f"{experts.activation}{biases}; choose loop"
+        )
+    reason = unsupported(library, layer, device, dtype)
+    if reason is not None:
+        raise ValueError(f"against is {library}, which cannot run here: {reason}")
+    if library == "transformers":
         return ForeignMoE(layer, TransformersExperts(experts))
-    if against == "scattermoe":
-        return ForeignMoE(layer, ScatterExperts(experts, layer.router.config.top_k))
-    return ForeignMoE(layer, SonicExperts(experts))
+    return ForeignMoE(layer, ScatterExperts(experts, layer.router.config.top_k))
 
 
-def _transformers_unsuited(layer: MoEFeedForward, device: torch.device, dtype: torch.dtype) -> str | None:
-    unit = 16 // dtype.itemsize  # grouped_mm's alignment, which transformers does not look after
+def unsupported(library: Library, layer: MoEFeedForward, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a library cannot run a layer; None if it can."""
+    if library == "scattermoe":
+        return None if device.type == "cuda" else "it needs a CUDA device"
+    unit = 16 // dtype.itemsize  # grouped_mm's alignment, which transformers does not check
     odd = [width for width in layer.experts.w_out.shape[1:] if width % unit]
     return f"a width of {odd[0]} is not a multiple of {unit}, as its grouped_mm needs" if odd else None
-
-
-def _scattermoe_unsuited(layer: MoEFeedForward, device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if device.type == "cuda" else "it needs a CUDA device"
-
-
-def _sonicmoe_unsuited(layer: MoEFeedForward, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "it needs a Hopper GPU"
-    return None if dtype == torch.bfloat16 else f"it computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
-
-
-UNSUITED: dict[str, Callable[[MoEFeedForward, torch.device, torch.dtype], str | None]] = {
-    "transformers": _transformers_unsuited,
-    "scattermoe": _scattermoe_unsuited,
-    "sonicmoe": _sonicmoe_unsuited,
-}
-
-DISTRIBUTIONS = {"transformers": "transformers", "scattermoe": "scattermoe", "sonicmoe": "sonic-moe"}
-"""What a rival is installed as."""
-
-
-def rival_version(against: Against) -> str | None:
-    """The version of the library held against; None where it is ours."""
-    return installed_version(DISTRIBUTIONS[against]) if against in DISTRIBUTIONS else None
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Three ways to the same product."""
+"""Three ways to the same matmuls."""
 
 import pytest
 import torch
 
-from diffusion_moe.benchmarks.products import products, ways_of
+from diffusion_moe.benchmarks.matmuls import matmuls, ways_of
 from diffusion_moe.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def test_all_ways_agree_with_einsum(part):
 )
 def test_records_hold_the_shapes_and_operations_of_the_layer(settings, rows, columns):
     config = ModelConfig(num_experts=8, hidden_size=32, num_heads=2, expert_dim=24, **settings)
-    records = list(products(config, 2, 16, 1e-3, CPU, torch.float32))
+    records = list(matmuls(config, 2, 16, 1e-3, CPU, torch.float32))
     assert [(r["mode"], r["against"]) for r in records] == [
         (f"{name} {part}", against)
         for name in ("w_in", "w_out")
@@ -52,4 +52,4 @@ def test_records_hold_the_shapes_and_operations_of_the_layer(settings, rows, col
 def test_too_few_tokens_are_refused():
     config = ModelConfig(num_experts=32, hidden_size=32, num_heads=2, top_k=1)
     with pytest.raises(ValueError, match="tokens is 16, too few for 32 experts"):
-        next(products(config, 1, 16, 1e-3, CPU, torch.float32))
+        next(matmuls(config, 1, 16, 1e-3, CPU, torch.float32))

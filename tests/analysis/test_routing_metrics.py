@@ -8,19 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from diffusion_moe.analysis.measures import (
+from diffusion_moe.analysis.routing_metrics import (
     coactivation,
     cosines,
     dead_experts,
     duplicate_experts,
     effective_experts,
     estimate,
+    evenly_spaced,
     expert_maps,
     imbalance,
     moving_average,
     ratio,
     shares,
-    spread_out,
     total_variation,
     varies,
 )
@@ -114,7 +114,7 @@ def test_moving_averages():
 
 @given(st.integers(1, 200), st.integers(1, 40))
 def test_spread_out_numbers_rise_from_the_first_to_the_last(count, wanted):
-    numbers = spread_out(count, wanted)
+    numbers = evenly_spaced(count, wanted)
     assert len(numbers) == min(count, wanted) and numbers[0] == 0
     assert wanted == 1 or numbers[-1] == count - 1
     steps = [b - a for a, b in itertools.pairwise(numbers)]
