@@ -39,7 +39,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(MKDOCS) --strict --quiet
+	$(MKDOCS) --strict
 
 # The documentation site, into site/index.html.
 docs: $(STAMP)

@@ -5,7 +5,6 @@ file of the site; a file outside docs/ is copied to the site once a page links t
 """
 
 import logging
-import os.path
 import posixpath
 import re
 from pathlib import Path
@@ -58,5 +57,5 @@ def site_uri(target: str, config: MkDocsConfig, files: Files) -> str:
         return target.removeprefix("docs/")
     uri = f"repository/{target}"
     if files.get_file_from_path(uri) is None:
-        files.append(File.generated(config, uri, abs_src_path=os.path.join(ROOT, target)))
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / target)))
     return uri
