@@ -4,10 +4,11 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-.PHONY: demo demo-t2i test test-slow test-gpu check format compare compare-t2i bench bench-gpu gpu clean
+.PHONY: demo demo-t2i test test-slow test-gpu check docs format compare compare-t2i bench bench-gpu gpu clean
 
-# Train a small DSMoE on real handwritten digits, then sample, score and draw it.
+# Train a small DSMoE on real handwritten digits, then sample, score and plot it.
 demo: $(STAMP)
 	$(BIN)/diffusion-moe train digits --output_dir runs/digits
 	$(BIN)/diffusion-moe sample runs/digits
@@ -38,6 +39,11 @@ check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(MKDOCS) --strict
+
+# The documentation site, into site/index.html.
+docs: $(STAMP)
+	$(MKDOCS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix
@@ -64,7 +70,7 @@ gpu: $(STAMP)
 	$(BIN)/python benchmarks/run.py gpu
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffusion-moe needs Python 3.11 or newer; set PYTHON=")'

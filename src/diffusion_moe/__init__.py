@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .pipelines.registration import register as _register_with_diffusers
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from .analysis.recorder import record_routing

@@ -131,7 +131,7 @@ def decode_pixels(
     """Decode, resize and crop an image file as training sees it: (height, width, channels), uint8.
 
     Raises:
-        Almost anything, on damaged files; see `decode_image`.
+        Exception: of almost any type, on damaged files; see `decode_image`.
     """
     image = cover_and_crop(decode_image(source, channels, background), height, width)
     return np.array(image).reshape(height, width, channels)

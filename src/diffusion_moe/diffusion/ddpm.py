@@ -106,8 +106,11 @@ def noised(schedule: Schedule, x: Tensor, noise: Tensor, step: Tensor) -> Tensor
     """x_t given x_0: data after the noise of steps 0 to `step`.
 
     Args:
-        x, noise: (B, C, H, W). step: places in the schedule, (B,) or a scalar. So in all of this file; the network is
-            to be told `schedule.numbers_S[step]`, which for a full schedule is the same.
+        schedule: noise levels.
+        x: data, (B, C, H, W).
+        noise: standard normal, (B, C, H, W).
+        step: indices into the schedule, (B,) or a scalar. So in all of this file; the network takes
+            `schedule.numbers_S[step]`, which for a full schedule is the same.
     """
     # DDPM eq. 4.
     return _at(schedule.alpha_bars_S.sqrt(), step, x) * x + _at((1 - schedule.alpha_bars_S).sqrt(), step, x) * noise

@@ -31,7 +31,9 @@ def convert(
     """The `target` that a predicted `source` implies at x_t.
 
     Args:
-        value, x_t: (B, C, H, W). t: in [0, 1], (B,) or a scalar tensor.
+        value: the predicted `source`, (B, C, H, W).
+        x_t: the noisy images, (B, C, H, W).
+        t: in [0, 1], (B,) or a scalar tensor.
         min_gap: the least that 1 - t (out of x) or t (out of epsilon) may divide by; with 0, x at t = 1 and epsilon at
             t = 0 give infinities.
     """
