@@ -1,4 +1,4 @@
-"""One of several gloo processes: compares spread experts, output and every gradient, with the loop over all experts.
+"""One of several gloo processes: compares sharded experts, output and every gradient, with the loop over all experts.
 
 Shape suffixes: T tokens of this process, D width, E experts, K experts a token, L experts held here.
 """
@@ -20,7 +20,7 @@ E, D, F = 8, 12, 6
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Of a difference's norm, relative to the norm: sums are taken in another order."""
 CASES = (("swiglu", False, False), ("gelu", True, False), ("swiglu", True, True))
-"""Activation, whether there are biases, whether the first projection is made again."""
+"""Activation, whether there are biases, whether the first projection is recomputed."""
 
 
 def token_choice(choose):
@@ -109,41 +109,41 @@ def compare(name, activation, bias, recompute, dtype):
         assert error <= TOLERANCE[dtype] * size, f"{error} of {size}"
 
 
-def compare_in_bf16(products):
-    """Under autocast: the rows that travel are rounded as those that stay; with products in float32 none are."""
+def compare_in_bf16(choice):
+    """Under autocast: dispatched rows are rounded like local ones; with matmuls in float32 none are."""
     torch.manual_seed(0)
     experts = GroupedExperts(D, F, E)
     generator = torch.Generator().manual_seed(1 + rank())
     x_TD = torch.randn(16, D, generator=generator)
     routing = ROUTINGS["any"](16, generator)
-    with torch.autocast("cpu", torch.bfloat16), use_cpu_matmul(products):
+    with torch.autocast("cpu", torch.bfloat16), use_cpu_matmul(choice):
         expected, found = experts(x_TD, routing), held(experts)(x_TD, routing)
     assert found.dtype == x_TD.dtype
     # What is kept is rounded to bfloat16 in both ways, now and then one unit apart.
-    bound = {"low_precision": 2**-7, "float32": 2**-10}[products]
+    bound = {"low_precision": 2**-7, "float32": 2**-10}[choice]
     torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
 
 
-def check_that_no_graph_travels():
+def check_that_no_graph_is_sent():
     """A graph holds the group: in the hands of the group's own threads it would keep them beyond the group's end."""
-    travelled, real = [], dist.all_to_all_single
+    exchanged, real = [], dist.all_to_all_single
 
     def watch(received, sent, *args, **kwargs):
-        travelled.extend((received, sent))
+        exchanged.extend((received, sent))
         return real(received, sent, *args, **kwargs)
 
     generator = torch.Generator().manual_seed(rank())
     x_TD = torch.randn(16, D, generator=generator).requires_grad_()
     with mock.patch.object(dist, "all_to_all_single", watch):
         out_TD = held(GroupedExperts(D, F, E))(x_TD * 2, ROUTINGS["any"](16, generator))
-        assert out_TD.requires_grad and len(travelled) == 8  # numbers of rows, rows, weights, answers
-        assert not any(tensor.requires_grad for tensor in travelled)
+        assert out_TD.requires_grad and len(exchanged) == 8  # numbers of rows, rows, weights, answers
+        assert not any(tensor.requires_grad for tensor in exchanged)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with torchrun_processes():
-        check_that_no_graph_travels()
+        check_that_no_graph_is_sent()
         for name, case, dtype in itertools.product(ROUTINGS, CASES, TOLERANCE):
             if dtype == torch.float64 and case != CASES[-1]:
                 continue
@@ -151,5 +151,5 @@ if __name__ == "__main__":
                 compare(name, *case, dtype)
             except AssertionError as error:
                 raise AssertionError(f"{name}, {case}, {dtype}") from error
-        for products in ("low_precision", "float32"):
-            compare_in_bf16(products)
+        for choice in ("low_precision", "float32"):
+            compare_in_bf16(choice)

@@ -41,7 +41,7 @@ def test_forward_and_backward_are_those_of_the_formula(kind, block, dtype, monke
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
-def test_what_is_kept_narrow_gives_what_is_wide(kind):
+def test_low_precision_inputs_are_computed_in_float32(kind):
     """h in bfloat16 and all else in float32: only h is rounded."""
     F = 6
     h_AH = torch.randn(23, 2 * F if kind == "swiglu" else F).bfloat16()
@@ -56,7 +56,7 @@ def test_what_is_kept_narrow_gives_what_is_wide(kind):
 @pytest.mark.parametrize("kind", ["gelu", "silu", "swiglu"])
 @pytest.mark.parametrize("kept", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_without_weights_it_is_the_activation(kind, kept):
-    """h may be kept narrower than all else is; it is rounded then, and nothing besides."""
+    """h may have a lower precision than everything else; then it alone is rounded."""
     F, dtype = 6, torch.promote_types(kept, torch.float32)
     h_AH, grad_AF = torch.randn(23, 2 * F if kind == "swiglu" else F).to(kept), torch.randn(23, F, dtype=dtype)
     exact = h_AH.double().clone().requires_grad_()

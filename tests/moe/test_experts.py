@@ -129,7 +129,7 @@ def test_the_sum_over_experts_runs_in_float32_under_autocast(cpu_matmul):
     """1 + 2^-8 + 2^-8 is lost when partial sums are rounded to bfloat16, in the output and in the input's gradient."""
     experts = make_experts(8, 8, 3, "gelu", bias=False)
     parts = torch.tensor([1.0, 2.0**-8, 2.0**-8])[:, None, None]
-    with torch.no_grad():  # the hidden layer is gelu(8) = 8 in its first place, whose slope is 1
+    with torch.no_grad():  # the hidden layer is gelu(8) = 8 in its first column, whose slope is 1
         experts.w_in.copy_(torch.zeros(8, 8).index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(8.0)))
         experts.w_out.copy_(parts * torch.ones(8, 8) / 8)
     x = torch.zeros(1, 8).index_fill(1, torch.tensor(0), 1.0).requires_grad_()
@@ -235,7 +235,7 @@ def test_frozen_experts_cost_no_matmuls_and_get_no_gradient(frozen):
 
 
 def kept_bytes(experts, x_TD, routing):
-    """What autograd keeps besides the parameters, each storage once."""
+    """Bytes that autograd keeps, without parameters, each storage once."""
     return saved_bytes(lambda: experts(x_TD, routing), tuple(experts.parameters()))
 
 

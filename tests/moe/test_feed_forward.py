@@ -44,7 +44,7 @@ def test_equals_the_formula_in_float32(kind, bias, shape):
 
 
 @pytest.mark.parametrize(("kind", "bias"), KINDS)
-def test_is_within_bfloat16_under_autocast_in_either_kind_of_product(kind, bias, cpu_matmul):
+def test_is_within_bfloat16_under_autocast_in_either_dtype_of_matmuls(kind, bias, cpu_matmul):
     first, last = make_layers(kind, bias, 32, 48, 16)
     x = torch.randn(3, 7, 32, requires_grad=True)
     exact = results(lambda: plain(x, first, last, kind), x, (*first, last))
@@ -59,7 +59,7 @@ def test_is_within_bfloat16_under_autocast_in_either_kind_of_product(kind, bias,
 
 
 @pytest.mark.parametrize("kind", ["gelu", "silu", "swiglu"])
-def test_float32_products_round_what_is_kept_and_answered_and_nothing_else(kind):
+def test_float32_matmuls_round_what_is_kept_and_returned_and_nothing_else(kind):
     """Against float32 whose first projection and answer are rounded to bfloat16: to float32's accuracy."""
     first, last = make_layers(kind, True, 16, 24, 8)
     x = torch.randn(5, 16, requires_grad=True)
@@ -84,8 +84,8 @@ def test_float32_products_round_what_is_kept_and_answered_and_nothing_else(kind)
         assert (actual - exact).norm() < 4e-3 * exact.norm()
 
 
-@pytest.mark.parametrize("products", ["low_precision", "float32"])
-def test_a_weights_last_bits_count_in_float32(products):
+@pytest.mark.parametrize("choice", ["low_precision", "float32"])
+def test_a_weights_last_bits_count_in_float32(choice):
     """(1 + 2^-10) - 1, of which bfloat16 sees 1 - 1, in the first layer and in the last."""
     fine, one = torch.tensor([[1 + 2.0**-10, -1.0]]), torch.tensor([[1.0]])
     for up, down, width in ((fine, one, 1), (torch.eye(2), fine, 2)):
@@ -94,9 +94,9 @@ def test_a_weights_last_bits_count_in_float32(products):
             first.weight.copy_(up)
             last.weight.copy_(down)
         x = torch.full((1, 2), 2.0**16, dtype=torch.bfloat16)  # whose SiLU is itself; 64 times the sum's too
-        with torch.autocast("cpu", torch.bfloat16), use_cpu_matmul(products):
+        with torch.autocast("cpu", torch.bfloat16), use_cpu_matmul(choice):
             y = feed_forward(x, [first], last, "silu")
-        assert float(y) == (64 if products == "float32" else 0)
+        assert float(y) == (64 if choice == "float32" else 0)
 
 
 @pytest.mark.parametrize(("kind", "bias"), KINDS)
@@ -134,7 +134,7 @@ def test_only_the_input_and_the_first_projection_are_kept(kind, dtype, cpu_matmu
 
 
 def test_an_input_without_a_gradient_gets_none():
-    """A capacity predictor's, which is detached: no product is made for it."""
+    """A capacity predictor's, which is detached: no matmul is run for it."""
     first, last = make_layers("silu", True)
     x = torch.randn(9, 6)
     y = feed_forward(x, first, last, "silu")
@@ -146,7 +146,7 @@ def test_an_input_without_a_gradient_gets_none():
 
 @pytest.mark.parametrize("frozen", ["first", "last", "all"])
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
-def test_frozen_layers_cost_no_products_and_get_no_gradient(kind, frozen):
+def test_frozen_layers_cost_no_matmuls_and_get_no_gradient(kind, frozen):
     first, last = make_layers(kind, True)
     x = torch.randn(9, 6, requires_grad=True)
     expected = torch.autograd.grad(plain(x, first, last, kind).sum(), (x, *last.parameters(), *first[0].parameters()))

@@ -33,8 +33,8 @@ def compiled(kernel, constants, **options):
     from triton.compiler import ASTSource
 
     rows = {"h", "grad", "out", "dh", "y"}
-    wide = {"expert", "row", "start", "order_A", "row_A", "total_E"}  # int64
-    narrow = {"count_EB", "earlier_EB", "offsets_E"}  # int32
+    int64 = {"expert", "row", "start", "order_A", "row_A", "total_E"}
+    int32 = {"count_EB", "earlier_EB", "offsets_E"}
 
     def kind(name):
         if name in constants:
@@ -43,12 +43,12 @@ def compiled(kernel, constants, **options):
             return "i32"
         if name == "scale":
             return "fp32"
-        return "*" + ("bf16" if name in rows else "i64" if name in wide else "i32" if name in narrow else "fp32")
+        return "*" + ("bf16" if name in rows else "i64" if name in int64 else "i32" if name in int32 else "fp32")
 
     signature = {name: kind(name) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     code = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)
     assert len(code.asm["cubin"]) > 0
     return code.asm["ptx"]

@@ -231,7 +231,7 @@ def test_dropout_acts_on_the_hidden_layer_of_every_expert(kind):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("kind", ["tc", "diffmoe", "dsmoe"])
-def test_making_hidden_layers_again_changes_no_gradient(kind, dropout):
+def test_recomputing_hidden_layers_changes_no_gradient(kind, dropout):
     layer = MoEFeedForward(6, 8, RouterConfig(kind, 4, top_k=2, capacity=2), shared="swiglu", dropout=dropout).train()
     x = torch.randn(2, 5, 6, requires_grad=True)
     results, kept = [], []

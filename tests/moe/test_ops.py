@@ -1,4 +1,4 @@
-"""The grouped products against a loop written here, in every dtype and for every awkward grouping."""
+"""The grouped matmuls against a loop written here, in every dtype and for every awkward grouping."""
 
 import itertools
 
@@ -164,14 +164,14 @@ def test_wgrad_of_a_slice_has_the_strides_that_its_fake_kernel_promises():
 def test_flops_are_those_of_one_matrix_a_row(widths):
     counts = [3, 0, 5]
     x_AD, w_EDF, offs = operands(counts, widths, torch.float32)
-    product = 2 * sum(counts) * widths[0] * widths[1]
+    one_matmul = 2 * sum(counts) * widths[0] * widths[1]
     with FlopCounterMode(display=False) as forward:
         y_AF = gmm(x_AD, w_EDF, offs)
-    assert forward.get_total_flops() == product
+    assert forward.get_total_flops() == one_matmul
     with FlopCounterMode(display=False) as both:
         y_AF = gmm(x_AD, w_EDF, offs)
         y_AF.square().sum().backward()
-    assert both.get_total_flops() == 3 * product
+    assert both.get_total_flops() == 3 * one_matmul
 
 
 def test_aligned_operands_do_not_take_the_loop(monkeypatch):

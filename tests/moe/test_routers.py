@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_moe.moe import ROUTERS, RouterConfig, register_router
+from diffusion_moe.moe import ROUTERS, Router, RouterConfig, register_router
 
 KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
 
@@ -361,3 +361,12 @@ def test_settings_that_a_rule_does_not_read_are_not_checked():
 def test_a_taken_name_is_refused(name):
     with pytest.raises(ValueError, match=f"router '{name}' exists already"):
         register_router(name, ROUTERS["tc"])
+
+
+def test_a_class_without_the_facts_of_a_rule_is_refused():
+    class Bare(Router):
+        pass
+
+    with pytest.raises(ValueError, match="Bare does not define experts_per_token"):
+        register_router("bare", Bare)
+    assert "bare" not in ROUTERS

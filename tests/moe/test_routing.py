@@ -97,7 +97,7 @@ def test_room_for_rows_keeps_the_choices_of_most_weight_and_counts_the_rest(case
     assert torch.bincount(
         torch.tensor([e for e, _, _ in served], dtype=torch.int64), minlength=chosen_TE.shape[1]
     ).equal(routing.report.counts_E)
-    # Every row lies inside its expert's bounds, so that no product leaves a row unwritten.
+    # Every row lies inside its expert's bounds, so that no matmul leaves a row unwritten.
     assert len(routing.token_A) == rows == routing.offsets_E[-1] and routing.offsets_E.dtype == torch.int32
     pairs = {(e, t) for e, t, _ in triples(routing)}
     assert len(pairs) == rows

@@ -106,8 +106,9 @@ class ExpertFunction(torch.autograd.Function):
         experts = BatchedMatmul(offsets_E) if settings.equal else GroupedMatmul(offsets_E)
         with full_precision(x_TD):
             cast_in, cast_out = w_in.to(dtype), w_out.to(dtype)
-            x_AD = _dispatch(x_TD, token_A, dtype)
-            h_AH = experts.matmul(x_AD, cast_in, None if b_in is None else b_in.to(dtype)).to(settings.dtype)
+            bias = None if b_in is None else b_in.to(dtype)
+            # Dispatched rows are freed as soon as they are multiplied.
+            h_AH = experts.matmul(_dispatch(x_TD, token_A, dtype), cast_in, bias).to(settings.dtype)
             a_AF = weighted_activation(h_AH, weight_A, settings.activation, dtype)
             out_TD = combine(experts.matmul(a_AF, cast_out), row_A, start_T, settings.per_token)
             expert_A = weight_TE = None
@@ -134,7 +135,7 @@ class ExpertFunction(torch.autograd.Function):
         needs_x, _, needs_in, needs_out, needs_b_in, needs_b_out = ctx.needs_input_grad[:6]
         dx_TD = dw_in = dw_out = db_in = db_out = None
         with full_precision(x_TD):
-            if h_AH is None:
+            if h_AH is None:  # recompute
                 bias = None if b_in is None else b_in.to(dtype)
                 h_AH = experts.matmul(_dispatch(x_TD, token_A, dtype), w_in.to(dtype), bias).to(settings.dtype)
             dy_AD = _dispatch(dout_TD, token_A, dtype)  # not yet times the routing weight
@@ -143,7 +144,7 @@ class ExpertFunction(torch.autograd.Function):
             if needs_out:
                 dw_out = experts.weight_gradient(a_AF, dy_AD, ctx.weight_dtype)
             del a_AF, dy_AD
-            if b_out is not None:
+            if b_out is not None:  # its part of the output is weight_TE @ b_out
                 dout = dout_TD.to(weight_TE.dtype)
                 db_out = (weight_TE.T @ dout).to(b_out.dtype) if needs_b_out else None
                 along_TE = dout @ b_out.to(dout.dtype).T

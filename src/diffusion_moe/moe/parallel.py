@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .expert_autograd import ExpertSettings, ExpertWeights, apply_experts, rows_by_token
 from .ops import combine
@@ -71,7 +72,9 @@ class Combine(torch.autograd.Function):
         return dout_TD.index_select(0, token_A), None, None, None, None
 
 
-@torch.compiler.disable  # the host must know the numbers of rows, which breaks a graph anyway
+# The host must know the numbers of rows, which breaks a graph anyway. The decorator is `torch.compiler.disable` without
+# its import of torch._dynamo.
+@_disable_dynamo
 def parallel_experts(
     x_TD: Tensor, routing: Routing, weights: ExpertWeights, settings: ExpertSettings, group: dist.ProcessGroup
 ) -> Tensor:

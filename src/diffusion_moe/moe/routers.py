@@ -280,10 +280,12 @@ def register_router(name: str, router: type[Router]) -> None:
         router: subclass of `Router` with the facts of its rule, such as `experts_per_token`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or the class does not define experts_per_token.
     """
     if name == "dense" or name in RULES:
         raise ValueError(f"router {name!r} exists already; choose another name")
+    if router.experts_per_token is RoutingRule.experts_per_token:
+        raise ValueError(f"{router.__name__} does not define experts_per_token, by which sizes are counted; add it")
     RULES[name] = router
     ROUTERS[name] = router
 

@@ -80,8 +80,8 @@ def test_closed_forms(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_layout_and_no_rows(both, kind):
     h_AH, weight_A, grad_AF = inputs(kind, 5, 3)
-    wide = (h_AH.T.contiguous().T, weight_A[:1].expand(5), grad_AF[:, :1].expand(5, 3))
-    kernel, oracle = both(lambda: backward(*wide, kind))
+    strided = (h_AH.T.contiguous().T, weight_A[:1].expand(5), grad_AF[:, :1].expand(5, 3))
+    kernel, oracle = both(lambda: backward(*strided, kind))
     torch.testing.assert_close(kernel, oracle, rtol=1e-5, atol=1e-6)
     with backend.use("triton"):
         nothing = backward(h_AH[:0], weight_A[:0], grad_AF[:0], kind)
