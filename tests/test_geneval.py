@@ -116,7 +116,7 @@ def test_images_of_other_prompts_are_not_mixed_in(file, tmp_path):
         missing(folder, prompts)
     with pytest.raises(ValueError, match="00001 holds images already; choose another folder"):
         write_images(folder, 1, prompts[1], images_of(1))
-    with pytest.raises(ValueError, match="00001 lies beyond the 1 prompts; choose another folder"):
+    with pytest.raises(ValueError, match="00001 is beyond the 1 prompts; choose another folder"):
         missing(folder, prompts[:1])
 
 
@@ -143,11 +143,11 @@ def test_grey_images_are_refused(file, tmp_path):
         ),
         (
             '{"tag": "x", "prompt": "a", "include": [{"class": "cup", "count": 1, "position": ["above", "0"]}]}',
-            "position is .'above', '0'. in include; it must be a relation and the number of an entry",
+            "position is .'above', '0'. in include; it must be a relation and the index of an entry",
         ),
         (
             '{"tag": "x", "prompt": "a", "include": [{"class": "cup", "count": 1, "position": ["above", 0]}]}',
-            "include 0 stands above entry 0; name an earlier one",
+            "include 0 is above entry 0; name an earlier one",
         ),
     ],
 )
