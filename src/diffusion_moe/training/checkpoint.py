@@ -104,7 +104,12 @@ def load_checkpoint(
     Raises:
         CheckpointError: it is damaged, or not of this recipe's model; says what is wrong.
     """
-    about = read(path, state_tensors(state), group=group, optional=lambda name: name.startswith("ema_"))
+    try:
+        about = read(path, state_tensors(state), group=group, optional=lambda name: name.startswith("ema_"))
+    except CheckpointError as error:
+        if ".router.correction" in str(error):
+            raise CheckpointError(f"{error}; the version before wrote it, which this one cannot resume") from error
+        raise
     begun, dropped = _changed_averages(path, state)
     for decay in begun:
         begin_average(state.extra_emas[decay], state.model)
