@@ -206,7 +206,7 @@ def test_tars_and_tables(tmp_path, inspected):
         (["{}", "--data.kind=digits"], "data.kind is digits; inspect looks at folder"),
         (["{}/gone"], "gone is not a folder; give a folder of images"),
         (["{}", "--pixels=x.bin"], "pixels is x.bin; give a file that ends in .npz"),
-        (["{}", "--data.path=y"], "--data.path is given beside"),
+        (["{}", "--data.path=y"], "--data.path and"),
         (["{}", "--data.background=wite"], "data.background is 'wite'"),
         (["{}", "--data.buckets=[8x8]", "--pixels=x.npz"], "data.buckets makes images of several sizes"),
         (["--json"], "the path is missing; usage: diffusion-moe inspect PATH"),
