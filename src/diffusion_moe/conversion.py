@@ -1,4 +1,4 @@
-"""The command `convert`: published checkpoints and runs to pipeline folders, and back to the published layout."""
+"""The command `convert`: reference checkpoints and runs to pipeline folders, and back to the reference layout."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
     from .text import TextEncoder
 
 IMAGENET_NAMES = Path(__file__).parent / "data" / "names" / "imagenet.txt"
-"""Names of ImageNet-1k's classes, a line each."""
+"""Names of ImageNet-1k's classes, one per line."""
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to read, and where to write it."""
+    """The layout to write, and how the source is read."""
 
     output: Path
-    """Folder of the pipeline; with --to published the file, ending in .pt, .pth or .safetensors."""
+    """Folder of the pipeline; with --to published a file that ends in .pt, .pth or .safetensors."""
     to: Literal["diffusers", "published"] = "diffusers"
-    """diffusers: a pipeline folder for DiffusionPipeline.from_pretrained and `diffusion-moe sample`. published: from a
-    run or such a folder back to the published layout."""
+    """diffusers: a pipeline folder for DiffusionPipeline.from_pretrained and `diffusion-moe sample`. published: a
+    checkpoint in the layout of the papers' code, from a run or such a folder."""
     config: str | None = None
-    """The YAML file a published checkpoint was trained with, or a recipe; found or told from the file unless given."""
+    """YAML file a reference checkpoint was trained with, or a recipe; found or inferred unless given."""
     format: str | None = None
-    """dense, tc, ec, diffmoe, dsmoe, jit, dit, sit or dit-moe; told from the names unless given."""
+    """dense, tc, ec, diffmoe, dsmoe, jit, dit, sit or dit-moe; inferred from the names of the tensors unless given."""
     weights: Literal["ema", "ema2", "model"] = "ema"
-    """Which set of a published file: an average (JiT has two) or the last weights."""
+    """Weights of a reference file to read: an EMA (JiT has two) or the last weights."""
     file: str | None = None
-    """Which file of a folder or hub repository."""
+    """File to read in a folder or hub repository."""
     vae: str | None = None
-    """Hub id or folder of the AutoencoderKL that the latents belong to; it is saved along."""
+    """Hub id or folder of the AutoencoderKL that decodes the latents; it is saved in the pipeline."""
     text_encoder: str | None = None
-    """Hub id or folder of the text encoder, where it is not where training left it; it is saved along."""
+    """Hub id or folder of the text encoder, if it was moved since training; it is saved in the pipeline."""
     class_names: Path | None = None
-    """Text file with the name of each class, a line each; ImageNet's for 1000 classes unless given."""
+    """Text file with the names of the classes, one per line; ImageNet's for 1000 classes unless given."""
     trust_pickle: bool = False
-    """Read a file that holds more than tensors. Such a file can run any code: only for files you trust."""
+    """Read a file that has more than tensors. Such a file can run any code: only for files you trust."""
 
 
 def to_pipeline(source: str, options: ConvertOptions) -> str:
@@ -66,7 +66,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} is not empty; choose another folder")
     if is_ours(Path(source)):
-        _refuse(options, ("config", "format", "file"), "a folder of this library's own")
+        _refuse(options, ("config", "format", "file"), "a folder of this library")
         _refuse_weights(options)
         ours = read_source(Path(source))
         model, record = load_weights(ours), ours.weights_metadata() | {"source": source}
@@ -87,7 +87,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
     if model.settings.text_dim:  # no published file has one
         encoder = load_text_encoder(ours, options.text_encoder)
     elif options.text_encoder is not None:
-        raise ValueError(f"--text_encoder is {options.text_encoder}, but the model takes no text; leave it out")
+        raise ValueError(f"--text_encoder is {options.text_encoder}, but the model takes no text; remove it")
     save_pipeline(model.cpu(), None if vae is None else vae.cpu(), names, record, output, encoder)
     latents = model.settings.in_channels not in (1, 3) and vae is None
     hint = "; it generates latents: convert with --vae to get images" if latents else ""
@@ -102,7 +102,7 @@ def save_pipeline(
     folder: Path,
     encoder: TextEncoder | None = None,
 ) -> None:
-    """Write a pipeline folder, whole or not at all, with a note of where it came from."""
+    """Write a pipeline folder, whole or not at all, with the metadata of its source."""
     from .pipelines.schedulers import default_scheduler
 
     scheduler = default_scheduler(model.settings)
@@ -126,7 +126,7 @@ def save_pipeline(
 
 
 def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
-    """Write a published checkpoint from a run, a converted folder or a model's folder.
+    """Write a reference checkpoint from a run, a converted folder or a model's folder.
 
     Returns:
         One line for the user.
@@ -146,7 +146,7 @@ def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a folder is a run, a pipeline or a model of this library."""
+    """True for the folder of a run, a pipeline or a model of this library."""
     if RunFolder(path).recipe.is_file() or (path / "model_index.json").is_file():
         return True
     try:
@@ -158,19 +158,17 @@ def is_ours(path: Path) -> bool:
 def _refuse(options: ConvertOptions, names: tuple[str, ...], what: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name} is {getattr(options, name)}, but {what} has no use for it; leave it out")
+            raise ValueError(f"--{name} is {getattr(options, name)}, which is not supported for {what}; remove it")
 
 
 def _refuse_weights(options: ConvertOptions) -> None:
     if options.weights != "ema" or options.trust_pickle:
         given = f"--weights is {options.weights}" if options.weights != "ema" else "--trust-pickle is given"
-        raise ValueError(
-            f"{given}, but a folder of this library's own holds one set of weights, unpickled; leave it out"
-        )
+        raise ValueError(f"{given}, but a folder of this library has one set of weights, unpickled; remove it")
 
 
 def _run_names(path: Path) -> list[str]:
-    """Class names of a run's data, if the data is still there."""
+    """Class names of a run's data, if the data can be read."""
     from .data import load_dataset
 
     if not RunFolder(path).recipe.is_file():

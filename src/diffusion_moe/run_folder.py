@@ -1,4 +1,4 @@
-"""The folder of one run: what lies where, and whose it is. docs/run-folder.md describes it for users."""
+"""The folder of one run: its files, and the recipe it belongs to. docs/run-folder.md describes it for users."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .config.renamed import current_sections
 from .log import Log
 
 Resume = Literal["auto", "never", "changed"]
-"""What to do with a run that is there: go on with it, refuse it, or go on with it by another recipe."""
+"""How an existing run is handled: resume it, refuse it, or resume it with another recipe."""
 ORIGIN = "training.json"
-"""In the model's folder: number of its training steps, and the decay of its EMA."""
+"""File of a model's folder: the number of training steps, and the decay of its EMA."""
 HANDOVER_SECONDS = 120.0
-"""How long a run waits for one before it that has not ended yet, or whose machine is gone and its lock with it."""
+"""Time that a run waits for the lock of another one, which has not ended yet or whose machine is gone."""
 DATA = "data.json"
-"""In the model's folder: names of the classes, and which latents it draws."""
+"""File of a model's folder: names of the classes, and the space of its latents."""
 
-EMA_MODEL = "model-ema-"
-"""Prefix of the folders of extra EMAs; the decay follows."""
+AVERAGE = "model-ema-"
+"""Beginning of the names of folders with further EMAs; their decay follows."""
 EVALUATION = "evaluation.json"
-"""In a run: its scores by its own data."""
+"""File of a run: its scores against its own data."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def recipes(self) -> Path:
-        """Of a run that has had several: see `run_history`."""
+        """Recipes of a run that has had several: see `run_history`."""
         return self.path / "recipes"
 
     @property
@@ -88,9 +88,9 @@ class RunFolder:
     def lora(self) -> Path:
         return self.path / "lora"
 
-    def ema_model(self, decay: float) -> Path:
-        """Model of an extra EMA."""
-        return self.path / f"{EMA_MODEL}{decay}"
+    def average(self, decay: float) -> Path:
+        """Folder of a further EMA's model."""
+        return self.path / f"{AVERAGE}{decay}"
 
     @property
     def previews(self) -> Path:
@@ -103,7 +103,7 @@ class RunFolder:
     def claim(self, recipe: Recipe, resume: Resume) -> None:
         """Make the folder this recipe's: create it, or check that it already is; then write `recipe.yaml`.
 
-        Where another recipe is to go on, `recipe.yaml` stays: `run_history.record` replaces it.
+        If the run resumes with another recipe, `recipe.yaml` is kept: `run_history.record` replaces it.
 
         Raises:
             ValueError: the folder is another recipe's, holds something else, or must not be resumed.
@@ -115,7 +115,7 @@ class RunFolder:
             raise ValueError(f"{self.path} is not empty and --resume is never; choose another --output_dir")
         if occupied and not self.recipe.is_file():
             raise ValueError(
-                f"{self.path} holds files but no recipe.yaml, so it is no run; choose another --output_dir"
+                f"{self.path} holds files but no recipe.yaml, so it is not a run; choose another --output_dir"
             )
         if occupied and (changes := difference(self.read_recipe(), recipe)):
             self._check_changes(changes, resume)
@@ -127,28 +127,28 @@ class RunFolder:
             raise ValueError(f"cannot write to {self.path}: {error.strerror}; choose another --output_dir") from error
 
     def _check_changes(self, changes: list[str], resume: Resume) -> None:
-        """Raises ValueError unless the run may go on with these changes of its recipe."""
+        """Raise ValueError unless the run may resume with these changes of its recipe."""
         fixed = [
             f"{section}.{name}" for section, kind in SECTIONS.items() for name in names_where(kind, change="never")
         ]
         never = [line for line in changes if line.partition(":")[0] in fixed]
         if never and resume == "changed":
             raise ValueError(
-                f"{self.path} holds a run of another model or init ({'; '.join(never)}), which --resume changed "
-                "cannot go on with; leave that as it was, or choose another --output_dir"
+                f"{self.path} holds a run of another model or init ({'; '.join(never)}), which --resume changed cannot "
+                "change; restore these values, or choose another --output_dir"
             )
         if resume != "changed":
-            remedy = "" if never else ", or go on with the new recipe by --resume changed"
+            remedy = "" if never else ", or resume with the new recipe by --resume changed"
             raise ValueError(
                 f"{self.path} holds a run of another recipe ({'; '.join(changes)}); choose another --output_dir{remedy}"
             )
 
     @contextmanager
     def reserved(self, log: Log, wait_seconds: float = HANDOVER_SECONDS) -> Iterator[None]:
-        """Keep other runs out while this one trains. The lock ends with the process, however that ends.
+        """Lock the folder while this run trains. The lock ends with the process, however that ends.
 
         Raises:
-            ValueError: another still trains here after the wait.
+            ValueError: another run still trains here after the wait.
         """
         with (self.path / ".lock").open("a+") as file:
             end, waits = time.monotonic() + wait_seconds, False
@@ -175,7 +175,7 @@ class RunFolder:
         if not self.path.is_dir():
             raise ValueError(f"there is no folder {self.path}; give the folder of a run")
         if not self.recipe.is_file():
-            raise ValueError(f"{self.path} has no recipe.yaml, so it is no run; give the folder of a run")
+            raise ValueError(f"{self.path} has no recipe.yaml, so it is not a run; give the folder of a run")
         return read_run_recipe(self.recipe)
 
     def older_training(self) -> dict[str, Any]:
@@ -204,9 +204,9 @@ def _older_training(sections: Sections) -> dict[str, Any]:
 
 
 def _locked(file: TextIO) -> bool:
-    """Whether the file is locked for this process now, or cannot be, as on some file systems."""
+    """Lock the file; False if another process has locked it, True also where files cannot be locked."""
     try:
-        # Of the process alone: loading processes, which may outlive it for seconds, do not inherit it.
+        # A POSIX lock belongs to the process: data workers, which may outlive it for seconds, do not inherit it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
@@ -216,14 +216,14 @@ def _locked(file: TextIO) -> bool:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds the old one or the new one, whole."""
+    """Write a file so that a reader finds either the whole old file or the whole new one."""
     with replace_atomically(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` once all of it is on the disk."""
+    """Open a file that replaces `path` once all of it is on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:

@@ -1,7 +1,7 @@
-"""The recipes of a run, one after another: which one is in force, and from which step on each was.
+"""The recipes of a run, by the step at which each began.
 
-`recipe.yaml` is the one in force. Once a run has gone on under another recipe (`--resume changed`) there is a folder
-beside it, `recipes/step-00001000.yaml`, with each recipe under the number of steps done before it.
+`recipe.yaml` is the current one. After a run has been resumed with another recipe (`--resume changed`), the folder
+`recipes` has all of them: `recipes/step-00001000.yaml` is the recipe that began after 1000 steps.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ def recipes_in(run: RunFolder) -> dict[int, Path]:
 
 
 def first_recipe(run: RunFolder, recipe: Recipe) -> Recipe:
-    """The one a run began with; `recipe` if there is no run yet."""
+    """The recipe a run began with; `recipe` if there is no run yet."""
     path = recipes_in(run).get(0, run.recipe)
     return read_run_recipe(path) if path.is_file() else recipe
 
 
 def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, log: Log) -> None:
-    """Write down that a run goes on after `step` by this recipe. Only the holder of the folder's lock may.
+    """Record that a run resumes after `step` with this recipe. Only the holder of the folder's lock may call it.
 
-    Whenever this is interrupted, each file is whole, and the same command finishes it.
+    If this is interrupted, each file is whole, and the same command finishes it.
 
     Raises:
-        ValueError: the folder has come to hold a run of another recipe, and that is not wanted.
+        ValueError: the folder meanwhile holds a run of another recipe, and `resume` is not "changed".
     """
-    run.claim(
-        recipe, "changed" if resume == "changed" else "auto"
-    )  # another command may have changed it while this one waited
+    # Another command may have changed the recipe while this one waited.
+    run.claim(recipe, "changed" if resume == "changed" else "auto")
     changes = difference(run.read_recipe(), recipe)
     known = recipes_in(run)
     if step and (changes or known):
@@ -50,7 +49,7 @@ def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, log: Log) 
             log(f"  {line}")
         write_atomically(run.recipe, to_yaml(recipe))
     for first, path in known.items():
-        if first > step or not step:  # of a way not taken
+        if first > step or not step:  # the run returned to an earlier step
             path.unlink()
 
 

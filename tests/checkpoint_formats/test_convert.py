@@ -338,7 +338,7 @@ def test_wrong_options_are_refused_in_one_line(capsys, tmp_path, dsmoe):
         "cannot load the VAE": [dsmoe, *out, "--vae", tmp_path / "none"],
         "holds 2 checkpoint files": [dsmoe.parent, *out],
         "ends in .pt": [tmp_path / "whole", "--to", "published", "--output", tmp_path / "x.zip"],
-        "has no use for it": [tmp_path / "whole", "--output", tmp_path / "y", "--file", "z"],
+        "is not supported for": [tmp_path / "whole", "--output", tmp_path / "y", "--file", "z"],
         "the format is 'gan'": [
             tmp_path / "whole",
             "--to",

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def test_many_files_by_several_processes_are_those_of_one(tmp_path, inspected, m
     for number in range(200):
         save(photo(3, 4), tmp_path / "in" / f"{number % 3}" / f"{number}.png")
     found = inspected(tmp_path / "in", f"--pixels={tmp_path / 'x.npz'}", "--data.image_size=4")
-    monkeypatch.setattr("diffusion_moe.inspection.examine.sys.platform", "other")
+    monkeypatch.setattr("diffusion_moe.inspection.examine.sys", SimpleNamespace(platform="other"))
     assert inspected(tmp_path / "in", f"--pixels={tmp_path / 'y.npz'}", "--data.image_size=4") == found
     data = load_dataset(
         DataConfig(kind="folder", path=str(tmp_path / "in"), image_size=4, channels=3, test_fraction=0), "train"
@@ -205,7 +206,7 @@ def test_tars_and_tables(tmp_path, inspected):
         (["{}", "--data.kind=digits"], "data.kind is digits; inspect looks at folder"),
         (["{}/gone"], "gone is not a folder; give a folder of images"),
         (["{}", "--pixels=x.bin"], "pixels is x.bin; give a file that ends in .npz"),
-        (["{}", "--data.path=y"], "--data.path is given beside"),
+        (["{}", "--data.path=y"], "--data.path and"),
         (["{}", "--data.background=wite"], "data.background is 'wite'"),
         (["{}", "--data.buckets=[8x8]", "--pixels=x.npz"], "data.buckets makes images of several sizes"),
         (["--json"], "the path is missing; usage: diffusion-moe inspect PATH"),

@@ -274,7 +274,7 @@ def test_the_command_names_the_way_and_refuses_other_data_with_one_line(tiny, tm
     assert command()[0] == 0
     status, said = command("--training.seed=3")
     assert (status, said.count("\n")) == (2, 1)
-    assert said.endswith("choose another --output_dir, or go on with the new recipe by --resume changed\n")
+    assert said.endswith("choose another --output_dir, or resume with the new recipe by --resume changed\n")
     status, said = command("--data.kind=shapes", "--data.channels=3", "--resume", "changed")
     assert (status, said.count("\n")) == (2, 1) and "the data's images are (3, 8, 8)" in said
     assert command("--training.seed=3", "--resume", "changed", "--training.steps=2")[0] == 0
