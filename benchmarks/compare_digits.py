@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from diffusion_moe.models.sizes import model_size
+from diffusion_moe.counts import model_size
 from diffusion_moe.parsing import read_recipe
 
 RULES = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tables import put_between, replace_page
 
-from diffusion_moe.models.sizes import model_size
+from diffusion_moe.counts import model_size
 from diffusion_moe.parsing import read_recipe
 from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS
 

@@ -359,9 +359,9 @@ def bench(arguments: Sequence[str]) -> int:
 def recipes(arguments: Sequence[str]) -> int:
     """List the shipped recipes with their parameters (M of 2^20, as the papers count)."""
     parser = make_parser("recipes", recipes.__doc__ or "")
-    parser.add_argument("--flops", action="store_true", help="count compute too, which takes a few seconds")
+    parser.add_argument("--flops", action="store_true", help="count compute too")
     with_flops = parse(parser, arguments).flops
-    from .models.sizes import PAPER_MILLION, model_flops, model_size
+    from .counts import PAPER_MILLION, model_flops, model_size
 
     width = max(len(name) for name in recipe_names()) + 2
     log(
@@ -372,7 +372,7 @@ def recipes(arguments: Sequence[str]) -> int:
         config = read_recipe(name).model
         size = model_size(config)
         total, activated = size.total / PAPER_MILLION, size.activated / PAPER_MILLION
-        flops = f"{model_flops(config) / 1e9:28.3f}" if with_flops else ""
+        flops = f"{model_flops(config).total / 1e9:28.3f}" if with_flops else ""
         log(f"{name:{width}}{config.router:10}{total:10.1f}{activated:14.1f}{flops}")
     return 0
 
