@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .expert_autograd import ByToken, ExpertFunction, by_token
 from .ops import sum_rows
@@ -73,7 +74,9 @@ class Combine(torch.autograd.Function):
         return dout_TD.index_select(0, token_A), None, None, None, None
 
 
-@torch.compiler.disable  # the host has to know how many rows come, which breaks a graph anyway
+# The host has to know how many rows come, which breaks a graph anyway. As `torch.compiler.disable`, which would import
+# torch._dynamo already here.
+@_disable_dynamo
 def parallel_experts(experts: GroupedExperts, x_TD: Tensor, routing: Routing, group: dist.ProcessGroup) -> Tensor:
     """`GroupedExperts.forward` with the experts of a whole group of processes, (T, D) in the dtype of x_TD.
 

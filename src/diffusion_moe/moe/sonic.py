@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .routing import Routing
 
@@ -72,7 +73,7 @@ def sonic_experts(experts: GroupedExperts, x_TD: Tensor, routing: Routing) -> Te
     return _call(experts.w_in, experts.w_out, x_TD, routing.weight_A, routing.expert_A(), routing.row_TK)
 
 
-@torch.compiler.disable  # its kernels refuse to be traced
+@_disable_dynamo  # its kernels refuse to be traced; as torch.compiler.disable, which imports torch._dynamo at once
 def _call(
     w_in_EDH: Tensor, w_out_EFD: Tensor, x_TD: Tensor, weight_A: Tensor, expert_A: Tensor, row_TK: Tensor
 ) -> Tensor:
