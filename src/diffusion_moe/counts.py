@@ -104,6 +104,21 @@ def num_assignments(config: ModelConfig, index: int, images: int = 1) -> int:
     return config.rule.num_assignments(config, num_tokens(config, index), images)
 
 
+def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
+    """Images of a micro-batch of one process.
+
+    Raises:
+        ValueError: the batch cannot be divided evenly.
+    """
+    parts = accumulation * world
+    if batch_size % parts:
+        raise ValueError(
+            f"training.batch_size {batch_size} is not divisible by training.accumulation {accumulation} x "
+            f"{world} processes = {parts}"
+        )
+    return batch_size // parts
+
+
 def is_moe_block(config: ModelConfig, index: int) -> bool:
     """Whether block `index` is an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
     return config.rule is not None and index >= config.first_k_dense and (index + 1) % config.moe_layer_freq == 0
@@ -171,7 +186,7 @@ def buffer_shapes(config: ModelConfig, persistent: bool = False) -> Shapes:
     if config.rotary_axes and not persistent:
         joint = config.text_length if config.text_dim and config.text_conditioning == "joint" else 0
         rows = tokens + config.class_tokens + joint
-        shapes |= {name: (rows, config.head_width) for name in ("rotary_cos", "rotary_sin")}
+        shapes |= dict.fromkeys(("rotary_cos", "rotary_sin"), (rows, config.head_width))
     if config.adds_sincos:
         shapes["pos_embed"] = (tokens, D)
     if config.text_dim:

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusion_moe import DiT
 from diffusion_moe.config import TEXT_FIELDS, ModelConfig
-from diffusion_moe.models.block import is_moe_block
+from diffusion_moe.counts import is_moe_block
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
 
 ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]

@@ -8,8 +8,8 @@ from torch import nn
 
 from diffusion_moe import DiT, JiT
 from diffusion_moe.config import TEXT_FIELDS, ModelConfig
-from diffusion_moe.models import load_model
 from diffusion_moe.counts import model_flops, model_size
+from diffusion_moe.models import load_model
 from diffusion_moe.moe import routers_of
 from diffusion_moe.nn.attention import CrossAttention
 from diffusion_moe.nn.position import sincos_table

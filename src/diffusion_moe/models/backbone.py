@@ -133,6 +133,11 @@ class Backbone(nn.Module):
         return super().__getattr__(name)
 
     @property
+    def device(self) -> torch.device:
+        """Device to compute on; with diffusers' offloading it may differ from that of the weights."""
+        return super().device if len(Backbone.__bases__) > 1 else next(self.parameters()).device  # type: ignore[misc]
+
+    @property
     def config(self) -> Any:
         """The settings as diffusers keeps them, a FrozenDict."""
         from diffusers.configuration_utils import FrozenDict

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import InitConfig, ModelConfig, Recipe
-from ..distributed import world_size
 from ..models import Backbone, make_model
 from ..models.adapters import LABEL_TABLE, add_adapters, merged, save_adapters, targets_of
 from ..moe.parallel import local_part
@@ -52,27 +51,6 @@ class Origin(NamedTuple):
     """Where they are known."""
     latent_space: Mapping[str, Any] | None = None
     """Of a model of latents, where it is known: see `data.latent_space`."""
-
-
-def check_initialization(recipe: Recipe) -> None:
-    """Whether adapters can be trained as the recipe says.
-
-    Raises:
-        ValueError: those of experts, compiled or by several processes.
-    """
-    stacked = [name for name in recipe.init.lora_targets if name.endswith(("w_in", "w_out"))]
-    if recipe.init.lora_rank is None or not stacked:
-        return
-    if world_size() > 1:
-        raise ValueError(
-            f"init.lora_targets has {stacked[0]}, but adapters of experts train on one process, and there are "
-            f"{world_size()}; leave it out"
-        )
-    if recipe.training.compile:
-        raise ValueError(
-            f"init.lora_targets has {stacked[0]}, but peft's adapters of experts cannot be compiled; set "
-            "training.compile to false"
-        )
 
 
 def freeze_and_add_adapters(model: Backbone, init: InitConfig) -> Backbone:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from ..config import Recipe
 from ..data import ImageDataset, Segment, SkippedLog, load_dataset
-from ..distributed import barrier, is_main, torchrun_processes
+from ..distributed import barrier, is_main, torchrun_processes, world_size
 from ..models import Backbone
 from ..moe.precision import SLOW_DTYPES
 from ..run_folder import DATA, ORIGIN, Resume, RunFolder, write_atomically
@@ -30,9 +30,10 @@ from .checkpoint import Checkpoints
 from .dataloader import batches, images_of_step
 from .fit import check_fit, check_same_images, choose_device, settled
 from .history import go_on
-from .initialization import Origin, check_initialization, initialize_from, merge_adapters
+from .initialization import Origin, initialize_from, merge_adapters
+from .layout_checks import check_adapters, check_parallel
 from .log import MetricsLog, Progress, check_trackers
-from .parallelize import check_parallel, make_layout, whole_model
+from .parallelize import make_layout, whole_model
 from .signals import requests_to_stop, torchrun_is_gone
 from .speed import Speedometer
 from .step import StepResult, TrainState, make_state, train_step
@@ -125,8 +126,8 @@ class Trainer:
         recipe, precision = settled(recipe, run, resume, self.device)
         self.recipe, self.run_folder, self.log, self.preview = recipe, run, log, preview
         check_trackers(recipe.logging)
-        check_parallel(recipe)
-        check_initialization(recipe)
+        check_parallel(recipe, world_size())
+        check_adapters(recipe, world_size())
         self.layout = make_layout(recipe.parallel, self.device)
         self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
         check_fit(recipe, self.dataset)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..config import ParallelConfig, Recipe
-from ..data import places_of
 from ..distributed import is_main, world_size
 from ..models import Backbone
 from ..moe import GroupedExperts, MoEFeedForward, Router
@@ -62,25 +61,6 @@ def make_layout(config: ParallelConfig, device: torch.device) -> Layout | None:
             device.type, (replicate, shard, experts), mesh_dim_names=("replicate", "shard", "experts")
         ),
     )
-
-
-def check_parallel(recipe: Recipe) -> None:
-    """Whether batch and model can be spread in this way.
-
-    Raises:
-        ValueError: the batch or the experts cannot be divided, or the experts have dropout.
-    """
-    model, experts, shard = recipe.model, recipe.parallel.experts, recipe.parallel.shard
-    places_of(recipe.training.batch_size, recipe.training.accumulation, world=world_size())
-    for name in ("hidden_size", "expert_dim"):
-        if model.router != "dense" and getattr(model, name) % shard:
-            raise ValueError(f"model.{name} {getattr(model, name)} is not divisible by parallel.shard {shard}")
-    if experts > 1 and model.router == "dense":
-        raise ValueError(f"parallel.experts is {experts}, but the model is dense; use parallel.shard")
-    if experts > 1 and model.num_experts % experts:
-        raise ValueError(f"model.num_experts {model.num_experts} is not divisible by parallel.experts {experts}")
-    if experts > 1 and model.expert_dropout:
-        raise ValueError(f"model.expert_dropout is {model.expert_dropout}; with parallel.experts it must be 0")
 
 
 def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
