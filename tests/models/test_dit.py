@@ -317,3 +317,15 @@ def test_compiled_blocks_serve_every_batch_size_and_routing_state(router):
     assert graphs[0] > 0 and graphs[1] == graphs[2] == graphs[3]
     for compiled, plain in zip(model.parameters(), same.parameters()):
         torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_of_an_earlier_version_is_refused_with_the_settings_that_were_renamed(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"num_groups": config.pop("n_group"), "interleave": config.pop("moe_layer_freq") == 2}
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"earlier version.*num_groups \(now n_group\), interleave \(now moe_layer_freq\)"
+    ):
+        DiT.from_pretrained(tmp_path)

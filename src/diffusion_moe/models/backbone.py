@@ -335,7 +335,7 @@ class Backbone(nn.Module):
         from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 
         compute_dtype = compute_dtype or self.dtype
-        super().enable_layerwise_casting(storage_dtype, compute_dtype, **options)
+        super().enable_layerwise_casting(storage_dtype, compute_dtype, **options)  # type: ignore[misc]
         for experts in [module for module in self.modules() if isinstance(module, GroupedExperts)]:
             apply_layerwise_casting_hook(experts, storage_dtype, compute_dtype, options.get("non_blocking", False))
 

@@ -21,61 +21,20 @@ HOMES = {
     "PeftAdapterMixin": "diffusers.loaders.peft",
 }
 
-ATTRIBUTES = frozenset(
-    [
-        "active_adapters",
-        "add_adapter",
-        "attn_processors",
-        "compile_repeated_blocks",
-        "config_name",
-        "delete_adapters",
-        "dequantize",
-        "disable_adapters",
-        "disable_gradient_checkpointing",
-        "disable_lora",
-        "disable_npu_flash_attention",
-        "disable_xformers_memory_efficient_attention",
-        "disable_xla_flash_attention",
-        "dtype",
-        "enable_adapters",
-        "enable_group_offload",
-        "enable_lora",
-        "enable_lora_hotswap",
-        "enable_npu_flash_attention",
-        "enable_parallelism",
-        "enable_xformers_memory_efficient_attention",
-        "enable_xla_flash_attention",
-        "extract_init_dict",
-        "fuse_lora",
-        "fuse_qkv_projections",
-        "get_config_dict",
-        "get_memory_footprint",
-        "has_compatibles",
-        "ignore_for_config",
-        "is_gradient_checkpointing",
-        "load_lora_adapter",
-        "num_parameters",
-        "push_to_hub",
-        "register_for_auto_class",
-        "register_to_config",
-        "reset_attention_backend",
-        "save_config",
-        "save_lora_adapter",
-        "save_pretrained",
-        "set_adapter",
-        "set_adapters",
-        "set_attention_backend",
-        "set_attn_processor",
-        "set_use_memory_efficient_attention_xformers",
-        "set_use_npu_flash_attention",
-        "set_use_xla_flash_attention",
-        "to_json_file",
-        "to_json_string",
-        "unfuse_lora",
-        "unfuse_qkv_projections",
-        "unload_lora",
-    ]
-)
+NAMES = """
+    active_adapters add_adapter attn_processors compile_repeated_blocks config_name delete_adapters dequantize
+    disable_adapters disable_gradient_checkpointing disable_lora disable_npu_flash_attention
+    disable_xformers_memory_efficient_attention disable_xla_flash_attention dtype enable_adapters
+    enable_group_offload enable_lora enable_lora_hotswap enable_npu_flash_attention enable_parallelism
+    enable_xformers_memory_efficient_attention enable_xla_flash_attention extract_init_dict fuse_lora
+    fuse_qkv_projections get_config_dict get_memory_footprint has_compatibles ignore_for_config
+    is_gradient_checkpointing load_lora_adapter num_parameters push_to_hub register_for_auto_class
+    register_to_config reset_attention_backend save_config save_lora_adapter save_pretrained set_adapter
+    set_adapters set_attention_backend set_attn_processor set_use_memory_efficient_attention_xformers
+    set_use_npu_flash_attention set_use_xla_flash_attention to_json_file to_json_string unfuse_lora
+    unfuse_qkv_projections unload_lora
+"""
+ATTRIBUTES = frozenset(NAMES.split())
 """Public names of the bases that `Backbone` does not have itself; asking an instance for one loads diffusers."""
 
 

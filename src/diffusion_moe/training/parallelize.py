@@ -86,7 +86,7 @@ def parallelize(model: Backbone, recipe: Recipe, layout: Layout) -> None:
     if layout.all.device_type == "cpu":
         for module in model.modules():
             if hasattr(module, "set_force_sum_reduction_for_comms"):
-                module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+                module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo knows no other
     if recipe.parallel.pool == "global":
         for pool in [module for module in model.modules() if isinstance(module, DiffMoERouter)]:
             pool.group = dist.group.WORLD
