@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from diffusion_moe.config import read_recipe
-from diffusion_moe.models.sizes import model_size
+from diffusion_moe.counts import model_size
 
 RULES = {
     "dense": ("no experts", ["--model.router=dense"]),

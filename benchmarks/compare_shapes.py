@@ -17,7 +17,7 @@ from pathlib import Path
 from tables import put_between, replace_page
 
 from diffusion_moe.config import read_recipe
-from diffusion_moe.models.sizes import model_size
+from diffusion_moe.counts import model_size
 from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS
 
 MODELS = {

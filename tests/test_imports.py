@@ -10,7 +10,7 @@ HEAVY = {"diffusers", "datasets", "sklearn", "matplotlib", "yaml", "rich", "safe
 
 def loaded_by(statement):
     """Packages that a fresh process has loaded after a statement."""
-    code = f"{statement}; import sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(result.stdout.split())
 
@@ -23,6 +23,91 @@ def test_the_moe_layer_loads_torch_alone():
 
 def test_the_command_answers_mistakes_without_loading_torch():
     assert "torch" not in loaded_by("from diffusion_moe.cli import main; main(['train', 'digits', '--model.dept=3'])")
+
+
+MODEL = "DiT(sample_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=4, num_experts=4, expert_dim=8)"
+LIBRARIES = {"diffusers", "transformers", "accelerate", "peft", "datasets", "sklearn", "pandas", "scipy", "matplotlib"}
+
+
+def test_models_load_torch_without_its_compiler_and_no_diffusers():
+    code = f"from diffusion_moe import DiT; import copy; copy.deepcopy({MODEL}); import sys"
+    loaded = loaded_by(f"{code}; assert 'torch._dynamo' not in sys.modules")
+    assert "torch" in loaded and not loaded & LIBRARIES
+
+
+def test_counting_and_listing_recipes_loads_no_torch():
+    loaded = loaded_by(
+        "import os; from diffusion_moe.cli import main; sys.stdout = open(os.devnull, 'w'); "
+        "main(['recipes', '--flops']); sys.stdout = sys.__stdout__"
+    )
+    assert not loaded & {"torch", *LIBRARIES}
+
+
+def test_plans_load_torch_for_activations_alone():
+    assert "torch" not in loaded_by("import diffusion_moe.planning.plan, diffusion_moe.planning.table")
+    plan = "main(['plan', 'digits'])"
+    loaded = loaded_by(
+        f"import os; from diffusion_moe.cli import main; sys.stdout = open(os.devnull, 'w'); {plan}; "
+        "sys.stdout = sys.__stdout__"
+    )
+    assert not loaded & LIBRARIES
+
+
+def test_the_first_training_step_loads_nothing_that_it_does_not_use(tiny, tmp_path):
+    options = [*tiny, "--training.steps=1", "--training.device=cpu", f"--output_dir={tmp_path}"]
+    code = f"""
+import sys
+import diffusion_moe.training.loop as loop
+from diffusion_moe.cli import main
+
+class Stop(Exception):
+    pass
+
+take = loop.train_step
+
+def first(*arguments, **named):
+    take(*arguments, **named)
+    print(*{{name.split('.')[0] for name in sys.modules}})
+    raise Stop
+
+loop.train_step = first
+try:
+    main({["train", "digits", *options]!r})
+except Stop:
+    pass
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.splitlines()[-1].split())
+    assert "torch" in loaded and not loaded & LIBRARIES
+
+
+@pytest.mark.parametrize("module", ["models.modeling_utils", "loaders.peft", "models.attention", "configuration_utils"])
+@pytest.mark.parametrize("first", ["diffusers", "diffusion_moe"])
+def test_models_are_those_of_diffusers_whichever_is_imported_first(module, first):
+    """Also a model that was made before diffusers was loaded."""
+    imports = [f"import diffusers.{module}", f"from diffusion_moe import DiT; model = {MODEL}"]
+    code = "; ".join(imports if first == "diffusers" else imports[::-1])
+    bases = "ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin"
+    loaded_by(
+        f"{code}; from diffusers import ModelMixin, ConfigMixin; from diffusers.loaders import PeftAdapterMixin; "
+        f"from diffusers.models.attention import AttentionMixin, AttentionModuleMixin; "
+        f"assert all(isinstance(model, base) for base in ({bases})); "
+        "assert isinstance(model.blocks[0].attn, AttentionModuleMixin); assert model.config.depth == 2"
+    )
+
+
+def test_every_public_name_of_diffusers_bases_is_known():
+    """So that asking for one loads diffusers."""
+    from importlib import import_module
+
+    from torch import nn
+
+    from diffusion_moe.models.backbone import Backbone
+    from diffusion_moe.models.diffusers_bases import ATTRIBUTES, HOMES
+
+    bases = [getattr(import_module(home), name) for name, home in HOMES.items()]
+    public = {name for base in bases for name in dir(base) if not name.startswith("_")} - set(dir(nn.Module))
+    assert public == ATTRIBUTES | (public & vars(Backbone).keys())
 
 
 def test_public_names_are_there_and_others_are_not():

@@ -23,7 +23,6 @@ _HOME = {
     "DiTOutput": "models",
     "JiT": "models",
     "MoEFeedForward": "moe",
-    "ModelMixin": "models.backbone",  # diffusers': it asks a library which of its classes are models
     "Recipe": "config",
     "RouterConfig": "moe",
     "TextToImagePipeline": "pipelines.text_to_image",
@@ -49,6 +48,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ModelMixin":  # diffusers asks a library by this name which of its classes are models
+        from diffusers import ModelMixin
+
+        return ModelMixin
     if name not in _HOME:
         raise AttributeError(f"module 'diffusion_moe' has no attribute {name!r}")
     from importlib import import_module

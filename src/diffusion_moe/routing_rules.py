@@ -79,15 +79,25 @@ class RoutingRule:
         """Sum of the weights of a token's experts while all logits are 0: softmax gives each expert 1 / E."""
         return cls.experts_per_token(settings) / settings.num_experts
 
+    @classmethod
+    def num_assignments(cls, settings: RoutingSettings, tokens: int, images: int = 1) -> int:
+        """Pairs of token and expert in training, for images of so many tokens."""
+        return round(images * tokens * cls.experts_per_token(settings))
+
+    @staticmethod
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a router's parameters by name, for tokens of width `dim`."""
+        return {"weight": (settings.num_experts, dim)}
+
     @staticmethod
     def has_fixed_weight(settings: RoutingSettings) -> bool:
         """True where the weights of a token's experts sum to `initial_weight` whatever the logits."""
         return False
 
     @staticmethod
-    def num_parameters(settings: RoutingSettings, dim: int) -> int:
-        """Parameters of one router for tokens of width `dim`."""
-        return settings.num_experts * dim
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        """Shapes of a router's state by name."""
+        return {}
 
 
 class TokenChoiceRule(RoutingRule):
@@ -98,6 +108,10 @@ class TokenChoiceRule(RoutingRule):
     @staticmethod
     def experts_per_token(settings: RoutingSettings) -> float:
         return settings.top_k
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {"e_score_correction_bias": (settings.num_experts,)} if settings.balance == "bias" else {}
 
 
 class DSMoERule(TokenChoiceRule):
@@ -128,6 +142,10 @@ class DSMoERule(TokenChoiceRule):
     def has_fixed_weight(settings: RoutingSettings) -> bool:
         return settings.top_k > 1
 
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {"e_score_correction_bias": (settings.num_experts,)}
+
 
 class ExpertChoiceRule(RoutingRule):
     """EC-DiT: each expert takes the best tokens of each image."""
@@ -137,6 +155,10 @@ class ExpertChoiceRule(RoutingRule):
     @staticmethod
     def experts_per_token(settings: RoutingSettings) -> float:
         return settings.capacity
+
+    @classmethod
+    def num_assignments(cls, settings: RoutingSettings, tokens: int, images: int = 1) -> int:
+        return images * settings.num_experts * cls.expert_capacity(settings, tokens)
 
     @staticmethod
     def expert_capacity(settings: RoutingSettings, tokens: int) -> int:
@@ -154,10 +176,20 @@ class DiffMoERule(ExpertChoiceRule):
     def pools_batch(settings: RoutingSettings) -> bool:
         return settings.inference_pool == "batch"
 
+    @classmethod
+    def num_assignments(cls, settings: RoutingSettings, tokens: int, images: int = 1) -> int:
+        return settings.num_experts * cls.expert_capacity(settings, images * tokens)
+
     @staticmethod
-    def num_parameters(settings: RoutingSettings, dim: int) -> int:
-        # The gate, and the capacity predictor's two linear layers with biases.
-        return settings.num_experts * dim + dim * dim + dim + dim * settings.num_experts + settings.num_experts
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        experts = settings.num_experts
+        first = {"predictor.0.weight": (dim, dim), "predictor.0.bias": (dim,)}
+        last = {"predictor.2.weight": (experts, dim), "predictor.2.bias": (experts,)}
+        return {"weight": (experts, dim)} | first | last
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {"threshold": (settings.num_experts,)}
 
 
 RULES: dict[str, type[RoutingRule]] = {

@@ -26,7 +26,7 @@ HANDOVER_SECONDS = 120.0
 DATA = "data.json"
 """File of a model's folder: names of the classes, and the space of its latents."""
 
-AVERAGE = "model-ema-"
+EMA_MODEL = "model-ema-"
 """Beginning of the names of folders with further EMAs; their decay follows."""
 EVALUATION = "evaluation.json"
 """File of a run: its scores against its own data."""
@@ -88,9 +88,9 @@ class RunFolder:
     def lora(self) -> Path:
         return self.path / "lora"
 
-    def average(self, decay: float) -> Path:
+    def ema_model(self, decay: float) -> Path:
         """Folder of a further EMA's model."""
-        return self.path / f"{AVERAGE}{decay}"
+        return self.path / f"{EMA_MODEL}{decay}"
 
     @property
     def previews(self) -> Path:

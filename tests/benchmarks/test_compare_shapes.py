@@ -6,7 +6,7 @@ import sys
 import compare_shapes as compare
 
 from diffusion_moe.config import read_recipe
-from diffusion_moe.models.sizes import model_size
+from diffusion_moe.counts import model_size
 from diffusion_moe.shapes.prompts import CATEGORIES
 
 

@@ -13,10 +13,11 @@ import torch
 
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
-from diffusion_moe.distributed import is_main, torchrun_processes
+from diffusion_moe.distributed import is_main, torchrun_processes, world_size
 from diffusion_moe.models import Backbone
 from diffusion_moe.training.dataloader import batches
-from diffusion_moe.training.parallelize import check_parallel, make_meshes, whole_model
+from diffusion_moe.training.layout_checks import check_parallel
+from diffusion_moe.training.parallelize import make_meshes, whole_model
 from diffusion_moe.training.state import make_state
 from diffusion_moe.training.step import train_step
 
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 def train(options, steps):
     """The numbers of each step, and weights and averages at the end; None but on the main process."""
     recipe = read_recipe("digits", options)
-    check_parallel(recipe)
+    check_parallel(recipe, world_size())
     state = make_state(recipe, CPU, make_meshes(recipe.parallel, CPU))
     numbers = []
     for batch in batches(recipe, load_dataset(recipe.data, "train", recipe.training.seed), 0):

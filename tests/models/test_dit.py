@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusion_moe import DiT
 from diffusion_moe.config import TEXT_FIELDS, ModelConfig
-from diffusion_moe.models.block import is_moe_block
+from diffusion_moe.counts import is_moe_block
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
 
 ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
@@ -317,3 +317,15 @@ def test_compiled_blocks_serve_every_batch_size_and_routing_state(router):
     assert graphs[0] > 0 and graphs[1] == graphs[2] == graphs[3]
     for compiled, plain in zip(model.parameters(), same.parameters()):
         torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_of_an_earlier_version_is_refused_with_the_settings_that_were_renamed(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"num_groups": config.pop("n_group"), "interleave": config.pop("moe_layer_freq") == 2}
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"earlier version.*num_groups \(now n_group\), interleave \(now moe_layer_freq\)"
+    ):
+        DiT.from_pretrained(tmp_path)

@@ -6,9 +6,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from diffusion_moe.parsing import read_recipe, recipe_names
 
-from diffusion_moe.config import ModelConfig, read_recipe, recipe_names
-from diffusion_moe.models.sizes import PAPER_MILLION, Size, model_flops, model_size
+from diffusion_moe.config import ModelConfig
+from diffusion_moe.counts import PAPER_MILLION, Size, model_flops, model_size
 
 # What the published configurations say of each model, and what its published (or freshly built) state dict counts.
 PUBLISHED = json.loads((Path(__file__).parent / "published_sizes.json").read_text())
@@ -75,10 +76,10 @@ def test_operations_are_those_of_the_matrix_products():
     D, N = 32, 16
     condition = 256 * D + D * D + D * 6 * D + D * 2 * D
     tokens = 4 * D + D * 3 * D + 2 * N * D + D * D + 2 * D * 4 * D + D * 4
-    assert model_flops(config) == 2 * (condition + N * tokens)
+    assert model_flops(config).total == 2 * (condition + N * tokens)
 
 
 def test_only_the_chosen_experts_operations_count():
     base = {"sample_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "expert_dim": 24, "num_experts": 8}
-    one, three = (model_flops(ModelConfig(**base, top_k=k)) for k in (1, 3))
+    one, three = (model_flops(ModelConfig(**base, top_k=k)).total for k in (1, 3))
     assert three - one == 2 * 2 * 16 * 3 * 32 * 24  # two experts more, 16 tokens, three matrices, two a multiply-add

@@ -9,9 +9,9 @@ from diffusion_moe import record_routing
 from diffusion_moe.benchmarks.scaling import axes
 from diffusion_moe.cli import main
 from diffusion_moe.config import ModelConfig, read_recipe
+from diffusion_moe.counts import model_size
 from diffusion_moe.data import batches_from, load_dataset
 from diffusion_moe.models import make_model
-from diffusion_moe.models.sizes import model_size
 from diffusion_moe.moe import ROUTERS, Router, register_router, route_by_token
 from diffusion_moe.planning.compute import compute_of
 from diffusion_moe.routing_rules import RULES

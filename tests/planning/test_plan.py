@@ -14,16 +14,16 @@ from diffusion_moe.benchmarks.counting import saved_bytes
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.models import make_model
-from diffusion_moe.models.sizes import blank_inputs
 from diffusion_moe.moe import recompute_experts
 from diffusion_moe.moe.precision import use_cpu_matmul
-from diffusion_moe.planning.activations import trace_saved, travelling_bytes
+from diffusion_moe.planning.activations import blank_inputs, trace_saved
 from diffusion_moe.planning.compute import compute_of
-from diffusion_moe.planning.memory import Tensors
+from diffusion_moe.planning.memory import Tensors, received_bytes
 from diffusion_moe.planning.options import PlanOptions
 from diffusion_moe.planning.plan import ROOM, layouts_of, make_plan
 from diffusion_moe.planning.table import duration
 from diffusion_moe.run_folder import RunFolder
+from diffusion_moe.training.checkpoint import state_tensors
 from diffusion_moe.training.parallelize import make_meshes
 from diffusion_moe.training.state import make_state
 
@@ -82,7 +82,12 @@ def parts_of(state):
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["--training.extra_ema_decays=[0.9]"], ["--init.from_checkpoint=another", "--init.freeze=[blocks.0.*]"]],
+    [
+        [],
+        ["--training.extra_ema_decays=[0.9]"],
+        ["--init.from_checkpoint=another", "--init.freeze=[blocks.0.*]"],
+        ["--init.from_checkpoint=another", "--init.lora_rank=2", "--init.lora_targets=[attn.qkv,adaln.1]"],
+    ],
 )
 def test_the_state_takes_what_its_tensors_take(options, more):
     recipe = read_recipe("digits", [*options, *more])
@@ -92,6 +97,16 @@ def test_the_state_takes_what_its_tensors_take(options, more):
     real = parts_of(make_state(recipe, CPU))
     assert {name: planned[name] for name in real} == real
     assert planned["gathered"] == 0
+
+
+def test_adapters_of_experts_and_a_label_table_take_what_they_take(tiny):
+    lora = "--init.lora_targets=[attn.proj,mlp.experts.w_in,mlp.experts.w_out,y_embedder]"
+    recipe = read_recipe("digits", [*tiny, "--init.from_checkpoint=another", "--init.lora_rank=2", lora])
+    planned, state = Tensors(recipe), make_state(recipe, CPU)
+    real = parts_of(state)
+    memory = dataclasses.asdict(planned.memory(recipe.parallel, activations=0))
+    assert {name: memory[name] for name in real} == real
+    assert planned.checkpoint == sum(tensor.nbytes for tensor in state_tensors(state).values())
 
 
 @pytest.mark.parametrize("spread", ["replicate=4", "shard=4", "experts=4", "shard=2 experts=2", "replicate=2 shard=2"])
@@ -143,10 +158,10 @@ def test_recomputing_keeps_less(tiny):
     assert less == 3 * 4 * (rows * hidden + shared)  # the one mixture's hidden layers, float32
 
 
-def test_rows_that_travel(tiny):
+def test_rows_received_from_other_processes(tiny):
     recipe = read_recipe("digits", [*tiny, "--training.precision=bf16"])
     rows = 3 * 16 * recipe.model.top_k
-    assert travelling_bytes(recipe, 3) == rows * (2 * 32 + 28)
+    assert received_bytes(recipe, 3) == rows * (2 * 32 + 28)
 
 
 def test_the_products_are_those_of_the_forward_pass(options):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_moe.config import read_recipe, recipe_names
-from diffusion_moe.models.sizes import PAPER_MILLION, model_size
+from diffusion_moe.counts import PAPER_MILLION, model_size
 from diffusion_moe.shapes.captions import MENTIONS, WORDS, describe
 from diffusion_moe.shapes.scene import contents
 from diffusion_moe.shapes.text_encoder.options import TextEncoderOptions

@@ -18,7 +18,6 @@ from diffusion_moe.models.adapters import load_lora
 from diffusion_moe.nn.position import sincos_table
 from diffusion_moe.training.initialization import (
     Pretrained,
-    check_initialization,
     check_settings,
     freeze_and_add_adapters,
     initialize_from,
@@ -26,6 +25,7 @@ from diffusion_moe.training.initialization import (
     relabelled,
     share_frozen,
 )
+from diffusion_moe.training.layout_checks import check_adapters
 from diffusion_moe.training.loop import train
 from diffusion_moe.training.state import make_state
 from diffusion_moe.training.step import train_step
@@ -460,13 +460,12 @@ def test_upcycling_a_dense_run_beats_beginning_from_scratch(tiny, tmp_path):
     assert max(rows["mixture"]) < 0.9 * min(rows["fresh"])
 
 
-def test_adapters_of_experts_neither_compile_nor_spread(tiny, monkeypatch):
+def test_adapters_of_experts_neither_compile_nor_shard(tiny):
     start = ["--init.from_checkpoint=there", "--init.lora_rank=2", "--init.lora_targets=[mlp.experts.w_in]"]
     with pytest.raises(ValueError, match=r"cannot be compiled; set training.compile to false"):
-        check_initialization(read_recipe("digits", [*tiny, *start, "--training.compile=true"]))
-    monkeypatch.setattr("diffusion_moe.training.initialization.world_size", lambda: 2)
-    with pytest.raises(ValueError, match="are not supported on 2 processes"):
-        check_initialization(read_recipe("digits", [*tiny, *start]))
+        check_adapters(read_recipe("digits", [*tiny, *start, "--training.compile=true"]), world=1)
+    with pytest.raises(ValueError, match="train on one process, and there are 2"):
+        check_adapters(read_recipe("digits", [*tiny, *start]), world=2)
 
 
 WRONG = {

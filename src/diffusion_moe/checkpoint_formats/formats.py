@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from ..config import ModelConfig
-from ..models.block import is_moe_block
+from ..counts import is_moe_block
 from .layout import Form, Layout, Row
 
 Format = Literal["dense", "tc", "ec", "diffmoe", "dsmoe", "jit", "dit", "sit", "dit-moe"]

@@ -20,7 +20,7 @@ class RecipesOptions:
     """The table."""
 
     flops: bool = False
-    """Count compute too, which takes a few seconds."""
+    """Count compute too."""
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -44,7 +44,7 @@ def recipes(arguments: Sequence[str]) -> int:
     """List the shipped recipes with their parameters (M of 2^20, as the papers count)."""
     line = CommandLine("recipes", recipes.__doc__ or "", (RecipesOptions,))
     options = parse(line, arguments).options(RecipesOptions)
-    from ..models.sizes import PAPER_MILLION, model_flops, model_size
+    from ..counts import PAPER_MILLION, model_flops, model_size
 
     width = max(len(name) for name in recipe_names()) + 2
     heading = f"{'recipe':{width}}{'router':10}{'total M':>10}{'activated M':>14}"
@@ -53,6 +53,6 @@ def recipes(arguments: Sequence[str]) -> int:
         config = read_recipe(name).model
         size = model_size(config)
         total, activated = size.total / PAPER_MILLION, size.activated / PAPER_MILLION
-        flops = f"{model_flops(config) / 1e9:28.3f}" if options.flops else ""
+        flops = f"{model_flops(config).total / 1e9:28.3f}" if options.flops else ""
         log(f"{name:{width}}{config.router:10}{total:10.1f}{activated:14.1f}{flops}")
     return 0

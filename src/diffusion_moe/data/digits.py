@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 from ..config import DataConfig
 from .dataset import Batch, ImageDataset
@@ -17,12 +19,20 @@ class Digits(ImageDataset):
 
     def __init__(self, config: DataConfig, split: Split, seed: int) -> None:
         super().__init__(config.flip, seed)
-        digits = load_digits()
-        keep = split_indices(digits.target, config.test_fraction, split)
-        self.labels = digits.target[keep].astype("int64")
-        self.class_names = [str(name) for name in digits.target_names]
-        self.images = torch.from_numpy(digits.images[keep] / 8 - 1).float()[:, None]
+        pixels, labels = load_digits()
+        keep = split_indices(labels, config.test_fraction, split)
+        self.labels = labels[keep]
+        self.class_names = [str(name) for name in range(10)]
+        self.images = torch.from_numpy(pixels[keep] / 8 - 1).float()[:, None]
 
     def read(self, indices: Sequence[int]) -> Batch:
         rows = torch.as_tensor(list(indices))
         return Batch(self.images[rows], torch.from_numpy(self.labels)[rows])
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Grey levels (1797, 8, 8) and labels: `sklearn.datasets.load_digits` without importing scikit-learn and pandas."""
+    spec = find_spec("sklearn")
+    assert spec is not None and spec.origin is not None
+    rows = np.loadtxt(Path(spec.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype("int64")

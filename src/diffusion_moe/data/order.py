@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..counts import images_per_process
 from ..randomness import derive_seed, uniform
 
 
@@ -61,12 +62,7 @@ def places_of(batch_size: int, accumulation: int = 1, rank: int = 0, world: int 
     Raises:
         ValueError: the batch cannot be divided evenly.
     """
-    parts = accumulation * world
-    if batch_size % parts:
-        raise ValueError(
-            f"training.batch_size {batch_size} is not divisible by training.accumulation {accumulation} x "
-            f"{world} processes = {parts}"
-        )
+    images_per_process(batch_size, accumulation, world)
     return list(torch.arange(batch_size).view(accumulation, world, -1)[:, rank])
 
 

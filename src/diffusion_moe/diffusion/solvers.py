@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from .guidance import Velocity
 from .path import Noise
@@ -64,6 +63,8 @@ def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6
     The error is a root mean square over the whole batch, so the steps, and slightly the answer for one sample, depend
     on the batch's other samples. `Counted` tells the evaluations.
     """
+    from torchdiffeq import odeint  # which loads scipy
+
     times = torch.tensor([0.0, 1.0], device=x.device, dtype=x.dtype)
     return odeint(lambda t, x: velocity(x, t), x, times, rtol=rtol, atol=atol, method="dopri5")[-1]
 

@@ -6,18 +6,13 @@ Shape suffixes: B images, N tokens of one image, D width, C channels, H and W pi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
-from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import TEXT_FIELDS, ModelConfig
 from ..moe import GroupedExperts, RoutingReport
@@ -26,18 +21,34 @@ from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
 from .block import DiTBlock, FinalLayer
+from .diffusers_bases import ATTRIBUTES, HOMES, add_all_bases, add_loaded_bases
 from .text import TextEmbedder, TextTokens
 
 
-@dataclass
-class DiTOutput(BaseOutput):
-    """What a model answers."""
+class DiTOutput(NamedTuple):
+    """Output of a model. As diffusers' outputs, it can also be indexed by name."""
 
     sample: Tensor
     """The prediction (and, with learn_sigma, as many channels more), (B, C, H, W)."""
     routing: tuple[RoutingReport, ...] = ()
     """What each MoE layer's router learned, in the order of the layers."""
 
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if isinstance(key, str) else tuple(self)[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields in order."""
+        return tuple(self)
+
+
+RENAMED = {
+    "num_groups": "n_group",
+    "top_groups": "topk_group",
+    "routed_scale": "routed_scaling_factor",
+    "interleave": "moe_layer_freq",
+    "skip_first": "first_k_dense",
+}
+"""Settings by their names in models of an earlier version, whose routers also kept their bias under another name."""
 
 Grid = tuple[int, int]
 """Rows and columns of an image's tokens."""
@@ -71,8 +82,11 @@ def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class Backbone(nn.Module):
     """Embed, add positions, apply the blocks, project back. Subclasses say how patches become tokens.
+
+    It becomes a diffusers model (ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin) as soon as diffusers is
+    loaded; until then, asking for anything of theirs loads it.
 
     Attributes:
         settings: the fields of `ModelConfig` with their values.
@@ -86,13 +100,19 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     _keep_in_fp32_modules = ["router"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder"]  # noqa: RUF012
 
-    def build(self, settings: dict[str, Any]) -> None:
+    @takes_settings
+    def __init__(self, **settings: Any) -> None:
         """Make the modules and draw their weights.
 
         Raises:
             ValueError: the settings contradict each other.
         """
+        super().__init__()
         self.settings = config = ModelConfig(backbone=self.kind, **settings)  # type: ignore[arg-type]
+        left_out = {"backbone"} if config.text_dim else {"backbone", *TEXT_FIELDS}
+        # Where diffusers keeps what config.json holds.
+        self._internal_dict = {name: value for name, value in vars(config).items() if name not in left_out}
+        self._gradient_checkpointing_func: Callable[..., Any] | None = None
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         D, P = config.hidden_size, config.patch_size
         self.x_embedder = self.make_patch_embedder()
@@ -100,14 +120,66 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         rows = config.num_classes + int(config.null_class)
         self.y_embedder = nn.Embedding(rows, D) if config.num_classes else None
         self.text_embedder = TextEmbedder(config) if config.text_dim else None
-        if not config.text_dim:  # a model without text has the config it always had
-            fields = self.config.items()
-            self._internal_dict = FrozenDict({key: value for key, value in fields if key not in TEXT_FIELDS})
         self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(D, P * P * self.out_channels, self.make_final_norm())
         self.register_positions()
         self.gradient_checkpointing = False
         self.reset_parameters()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ATTRIBUTES and len(Backbone.__bases__) < len(HOMES):
+            add_all_bases(Backbone)
+            return getattr(self, name)
+        return super().__getattr__(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Device to compute on; with diffusers' offloading it may differ from that of the weights."""
+        return super().device if len(Backbone.__bases__) > 1 else next(self.parameters()).device  # type: ignore[misc]
+
+    @property
+    def config(self) -> Any:
+        """The settings as diffusers keeps them, a FrozenDict."""
+        from diffusers.configuration_utils import FrozenDict
+
+        return FrozenDict(self._internal_dict)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike | None, **options: Any) -> Any:
+        """Load a model from a folder or the hub: `diffusers.ModelMixin.from_pretrained`."""
+        add_all_bases(Backbone)
+        return super().from_pretrained(name_or_path, **options)  # type: ignore[misc]
+
+    @classmethod
+    def load_config(cls, name_or_path: str | os.PathLike, **options: Any) -> Any:
+        """Read config.json: `diffusers.ConfigMixin.load_config`."""
+        add_all_bases(Backbone)
+        return super().load_config(name_or_path, **options)  # type: ignore[misc]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **options: Any) -> Any:
+        """Make a fresh model from the content of config.json: `diffusers.ConfigMixin.from_config`.
+
+        Raises:
+            ValueError: the model is of an earlier version.
+        """
+        add_all_bases(Backbone)
+        old = [f"{name} (now {RENAMED[name]})" for name in RENAMED if name in config]
+        if old:
+            raise ValueError(
+                f"the model was saved by an earlier version: its config.json has {', '.join(old)}; convert or train it "
+                "again with this version"
+            )
+        return super().from_config(config, **options)  # type: ignore[misc]
+
+    def enable_gradient_checkpointing(self, function: Callable[..., Any] | None = None) -> None:
+        """Recompute each block in the backward pass.
+
+        Args:
+            function: called with a block and its inputs; None: `torch.utils.checkpoint.checkpoint`.
+        """
+        self._gradient_checkpointing_func = function or checkpoint_block
+        self.gradient_checkpointing = True
 
     def make_patch_embedder(self) -> nn.Module:
         """From the numbers of a patch (B, N, C * P * P) to tokens (B, N, D)."""
@@ -259,8 +331,11 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         **options: Any,
     ) -> None:
         """Keep weights in a narrow dtype and widen them for each use: diffusers', and the stacked experts besides."""
+        add_all_bases(Backbone)
+        from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
+
         compute_dtype = compute_dtype or self.dtype
-        super().enable_layerwise_casting(storage_dtype, compute_dtype, **options)
+        super().enable_layerwise_casting(storage_dtype, compute_dtype, **options)  # type: ignore[misc]
         for experts in [module for module in self.modules() if isinstance(module, GroupedExperts)]:
             apply_layerwise_casting_hook(experts, storage_dtype, compute_dtype, options.get("non_blocking", False))
 
@@ -276,6 +351,7 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, RoutingReport | None]:
         """Apply a block, recomputing it in the backward pass if gradient checkpointing is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
+            assert self._gradient_checkpointing_func is not None
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
@@ -287,3 +363,13 @@ class Backbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         if not return_dict:
             return sample, tuple(reports)
         return DiTOutput(sample=sample, routing=tuple(reports))
+
+
+def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
+    """Apply a block and keep its inputs alone."""
+    return checkpoint(block.__call__, *inputs, use_reentrant=False)
+
+
+add_loaded_bases(Backbone)
+if "DIFFUSERS_ATTN_BACKEND" in os.environ:
+    add_all_bases(Backbone)

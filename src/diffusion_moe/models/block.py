@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..counts import is_moe_block
 from ..moe import FeedForward, MoEFeedForward, MoEOutput, RouterConfig, RoutingReport
 from ..nn.attention import CrossAttention, SelfAttention
 from ..nn.norm import make_norm, modulate
@@ -99,12 +100,6 @@ def make_moe(config: ModelConfig) -> MoEFeedForward:
         shared_bias=config.shared_bias,
         dropout=config.expert_dropout,
     )
-
-
-def is_moe_block(config: ModelConfig, index: int) -> bool:
-    """True for MoE blocks: the last of every `moe_layer_freq` blocks, after the first `first_k_dense`."""
-    is_last_of_group = (index + 1) % config.moe_layer_freq == 0
-    return config.router != "dense" and index >= config.first_k_dense and is_last_of_group
 
 
 def in_middle_half(config: ModelConfig, index: int) -> bool:

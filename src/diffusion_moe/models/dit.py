@@ -5,13 +5,10 @@ Shape suffixes: B images, N tokens of one image, D width, C channels, H and W pi
 
 from __future__ import annotations
 
-from typing import Any
-
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..moe import RoutingReport
-from .backbone import Backbone, DiTOutput, takes_settings
+from .backbone import Backbone, DiTOutput
 
 
 class DiT(Backbone):
@@ -27,12 +24,6 @@ class DiT(Backbone):
     """
 
     kind = "dit"
-
-    @register_to_config
-    @takes_settings
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.build(settings)
 
     def make_patch_embedder(self) -> nn.Module:
         """One linear layer."""

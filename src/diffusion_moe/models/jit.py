@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..moe import RoutingReport
@@ -42,11 +41,9 @@ class JiT(Backbone):
 
     kind = "jit"
 
-    @register_to_config
     @takes_settings
     def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.build(settings)
+        super().__init__(**settings)
         config = self.settings
         if config.class_tokens:
             self.class_positions = nn.Parameter(torch.empty(config.class_tokens, config.hidden_size))

@@ -5,22 +5,41 @@ Shape suffixes: B images, N tokens of an image, L tokens of a text, D width, H h
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
 from .norm import HeadNorm
 from .position import Rotary, apply_rotary
 
-MASKED_BACKENDS = (None, AttentionBackendName.NATIVE)
+MASKED_BACKENDS = (None, "native")
 """Backends of diffusers that sinks and windows run on; others would leave out the mask."""
 
 
-class SelfAttention(nn.Module, AttentionModuleMixin):
+def native_attention(
+    q_BNHI: Tensor, k_BNHI: Tensor, v_BNHI: Tensor, dropout_p: float, enable_gqa: bool, **_: Any
+) -> Tensor:
+    """PyTorch's attention, which is also the default of diffusers."""
+    q, k, v = q_BNHI.transpose(1, 2), k_BNHI.transpose(1, 2), v_BNHI.transpose(1, 2)
+    y_BHNI = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, enable_gqa=enable_gqa)
+    return y_BHNI.transpose(1, 2)
+
+
+def use_loaded_diffusers() -> None:
+    """Join `SelfAttention` to diffusers' attention layers and backends, as far as diffusers is loaded."""
+    layers: Any
+    backends: Any
+    layers, backends = (sys.modules.get(f"diffusers.models.{name}") for name in ("attention", "attention_dispatch"))
+    if hasattr(layers, "AttentionModuleMixin"):
+        SelfAttention.__bases__ = (nn.Module, layers.AttentionModuleMixin)
+    if hasattr(backends, "dispatch_attention_fn"):
+        AttentionProcessor.attend = staticmethod(backends.dispatch_attention_fn)
+
+
+class SelfAttention(nn.Module):
     """Multi-head attention; queries, keys and values have biases. `set_attention_backend` is diffusers'.
 
     Args:
@@ -99,8 +118,9 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
 class AttentionProcessor:
     """How a `SelfAttention` attends: the backend that diffusers' `set_attention_backend` chose."""
 
-    _attention_backend: AttentionBackendName | None = None
+    _attention_backend: str | None = None
     _parallel_config: Any = None
+    attend = staticmethod(native_attention)
 
     def __call__(self, attention: SelfAttention, x_BND: Tensor, rotary: Rotary | None) -> Tensor:
         q, k, v = attention.project(x_BND, rotary)
@@ -112,7 +132,7 @@ class AttentionProcessor:
                 )
             y_BNHI = attention.masked(q, k, v).transpose(1, 2)
         else:
-            y_BNHI = dispatch_attention_fn(
+            y_BNHI = self.attend(
                 q.transpose(1, 2),
                 k.transpose(1, 2),
                 v.transpose(1, 2),

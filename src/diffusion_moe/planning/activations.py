@@ -13,18 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..config import Recipe
+from ..config import ModelConfig, Recipe
 from ..models import Backbone
-from ..models.block import is_moe_block
-from ..models.sizes import blank_inputs
 from ..moe import recompute_experts
 from ..moe.precision import use_cpu_matmul
 from ..training.initialization import make_trainable
 from ..training.parallelize import computes_in_float32
-from .compute import rows_per_image
-
-INDEX_BYTES = 28
-"""Of a row that has travelled to its expert's process: its weight, and three int64 places."""
 
 
 @dataclass
@@ -58,16 +52,6 @@ def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
         if spread and recipe.training.precision == "bf16":
             _narrow(model)
         return _saved_of(model, recipe, images)
-
-
-def travelling_bytes(recipe: Recipe, images: int) -> int:
-    """What expert parallelism keeps besides: the rows that came from other processes, under an even load."""
-    config, size = recipe.model, 2 if recipe.training.precision == "bf16" else 4
-    rows_A = images * rows_per_image(config)
-    mixtures = sum(is_moe_block(config, index) for index in range(config.depth))
-    if recipe.training.recompute == "blocks":
-        mixtures = min(1, mixtures)
-    return round(mixtures * rows_A * (size * config.hidden_size + INDEX_BYTES))
 
 
 def _saved_of(model: Backbone, recipe: Recipe, images: int) -> Saved:
@@ -130,3 +114,13 @@ def _narrow(model: Backbone) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in wide:
                 setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16), parameter.requires_grad))
+
+
+def blank_inputs(config: ModelConfig, images: int) -> tuple[Tensor | None, ...]:
+    """The arguments of a model's `forward` in their order: zeros, and texts of the greatest length."""
+    x = torch.zeros(images, config.in_channels, config.sample_size, config.sample_size)
+    t = torch.zeros(images, dtype=torch.long if config.process == "ddpm" else torch.float32)
+    labels = torch.zeros(images, dtype=torch.long) if config.num_classes else None
+    text = torch.zeros(images, config.text_length, config.text_dim) if config.text_dim else None
+    pooled = torch.zeros(images, config.text_pooled_dim) if config.text_pooled_dim else None
+    return x, t, labels, text, None, pooled

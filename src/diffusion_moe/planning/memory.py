@@ -1,25 +1,30 @@
-"""How many bytes a process holds of a run's state, and how many its checkpoints take."""
+"""Bytes that a process holds of a run's state, and that its files take, from the shapes of its parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
-import torch
-from torch import nn
+from ..config import InitConfig, ModelConfig, ParallelConfig, Recipe
+from ..counts import (
+    block_index,
+    buffer_bytes,
+    is_expert,
+    is_expert_matrix,
+    is_moe_block,
+    num_assignments,
+    parameter_shapes,
+)
 
-from ..config import ModelConfig, ParallelConfig, Recipe
-from ..models import Backbone, make_model
-from ..moe import GroupedExperts
-from ..text import TextFeatures
-from ..training.checkpoint import state_tensors
-from ..training.parallelize import computes_in_float32
-from ..training.state import make_state
-
+FLOAT32 = 4
+"""Bytes of an element of a weight, gradient or moment."""
 MOMENTS, STEP_BYTES = 2, 4
 """AdamW's tensors a parameter, and its step count."""
+INDEX_BYTES = 28
+"""Bytes of a dispatched row's weight and three int64 indices."""
 
 
 @dataclass(frozen=True)
@@ -42,79 +47,144 @@ class Memory:
         return sum(astuple(self))
 
 
-def empty_prompt(config: ModelConfig) -> TextFeatures:
-    """As large as any, for models that keep one."""
-    pooled = torch.zeros(1, config.text_pooled_dim) if config.text_pooled_dim else None
-    mask = torch.ones(1, config.text_length, dtype=torch.bool)
-    return TextFeatures(torch.zeros(1, config.text_length, config.text_dim), mask, pooled)
+class Parameter(NamedTuple):
+    """One parameter of a model in training."""
+
+    name: str
+    shape: tuple[int, ...]
+    learns: bool
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def in_float32(self) -> bool:
+        """True in blocks for routers and norms, which are never gathered in bfloat16."""
+        return ".router." in self.name or "norm" in self.name
+
+    def local_size(self, layout: ParallelConfig) -> int:
+        """Elements that a process holds; FSDP2 pads the last part."""
+        if is_expert(self.name):
+            columns = math.ceil(self.shape[1] / layout.shard)
+            return self.shape[0] // layout.experts * columns * math.prod(self.shape[2:])
+        return math.ceil(self.shape[0] / (layout.shard * layout.experts)) * math.prod(self.shape[1:])
+
+    def gathered(self, layout: ParallelConfig, itemsize: int) -> tuple[int, int]:
+        """Bytes of the weight and of its gradient while its block runs, all processes' parts together.
+
+        Args:
+            itemsize: bytes of an element of the ordinary weights.
+        """
+        elements = self.size // (layout.experts if is_expert(self.name) else 1)
+        weight = elements * (FLOAT32 if self.in_float32 else itemsize)
+        # A gradient has its weight's dtype, and another copy in float32 to be summed over processes.
+        return weight, weight + FLOAT32 * elements if self.learns else 0
 
 
 class Tensors:
-    """The tensors of a recipe's run, without their memory."""
+    """The tensors of a recipe's run.
+
+    Raises:
+        ValueError: a pattern of init.freeze or a target of init.lora_targets names nothing.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        empty = empty_prompt(recipe.model)
-        with torch.device("meta"):
-            self.state = make_state(recipe, torch.device("meta"), empty_prompt=empty)
-        self.model: Backbone = self.state.model
-        experts = [module for module in self.model.modules() if isinstance(module, GroupedExperts)]
-        self.stacked = {id(parameter) for module in experts for parameter in module.parameters()}
-
-    @cached_property
-    def checkpoint(self) -> int:
+        self.recipe, config = recipe, recipe.model
+        self.parameters = trained_parameters(config, recipe.init)
+        self.buffers, saved_buffers = buffer_bytes(config), buffer_bytes(config, persistent=True)
+        self.num_emas = 1 + len(set(recipe.training.extra_ema_decays))
+        weights = FLOAT32 * sum(p.size for p in self.parameters)
+        learning = FLOAT32 * self.learning
+        moments = sum(MOMENTS * FLOAT32 * p.size + STEP_BYTES for p in self.parameters if p.learns)
+        self.checkpoint = weights + saved_buffers + self.num_emas * (learning + saved_buffers) + moments
         """Bytes of the tensors in a checkpoint."""
-        return sum(tensor.nbytes for tensor in state_tensors(self.state).values())
-
-    @cached_property
-    def published(self) -> int:
+        self.published = FLOAT32 * sum(math.prod(shape) for shape in parameter_shapes(config).values()) + saved_buffers
         """Bytes of the tensors in the folder model/."""
-        with torch.device("meta"):
-            return sum(tensor.nbytes for tensor in make_model(self.recipe.model).state_dict().values())
 
-    @cached_property
+    @property
     def learning(self) -> int:
         """Parameters that learn."""
-        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return sum(p.size for p in self.parameters if p.learns)
 
     def memory(self, layout: ParallelConfig, activations: int) -> Memory:
-        """Of a process, with so many bytes of activations."""
+        """Memory of a process that holds so many bytes of activations."""
         alone = layout.replicate * layout.shard * layout.experts == 1
-        parts = {id(p): self._local(p, layout) * p.element_size() for p in self.model.parameters()}
-        learning = [parts[id(p)] for p in self.model.parameters() if p.requires_grad]
-        buffers = sum(buffer.nbytes for buffer in self.model.buffers())
-        copied = sum(learning) if alone else sum(parts.values())  # alone, averages share what is frozen
+        weights = FLOAT32 * sum(p.local_size(layout) for p in self.parameters)
+        learning = [FLOAT32 * p.local_size(layout) for p in self.parameters if p.learns]
+        copied = sum(learning) if alone else weights  # on one process EMAs share what is frozen
         return Memory(
-            weights=sum(parts.values()) + buffers,
+            weights=weights + self.buffers,
             gradients=sum(learning),
             optimizer=sum(MOMENTS * part + STEP_BYTES for part in learning),
-            averages=(1 + len(self.state.extra_emas)) * (copied + buffers),
+            averages=self.num_emas * (copied + self.buffers),
             activations=activations,
             gathered=0 if alone else self._gathered(layout),
         )
 
-    def _local(self, parameter: nn.Parameter, layout: ParallelConfig) -> int:
-        """Numbers that a process holds of a parameter; FSDP2 fills the last ones up."""
-        shape = parameter.shape
-        if id(parameter) in self.stacked:
-            columns = math.ceil(shape[1] / layout.shard)
-            return shape[0] // layout.experts * columns * math.prod(shape[2:])
-        return math.ceil(shape[0] / (layout.shard * layout.experts)) * math.prod(shape[1:])
-
     def _gathered(self, layout: ParallelConfig) -> int:
-        """The outer layers whole, with their gradients; two blocks; the gradients of one."""
-        narrow = 2 if self.recipe.training.precision == "bf16" else 4
-        blocks = [list(self._gathered_of(block, layout, narrow)) for block in self.model.blocks]
-        inner = {id(parameter) for block in self.model.blocks for parameter in block.parameters()}
-        outer = [parameter for parameter in self.model.parameters() if id(parameter) not in inner]
-        weights = max(sum(numbers * size for numbers, size, _ in block) for block in blocks)
-        # A gradient stands in its weight's dtype and, for the sum over processes, in float32.
-        gradients = max(sum(numbers * (size + 4) for numbers, size, learns in block if learns) for block in blocks)
-        return sum(p.nbytes * (2 if p.requires_grad else 1) for p in outer) + 2 * weights + gradients
+        """The outer layers whole, with their gradients; the weights of two blocks; the gradients of one."""
+        itemsize = 2 if self.recipe.training.precision == "bf16" else FLOAT32
+        outer, weights, gradients = 0, [0] * self.recipe.model.depth, [0] * self.recipe.model.depth
+        for p in self.parameters:
+            if not p.name.startswith("blocks."):
+                outer += FLOAT32 * p.size * (2 if p.learns else 1)
+                continue
+            weight, gradient = p.gathered(layout, itemsize)
+            weights[block_index(p.name)] += weight
+            gradients[block_index(p.name)] += gradient
+        return outer + 2 * max(weights) + max(gradients)
 
-    def _gathered_of(self, block: nn.Module, layout: ParallelConfig, narrow: int) -> Iterator[tuple[int, int, bool]]:
-        """Numbers, bytes of one, and whether it learns, of a block's parameters while they are used."""
-        wide = {id(p) for module in block.modules() if computes_in_float32(module) for p in module.parameters()}
-        for parameter in block.parameters():
-            numbers = parameter.numel() // (layout.experts if id(parameter) in self.stacked else 1)
-            yield numbers, 4 if id(parameter) in wide else narrow, parameter.requires_grad
+
+def received_bytes(recipe: Recipe, images: int) -> int:
+    """Bytes that expert parallelism keeps of rows received from other processes, under an even load."""
+    config, itemsize = recipe.model, 2 if recipe.training.precision == "bf16" else FLOAT32
+    rows = [num_assignments(config, index, images) for index in range(config.depth) if is_moe_block(config, index)]
+    kept = max(rows, default=0) if recipe.training.recompute == "blocks" else sum(rows)
+    return kept * (itemsize * config.hidden_size + INDEX_BYTES)
+
+
+def trained_parameters(config: ModelConfig, init: InitConfig) -> list[Parameter]:
+    """The parameters of a model in training, with adapters if the recipe adds any.
+
+    Raises:
+        ValueError: a pattern or a target names nothing, or nothing is left to learn.
+    """
+    shapes = parameter_shapes(config)
+    parameters = [Parameter(name, shape, init.lora_rank is None) for name, shape in shapes.items()]
+    if init.lora_rank is not None:
+        parameters = list(_with_adapters(parameters, init.lora_rank, init.lora_targets))
+    for pattern in init.freeze:
+        if not any(fnmatchcase(p.name, pattern) for p in parameters):
+            raise ValueError(f"init.freeze has {pattern}, but no parameter's name is like it")
+    frozen = [any(fnmatchcase(p.name, pattern) for pattern in init.freeze) for p in parameters]
+    parameters = [p._replace(learns=p.learns and not no) for p, no in zip(parameters, frozen)]
+    if not any(p.learns for p in parameters):
+        raise ValueError(f"init.freeze is {', '.join(init.freeze)}, which leaves nothing to learn")
+    return parameters
+
+
+def _with_adapters(parameters: Sequence[Parameter], rank: int, targets: Sequence[str]) -> Iterator[Parameter]:
+    """A LoRA's matrices beside the targets, and the label table learning if it is one; all else is frozen."""
+    used = set()
+    for p in parameters:
+        linear = p.name.removesuffix(".weight") if p.name.endswith(".weight") and len(p.shape) == 2 else None
+        layer = p.name if is_expert_matrix(p.name) else linear
+        target = next((t for t in targets if layer is not None and f".{layer}".endswith(f".{t}")), None)
+        used.add(target)
+        if target is None or layer == "y_embedder":
+            yield p._replace(learns=target is not None)
+        elif is_expert_matrix(p.name):
+            experts, inputs, outputs = p.shape
+            yield p
+            yield Parameter(f"{layer}.lora_A.default.weight", (experts * rank, inputs), True)
+            yield Parameter(f"{layer}.lora_B.default.weight", (outputs, experts * rank), True)
+        else:
+            outputs, inputs = p.shape
+            yield p._replace(name=f"{layer}.base_layer.weight")
+            yield Parameter(f"{layer}.lora_A.default.weight", (rank, inputs), True)
+            yield Parameter(f"{layer}.lora_B.default.weight", (outputs, rank), True)
+    for target in targets:
+        if target not in used:
+            raise ValueError(f"init.lora_targets has {target}, the end of no layer's name")

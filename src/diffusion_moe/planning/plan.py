@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ParallelConfig, Recipe
-from ..data import places_of
-from ..models.sizes import Size, model_size
-from ..training.initialization import check_initialization
-from ..training.parallelize import check_parallel
-from .activations import trace_saved, travelling_bytes
+from ..counts import Size, images_per_process, model_size, num_image_tokens
+from ..training.layout_checks import check_adapters, check_parallel
 from .compute import Compute, compute_of
-from .memory import Memory, Tensors
+from .memory import Memory, Tensors, received_bytes
 from .options import PlanOptions
 
 ROOM = 0.9
@@ -102,13 +99,15 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision="bf16"))
     layouts, training = layouts_of(recipe, options.world), recipe.training
     world = _product(layouts[0])
-    places_of(training.batch_size, training.accumulation, world=world)
-    images, tensors, size = training.batch_size // (world * training.accumulation), Tensors(recipe), recipe.model
+    images = images_per_process(training.batch_size, training.accumulation, world)
+    tensors = Tensors(recipe)
+    from .activations import trace_saved  # needs torch, as nothing else here does
+
     kept = trace_saved(recipe, images, spread=world > 1).kept(training.recompute)
-    travelling = travelling_bytes(recipe, images)
+    received = received_bytes(recipe, images)
     found = []
     for layout in layouts:
-        memory = tensors.memory(layout, kept + (travelling if layout.experts > 1 else 0))
+        memory = tensors.memory(layout, kept + (received if layout.experts > 1 else 0))
         found.append(Layout(layout, memory, memory.total <= ROOM * 1e9 * options.memory_gb))
     compute = compute_of(recipe)
     speed = 1e12 * options.peak_tflops * options.utilisation * world
@@ -117,7 +116,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         world=world,
         size=model_size(recipe.model),
         learning=tensors.learning,
-        tokens_per_image=(size.sample_size // size.patch_size) ** 2,
+        tokens_per_image=num_image_tokens(recipe.model),
         compute=compute,
         checkpoint_bytes=tensors.checkpoint,
         model_bytes=tensors.published,
@@ -162,5 +161,5 @@ def _product(parallel: ParallelConfig) -> int:
 
 
 def _check(recipe: Recipe) -> None:
-    check_parallel(recipe)
-    check_initialization(recipe)
+    check_parallel(recipe, world=1)
+    check_adapters(recipe, world=1)

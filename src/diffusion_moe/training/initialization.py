@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import InitConfig, ModelConfig, Recipe, names_where
-from ..distributed import world_size
 from ..models import Backbone, make_model
 from ..models.adapters import LABEL_TABLE, add_adapters, merged, save_adapters, targets_of
 from ..randomness import normal
@@ -45,27 +44,6 @@ class Pretrained(NamedTuple):
     """Names of its classes, if known."""
     latent_space: Mapping[str, Any] | None = None
     """Latent space of a model of latents, if known; see `data.latent_space`."""
-
-
-def check_initialization(recipe: Recipe) -> None:
-    """Check that adapters can be trained as the recipe says.
-
-    Raises:
-        ValueError: adapters of experts with compilation or several processes.
-    """
-    stacked = [name for name in recipe.init.lora_targets if name.endswith(("w_in", "w_out"))]
-    if recipe.init.lora_rank is None or not stacked:
-        return
-    if world_size() > 1:
-        raise ValueError(
-            f"init.lora_targets has {stacked[0]}, but adapters of experts are not supported on {world_size()} "
-            "processes; remove it"
-        )
-    if recipe.training.compile:
-        raise ValueError(
-            f"init.lora_targets has {stacked[0]}, but peft's adapters of experts cannot be compiled; set "
-            "training.compile to false"
-        )
 
 
 def freeze_and_add_adapters(model: Backbone, init: InitConfig) -> Backbone:

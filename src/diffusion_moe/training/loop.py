@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..config import Recipe
 from ..data import Segment, SkippedLog, load_dataset
-from ..distributed import barrier, is_main, torchrun_processes
+from ..distributed import barrier, is_main, torchrun_processes, world_size
 from ..log import Log
 from ..models import Backbone
 from ..moe.precision import SLOW_DTYPES
@@ -28,10 +28,11 @@ from .dataloader import batches
 from .export import export_models
 from .fit import check_fit, check_same_images, choose_device, resolve_precision
 from .history import resume_with
-from .initialization import Pretrained, check_initialization, initialize_from
+from .initialization import Pretrained, initialize_from
+from .layout_checks import check_adapters, check_parallel
 from .metrics_log import MetricsLog, ProgressBar, check_trackers
 from .nonfinite import NonFiniteError, NonFiniteSteps, RollBack, report_images
-from .parallelize import check_parallel, make_meshes
+from .parallelize import make_meshes
 from .signals import requests_to_stop, torchrun_has_ended
 from .speed import Speedometer
 from .state import TrainState, make_state
@@ -120,8 +121,8 @@ class Trainer:
         self.recipe, precision = resolve_precision(recipe, run_folder, resume, self.device)
         recipe = self.recipe
         check_trackers(recipe.logging)
-        check_parallel(recipe)
-        check_initialization(recipe)
+        check_parallel(recipe, world_size())
+        check_adapters(recipe, world_size())
         self.meshes = make_meshes(recipe.parallel, self.device)
         self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
         check_fit(recipe, self.dataset)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..config import ParallelConfig, Recipe
-from ..data import places_of
 from ..distributed import is_main, world_size
 from ..models import Backbone
 from ..moe import GroupedExperts, MoEFeedForward, Router, routers_of
@@ -63,25 +62,6 @@ def make_meshes(config: ParallelConfig, device: torch.device) -> Meshes | None:
     )
 
 
-def check_parallel(recipe: Recipe) -> None:
-    """Check that batch and model can be sharded as the recipe says.
-
-    Raises:
-        ValueError: the batch or the experts cannot be divided, or the experts have dropout.
-    """
-    model, experts, shard = recipe.model, recipe.parallel.experts, recipe.parallel.shard
-    places_of(recipe.training.batch_size, recipe.training.accumulation, world=world_size())
-    for name in ("hidden_size", "expert_dim"):
-        if model.router != "dense" and getattr(model, name) % shard:
-            raise ValueError(f"model.{name} {getattr(model, name)} is not divisible by parallel.shard {shard}")
-    if experts > 1 and model.router == "dense":
-        raise ValueError(f"parallel.experts is {experts}, but the model is dense; use parallel.shard")
-    if experts > 1 and model.num_experts % experts:
-        raise ValueError(f"model.num_experts {model.num_experts} is not divisible by parallel.experts {experts}")
-    if experts > 1 and model.expert_dropout:
-        raise ValueError(f"model.expert_dropout is {model.expert_dropout}; with parallel.experts it must be 0")
-
-
 def parallelize(model: Backbone, recipe: Recipe, meshes: Meshes) -> None:
     """Shard a model in place. Its forward pass is called as before, by all processes at the same time."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -105,7 +85,7 @@ def parallelize(model: Backbone, recipe: Recipe, meshes: Meshes) -> None:
     if meshes.all.device_type == "cpu":
         for module in model.modules():
             if hasattr(module, "set_force_sum_reduction_for_comms"):
-                module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
+                module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo supports sums alone
     if recipe.parallel.pool == "global":
         for router in routers_of(model):
             router.group = dist.group.WORLD

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 
 from ..config import Recipe
-from ..models.sizes import model_flops
+from ..counts import model_flops
 from ..moe.precision import choose_precision
 from .step import StepResult
 
@@ -76,7 +76,7 @@ class Speedometer:
     @cached_property
     def flops_an_image(self) -> int:
         """FLOPs of the forward pass."""
-        return model_flops(self.recipe.model)
+        return model_flops(self.recipe.model).total
 
     @cached_property
     def peak_flops(self) -> float | None:

@@ -1,0 +1,274 @@
+"""Parameters, buffers and matmuls of a model by formula, from its settings alone: no torch, no model is built.
+
+Tests compare all of it with built models, name by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .config import ModelConfig
+
+PAPER_MILLION = 2**20
+"""The papers' "M" parameters."""
+TIME_FREQUENCIES = 256
+"""Width of the sinusoidal embedding of time."""
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+
+class Size(NamedTuple):
+    """Number of parameters of one model."""
+
+    total: int
+    """Parameters, and the fixed sine-cosine table if the model has one, as the papers' code counts."""
+    activated: float
+    """The same with only the routed experts that serve a token on average."""
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of matmuls (two a multiply-add), forward, for one image and one step."""
+
+    outside: int
+    """Embedders and output layer."""
+    blocks: tuple[int, ...]
+    """Each block."""
+
+    @property
+    def total(self) -> int:
+        """Whole model."""
+        return self.outside + sum(self.blocks)
+
+
+def model_size(config: ModelConfig) -> Size:
+    """Count the parameters of a model."""
+    shapes = parameter_shapes(config)
+    experts = sum(math.prod(shape) for name, shape in shapes.items() if is_expert(name))
+    total = sum(math.prod(shape) for shape in shapes.values())
+    total += num_image_tokens(config) * config.hidden_size if config.adds_sincos else 0
+    return Size(total, total - experts * (1 - config.experts_per_token / config.num_experts))
+
+
+def model_flops(config: ModelConfig) -> Flops:
+    """Count the matmuls of a model in training, where DiffMoE's experts take their share of the one image's tokens."""
+    outside, blocks = 0, [0] * config.depth
+    for name, shape in parameter_shapes(config).items():
+        flops = 2 * _matmul_rows(config, name) * math.prod(shape[1:] if is_expert_matrix(name) else shape)
+        if name.startswith("blocks."):
+            blocks[block_index(name)] += flops
+        else:
+            outside += flops
+    width = config.num_heads * config.head_width
+    for index in range(config.depth):
+        tokens = num_tokens(config, index)
+        keys = tokens + int(config.attention_sinks) + (config.text_length if has_cross_attention(config) else 0)
+        blocks[index] += 4 * tokens * keys * width  # query times key, and weight times value
+    return Flops(outside, tuple(blocks))
+
+
+def _matmul_rows(config: ModelConfig, name: str) -> int:
+    """Rows of one image that are multiplied by a parameter; 0 if it is no matrix of a matmul."""
+    if is_expert_matrix(name):
+        return num_assignments(config, block_index(name))
+    if name.endswith("experts.b_out") and not config.expert_dropout:
+        return num_tokens(config, block_index(name))  # the routing weights, as a matrix, times the biases
+    if not name.endswith(".weight") or name == "y_embedder.weight" or "norm" in name:
+        return 0
+    if name.startswith("text_embedder.mlp.") or ".cross_attn.kv." in name:
+        return config.text_length
+    if name.startswith(("t_embedder.", "text_embedder.pool.")) or ".adaln." in name:
+        return 1
+    return num_tokens(config, block_index(name)) if name.startswith("blocks.") else num_image_tokens(config)
+
+
+# Tokens and assignments
+
+
+def num_image_tokens(config: ModelConfig) -> int:
+    """Tokens of one image."""
+    return (config.sample_size // config.patch_size) ** 2
+
+
+def num_tokens(config: ModelConfig, index: int) -> int:
+    """Tokens of one image in block `index`, with those of its text and class that are in the same sequence."""
+    text = config.text_length if config.text_dim and config.text_conditioning == "joint" else 0
+    return num_image_tokens(config) + text + (config.class_tokens if index >= config.class_tokens_from else 0)
+
+
+def num_assignments(config: ModelConfig, index: int, images: int = 1) -> int:
+    """Pairs of token and expert in MoE block `index`, for a batch of images in training."""
+    assert config.rule is not None
+    return config.rule.num_assignments(config, num_tokens(config, index), images)
+
+
+def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
+    """Images of a micro-batch of one process.
+
+    Raises:
+        ValueError: the batch cannot be divided evenly.
+    """
+    parts = accumulation * world
+    if batch_size % parts:
+        raise ValueError(
+            f"training.batch_size {batch_size} is not divisible by training.accumulation {accumulation} x "
+            f"{world} processes = {parts}"
+        )
+    return batch_size // parts
+
+
+def is_moe_block(config: ModelConfig, index: int) -> bool:
+    """Whether block `index` is an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
+    return config.rule is not None and index >= config.first_k_dense and (index + 1) % config.moe_layer_freq == 0
+
+
+def has_cross_attention(config: ModelConfig) -> bool:
+    """True where the blocks attend to a text beside their own tokens."""
+    return config.text_dim > 0 and config.text_conditioning == "cross"
+
+
+# Names of parameters
+
+
+def block_index(name: str) -> int:
+    """Number of the block in the name of its parameter."""
+    return int(name.split(".", 2)[1])
+
+
+def is_expert(name: str) -> bool:
+    """True for stacked parameters of routed experts, whose first axis is the expert."""
+    return ".mlp.experts." in name
+
+
+def is_expert_matrix(name: str) -> bool:
+    """True for stacked matrices of routed experts, (E, inputs, outputs)."""
+    return name.endswith((".experts.w_in", ".experts.w_out"))
+
+
+# Shapes
+
+
+def parameter_shapes(config: ModelConfig) -> Shapes:
+    """Shape of every parameter of a model, by its name."""
+    D, patch = config.hidden_size, config.in_channels * config.patch_size**2
+    shapes: Shapes = {}
+    if config.backbone == "jit":
+        assert config.bottleneck_dim is not None
+        shapes |= _linear("x_embedder.proj1", patch, config.bottleneck_dim, bias=False)
+        shapes |= _linear("x_embedder.proj2", config.bottleneck_dim, D)
+        if config.class_tokens:
+            shapes["class_positions"] = (config.class_tokens, D)
+    else:
+        shapes |= _linear("x_embedder", patch, D)
+    shapes |= _linear("t_embedder.mlp.0", TIME_FREQUENCIES, D) | _linear("t_embedder.mlp.2", D, D)
+    if config.num_classes:
+        shapes["y_embedder.weight"] = (config.num_classes + int(config.null_class), D)
+    if config.text_dim:
+        shapes |= {f"text_embedder.{name}": shape for name, shape in _text_embedder(config)}
+    for index in range(config.depth):
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in _block(config, index)}
+    if config.backbone == "jit":
+        shapes |= _norm(config, "final_layer.norm")
+    shapes |= _linear("final_layer.linear", D, config.patch_size**2 * config.in_channels * (1 + config.learn_sigma))
+    return shapes | _linear("final_layer.adaln.1", D, 2 * D)
+
+
+def buffer_shapes(config: ModelConfig, persistent: bool = False) -> Shapes:
+    """Shape of every buffer of a model, by its name.
+
+    Args:
+        persistent: only those that a file of the model holds.
+    """
+    D, tokens = config.hidden_size, num_image_tokens(config)
+    shapes: Shapes = {}
+    if config.rotary_axes and not persistent:
+        joint = config.text_length if config.text_dim and config.text_conditioning == "joint" else 0
+        rows = tokens + config.class_tokens + joint
+        shapes |= dict.fromkeys(("rotary_cos", "rotary_sin"), (rows, config.head_width))
+    if config.adds_sincos:
+        shapes["pos_embed"] = (tokens, D)
+    if config.text_dim:
+        shapes["text_embedder.null_mask"] = (config.text_length,)
+        if config.text_null == "empty":
+            shapes |= {f"text_embedder.{name}": shape for name, shape in _null_prompt(config).items()}
+    for index in range(config.depth):
+        if config.rule is not None and is_moe_block(config, index):
+            state = config.rule.buffer_shapes(config)
+            shapes |= {f"blocks.{index}.mlp.router.{name}": shape for name, shape in state.items()}
+    return shapes
+
+
+def buffer_bytes(config: ModelConfig, persistent: bool = False) -> int:
+    """Bytes of a model's buffers: all float32, but the text's mask, which is bool."""
+    sizes = {name: math.prod(shape) for name, shape in buffer_shapes(config, persistent).items()}
+    return sum(size * (1 if name.endswith("null_mask") else 4) for name, size in sizes.items())
+
+
+def _text_embedder(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    D, W = config.hidden_size, config.text_dim
+    yield from _linear("mlp.0", W, D).items()
+    yield from _linear("mlp.2", D, D).items()
+    yield from _linear("pool.0", config.text_pooled_dim or W, D).items()
+    yield from _linear("pool.2", D, D).items()
+    if config.text_null == "learned":
+        yield from _null_prompt(config).items()
+
+
+def _null_prompt(config: ModelConfig) -> Shapes:
+    pooled: Shapes = {"null_pooled": (config.text_pooled_dim,)} if config.text_pooled_dim else {}
+    return {"null_text": (config.text_length, config.text_dim)} | pooled
+
+
+def _block(config: ModelConfig, index: int) -> Iterator[tuple[str, Shape]]:
+    D, H, I = config.hidden_size, config.num_heads, config.head_width  # noqa: E741
+    kv_heads = config.num_kv_heads or H
+    yield from _norm(config, "norm1").items()
+    yield from _norm(config, "norm2").items()
+    yield from _linear("attn.qkv", D, (H + 2 * kv_heads) * I).items()
+    yield from _linear("attn.proj", H * I, D).items()
+    if config.qk_norm:
+        yield from (("attn.q_norm.weight", (I,)), ("attn.k_norm.weight", (I,)))
+    if config.attention_sinks:
+        yield "attn.sinks", (H,)
+    if has_cross_attention(config):
+        yield from _norm(config, "cross_norm").items()
+        yield from _linear("cross_attn.q", D, H * I).items()
+        yield from _linear("cross_attn.kv", D, 2 * kv_heads * I).items()
+        yield from _linear("cross_attn.proj", H * I, D).items()
+        if config.qk_norm:
+            yield from (("cross_attn.q_norm.weight", (I,)), ("cross_attn.k_norm.weight", (I,)))
+    yield from _linear("adaln.1", D, 6 * D).items()
+    if is_moe_block(config, index):
+        yield from _moe_layer(config)
+    else:
+        yield from _feed_forward("mlp", D, config.mlp_width, config.mlp_activation, config.mlp_bias).items()
+
+
+def _moe_layer(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    D, E, F = config.hidden_size, config.num_experts, config.expert_dim
+    columns = F * (2 if config.expert_activation == "swiglu" else 1)
+    assert config.rule is not None
+    for name, shape in config.rule.parameter_shapes(config, D).items():
+        yield f"mlp.router.{name}", shape
+    yield from (("mlp.experts.w_in", (E, D, columns)), ("mlp.experts.w_out", (E, F, D)))
+    if config.expert_bias:
+        yield from (("mlp.experts.b_in", (E, columns)), ("mlp.experts.b_out", (E, D)))
+    if config.shared in ("gelu", "swiglu"):
+        yield from _feed_forward("mlp.shared", D, config.shared_dim or F, config.shared, config.shared_bias).items()
+
+
+def _feed_forward(name: str, dim: int, width: int, activation: str, bias: bool) -> Shapes:
+    gate = _linear(f"{name}.gate_proj", dim, width, bias) if activation == "swiglu" else {}
+    return gate | _linear(f"{name}.up_proj", dim, width, bias) | _linear(f"{name}.down_proj", width, dim, bias)
+
+
+def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Shapes:
+    biases: Shapes = {f"{name}.bias": (outputs,)} if bias else {}
+    return {f"{name}.weight": (outputs, inputs)} | biases
+
+
+def _norm(config: ModelConfig, name: str) -> Shapes:
+    """A LayerNorm has no parameters here."""
+    return {f"{name}.weight": (config.hidden_size,)} if config.norm == "rmsnorm" else {}
