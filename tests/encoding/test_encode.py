@@ -51,7 +51,7 @@ def stored(folder):
     """The whole cache as one array, (images, views, parts, C, H, W), float32."""
     header = read_header(folder)
     raw = b"".join(shard_path(folder, number).read_bytes() for number in range(header.plan.shards))
-    return torch.from_numpy(np.frombuffer(raw, "<f2").reshape(-1, *header.plan.row_shape).astype(np.float32))
+    return torch.from_numpy(np.frombuffer(raw, "<f2").reshape(-1, *header.plan.image_shape).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def cache(tmp_path_factory, pictures, vae_folder):
 def posterior(pictures, vae_folder):
     """Means and deviations of all images and of the mirrored ones, (images, views, parts, C, H, W)."""
     vae = AutoencoderKL.from_pretrained(vae_folder).eval()
-    data = load_dataset(images_of(pictures, channels=3, test_fraction=0), "train").everything().images
+    data = load_dataset(images_of(pictures, channels=3, test_fraction=0), "train").read_all().images
     views = [vae.encode(images).latent_dist for images in (data, data.flip(-1))]
     return torch.stack([torch.stack((view.mean, view.std), dim=1) for view in views], dim=1)
 

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels, shipped with the package."""
+"""Handwritten digits of scikit-learn: 1,797 images of 8 x 8 pixels that come with the package."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .splits import Split, split_indices
 
 
 class Digits(ImageDataset):
-    """The digits; grey levels 0 to 16 become [-1, 1]."""
+    """The digits, with grey levels 0 to 16 scaled to [-1, 1]."""
 
     def __init__(self, config: DataConfig, split: Split, seed: int) -> None:
         super().__init__(config.flip, seed)
         digits = load_digits()
-        keep = split_indices(digits.target, config.test_fraction, split)
-        self.labels = digits.target[keep].astype("int64")
+        selected = split_indices(digits.target, config.test_fraction, split)
+        self.labels = digits.target[selected].astype("int64")
         self.class_names = [str(name) for name in digits.target_names]
-        self.images = torch.from_numpy(digits.images[keep] / 8 - 1).float()[:, None]
+        self.images = torch.from_numpy(digits.images[selected] / 8 - 1).float()[:, None]
 
     def read(self, indices: Sequence[int]) -> Batch:
-        rows = torch.as_tensor(list(indices))
-        return Batch(self.images[rows], torch.from_numpy(self.labels)[rows])
+        requested = torch.as_tensor(list(indices))
+        return Batch(self.images[requested], torch.from_numpy(self.labels)[requested])

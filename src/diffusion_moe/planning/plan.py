@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import ParallelConfig, Recipe
-from ..data import places_of
+from ..data import positions_of
 from ..models.sizes import Size, model_size
 from ..training.initialization import check_initialization
 from ..training.parallelize import check_parallel
@@ -102,7 +102,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision="bf16"))
     layouts, training = layouts_of(recipe, options.world), recipe.training
     world = _product(layouts[0])
-    places_of(training.batch_size, training.accumulation, world=world)
+    positions_of(training.batch_size, training.accumulation, world=world)
     images, tensors, size = training.batch_size // (world * training.accumulation), Tensors(recipe), recipe.model
     kept = trace_saved(recipe, images, spread=world > 1).kept(training.recompute)
     travelling = travelling_bytes(recipe, images)

@@ -30,7 +30,7 @@ def previews_of(recipe: Recipe) -> Callable[[Backbone, Path], None]:
         ValueError: the model works on latents whose VAE is not known.
     """
     dataset = load_dataset(recipe.data, "train", recipe.training.seed)
-    vae, record = None, dataset.record()
+    vae, record = None, dataset.metadata()
     if recipe.model.in_channels not in (1, 3):
         if "latent_space" not in record:
             raise ValueError(

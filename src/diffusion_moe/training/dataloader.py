@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..config import Recipe
-from ..data import Batch, ImageDataset, Segment, batches_from, places_of
+from ..data import Batch, ImageDataset, Segment, batches_from, positions_of
 from ..distributed import rank, world_size
 
 
@@ -25,7 +25,7 @@ def batches(
         ValueError: the global batch cannot be divided evenly, or an image cannot be read.
     """
     training = recipe.training
-    places = torch.cat(places_of(training.batch_size, training.accumulation, rank(), world_size()))
+    places = torch.cat(positions_of(training.batch_size, training.accumulation, rank(), world_size()))
     order = batches_from(
         step, training.steps, len(dataset), segments or training.batch_size, training.seed, places, dataset.buckets
     )

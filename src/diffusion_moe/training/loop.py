@@ -178,7 +178,7 @@ class Trainer:
             raise ValueError(
                 f"init.from_checkpoint is {self.recipe.init.from_checkpoint}; pass `origin`, which reads it"
             )
-        self.start_notes = initialize_from(model, self.recipe, origin(), self.dataset.record())
+        self.start_notes = initialize_from(model, self.recipe, origin(), self.dataset.metadata())
 
     def _resume(self) -> None:
         path = self._load_checkpoint()
@@ -363,7 +363,7 @@ def publish(run: RunFolder, state: TrainState, recipe: Recipe, dataset: ImageDat
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         origin = {"training_steps": state.step, "ema_decay": decay}
-        _save_whole(whole, partial, {ORIGIN: origin, DATA: dataset.record()})
+        _save_whole(whole, partial, {ORIGIN: origin, DATA: dataset.metadata()})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     barrier()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..config import ParallelConfig, Recipe
-from ..data import places_of
+from ..data import positions_of
 from ..distributed import is_main, world_size
 from ..models import Backbone
 from ..moe import GroupedExperts, MoEFeedForward, Router
@@ -71,7 +71,7 @@ def check_parallel(recipe: Recipe) -> None:
         ValueError: the batch or the experts cannot be divided, or the experts have dropout.
     """
     model, experts, shard = recipe.model, recipe.parallel.experts, recipe.parallel.shard
-    places_of(recipe.training.batch_size, recipe.training.accumulation, world=world_size())
+    positions_of(recipe.training.batch_size, recipe.training.accumulation, world=world_size())
     for name in ("hidden_size", "expert_dim"):
         if model.router != "dense" and getattr(model, name) % shard:
             raise ValueError(f"model.{name} {getattr(model, name)} is not divisible by parallel.shard {shard}")

@@ -21,7 +21,7 @@ from ..data import Batch, Segment
 from ..diffusion.ddpm import ddpm_losses, linear_schedule, noised
 from ..diffusion.loss import flow_loss
 from ..diffusion.path import rectified_flow
-from ..diffusion.times import draw_steps, draw_times
+from ..diffusion.times import sample_steps, sample_times
 from ..distributed import all_reduce_sum, world_size
 from ..models import Backbone, DiTOutput, make_model
 from ..moe import RoutingReport, merge_reports, recompute_experts, routers_of, update_routing_state
@@ -197,9 +197,9 @@ def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, s
         dropped = uniform(seed, "class_dropout", step, samples) < recipe.diffusion.caption_dropout
         text = batch.text.to(device, non_blocking=True).dropped(dropped)
     if recipe.model.process == "ddpm":
-        t = draw_steps(seed, step, samples)
+        t = sample_steps(seed, step, samples)
     else:
-        t = draw_times(recipe.diffusion, seed, step, samples)
+        t = sample_times(recipe.diffusion, seed, step, samples)
     return loss_at(model, recipe, images, labels, noise, t, text)
 
 
@@ -303,7 +303,7 @@ def _accumulate_gradients(
     state: TrainState, recipe: Recipe, batch: Batch, step: int, lap: Callable[[str], None]
 ) -> list[LossParts]:
     model, count = state.model, len(batch.images)
-    places = torch.arange(count) if batch.places is None else batch.places
+    places = torch.arange(count) if batch.positions is None else batch.positions
     model.zero_grad(set_to_none=True)
     parts = []
     micro_batches = torch.arange(count).chunk(recipe.training.accumulation)
