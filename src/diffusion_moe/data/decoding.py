@@ -126,7 +126,7 @@ def decode_pixels(
     channels: int,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> np.ndarray:
-    """Decode, resize and crop an image file for training: (height, width, channels), uint8. Raises as `decode_image`."""
+    """Decode, resize and crop an image file: (height, width, channels), uint8. Raises as `decode_image`."""
     image = cover_and_crop(decode_image(source, channels, background), height, width)
     return np.array(image).reshape(height, width, channels)
 

@@ -108,7 +108,8 @@ def _captions_of(path: Path, column: str) -> Iterator[tuple[str, tuple[str, ...]
             raise ValueError(f"{path} has the columns {columns} in row {number}, and no file_name")
         if column not in line:
             raise ValueError(
-                f"data.caption_column is {column}, but {path} has the columns {columns} in row {number}, and no {column}"
+                f"data.caption_column is {column}, but {path} has the columns {columns} in row {number}, "
+                f"and no {column}"
             )
         try:
             yield str(line["file_name"]), as_captions(line[column])

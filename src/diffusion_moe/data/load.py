@@ -1,4 +1,4 @@
-"""Data sets from a recipe's data section. Modules are imported on use: torch, scikit-learn and `datasets` take seconds."""
+"""Data sets from a recipe's data section. Modules are imported on use, as torch and `datasets` take seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Order of the training images: a function of (seed, position). Its only state is the step and the batch sizes so far."""
+"""Order of the training images: a function of (seed, position), whose state is the step and the batch sizes so far."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
 def positions_of(batch_size: int, accumulation: int = 1, rank: int = 0, world: int = 1) -> list[Tensor]:
     """Positions in the step's global batch that one process computes: int64, ascending, a tensor a micro-batch.
 
-    A micro-batch is a part of the global batch, and a rank's share a part of that. The ranks' shares, one after another,
-    are the micro-batch of a single process.
+    A micro-batch is a part of the global batch, and a rank's share a part of that. The ranks' shares, one after
+    another, are the micro-batch of a single process.
 
     Raises:
         ValueError: the batch cannot be divided evenly.
