@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     data = RunFolder(folder).read_recipe().data
     model = load_weights(read_source(folder)).to(best_device())
     classifier = train_classifier(load_dataset(data, "train"))
-    held_out = FeatureSums.of(classified(classifier, load_dataset(data, "test").everything().images)[0])
+    held_out = FeatureSums.of(classified(classifier, load_dataset(data, "test").read_all().images)[0])
     labels = class_schedule(IMAGES, model.settings.num_classes)
     columns = f"{'pool':8}{'batch':>7}{'scale':>7}{'experts a token':>17}{'recognised':>12}{'Frechet':>9}"
     print(f"{columns}{'RMS difference':>16}")

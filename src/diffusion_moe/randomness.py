@@ -1,7 +1,7 @@
-"""Random numbers as a function of (seed, stream, step, sample), never of batch size, world size or worker count.
+"""Counter-based random numbers: functions of (seed, stream, step, sample), not of batch size, world size or workers.
 
-Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), vectorised over samples, so that a
-whole batch of noise is drawn on the device at once and each row still depends on its own sample alone.
+The generator is Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), vectorised over
+samples: the noise of a whole batch is computed on the device at once, and each sample's depends on that sample alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     k0, k1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap to the same bits as unsigned ones; the mask makes the shift a logical one.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        product0 = c0 * _MULTIPLIERS[0]
+        product1 = c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             (product1 >> 32) & _MASK ^ c1 ^ k0,
             product1 & _MASK,
@@ -36,7 +37,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
-    """A 63-bit seed for one named stream, for generators that take a seed."""
+    """A 63-bit seed for one named stream."""
     digest = hashlib.blake2b(f"{seed}/{stream}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -57,24 +58,27 @@ def _open_unit(words: Tensor) -> Tensor:
 
 
 def uniform(seed: int, stream: str, step: int | Tensor, samples: Tensor) -> Tensor:
-    """One uniform number in (0, 1) a sample, float32.
+    """A uniform number in (0, 1) for each sample, float32, (S,).
 
     Args:
-        seed: of the run. stream: what the number is for. step: of training, or 0; one for all samples or one each.
-        samples: sample numbers, int64, (S,); the result lies on their device.
+        seed: seed of the run.
+        stream: name of the purpose; each has independent numbers.
+        step: training step, or 0; one for all samples or one each.
+        samples: sample numbers, int64, (S,); the result is on their device.
     """
     return _open_unit(_words(seed, stream, step, samples, 1)[:, 0]).float()
 
 
 def uniforms(seed: int, stream: str, step: int | Tensor, samples: Tensor, count: int) -> Tensor:
-    """Uniform numbers in (0, 1), (S, count), float32; the first of them are `uniform`'s. Arguments as for `uniform`."""
+    """Uniform numbers in (0, 1), (S, count), float32, as `uniform`, whose numbers are the first column."""
     return _open_unit(_words(seed, stream, step, samples, count))[:, :count].float()
 
 
 def normal(seed: int, stream: str, step: int | Tensor, samples: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, (S, *shape), float32, by Box and Muller's formula. Arguments as for `uniform`."""
+    """Standard normal numbers, (S, *shape), float32, by the Box-Muller transform. Arguments as for `uniform`."""
     count = math.prod(shape)
     unit = _open_unit(_words(seed, stream, step, samples, count))
-    radius, angle = (-2 * unit[:, 0::2].log()).sqrt(), 2 * math.pi * unit[:, 1::2]
+    radius = (-2 * unit[:, 0::2].log()).sqrt()
+    angle = 2 * math.pi * unit[:, 1::2]
     numbers = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)
     return numbers[:, :count].float().view(len(samples), *shape)

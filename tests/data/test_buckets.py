@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from diffusion_moe.config import DataConfig
-from diffusion_moe.data import Segment, batches_from, load_dataset, places_of
+from diffusion_moe.data import Segment, batches_from, load_dataset, positions_of
 from diffusion_moe.data.decoding import cover_and_crop
-from diffusion_moe.data.table import nearest_bucket
+from diffusion_moe.data.image_files import nearest_bucket
 
 SIZES = [(8, 8), (4, 12), (12, 4)]
 
@@ -51,7 +51,7 @@ def test_the_order_is_a_function_of_the_step_for_any_number_of_processes():
     whole = stream(0, 30)
     assert stream(17, 30) == whole[17:]
     assert stream(0, 50)[:30] == whole
-    parts = [stream(0, 30, places=places_of(8, 1, rank, 2)[0]) for rank in range(2)]
+    parts = [stream(0, 30, positions=positions_of(8, 1, rank, 2)[0]) for rank in range(2)]
     assert [a + b for a, b in zip(*parts)] == whole
 
 

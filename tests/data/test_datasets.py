@@ -7,8 +7,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffusion_moe.config import DataConfig
-from diffusion_moe.data import batches_from, load_dataset, places_of
-from diffusion_moe.data.order import Draw
+from diffusion_moe.data import batches_from, load_dataset, positions_of
+from diffusion_moe.data.order import SampledImage
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_digits_split_is_fixed_disjoint_and_stratified():
     train, test = load_dataset(DataConfig(), "train"), load_dataset(DataConfig(), "test", seed=9)
     assert (len(train), len(test)) == (1438, 359)
     assert np.bincount(test.labels).min() >= 34
-    images = torch.cat([train.everything().images, test.everything().images]).flatten(1)
+    images = torch.cat([train.read_all().images, test.read_all().images]).flatten(1)
     assert images.amin() == -1
     assert images.amax() == 1
     # The digits hold no exact duplicates, so a common image would show as a smaller set.
@@ -43,13 +43,13 @@ def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     digits, train = load_digits(), load_dataset(DataConfig(test_fraction=0), "train")
-    np.testing.assert_allclose((train.everything().images[:, 0].numpy() + 1) * 8, digits.images)
+    np.testing.assert_allclose((train.read_all().images[:, 0].numpy() + 1) * 8, digits.images)
     np.testing.assert_array_equal(train.labels, digits.target)
 
 
 def test_folder_gives_classes_by_sub_folder_and_pixels_in_range(folder):
     data = load_dataset(config(folder, test_fraction=0), "train")
-    batch = data.everything()
+    batch = data.read_all()
     assert data.class_names == ["cat", "dog"]
     assert batch.labels.tolist() == [0] * 6 + [1] * 6
     assert batch.images.shape == (12, 3, 16, 16)
@@ -68,13 +68,13 @@ def test_an_unreadable_image_is_named(folder):
     (folder / "cat" / "3.png").write_bytes(b"not an image")
     data = load_dataset(config(folder, test_fraction=0), "train")
     with pytest.raises(ValueError, match=r"cat/3\.png.*data\.on_corrupt"):
-        data.everything()
+        data.read_all()
 
 
 def test_an_unreadable_image_is_skipped_and_counted(folder):
     file = folder / "cat" / "3.png"
     file.write_bytes(file.read_bytes()[:60])
-    batch = load_dataset(config(folder, test_fraction=0, on_corrupt="skip"), "train").everything()
+    batch = load_dataset(config(folder, test_fraction=0, on_corrupt="skip"), "train").read_all()
     assert batch.skipped == 1
     assert list(batch.skipped_names) == [str(file)]
     torch.testing.assert_close(batch.images[3], batch.images[4])
@@ -119,20 +119,20 @@ def test_ranks_load_their_part_of_each_batch(folder):
     data = load_dataset(config(folder, flip=True, test_fraction=0), "train", seed=4)
     whole = list(batches_from(0, 5, len(data), 6, seed=2))
     for rank in range(3):
-        places = torch.cat(places_of(6, 1, rank, 3))
-        for all_draws, draws in zip(whole, batches_from(0, 5, len(data), 6, seed=2, places=places), strict=True):
+        places = torch.cat(positions_of(6, 1, rank, 3))
+        for all_draws, draws in zip(whole, batches_from(0, 5, len(data), 6, seed=2, positions=places), strict=True):
             expected, part = data.__getitems__(all_draws), data.__getitems__(draws)
-            assert torch.equal(part.places, places)
+            assert torch.equal(part.positions, places)
             assert torch.equal(part.images, expected.images[places])
             assert torch.equal(part.labels, expected.labels[places])
 
 
 def test_about_half_of_the_images_are_flipped_and_anew_each_epoch():
     data = load_dataset(DataConfig(flip=True), "train", seed=4)
-    plain = load_dataset(DataConfig(), "train").everything().images
+    plain = load_dataset(DataConfig(), "train").read_all().images
     epochs = []
     for epoch in range(2):
-        drawn = data.__getitems__([Draw(image, epoch) for image in range(len(data))]).images
+        drawn = data.__getitems__([SampledImage(image, epoch) for image in range(len(data))]).images
         same, mirrored = (drawn == plain).flatten(1).all(1), (drawn == plain.flip(-1)).flatten(1).all(1)
         assert bool((same | mirrored).all())
         assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.05)

@@ -60,7 +60,7 @@ def save(table, folder, way):
 @pytest.mark.parametrize("way", ["save_to_disk", "splits", "folder of parquet", "parquet file"])
 def test_images_and_classes_come_back_in_order(tmp_path, table, way):
     data = load_dataset(config(save(table, tmp_path, way)), "train")
-    batch = data.everything()
+    batch = data.read_all()
     assert data.class_names == ["cat", "dog", "hen"]
     assert batch.labels.tolist() == LABELS
     expected = torch.tensor(LEVELS).float()[:, None, None, None].expand(6, 3, 8, 8) / 127.5 - 1
@@ -86,7 +86,7 @@ def test_a_folder_of_images_can_be_read_too(tmp_path):
     changes = {"image_column": "image", "label_column": "label"}
     data = load_dataset(config(tmp_path / "pictures", **changes), "train")
     assert data.class_names == ["cat", "dog"]
-    torch.testing.assert_close(data.everything().images[:, 0, 0, 0], torch.tensor([20.0, 200.0]) / 127.5 - 1)
+    torch.testing.assert_close(data.read_all().images[:, 0, 0, 0], torch.tensor([20.0, 200.0]) / 127.5 - 1)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_unnamed_labels_are_sorted_and_images_may_be_bare_bytes(tmp_path, values
     images = [{"bytes": content, "path": None} for content in contents] if records else contents
     pq.write_table(pa.table({"image": images, "label": values}), tmp_path / "x.parquet")
     data = load_dataset(config(tmp_path / "x.parquet", image_column="image", label_column="label"), "train")
-    batch = data.everything()
+    batch = data.read_all()
     assert data.class_names == names
     assert batch.labels.tolist() == labels
     torch.testing.assert_close(batch.images[:, 0, 0, 0], torch.tensor(LEVELS[:4]).float() / 127.5 - 1)
@@ -123,7 +123,7 @@ def test_unreadable_rows_are_named_by_number(tmp_path):
     for row, name in ((1, r"row 1 of .*x\.parquet \(b\.png\)"), (2, r"row 2 of .*x\.parquet \(it is empty\)")):
         with pytest.raises(ValueError, match=f"cannot read image {name}"):
             data.read([row])
-    batch = load_dataset(config(path, on_corrupt="skip"), "train").everything()
+    batch = load_dataset(config(path, on_corrupt="skip"), "train").read_all()
     assert list(batch.skipped_names) == [f"row 1 of {path} (b.png)", f"row 2 of {path}"]
     assert batch.labels.tolist() == [0, 0, 0]
 
@@ -135,8 +135,8 @@ MISTAKES = {
     "no classes": ({"label_column": "fraction"}, r"data.label_column fraction holds Value\('float64'\); give a column"),
     "empty labels": ({"label_column": "hole"}, r"data.label_column hole is empty \(null or -1\) in some rows"),
     "unnamed classes": ({"label_column": "unknown"}, r"data.label_column unknown is empty"),
-    "a revision": ({"revision": "main"}, r"data.revision is main, but .* is no data set of the hub; leave it out"),
-    "a split": ({"split": "test"}, r"data.split is test, but it was saved without splits; leave it out"),
+    "a revision": ({"revision": "main"}, r"data.revision is main, but .* is no data set of the hub; remove it"),
+    "a split": ({"split": "test"}, r"data.split is test, but it was saved without splits; remove it"),
 }
 
 

@@ -62,5 +62,5 @@ def test_a_space_survives_json():
 
 
 def test_a_scaling_that_cannot_be_undone_is_refused():
-    with pytest.raises(ValueError, match="none of scale 0"):
+    with pytest.raises(ValueError, match="no scale of 0"):
         LatentScaling((0.0,), (0.0,))

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffusion_moe.config import DataConfig
-from diffusion_moe.data import batches_from, load_dataset, places_of
+from diffusion_moe.data import batches_from, load_dataset, positions_of
 from diffusion_moe.data.latent_space import LatentScaling, LatentSpace
-from diffusion_moe.data.latents import CacheHeader, CachePlan, Shard, shard_path
+from diffusion_moe.data.latents import CacheHeader, CachePlan, LatentShard, shard_path
 from diffusion_moe.randomness import normal, uniform
 
 IMAGES, SHARD, SHAPE = 11, 4, (3, 2, 2)
@@ -35,13 +35,13 @@ def write_cache(folder, skipped=(5,), **changes):
         shard_images=SHARD,
     )
     kept = [i for i in range(IMAGES) if i not in skipped]
-    values = np.random.RandomState(0).uniform(0.1, 2, (len(kept), *plan.row_shape)).astype("<f2")
+    values = np.random.RandomState(0).uniform(0.1, 2, (len(kept), *plan.image_shape)).astype("<f2")
     (folder / "shards").mkdir(parents=True)
     shards = []
     for number in range(plan.shards):
         rows = [row for row, i in enumerate(kept) if i in plan.indices(number)]
         shard_path(folder, number).write_bytes(values[rows].tobytes())
-        shards.append(Shard(len(rows), "2" * 64))
+        shards.append(LatentShard(len(rows), "2" * 64))
     header = CacheHeader(
         plan,
         labels=np.array([i % 2 for i in kept]),
@@ -60,7 +60,7 @@ def config(folder, **changes):
 
 def test_reading_gives_the_scaled_means_and_the_classes_in_order(tmp_path):
     values = write_cache(tmp_path)
-    batch = load_dataset(config(tmp_path), "train").everything()
+    batch = load_dataset(config(tmp_path), "train").read_all()
     assert batch.images.dtype == torch.float32
     torch.testing.assert_close(batch.images, (values[:, 0, 0] - SHIFT) * SCALE)
     assert batch.labels.tolist() == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
@@ -69,7 +69,7 @@ def test_reading_gives_the_scaled_means_and_the_classes_in_order(tmp_path):
 @pytest.mark.parametrize("skipped", [(), (4, 5, 6, 7), (0, 1, 2, 3), (8, 9, 10)])
 def test_empty_and_short_shards_are_passed_over(tmp_path, skipped):
     values = write_cache(tmp_path, skipped)
-    images = load_dataset(config(tmp_path), "train").everything().images
+    images = load_dataset(config(tmp_path), "train").read_all().images
     torch.testing.assert_close(images, (values[:, 0, 0] - SHIFT) * SCALE)
 
 
@@ -77,12 +77,12 @@ def test_a_drawn_latent_is_mean_plus_std_times_noise_of_seed_epoch_and_index(tmp
     values, seed = write_cache(tmp_path), 3
     data = load_dataset(config(tmp_path, flip=True), "train", seed=seed)
     indices, epochs = torch.tensor([7, 0, 7, 9]), torch.tensor([0, 1, 1, 2])
-    drawn = data.draw(indices, epochs).images
+    drawn = data.read_augmented(indices, epochs).images
     noise = normal(seed, "posterior", epochs, indices, SHAPE)
     view = (uniform(seed, "flip", epochs, indices) < 0.5).long()
     mean, std = values[indices, view].unbind(1)
     torch.testing.assert_close(drawn, (mean + std * noise - SHIFT) * SCALE, rtol=0, atol=1e-6)
-    alone = data.draw(indices[2:3], epochs[2:3]).images
+    alone = data.read_augmented(indices[2:3], epochs[2:3]).images
     assert torch.equal(alone, drawn[2:3])
 
 
@@ -92,7 +92,7 @@ def test_both_views_are_drawn_and_without_flip_only_the_first(tmp_path):
         data = load_dataset(config(tmp_path, flip=flip), "train")
         seen = set()
         for epoch in range(8):
-            latent = data.draw(torch.tensor([3]), torch.tensor([epoch])).images[0]
+            latent = data.read_augmented(torch.tensor([3]), torch.tensor([epoch])).images[0]
             seen |= {view for view in (0, 1) if torch.allclose(latent, (values[3, view, 0] - SHIFT) * SCALE)}
         assert seen == expected
 
@@ -100,7 +100,7 @@ def test_both_views_are_drawn_and_without_flip_only_the_first(tmp_path):
 def test_stored_samples_are_given_as_they_are(tmp_path):
     values = write_cache(tmp_path, store="samples", flip=False)
     data = load_dataset(config(tmp_path), "train")
-    drawn = data.draw(torch.arange(10), torch.arange(10)).images
+    drawn = data.read_augmented(torch.arange(10), torch.arange(10)).images
     torch.testing.assert_close(drawn, (values[:, 0, 0] - SHIFT) * SCALE)
 
 
@@ -108,18 +108,18 @@ def test_channels_can_be_normalised_by_the_statistics_of_the_header(tmp_path):
     values = write_cache(tmp_path)
     data = load_dataset(config(tmp_path, normalize="channel"), "train")
     mean, std = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0])
-    torch.testing.assert_close(data.everything().images, (values[:, 0, 0] - mean[:, None, None]) / std[:, None, None])
-    space = LatentSpace.from_dict(data.record()["latent_space"])
-    torch.testing.assert_close(space.scaling.unscaled(data.everything().images), values[:, 0, 0])
+    torch.testing.assert_close(data.read_all().images, (values[:, 0, 0] - mean[:, None, None]) / std[:, None, None])
+    space = LatentSpace.from_dict(data.metadata()["latent_space"])
+    torch.testing.assert_close(space.scaling.unscaled(data.read_all().images), values[:, 0, 0])
 
 
 def test_the_split_is_disjoint_and_by_class(tmp_path):
     write_cache(tmp_path)
     train, test = (load_dataset(config(tmp_path, test_fraction=0.4), split) for split in ("train", "test"))
-    assert sorted([*train.rows, *test.rows]) == list(range(10))
+    assert sorted([*train.selected, *test.selected]) == list(range(10))
     assert np.bincount(test.labels).tolist() == [2, 2]
-    everything = load_dataset(config(tmp_path), "train").everything().images
-    assert torch.equal(test.everything().images, everything[torch.from_numpy(test.rows)])
+    everything = load_dataset(config(tmp_path), "train").read_all().images
+    assert torch.equal(test.read_all().images, everything[torch.from_numpy(test.selected)])
 
 
 def as_fetched(batch):
@@ -127,7 +127,7 @@ def as_fetched(batch):
 
 
 def batches(data, workers=0, places=None):
-    order = batches_from(0, 5, len(data), 8, seed=2, places=places)
+    order = batches_from(0, 5, len(data), 8, seed=2, positions=places)
     return list(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=as_fetched))
 
 
@@ -140,10 +140,11 @@ def test_batches_are_equal_for_any_number_of_workers_and_processes(tmp_path):
             assert torch.equal(one.images, other.images)
             assert torch.equal(one.labels, other.labels)
     for world in (2, 4):
-        shares = [batches(data, places=torch.cat(places_of(8, 2, rank, world))) for rank in range(world)]
+        shares = [batches(data, places=torch.cat(positions_of(8, 2, rank, world))) for rank in range(world)]
         for step, whole in enumerate(alone):
             images, labels, places = (
-                torch.cat([getattr(share[step], name) for share in shares]) for name in ("images", "labels", "places")
+                torch.cat([getattr(share[step], name) for share in shares])
+                for name in ("images", "labels", "positions")
             )
             assert sorted(places.tolist()) == list(range(8))
             assert torch.equal(images, whole.images[places])
@@ -154,9 +155,9 @@ def test_another_process_gets_the_files_and_not_a_copy_of_them(tmp_path):
     write_cache(tmp_path)
     data = load_dataset(config(tmp_path), "train")
     before = len(pickle.dumps(data))
-    expected = data.everything().images
+    expected = data.read_all().images
     assert len(pickle.dumps(data)) == before
-    assert torch.equal(pickle.loads(pickle.dumps(data)).everything().images, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(data)).read_all().images, expected)
 
 
 def change(**fields):

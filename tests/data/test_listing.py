@@ -194,7 +194,7 @@ def test_metadata_gives_captions_with_or_without_classes(make):
     plain = load_dataset(DataConfig(**config), "train")
     assert plain.class_names == ["all"]
     assert [plain.captions(i) for i in range(3)] == [("about a/0.png",), ("about a/1.png",), ("about b/2.png",)]
-    assert dict(plain.table.ignored) == {NO_CAPTION: 2}
+    assert dict(plain.table.left_out) == {NO_CAPTION: 2}
     assert load_dataset(DataConfig(**config, classes="top"), "train").labels.tolist() == [0, 0, 1]
     (folder / "b" / "metadata.csv").write_text("file_name,text\n0.png,zero\n")
     assert load_dataset(DataConfig(**config), "train").captions(2) == ("zero",)

@@ -35,17 +35,17 @@ def test_the_noise_tells_the_data_even_at_the_last_step():
 def test_all_steps_respaced_are_the_same_schedule():
     same = ddpm.respaced(FULL, 1000)
     torch.testing.assert_close(same.betas_S, FULL.betas_S, rtol=0, atol=1e-13)
-    assert torch.equal(same.numbers_S, FULL.numbers_S)
+    assert torch.equal(same.timesteps_S, FULL.timesteps_S)
 
 
 def test_respacing_keeps_the_noise_and_the_number_of_each_kept_step():
     ten = ddpm.respaced(FULL, 10)
-    assert ten.numbers_S.tolist() == list(range(0, 1000, 111))
-    torch.testing.assert_close(ten.alpha_bars_S, FULL.alpha_bars_S[ten.numbers_S], rtol=1e-12, atol=0)
+    assert ten.timesteps_S.tolist() == list(range(0, 1000, 111))
+    torch.testing.assert_close(ten.alpha_bars_S, FULL.alpha_bars_S[ten.timesteps_S], rtol=1e-12, atol=0)
     four = ddpm.respaced(ten, 4)
-    assert four.numbers_S.tolist() == [0, 333, 666, 999]
-    torch.testing.assert_close(four.alpha_bars_S, FULL.alpha_bars_S[four.numbers_S], rtol=1e-12, atol=0)
-    assert ddpm.respaced(FULL, 1).numbers_S.tolist() == [999]
+    assert four.timesteps_S.tolist() == [0, 333, 666, 999]
+    torch.testing.assert_close(four.alpha_bars_S, FULL.alpha_bars_S[four.timesteps_S], rtol=1e-12, atol=0)
+    assert ddpm.respaced(FULL, 1).timesteps_S.tolist() == [999]
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
@@ -150,7 +150,7 @@ def alpha_bar(number):
 
 def normal_model(schedule, mean, variance):
     """The network that is right about normal data: E[epsilon | x_t], and the variance of x_{t-1} given x_t."""
-    place_of = {int(number): place for place, number in enumerate(schedule.numbers_S)}
+    place_of = {int(number): place for place, number in enumerate(schedule.timesteps_S)}
 
     def model(x, number):
         step = place_of[int(number)]

@@ -5,7 +5,7 @@ import torch
 
 from diffusion_moe.config import DiffusionConfig
 from diffusion_moe.diffusion.path import rectified_flow
-from diffusion_moe.diffusion.times import draw_times
+from diffusion_moe.diffusion.times import sample_times
 
 SAMPLES = torch.arange(20000)
 
@@ -20,13 +20,13 @@ def test_path_runs_from_noise_to_data_at_constant_velocity():
 
 
 def test_uniform_times_fill_the_unit_interval():
-    t = draw_times(DiffusionConfig(), seed=1, step=5, samples=SAMPLES)
+    t = sample_times(DiffusionConfig(), seed=1, step=5, samples=SAMPLES)
     histogram = torch.histc(t, bins=10, min=0, max=1) / len(t)
     assert (histogram - 0.1).abs().max() < 0.01
 
 
 def test_logit_normal_times_have_the_normal_under_the_logistic():
-    t = draw_times(DiffusionConfig(time="logit_normal", time_mean=-0.8, time_std=0.8), 1, 5, SAMPLES).double()
+    t = sample_times(DiffusionConfig(time="logit_normal", time_mean=-0.8, time_std=0.8), 1, 5, SAMPLES).double()
     logits = torch.logit(t)
     assert logits.mean().item() == pytest.approx(-0.8, abs=0.02)
     assert logits.std().item() == pytest.approx(0.8, abs=0.02)
@@ -35,6 +35,6 @@ def test_logit_normal_times_have_the_normal_under_the_logistic():
 @pytest.mark.parametrize("kind", ["uniform", "logit_normal"])
 def test_a_time_depends_on_its_sample_alone(kind):
     config = DiffusionConfig(time=kind)
-    whole = draw_times(config, 3, 7, torch.arange(64))
-    torch.testing.assert_close(draw_times(config, 3, 7, torch.tensor([40, 2])), whole[[40, 2]], rtol=0, atol=0)
-    assert not torch.equal(draw_times(config, 3, 8, torch.arange(64)), whole)
+    whole = sample_times(config, 3, 7, torch.arange(64))
+    torch.testing.assert_close(sample_times(config, 3, 7, torch.tensor([40, 2])), whole[[40, 2]], rtol=0, atol=0)
+    assert not torch.equal(sample_times(config, 3, 8, torch.arange(64)), whole)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -51,7 +52,7 @@ def stored(folder):
     """The whole cache as one array, (images, views, parts, C, H, W), float32."""
     header = read_header(folder)
     raw = b"".join(shard_path(folder, number).read_bytes() for number in range(header.plan.shards))
-    return torch.from_numpy(np.frombuffer(raw, "<f2").reshape(-1, *header.plan.row_shape).astype(np.float32))
+    return torch.from_numpy(np.frombuffer(raw, "<f2").reshape(-1, *header.plan.image_shape).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def cache(tmp_path_factory, pictures, vae_folder):
 def posterior(pictures, vae_folder):
     """Means and deviations of all images and of the mirrored ones, (images, views, parts, C, H, W)."""
     vae = AutoencoderKL.from_pretrained(vae_folder).eval()
-    data = load_dataset(images_of(pictures, channels=3, test_fraction=0), "train").everything().images
+    data = load_dataset(images_of(pictures, channels=3, test_fraction=0), "train").read_all().images
     views = [vae.encode(images).latent_dist for images in (data, data.flip(-1))]
     return torch.stack([torch.stack((view.mean, view.std), dim=1) for view in views], dim=1)
 
@@ -225,16 +226,18 @@ def test_what_float16_cannot_hold_is_named(tmp_path, pictures, vae_folder, facto
         read_header(tmp_path / "cache")
 
 
-def test_a_full_disk_is_one_line_and_the_command_goes_on_later(tmp_path, cache, pictures, vae_folder):
+def test_a_full_disk_is_one_line_and_the_command_goes_on_later(tmp_path, cache, pictures, vae_folder, capsys):
     """A limit on the size of files stands for the disk: the fourth shard is shorter than it, the others are not."""
-    limit = shard_path(cache, 3).stat().st_size + 100
-    command = f"ulimit -f {limit // 1024 + 1}; exec {sys.executable} -m diffusion_moe encode {pictures}"
-    options = f"--vae={vae_folder} --output={tmp_path / 'cache'} --image_size={SIZE} --shard_images={SHARD}"
-    result = subprocess.run(
-        ["bash", "-c", f"{command} {options} --batch_size=3 --device=cpu"], capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    assert result.stderr == f"diffusion-moe: File too large: {shard_path(tmp_path / 'cache', 0)}\n"
+    limit, (soft, hard) = shard_path(cache, 3).stat().st_size + 100, resource.getrlimit(resource.RLIMIT_FSIZE)
+    options = [f"--vae={vae_folder}", f"--output={tmp_path / 'cache'}", f"--image_size={SIZE}"]
+    options += [f"--shard_images={SHARD}", "--batch_size=3", "--device=cpu"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        status = main(["encode", str(pictures), *options])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 1
+    assert capsys.readouterr().err == f"diffusion-moe: File too large: {shard_path(tmp_path / 'cache', 0)}\n"
     write(tmp_path / "cache", pictures, vae_folder)
     assert contents(tmp_path / "cache") == contents(cache)
 

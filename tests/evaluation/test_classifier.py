@@ -13,7 +13,7 @@ from diffusion_moe.pixels import to_uint8
 
 def test_the_classifier_reads_held_out_digits_and_is_a_function_of_its_seed(monkeypatch):
     monkeypatch.setattr(classifier, "EPOCHS", 12)
-    training, test = load_dataset(DataConfig(), "train"), load_dataset(DataConfig(), "test").everything()
+    training, test = load_dataset(DataConfig(), "train"), load_dataset(DataConfig(), "test").read_all()
     one, again, other = (train_classifier(training, seed) for seed in (0, 0, 1))
     assert (one(test.images).argmax(1) == test.labels).float().mean() > 0.96
     assert fingerprint(one) == fingerprint(again) != fingerprint(other)
@@ -22,7 +22,7 @@ def test_the_classifier_reads_held_out_digits_and_is_a_function_of_its_seed(monk
 def test_features_and_logits_are_the_classifiers_and_survive_as_weights():
     training = load_dataset(DataConfig(), "train")
     model = train_classifier(training)
-    images = to_uint8(training.everything().images[:5])
+    images = to_uint8(training.read_all().images[:5])
     extractor = ClassifierFeatures.of_weights(ClassifierFeatures(model).module.state_dict())
     pool = extractor(images)["pool"]
     torch.testing.assert_close(pool, model.features(images / 127.5 - 1))
@@ -35,7 +35,7 @@ def test_features_and_logits_are_the_classifiers_and_survive_as_weights():
 
 
 def test_moving_images_keeps_their_background_and_most_of_their_ink():
-    images = load_dataset(DataConfig(), "test").everything().images
+    images = load_dataset(DataConfig(), "test").read_all().images
     moved = classifier._moved(images)
     assert moved.amin() >= -1
     assert (moved + 1).sum().item() == pytest.approx((images + 1).sum().item(), rel=0.1)

@@ -136,11 +136,11 @@ def test_a_run_without_statistics_is_judged_by_its_own_data(capsys, run_folder, 
     from diffusion_moe.evaluation.scorer import classifier_scorer
 
     extractor = classifier_scorer(DataConfig()).extractor
-    pool, training = extractor(generated)["pool"], load_dataset(DataConfig(), "train").everything().images
+    pool, training = extractor(generated)["pool"], load_dataset(DataConfig(), "train").read_all().images
     assert result["recognised"] == float((extractor.logits(pool).argmax(1) == class_schedule(30, 10)).double().mean())
     nearest = nearest_neighbour_distance(generated / 127.5 - 1, training).mean()
     assert result["nearest_neighbour"] == pytest.approx(float(nearest), rel=1e-4)
-    real = load_dataset(DataConfig(), "test").everything()
+    real = load_dataset(DataConfig(), "test").read_all()
     of_real = moments(extractor(to_uint8(real.images))["pool"])
     assert result["frechet"] == pytest.approx(frechet_distance(moments(pool), of_real), rel=1e-5)
     assert result["num_real"] == {"training": 1438, "held_out": 359}

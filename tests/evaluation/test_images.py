@@ -117,7 +117,7 @@ def test_a_data_set_gives_its_pixels_back():
     dataset = load_dataset(DataConfig(), "test")
     images = DatasetImages(dataset, "digits")
     assert (images.count, images.size) == (len(dataset), (8, 8))
-    torch.testing.assert_close(read(images, 5, 9), to_uint8(dataset.everything().images[5:9]))
+    torch.testing.assert_close(read(images, 5, 9), to_uint8(dataset.read_all().images[5:9]))
     assert torch.equal(read(DatasetImages(dataset, "digits", threads=2), 5, 40), read(images, 5, 40))
 
 

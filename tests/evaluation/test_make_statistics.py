@@ -73,7 +73,7 @@ def test_a_classifier_of_a_recipes_data_travels_in_the_file(capsys, tmp_path, ru
     found, test = read_reference(output), load_dataset(DataConfig(), "test")
     extractor = ClassifierFeatures.of_weights(found.classifier)
     assert extractor.identity == found.extractor
-    pool = extractor(to_uint8(test.everything().images))["pool"]
+    pool = extractor(to_uint8(test.read_all().images))["pool"]
     torch.testing.assert_close(found.features_RD, pool)
     np.testing.assert_allclose(found.pool.mean_D, pool.double().mean(0), rtol=1e-6)
     as_json = json.loads(json.dumps(dataclasses.asdict(DataConfig())))

@@ -185,7 +185,7 @@ def test_many_files_by_several_processes_are_those_of_one(tmp_path, inspected, m
     )
     with np.load(tmp_path / "x.npz") as one, np.load(tmp_path / "y.npz") as other:
         np.testing.assert_array_equal(one["images"], other["images"])
-        trained_on = (data.everything().images.permute(0, 2, 3, 1) + 1) * 127.5
+        trained_on = (data.read_all().images.permute(0, 2, 3, 1) + 1) * 127.5
         np.testing.assert_allclose(trained_on.numpy(), one["images"], atol=1e-4)
 
 

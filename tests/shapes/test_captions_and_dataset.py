@@ -8,7 +8,7 @@ import torch
 
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import load_dataset
-from diffusion_moe.data.order import Draw
+from diffusion_moe.data.order import SampledImage
 from diffusion_moe.shapes import captions
 from diffusion_moe.shapes.captions import MENTIONS, WORDS, Mention, describe
 from diffusion_moe.shapes.rendering import render
@@ -104,9 +104,9 @@ def test_images_are_those_of_the_scenes(layout):
     batch = data.read([11, 3])
     torch.testing.assert_close(batch.images, render(sample_scenes(0, "train", torch.tensor([11, 3]), layout), 32))
     assert batch.labels.tolist() == [0, 0]
-    again = data.__getitems__([Draw(3, 2, 5), Draw(11, 9, 6)])
+    again = data.__getitems__([SampledImage(3, 2, 5), SampledImage(11, 9, 6)])
     torch.testing.assert_close(again.images, batch.images.flip(0))
-    assert again.places.tolist() == [5, 6]
+    assert again.positions.tolist() == [5, 6]
 
 
 def test_splits_share_the_scenes_out_and_differ():
@@ -115,7 +115,7 @@ def test_splits_share_the_scenes_out_and_differ():
     assert not np.array_equal(train.contents[:1000], test.contents[:1000])
     images = torch.cat((train.read(range(500)).images, test.read(range(500)).images)).flatten(1)
     assert len(torch.unique(images, dim=0)) == 1000
-    assert train.record() == {"class_names": []}
+    assert train.metadata() == {"class_names": []}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_splits_share_the_scenes_out_and_differ():
     [
         ({"flip": True}, "data.flip is true, but captions of shapes say left and right; set it to false"),
         ({"channels": 1}, "data.channels is 1, but shapes have colours; set it to 3"),
-        ({"path": "here"}, "data.path is here, but shapes are drawn, not read; leave it out"),
+        ({"path": "here"}, "data.path is here, but shapes are rendered, not read; remove it"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

@@ -13,7 +13,7 @@ from PIL import Image
 from diffusion_moe.cli import main
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import load_dataset
-from diffusion_moe.data.order import Draw
+from diffusion_moe.data.order import SampledImage
 from diffusion_moe.text import load_encoder
 
 
@@ -106,7 +106,7 @@ def test_tars_that_cannot_be_used(tars, tmp_path):
 
 
 def draws(epochs, images=24):
-    return [Draw(i, epoch, i) for epoch in epochs for i in range(images)]
+    return [SampledImage(i, epoch, i) for epoch in epochs for i in range(images)]
 
 
 def encode(folder, output, vae, text, *more):
@@ -185,7 +185,7 @@ def test_an_image_that_stands_in_for_another_brings_its_own_caption(tmp_path, ca
     (tmp_path / "pictures" / "00.png").write_bytes(b"broken")
     own = {"kind": "folder", "caption_column": "text", "text_encoder": str(text_encoder_folder), "on_corrupt": "skip"}
     data = load_dataset(config(tmp_path / "pictures", **own), "train")
-    text = data.__getitems__([Draw(0, 0, 0)]).text
+    text = data.__getitems__([SampledImage(0, 0, 0)]).text
     words = load_encoder(str(text_encoder_folder), 77).encode(["a green square", "a photo of a large green square"])
     expected = words.features[0 if text.mask.sum() == 4 else 1][: int(text.mask.sum())]
     torch.testing.assert_close(text.features[0].float(), expected, rtol=2e-3, atol=2e-3)

@@ -90,7 +90,7 @@ def test_what_is_no_encoder_ends_in_one_line(encoders, tmp_path):
 def test_features_of_batches():
     one = TextFeatures.padded([torch.ones(2, 3), torch.ones(1, 3)], torch.ones(2, 4))
     assert one.mask.tolist() == [[True, True], [True, False]] and one.features.sum() == 9
-    both = TextFeatures.joined(one, TextFeatures.none(1, 3, 4))
+    both = TextFeatures.joined(one, TextFeatures(torch.zeros(1, 0, 3), torch.zeros(1, 0).bool(), torch.zeros(1, 4)))
     assert both.mask.tolist() == [[True, True], [True, False], [False, False]] and both.pooled.sum() == 8
     assert one.dropped(torch.tensor([True, False])).mask.tolist() == [[False, False], [True, False]]
     assert not one.nothing().mask.any() and torch.equal(one.nothing().features, one.features)

@@ -416,7 +416,7 @@ def five_digits(tmp_path_factory):
     from diffusion_moe.config import DataConfig
 
     folder = tmp_path_factory.mktemp("images")
-    data = load_dataset(DataConfig(), "train").everything()
+    data = load_dataset(DataConfig(), "train").read_all()
     for digit in range(5):
         (folder / str(digit)).mkdir()
         for i, image in enumerate(data.images[data.labels == digit][:20]):

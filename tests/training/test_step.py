@@ -8,7 +8,7 @@ import torch
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import Batch, batches_from, load_dataset
 from diffusion_moe.diffusion.ddpm import ddpm_losses, linear_schedule
-from diffusion_moe.diffusion.times import draw_steps, draw_times
+from diffusion_moe.diffusion.times import sample_steps, sample_times
 from diffusion_moe.moe import routers_of
 from diffusion_moe.randomness import normal
 from diffusion_moe.training.loss import micro_batch_loss
@@ -174,7 +174,7 @@ def test_the_loss_of_every_objective_is_its_formula(tiny, options):
         x, noise = batch.images, normal(recipe.training.seed, "noise", 3, rows, (1, 8, 8))
         config = recipe.model
         if config.process == "ddpm":
-            step = draw_steps(recipe.training.seed, 3, rows)
+            step = sample_steps(recipe.training.seed, 3, rows)
             kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[step].float()
             kept = kept.view(-1, 1, 1, 1)
             out = state.model(kept.sqrt() * x + (1 - kept).sqrt() * noise, step, batch.labels).sample
@@ -185,7 +185,7 @@ def test_the_loss_of_every_objective_is_its_formula(tiny, options):
                 expected = losses.mse.mean() + losses.vb.mean()
         else:
             noise = config.noise_scale * noise
-            t = draw_times(recipe.diffusion, recipe.training.seed, 3, rows).view(-1, 1, 1, 1)
+            t = sample_times(recipe.diffusion, recipe.training.seed, 3, rows).view(-1, 1, 1, 1)
             z = t * x + (1 - t) * noise
             out = state.model(z, t.flatten(), batch.labels).sample
             least = recipe.diffusion.loss_min_gap or 0.05

@@ -1,11 +1,15 @@
-"""Features of a data set's captions: encoded once in memory, or read from the files that `encode --captions` wrote.
+"""Features of a data set's captions: encoded in memory, or read from the files that `encode --captions` wrote.
 
-An image may have several captions. Which one an epoch draws is a function of (seed, epoch, image).
+An image may have several captions. The one that an epoch uses is a function of (seed, epoch, index).
 
-A cache lies beside the latents: `captions.json` says whose features they are; `captions/00000.f16` and so on hold the
-tokens of one caption after another, (tokens, width), float16, little endian; `captions/00000.pooled.f16` the pooled
-features, (captions, width), if there are any; `captions/00000.json` how many captions each image has, and how many
-tokens each caption. Number 00000 belongs to the latents' first shard; `captions/empty` is the empty prompt.
+Files in the folder of a latent cache:
+
+- `captions.json`: the text encoder, the column, and a hash of the captions.
+- `captions/00000.f16`: tokens of one caption after another, (tokens, width), float16, little endian.
+- `captions/00000.pooled.f16`: pooled features, (captions, width), if the encoder has them.
+- `captions/00000.json`: number of captions of each image, and of tokens of each caption.
+
+Shard 00000 belongs to the latents' first shard; `captions/empty` is the empty prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +29,12 @@ from torch import Tensor
 from ..config import DataConfig
 from ..randomness import uniform
 from ..text import TextFeatures, TextSpace, load_encoder
+from .float16_files import DTYPE, Float16Files
 
 HEADER, FOLDER, EMPTY = "captions.json", "captions", "empty"
 VERSION = 1
-DTYPE = np.dtype("<f2")
 Captions = Callable[[int], Sequence[str]]
-"""The captions of an image."""
+"""Captions of an image by its index."""
 
 
 class CaptionFeatures(ABC):
@@ -40,7 +44,7 @@ class CaptionFeatures(ABC):
 
     @abstractmethod
     def counts(self, indices: Tensor) -> Tensor:
-        """How many captions each image has, int64."""
+        """Number of captions of each image, int64."""
 
     @abstractmethod
     def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
@@ -48,178 +52,168 @@ class CaptionFeatures(ABC):
 
     @abstractmethod
     def empty(self) -> TextFeatures:
-        """The empty prompt's."""
+        """Features of the empty prompt."""
 
-    def draw(self, seed: int, indices: Tensor, epochs: Tensor) -> TextFeatures:
-        """A caption of each image, by (seed, epoch, image)."""
+    def sample(self, seed: int, indices: Tensor, epochs: Tensor) -> TextFeatures:
+        """Features of one caption of each image, a function of (seed, epoch, index)."""
         numbers = uniform(seed, "caption", epochs, indices).double() * self.counts(indices)
         return self.take(indices, numbers.long())
 
 
 class EncodedCaptions(CaptionFeatures):
-    """Every caption encoded once, when first asked for, and kept in float16; for sets whose features fit in memory.
+    """Captions encoded on first use and kept in float16, for data sets whose features fit in memory.
 
     Args:
-        captions: of each image. images: how many there are.
+        config: names the encoder.
+        captions: captions of each image.
+        images: number of images.
     """
 
     def __init__(self, config: DataConfig, captions: Captions, images: int) -> None:
         assert config.text_encoder is not None
-        self.config, self.captions, self.images = config, captions, images
+        self.captions = captions
+        self.images = images
         self.encoder = load_encoder(config.text_encoder, config.text_length, config.text_precision)
         self.space = self.encoder.space()
 
     @cached_property
-    def table(self) -> _Table:
-        """Features of each distinct caption, float16, and which captions an image has."""
-        numbers: dict[str, int] = {"": 0}
-        rows = [[numbers.setdefault(text, len(numbers)) for text in self.captions(i)] for i in range(self.images)]
+    def table(self) -> _CaptionTable:
+        """Encoded captions of all images."""
+        numbers = {"": 0}
+        captions = [[numbers.setdefault(text, len(numbers)) for text in self.captions(i)] for i in range(self.images)]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         features = self.encoder.to(device).encode_all(list(numbers))
-        del self.encoder  # loading processes get what it said, not itself
-        first = np.concatenate(([0], np.cumsum([len(row) for row in rows], dtype=np.int64)))
-        return _Table([_narrow(text) for text in features], first, np.array([n for row in rows for n in row]))
+        del self.encoder  # so that loading processes get the features without it
+        first = _starts([len(each) for each in captions])
+        return _CaptionTable(
+            [_half(text) for text in features], first, np.array([n for each in captions for n in each])
+        )
 
     def counts(self, indices: Tensor) -> Tensor:
         return torch.from_numpy(np.diff(self.table.first)[indices.numpy()])
 
     def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
         table = self.table
-        places = table.captions[table.first[indices.numpy()] + numbers.numpy()]
-        return TextFeatures.together([table.features[place] for place in places.tolist()])
+        distinct = table.captions[table.first[indices.numpy()] + numbers.numpy()]
+        return TextFeatures.together([table.features[number] for number in distinct.tolist()])
 
     def empty(self) -> TextFeatures:
         return self.table.features[0]
 
 
-class _Table(NamedTuple):
-    """Encoded captions of all images."""
-
+class _CaptionTable(NamedTuple):
     features: list[TextFeatures]
-    """Of each distinct caption, (1, L, W); the first is the empty prompt."""
+    """Features of each distinct caption, (1, L, W), float16; the first is the empty prompt."""
     first: np.ndarray
-    """Of each image, its first place in `captions`, and one past the last, int64."""
+    """Index in `captions` of each image's first one, and of the end, int64."""
     captions: np.ndarray
-    """Of one image after another, places in `features`, int64."""
+    """Index in `features` of all captions of one image after another, int64."""
 
 
-def _narrow(text: TextFeatures) -> TextFeatures:
+def _half(text: TextFeatures) -> TextFeatures:
     pooled = None if text.pooled is None else text.pooled.half()
     return text._replace(features=text.features.half(), pooled=pooled)
 
 
+def _starts(counts: Sequence[int]) -> np.ndarray:
+    """Sums of the counts before each, and of all, int64."""
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+
+
 class CaptionShard(NamedTuple):
-    """One shard's captions."""
+    """Captions of one shard of latents."""
 
     first_caption: np.ndarray
-    """Of each image, and one past the last, int64."""
+    """First caption of each image, and the end, int64."""
     first_token: np.ndarray
-    """Of each caption, and one past the last, int64."""
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> CaptionShard:
-        """From a shard's record."""
-        starts = [np.concatenate(([0], np.cumsum(record[name], dtype=np.int64))) for name in ("counts", "lengths")]
-        return cls(*starts)
+    """First token of each caption, and the end, int64."""
 
 
 class CachedCaptions(CaptionFeatures):
-    """Features beside a latent cache, by memory map.
+    """Caption features in a latent cache, read by memory map.
 
     Args:
-        rows: the stored image of each index. ends: of each shard, the stored images up to its end.
+        folder: the cache.
+        selected: stored image of each index, int64.
+        ends: stored images up to the end of each shard, int64.
 
     Attributes:
-        sha256: a hash of the captions and of which images they belong to.
+        sha256: a hash of the captions and the selected images.
     """
 
-    def __init__(self, folder: Path, rows: np.ndarray, ends: np.ndarray) -> None:
-        self.folder, self.rows, self.ends = folder, rows, ends
+    def __init__(self, folder: Path, selected: np.ndarray, ends: np.ndarray) -> None:
+        self.folder = folder
+        self.selected = selected
+        self.ends = ends
+        self.files = Float16Files()
         try:
             header = json.loads((folder / HEADER).read_text())
             if header["version"] != VERSION:
                 raise ValueError(f"its version is {header['version']}, and this library reads {VERSION}")
             self.space = TextSpace.from_dict(header["space"])
-            self.sha256 = hashlib.sha256(str(header["captions_sha256"]).encode() + rows.tobytes()).hexdigest()
+            self.sha256 = hashlib.sha256(str(header["captions_sha256"]).encode() + selected.tobytes()).hexdigest()
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / HEADER} cannot be read ({error!r}); encode the captions anew") from error
-        records = [read_record(folder, f"{shard:05d}", self.space) for shard in range(len(ends))]
-        missing = [shard for shard, record in enumerate(records) if record is None]
-        if missing or read_record(folder, EMPTY, self.space) is None:
-            raise ValueError(
-                f"the captions of {folder} are not finished, or files are damaged; run the same `diffusion-moe encode "
-                "--captions` command again"
-            )
-        self.shards = [CaptionShard.of(record) for record in records if record is not None]
+            raise ValueError(f"{folder / HEADER} cannot be read ({error!r}); encode the captions again") from error
+        self.shards: dict[str, CaptionShard] = {}
+        for name in [EMPTY, *(f"{number:05d}" for number in range(len(ends)))]:
+            shard = read_shard(folder, name, self.space)
+            if shard is None:
+                raise ValueError(
+                    f"the captions of {folder} are not finished, or files are damaged; run the same `diffusion-moe "
+                    "encode --captions` command again"
+                )
+            self.shards[name] = shard
 
     def counts(self, indices: Tensor) -> Tensor:
-        pairs = [self._place(index) for index in indices.tolist()]
-        starts = [self.shards[shard].first_caption[row : row + 2] for shard, row in pairs]
-        return torch.tensor([int(end - first) for first, end in starts])
+        captions = [self._captions(index) for index in indices.tolist()]
+        return torch.tensor([end - first for _, first, end in captions])
 
     def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
         texts = []
         for index, number in zip(indices.tolist(), numbers.tolist()):
-            shard, row = self._place(index)
-            texts.append(self._read(f"{shard:05d}", int(self.shards[shard].first_caption[row]) + number))
+            name, first, _ = self._captions(index)
+            texts.append(self._read(name, first + number))
         return TextFeatures.together(texts)
 
     def empty(self) -> TextFeatures:
         return self._read(EMPTY, 0)
 
-    def _place(self, index: int) -> tuple[int, int]:
-        row = int(self.rows[index])
-        shard = int(np.searchsorted(self.ends, row, side="right"))
-        return shard, row - (int(self.ends[shard - 1]) if shard else 0)
+    def _captions(self, index: int) -> tuple[str, int, int]:
+        """Shard of an image, its first caption there, and the end of its captions."""
+        stored = int(self.selected[index])
+        number = int(np.searchsorted(self.ends, stored, side="right"))
+        name = f"{number:05d}"
+        image = stored - (int(self.ends[number - 1]) if number else 0)
+        first, end = self.shards[name].first_caption[image : image + 2]
+        return name, int(first), int(end)
 
     def _read(self, name: str, caption: int) -> TextFeatures:
-        tokens, pooled = self._maps[name]
-        starts = CaptionShard.of(read_record(self.folder, EMPTY, self.space) or {}) if name == EMPTY else None
-        first, end = (starts or self.shards[int(name)]).first_token[caption : caption + 2]
-        features = torch.from_numpy(np.array(tokens[first:end]))[None]
-        mask = torch.ones(1, int(end - first), dtype=torch.bool)
-        return TextFeatures(features, mask, None if pooled is None else torch.from_numpy(pooled[caption : caption + 1]))
-
-    @cached_property
-    def _maps(self) -> _Maps:
-        return _Maps(self.folder, self.space)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Another process maps the files itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "_maps"}
-
-
-class _Maps(dict[str, tuple[np.ndarray, np.ndarray | None]]):
-    """Token and pooled features by shard, opened when first asked for."""
-
-    def __init__(self, folder: Path, space: TextSpace) -> None:
-        super().__init__()
-        self.folder, self.space = folder, space
-
-    def __missing__(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        first, end = self.shards[name].first_token[caption : caption + 2]
         files = feature_files(self.folder, name, self.space)
-        tokens = np.memmap(files[0], dtype=DTYPE, mode="r").reshape(-1, self.space.width)
+        features = torch.from_numpy(np.array(self.files(files[0], (self.space.width,))[first:end]))[None]
         pooled = None
-        if self.space.pooled_width:  # copied: they are few
-            pooled = np.fromfile(files[1], dtype=DTYPE).reshape(-1, self.space.pooled_width)
-        self[name] = tokens, pooled
-        return self[name]
+        if self.space.pooled_width:
+            pooled = torch.from_numpy(np.array(self.files(files[1], (self.space.pooled_width,))[caption]))[None]
+        return TextFeatures(features, torch.ones(features.shape[:2], dtype=torch.bool), pooled)
 
 
 def feature_files(folder: Path, name: str, space: TextSpace) -> list[Path]:
-    """The files of a shard."""
+    """Files of a shard: token features, and pooled ones if there are any."""
     tokens = folder / FOLDER / f"{name}.f16"
     return [tokens, tokens.with_name(f"{name}.pooled.f16")] if space.pooled_width else [tokens]
 
 
-def read_record(folder: Path, name: str, space: TextSpace) -> dict[str, Any] | None:
-    """What a shard's files hold, if they are there in their full length."""
+def read_shard(folder: Path, name: str, space: TextSpace) -> CaptionShard | None:
+    """Contents of a shard's files; None if a file is missing or has another length."""
     try:
-        record = json.loads((folder / FOLDER / f"{name}.json").read_text())
-        counts, lengths = record["counts"], record["lengths"]
+        content = json.loads((folder / FOLDER / f"{name}.json").read_text())
+        counts, lengths = content["counts"], content["lengths"]
+        if sum(counts) != len(lengths) or min(counts, default=1) <= 0:
+            return None
         sizes = [sum(lengths) * space.width, len(lengths) * space.pooled_width]
-        files = feature_files(folder, name, space)
-        whole = all(file.stat().st_size == size * DTYPE.itemsize for file, size in zip(files, sizes))
-        return record if whole and sum(counts) == len(lengths) and min(counts, default=1) > 0 else None
+        for file, size in zip(feature_files(folder, name, space), sizes):
+            if file.stat().st_size != size * DTYPE.itemsize:
+                return None
+        return CaptionShard(_starts(counts), _starts(lengths))
     except (OSError, KeyError, TypeError, ValueError):
         return None

@@ -1,7 +1,7 @@
-"""From an image file to pixels: the one decoder of training, `encode`, `stats`, `evaluate` and `inspect`.
+"""Decoder of image files for training, `encode`, `stats`, `evaluate` and `inspect`.
 
-Pictures come as people have them: turned by EXIF, transparent, in CMYK, with 16 bits or a colour profile. Each becomes
-what a viewer shows, 8-bit grey or sRGB.
+An image may be turned by EXIF, transparent, in CMYK, with 16 bits or a colour profile. It is decoded as a viewer shows
+it, to 8-bit grey or sRGB.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
 
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-"""Formats that Pillow knows by name only, or hands to another program (EPS to Ghostscript)."""
+"""Formats that Pillow cannot decode, or hands to another program (EPS to Ghostscript)."""
 COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats to try first, which makes opening a file several times faster."""
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
@@ -26,20 +26,20 @@ BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 WHITE_IS_ZERO, SIGNED = 0, 2
 """Values of PHOTOMETRIC and SAMPLE_FORMAT."""
 
-# Pillow warns of large images, broken EXIF and the like; what matters of it is an error with a file's name here.
+# Pillow warns of large images, broken EXIF and the like; the decoder raises errors for those that matter.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @cache
 def image_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read, in the order in which they are tried."""
+    """Pillow's names of the formats to read, in the order in which they are tried."""
     Image.init()
     return (*COMMON, *sorted(set(Image.OPEN) - NOT_READ - set(COMMON)))
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Endings of the files that are images, lower case, with their dot."""
+    """Endings of image files, lower case, with their dot."""
     formats = {*image_formats(), "MPO"}  # which the reader of JPEG opens
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
@@ -48,7 +48,7 @@ def parse_background(name: str) -> tuple[int, int, int]:
     """A colour by name or as #rrggbb, 0 to 255.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the name is neither.
     """
     try:
         red, green, blue = ImageColor.getrgb(name)[:3]
@@ -58,14 +58,11 @@ def parse_background(name: str) -> tuple[int, int, int]:
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
-    """Open an image file, of which only the header is read.
-
-    Args:
-        source: its path, or its content.
+    """Open an image file by path or content, and read its header.
 
     Raises:
-        ValueError: it is not an image, or too large; the message does not name it.
-        OSError: it cannot be read.
+        ValueError: the file is not an image, or too large; the message does not name it.
+        OSError: the file cannot be read.
     """
     if isinstance(source, bytes) and not source:
         raise ValueError("it is empty")
@@ -83,15 +80,16 @@ def open_image(source: str | Path | bytes) -> Image.Image:
 
 def upright_size(opened: Image.Image) -> tuple[int, int]:
     """Height and width of an opened image as a viewer shows it, from its header."""
-    orientation = 1
-    turned_already = opened.format == "TIFF"  # by Pillow
-    # Of a PNG that says nothing before its pixels Pillow would decode all of them to look behind.
-    says_nothing = opened.format == "PNG" and not opened.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp"}
-    if turned_already or says_nothing:
-        return opened.height, opened.width
+    width, height = opened.size
+    # Pillow turns TIFF itself. In a PNG without EXIF before the pixels it would decode all of them to look behind.
+    if opened.format == "TIFF" or (
+        opened.format == "PNG" and opened.info.keys().isdisjoint({"exif", "xmp", "XML:com.adobe.xmp"})
+    ):
+        return height, width
     with suppress(Exception):  # broken EXIF
-        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-    return opened.size if orientation in (5, 6, 7, 8) else opened.size[::-1]
+        if opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
+            return width, height
+    return height, width
 
 
 def decode_image(
@@ -100,7 +98,7 @@ def decode_image(
     """Decode an image file as a viewer shows it: mode L (1 channel) or RGB (3 channels).
 
     EXIF's orientation is applied, a colour profile converted to sRGB, transparency laid over `background`. Integers of
-    16 or 32 bits are scaled by the range of their type, floats from [0, 1]. Of an animation the first frame is taken.
+    16 or 32 bits are scaled by the range of their type, floats from [0, 1]. An animation gives its first frame.
 
     Args:
         source: path or content of the file.
@@ -108,7 +106,7 @@ def decode_image(
         background: RGB, 0 to 255.
 
     Raises:
-        ValueError, OSError: it cannot be decoded; the message does not name it. Readers of damaged files raise others.
+        ValueError, OSError: the file cannot be decoded; the message does not name it. Damaged files may raise others.
     """
     with open_image(source) as opened:
         opened.load()
@@ -128,19 +126,15 @@ def decode_pixels(
     channels: int,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> np.ndarray:
-    """Decode, resize and crop an image file as training sees it: (height, width, channels), uint8.
-
-    Raises:
-        Exception: of almost any type, on damaged files; see `decode_image`.
-    """
+    """Decode, resize and crop an image file: (height, width, channels), uint8. Raises as `decode_image`."""
     image = cover_and_crop(decode_image(source, channels, background), height, width)
     return np.array(image).reshape(height, width, channels)
 
 
 def cover_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resize an image to the smallest size that covers `height` x `width`, and cut out its centre.
+    """Resize an image to the smallest size that covers `height` x `width`, and crop its centre.
 
-    As ADM (arXiv 2105.05233) prepares the images that published scores compare with: halved by averages while at least
+    As ADM (arXiv 2105.05233) prepares the reference images of published scores: halved by averaging while at least
     twice too large, then bicubic.
     """
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -154,20 +148,20 @@ def cover_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with suppress(Exception):  # broken EXIF, of which Pillow's reader raises almost anything: as it is stored
+    with suppress(Exception):  # Pillow raises almost anything on broken EXIF: leave the image as stored
         return ImageOps.exif_transpose(image)
     return image
 
 
 def _eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """A grey image of more bits as mode L or LA; others as they are.
+    """Convert a grey image of more bits to mode L or LA; other images are unchanged.
 
     Args:
         image: the pixels, upright.
         opened: the file, with its tags.
 
     Raises:
-        ValueError: values are outside of the range that the type has for pictures.
+        ValueError: values are outside of the range of images.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
         return image
@@ -191,16 +185,16 @@ def _eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
 
 
 def _white(opened: Image.Image, tags: Mapping[int, Any]) -> int:
-    """The integer that is white: the largest of the type that the file has."""
+    """The integer for white: the largest of the file's type."""
     if tags:
         signed = tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED
         return 2 ** (tags.get(BITS, (1,))[0] - signed) - 1
-    # Of a PNM Pillow makes 16 bits, whatever its own maximum; mode I elsewhere has signed 32 bits.
+    # Pillow scales a PNM to 16 bits whatever its maximum; mode I of other formats has signed 32 bits.
     return 2**31 - 1 if opened.mode == "I" and opened.format not in ("PPM", "PNG") else 2**16 - 1
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours of an image, L, RGB or CMYK, and its opacity, mode L; None where it is opaque."""
+    """Colours of an image, L, RGB, CMYK or LAB, and its opacity, mode L, or None if it is opaque."""
     if image.has_transparency_data:
         image = image.convert({"1": "LA", "L": "LA", "La": "LA", "LA": "LA"}.get(image.mode, "RGBA"))
         return image.convert("L" if image.mode == "LA" else "RGB"), image.getchannel("A")
@@ -221,7 +215,7 @@ _SRGB = ImageCms.createProfile("sRGB")
 
 @lru_cache(maxsize=64)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The conversion from a profile; None for sRGB, and for a broken profile, which viewers do not heed either."""
+    """Conversion from a profile; None for sRGB, and for a broken profile, which viewers ignore too."""
     try:
         parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(parsed):

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels, shipped with the package."""
+"""Handwritten digits of scikit-learn: 1,797 images of 8 x 8 pixels that come with the package."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .splits import Split, split_indices
 
 
 class Digits(ImageDataset):
-    """The digits; grey levels 0 to 16 become [-1, 1]."""
+    """The digits, with grey levels 0 to 16 scaled to [-1, 1]."""
 
     def __init__(self, config: DataConfig, split: Split, seed: int) -> None:
         super().__init__(config.flip, seed)
         pixels, labels = load_digits()
-        keep = split_indices(labels, config.test_fraction, split)
-        self.labels = labels[keep]
+        selected = split_indices(labels, config.test_fraction, split)
+        self.labels = labels[selected]
         self.class_names = [str(name) for name in range(10)]
-        self.images = torch.from_numpy(pixels[keep] / 8 - 1).float()[:, None]
+        self.images = torch.from_numpy(pixels[selected] / 8 - 1).float()[:, None]
 
     def read(self, indices: Sequence[int]) -> Batch:
-        rows = torch.as_tensor(list(indices))
-        return Batch(self.images[rows], torch.from_numpy(self.labels)[rows])
+        requested = torch.as_tensor(list(indices))
+        return Batch(self.images[requested], torch.from_numpy(self.labels)[requested])
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or what `datasets` has saved on the disk. No code of theirs is run."""
+"""Data sets of the Hugging Face hub, or saved on the disk by `datasets`. No code that comes with one is run."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import numpy as np
 from ..config import DataConfig
 from .decoding import image_suffixes
 from .folder import read_folder
-from .image_table import ImageFile, Table, as_captions
-from .natural import natural_key
+from .image_table import ImageFile, ImageTable, as_captions
+from .listing import natural_key
+
+SAVED = ("dataset_dict.json", "state.json")
+"""Files of a folder that `save_to_disk` made."""
 
 
-def read_huggingface(config: DataConfig) -> Table:
-    """One split's images, by the columns that the recipe names.
+def read_huggingface(config: DataConfig) -> ImageTable:
+    """Images of one split, from the columns that the recipe names.
 
     Raises:
-        ValueError: the data set, the split or a column is not there, or is of another kind.
+        ValueError: the data set, the split or a column is missing, or of another type.
     """
     import datasets
 
-    if _holds_images(Path(str(config.path))):
+    if _is_image_folder(Path(str(config.path))):
         return read_folder(_as_folder(config))
     datasets.disable_progress_bars()
     table, notes = _load(config)
@@ -34,59 +37,57 @@ def read_huggingface(config: DataConfig) -> Table:
             raise ValueError(
                 f"data.{option} is {column}, but {config.path} has the columns {', '.join(table.column_names)}"
             )
-    rows = table.select_columns([config.image_column])
-    if config.image_column != "image":
-        rows = rows.rename_column(config.image_column, "image")
-    if not _may_be_images(rows.features["image"]):
-        raise ValueError(f"data.image_column {config.image_column} of {config.path} holds {rows.features['image']}")
-    files = HuggingFaceRows(rows.cast_column("image", datasets.Image(decode=False)), str(config.path))
+    feature = table.features[config.image_column]
+    if not _may_be_images(feature):
+        raise ValueError(f"data.image_column {config.image_column} of {config.path} holds {feature}")
+    images = table.select_columns([config.image_column]).cast_column(config.image_column, datasets.Image(decode=False))
+    files = HuggingFaceFiles(images, config.image_column, str(config.path))
+    labels, class_names = np.zeros(len(files), dtype=np.int64), ["all"]
+    if config.label_column is not None:
+        labels, class_names = _classes(table, config.label_column)
     captions = None if config.caption_column is None else ColumnCaptions(table, config.caption_column)
-    if config.label_column is None:
-        return Table(files, np.zeros(len(files), dtype=np.int64), ["all"], captions, notes=notes)
-    labels, names = _classes(table, config.label_column, f"data.label_column {config.label_column}")
-    return Table(files, labels, names, captions, notes=notes)
+    return ImageTable(files, labels, class_names, captions, notes=notes)
 
 
 @dataclass
-class HuggingFaceRows:
-    """The column `image` of a `datasets.Dataset`: records of `path` and `bytes`."""
+class HuggingFaceFiles:
+    """A column of a `datasets.Dataset` whose values are mappings of `path` and `bytes`."""
 
-    images: Any
+    table: Any
+    column: str
     dataset: str
-    """For messages."""
+    """Name for messages."""
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.table)
 
-    def __getitem__(self, row: int) -> ImageFile:
-        record = self.images[row]["image"] or {"path": None, "bytes": b""}
-        if record["bytes"] is None:
-            return ImageFile(str(record["path"]), str(record["path"]))
-        inner = f" ({record['path']})" if record["path"] else ""
-        return ImageFile(f"row {row} of {self.dataset}{inner}", record["bytes"])
+    def __getitem__(self, index: int) -> ImageFile:
+        image = self.table[index][self.column] or {"path": None, "bytes": b""}
+        if image["bytes"] is None:
+            return ImageFile(str(image["path"]), str(image["path"]))
+        path = f" ({image['path']})" if image["path"] else ""
+        return ImageFile(f"row {index} of {self.dataset}{path}", image["bytes"])
 
     def names(self) -> Iterator[str]:
-        """Paths, in the data set's folder where they lie in it."""
+        """Paths, relative to the data set's folder if they are in it."""
         folder = f"{Path(self.dataset).absolute()}/"
-        for chunk in self.images.data["image"].chunks:
+        for chunk in self.table.data[self.column].chunks:
             for name in chunk.field("path").to_pylist():
                 yield (name or "").removeprefix(folder)
 
 
 class ColumnCaptions:
-    """A column of texts, or of lists of texts, by row."""
+    """A column of texts, or of lists of texts."""
 
     def __init__(self, table: Any, column: str) -> None:
-        self.texts, self.column = table.select_columns([column]), column
+        self.texts = table.select_columns([column])
+        self.column = column
 
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, row: int) -> tuple[str, ...]:
+    def __getitem__(self, index: int) -> tuple[str, ...]:
         try:
-            return as_captions(self.texts[row][self.column])
+            return as_captions(self.texts[index][self.column])
         except ValueError as error:
-            raise ValueError(f"data.caption_column {self.column} in row {row}: {error}") from error
+            raise ValueError(f"data.caption_column {self.column} in row {index}: {error}") from error
 
 
 def _load(config: DataConfig) -> tuple[Any, list[str]]:
@@ -94,62 +95,63 @@ def _load(config: DataConfig) -> tuple[Any, list[str]]:
     import datasets
 
     assert config.path is not None
-    path, local = Path(config.path), Path(config.path).exists()
+    path = Path(config.path)
+    local = path.exists()
     if local and config.revision is not None:
-        raise ValueError(f"data.revision is {config.revision}, but {path} is no data set of the hub; leave it out")
-    where = f"data.path {path}" if local else f"data.path {path} is not there, and the hub's data set of that name"
+        raise ValueError(f"data.revision is {config.revision}, but {path} is no data set of the hub; remove it")
+    what = f"data.path {path}" if local else f"data.path {path} is not there, and the hub's data set of that name"
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if any((path / name).is_file() for name in SAVED):
             return _saved_split(datasets.load_from_disk(str(path)), config), []
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=str(path), split=config.split), []
-        notes = _check_files(path, config) if local else []
-        return datasets.load_dataset(
-            config.path, name=config.subset, split=config.split, revision=config.revision
-        ), notes
+        notes = _split_notes(path, config) if local else []
+        table = datasets.load_dataset(config.path, name=config.subset, split=config.split, revision=config.revision)
+        return table, notes
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{what} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
-def _holds_images(path: Path) -> bool:
-    """Whether a path is a folder of image files, of which `datasets` would leave out some by words in their names."""
-    if not path.is_dir() or any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+def _is_image_folder(path: Path) -> bool:
+    """True for a folder of image files; `datasets` would leave out some by words in their names."""
+    if not path.is_dir() or any((path / name).is_file() for name in SAVED):
         return False
     endings = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
-    return not endings & {".parquet", ".arrow", ".tar"} and bool(endings & image_suffixes())
+    return endings.isdisjoint({".parquet", ".arrow", ".tar"}) and not endings.isdisjoint(image_suffixes())
 
 
 def _as_folder(config: DataConfig) -> DataConfig:
-    """The same data as a folder of images; there the columns are always `image` and `label`."""
-    fields: dict[str, Any] = type(config).__dataclass_fields__
-    for name, usual in (("image_column", ("image",)), ("label_column", ("label", None))):
-        if getattr(config, name) not in usual:
-            raise ValueError(f"data.{name} is {getattr(config, name)}, but {config.path} has the columns image, label")
+    """Settings that read the same data as a folder of images, whose columns are always `image` and `label`."""
+    labelled = config.label_column is not None
+    usual = DataConfig(kind="folder", path=config.path)
+    if config.image_column != "image" or config.label_column not in ("label", None):
+        name = "image_column" if config.image_column != "image" else "label_column"
+        raise ValueError(f"data.{name} is {getattr(config, name)}, but {config.path} has the columns image, label")
     for name in ("split", "subset", "revision"):
-        if getattr(config, name) != fields[name].default:
+        if getattr(config, name) != getattr(usual, name):
             raise ValueError(
-                f"data.{name} is {getattr(config, name)}, but {config.path} is a folder of images; leave it out"
+                f"data.{name} is {getattr(config, name)}, but {config.path} is a folder of images; remove it"
             )
-    return replace(
-        config,
-        kind="folder",
-        classes=None if config.label_column else "none",
-        image_column=fields["image_column"].default,
-        label_column=fields["label_column"].default,
-    )
+    config = replace(config, kind="folder", label_column=usual.label_column)
+    return config if labelled else replace(config, classes="none")
 
 
-def _check_files(path: Path, config: DataConfig) -> list[str]:
-    """Lines on what `datasets` leaves out of a folder, whose splits it finds by words in the files' names."""
+def _split_notes(path: Path, config: DataConfig) -> list[str]:
+    """Lines on what `datasets` leaves out of a folder: it finds splits by words in the files' names."""
     import datasets
 
     tables = {str(file.absolute()) for file in path.rglob("*.parquet") if not file.name.startswith(".")}
     splits = datasets.load_dataset_builder(str(path), name=config.subset).config.data_files or {}
-    used = {str(Path(str(file)).absolute()) for part in splits.values() for file in part}
-    unused, name = sorted(tables - used), config.split.partition("[")[0]
-    notes = [f"{path}: {len(unused)} parquet files belong to no split, as {unused[0]}"] if unused else []
-    others = [f"{split} ({len(part)} files)" for split, part in splits.items() if str(split) != name]
-    return notes + ([f"{path}: the split {name} is read; there are also {', '.join(others)}"] if others else [])
+    used = {str(Path(str(file)).absolute()) for files in splits.values() for file in files}
+    unused = sorted(tables - used)
+    name = config.split.partition("[")[0]
+    others = [f"{split} ({len(files)} files)" for split, files in splits.items() if str(split) != name]
+    notes = []
+    if unused:
+        notes.append(f"{path}: {len(unused)} parquet files belong to no split, as {unused[0]}")
+    if others:
+        notes.append(f"{path}: the split {name} is read; there are also {', '.join(others)}")
+    return notes
 
 
 def _saved_split(saved: Any, config: DataConfig) -> Any:
@@ -157,7 +159,7 @@ def _saved_split(saved: Any, config: DataConfig) -> Any:
 
     if not isinstance(saved, datasets.DatasetDict):
         if config.split not in ("train", str(saved.split)):
-            raise ValueError(f"data.split is {config.split}, but it was saved without splits; leave it out")
+            raise ValueError(f"data.split is {config.split}, but it was saved without splits; remove it")
         return saved
     if config.split not in saved:
         raise ValueError(f"data.split is {config.split}, but it has the splits {', '.join(saved)}")
@@ -165,21 +167,23 @@ def _saved_split(saved: Any, config: DataConfig) -> Any:
 
 
 def _may_be_images(feature: Any) -> bool:
-    """Images, encoded files, paths, or records of both."""
+    """True for images, encoded files, paths, or mappings of both."""
     import datasets
 
-    if isinstance(feature, datasets.Image):
-        return True
     if isinstance(feature, dict):
         return feature.keys() == {"bytes", "path"}
-    return getattr(feature, "dtype", None) in ("binary", "large_binary", "string", "large_string")
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("binary", "large_binary", "string", "large_string")
+    return isinstance(feature, datasets.Image)
 
 
-def _classes(table: Any, column: str, what: str) -> tuple[np.ndarray, list[str]]:
-    """Labels and class names: the feature's own, or the sorted distinct labels."""
+def _classes(table: Any, column: str) -> tuple[np.ndarray, list[str]]:
+    """Labels, and class names: the feature's own, or the sorted distinct labels."""
     import datasets
 
-    feature, values = table.features[column], table.select_columns([column])[:][column]
+    what = f"data.label_column {column}"
+    feature = table.features[column]
+    values = table.select_columns([column])[:][column]
     named = isinstance(feature, datasets.ClassLabel)
     if any(value is None or (named and value < 0) for value in values):
         raise ValueError(f"{what} is empty (null or -1) in some rows; choose another data.split")

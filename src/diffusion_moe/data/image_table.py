@@ -1,4 +1,4 @@
-"""Image files with their classes and captions: what every reader of data on a disk answers with."""
+"""A table of image files with classes and captions: the common form of folders, `datasets` tables and tars."""
 
 from __future__ import annotations
 
@@ -14,56 +14,56 @@ class ImageFile(NamedTuple):
     """One image, not decoded."""
 
     name: str
-    """For messages: its path, or its row in the data set."""
+    """Path, or row in the data set, for messages."""
     source: str | bytes
     """Path of the file, or its content."""
 
     def content(self) -> bytes:
-        """The bytes of the file."""
+        """Bytes of the file."""
         return self.source if isinstance(self.source, bytes) else Path(self.source).read_bytes()
 
 
-class Rows(Protocol):
-    """Image files by row."""
+class ImageFiles(Protocol):
+    """Image files by index."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, row: int, /) -> ImageFile: ...
+    def __getitem__(self, index: int, /) -> ImageFile: ...
 
     def names(self) -> Iterator[str]:
-        """Name of each image in the data set, wherever that lies."""
+        """Name of each image, relative to the data set."""
         ...
 
 
 class CaptionColumn(Protocol):
-    """Captions by row."""
+    """Captions by index."""
 
-    def __getitem__(self, row: int, /) -> Sequence[str]: ...
+    def __getitem__(self, index: int, /) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
-class Table:
-    """Image files with what is known of them."""
+class ImageTable:
+    """Image files of all splits with their metadata."""
 
-    rows: Rows
+    images: ImageFiles
     labels: np.ndarray
-    """Class of each row, int64."""
+    """Class of each image, int64."""
     class_names: list[str]
     captions: CaptionColumn | None = None
-    """Captions of each row, of data that has them."""
+    """Captions of each image, if there are any."""
     held_out: np.ndarray | None = None
-    """Whether each row is of the held-out split, bool; None where the data does not say."""
+    """True for images of the held-out split, bool; None if the data does not say."""
     notes: Sequence[str] = ()
-    """Lines for the user: what was found and what is left out."""
-    ignored: Sequence[tuple[str, int]] = ()
-    """What is left out: reason and count."""
+    """Lines for the user: splits found, and what is left out."""
+    left_out: Sequence[tuple[str, int]] = ()
+    """Reason and count of what is left out."""
 
 
 def as_captions(value: Any) -> tuple[str, ...]:
-    """One text or a list of them.
+    """Captions from one text or a list of texts.
 
     Raises:
-        ValueError: it is neither, or the list is empty.
+        ValueError: the value is neither, or the list is empty.
     """
     texts = (value,) if isinstance(value, str) else tuple(value or ())
     if not texts or not all(isinstance(text, str) for text in texts):

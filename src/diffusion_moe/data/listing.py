@@ -1,11 +1,11 @@
-"""The images of a folder: which files, in which classes, which of them are held out, and what is left out and why.
+"""Images of a folder: the files with their classes and splits, and what is left out and why.
 
 Training, `encode`, `stats`, `evaluate` and `inspect` all list a folder here. No file is opened.
 
-- Every folder at the top is a class with all images below it (`top`); or every innermost folder is one, named by its
-  path (`leaf`); or there are no classes (`none`).
+- With classes `top` every folder at the top is a class with all images below it; with `leaf` every innermost folder is
+  one, named by its path; with `none` there are no classes.
 - `train/` and `val/` (or `test/`) at the top that hold the same classes are the splits.
-- Classes, folders and files are in natural order. Links are followed; a file is never twice in one class.
+- Classes, folders and files are in natural order. Links are followed; a class holds no file twice.
 - What is not listed is counted, with its reason.
 """
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ import numpy as np
 
 from ..config import FolderClasses
 from .decoding import image_suffixes
-from .natural import natural_key
 
 TRAIN = ("train", "training")
 HELD_OUT = ("val", "valid", "validation", "test", "testing")
@@ -31,7 +31,7 @@ HELD_OUT = ("val", "valid", "validation", "test", "testing")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Files that may hold captions."""
 EXAMPLES = 3
-"""Names that a message gives of each kind of file that is left out."""
+"""Names that a message gives for each reason."""
 
 HIDDEN = "hidden files and folders"
 NO_IMAGE = "files of other kinds"
@@ -42,15 +42,22 @@ AGAIN = "links to what its class holds already"
 OTHER_SPLIT = "images outside of the two splits"
 
 
+def natural_key(name: str) -> tuple[Any, str]:
+    """Sort key for natural order, 2 before 10; letters compare without regard to case, equal names by themselves."""
+    # Odd parts are the digits, so numbers are compared with numbers only.
+    parts = tuple(int(part) if i % 2 else part.casefold() for i, part in enumerate(re.split("([0-9]+)", name)))
+    return parts, name
+
+
 class LeftOut:
-    """Counts of what is not listed by reason, with a few names of each."""
+    """Number of files that are not listed, by reason, with a few names of each."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self.examples: dict[str, list[str]] = {}
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        """Count files of one reason; `name` is one of them, or the folder that they are in."""
+        """Count files; `name` is one of them, or their folder."""
         self.counts[reason] = self.counts.get(reason, 0) + count
         examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
@@ -60,14 +67,16 @@ class LeftOut:
         """One line, as "images beside the class folders: 1 (loose.png)"; empty if nothing is left out."""
         parts = []
         for reason, count in self.counts.items():
-            names = ", ".join(printable(name) for name in self.examples[reason])
-            parts.append(f"{reason}: {count} ({names}{', ...' if count > len(self.examples[reason]) else ''})")
+            names = [printable(name) for name in self.examples[reason]]
+            if count > len(names):
+                names.append("...")
+            parts.append(f"{reason}: {count} ({', '.join(names)})")
         return "; ".join(parts)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a folder."""
+    """Images of a folder."""
 
     folder: Path
     files: list[str]
@@ -76,39 +85,39 @@ class Listing:
     """Class of each image, int64."""
     class_names: list[str]
     held_out: np.ndarray | None
-    """Whether each image is of the held-out split, bool; None where the folder does not say."""
+    """True for images of the held-out split, bool; None without splits."""
     left_out: LeftOut
     metadata: list[str]
     """Paths in the folder of files that may hold captions."""
     links: int = 0
-    """Images that are links, or lie in a folder that is one."""
+    """Images that are links, or are in a folder that is one."""
     split_folders: tuple[str, str] | None = None
-    """Folder of the training split and of the held-out one, where `held_out` is known."""
+    """Folders of the training and of the held-out split."""
 
     def notes(self) -> list[str]:
         """Lines for the user: how the folder is split, and what is left out."""
         lines = []
         if self.split_folders is not None and self.held_out is not None:
-            train, held_out = self.split_folders
+            train, held_out = map(printable, self.split_folders)
             count = int(self.held_out.sum())
             lines.append(
-                f"{self.folder}: {printable(train)}/ is the training split ({len(self.files) - count} images), "
-                f"{printable(held_out)}/ is held out ({count} images); data.test_fraction is not used"
+                f"{self.folder}: {train}/ is the training split ({len(self.files) - count} images), "
+                f"{held_out}/ is held out ({count} images); data.test_fraction is not used"
             )
         if self.links:
-            lines.append(f"{self.folder}: {self.links} images are links, each listed where it stands")
+            lines.append(f"{self.folder}: {self.links} images are links, each listed where the link is")
         if self.left_out.counts:
             lines.append(f"{self.folder}: left out: {self.left_out}")
         return lines
 
 
 def printable(name: str) -> str:
-    """A file's name with replacement characters where it is not UTF-8."""
+    """A file's name with replacement characters for bytes that are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def hash_names(names: Iterator[str], labels: np.ndarray) -> str:
-    """SHA-256 of names and classes in order; it does not see what is in a file."""
+def hash_names(names: Iterable[str], labels: np.ndarray) -> str:
+    """SHA-256 of names and classes in order."""
     digest = hashlib.sha256(labels.astype("<i8").tobytes())
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
@@ -118,46 +127,41 @@ def hash_names(names: Iterator[str], labels: np.ndarray) -> str:
 def list_images(folder: Path, classes: FolderClasses = "top") -> Listing:
     """List a folder's images.
 
-    Args:
-        folder: where they are.
-        classes: which folders are the classes.
-
     Raises:
         ValueError: the folder is missing or holds no images or classes, or its splits hold different classes.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of images")
     left_out = LeftOut()
-    found = _scan(str(folder), left_out)
+    found = _Scan(str(folder), left_out).folders()
     splits = _find_splits(found, classes, folder)
-    if splits is None:
-        groups, split_of = _group(found, classes, "", left_out), None
-        if not groups:
-            raise ValueError(_nothing_listed(folder, left_out))
-    else:
-        groups, split_of = defaultdict(list), splits
-        for part in splits:
-            for name, images in _group(found, classes, part, left_out).items():
-                groups[name] += images
-        for other in (f for f in found if _top(f.path) not in splits and f.images):
-            left_out.add(OTHER_SPLIT, other.path or other.images[0], len(other.images))
-    return _assemble(folder, groups, split_of, found, left_out)
+    groups: dict[str, list[_Image]] = defaultdict(list)
+    for part in splits or ("",):
+        for name, images in _group(found, classes, part, left_out).items():
+            groups[name] += images
+    if splits is not None:
+        for other in found:
+            if other.images and _top(other.path) not in splits:
+                left_out.add(OTHER_SPLIT, other.path or other.images[0], len(other.images))
+    if not groups:
+        raise ValueError(_nothing_listed(folder, left_out))
+    return _listing(folder, groups, splits, found, left_out)
 
 
 class _Folder(NamedTuple):
-    """One folder's own files."""
+    """The files that are directly in one folder."""
 
     path: str
-    """In the listed folder, with slashes; empty for itself."""
+    """Path in the listed folder, with slashes; empty for the listed folder."""
     real: str
-    """Where it is, links resolved."""
+    """Path with links resolved."""
     images: list[str]
     """Names of its images, in natural order."""
     links: Mapping[str, str]
-    """Of its images that are links, where the file is."""
+    """Real path of each image that is a link, by name."""
     metadata: list[str]
     linked: bool
-    """Whether a link leads here."""
+    """True if its path has a link in it."""
 
 
 class _Image(NamedTuple):
@@ -177,61 +181,60 @@ class _Image(NamedTuple):
         return self.folder.links.get(self.name) or f"{self.folder.real}/{self.name}"
 
 
-@dataclass
 class _Scan:
-    """The folders still to be looked into: those reached by links come last, so that none is taken for a copy."""
+    """Walk through a folder. Linked folders come last, so that no plain folder is taken for a copy."""
 
-    root: str
-    """Real path of the folder that is listed."""
-    plain: list[tuple[str, str]] = field(default_factory=list)
-    """Path in the listed folder, and real path."""
-    linked: list[tuple[str, str]] = field(default_factory=list)
-    visited: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """Real paths of the folders below each folder at the top."""
+    def __init__(self, root: str, left_out: LeftOut) -> None:
+        self.root = root
+        self.real_root = os.path.realpath(root)
+        self.left_out = left_out
+        self.plain = [("", self.real_root)]
+        """Folders to visit: path in the listed folder, and real path."""
+        self.linked: list[tuple[str, str]] = []
+        """Linked folders to visit."""
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
+    def folders(self) -> list[_Folder]:
+        """All folders, in natural order of their paths."""
+        found = []
+        visited: dict[str, set[str]] = defaultdict(set)  # real paths, by folder at the top
         while self.plain or self.linked:
-            yield self.plain.pop() if self.plain else self.linked.pop(0)
+            path, real = self.plain.pop() if self.plain else self.linked.pop(0)
+            top = visited[_top(path)]
+            if real in top or (path and real in visited[""]):  # a link to a folder above would never end
+                self.left_out.add(AGAIN, path)
+                continue
+            top.add(real)
+            found.append(self._read(path, real))
+        return sorted(found, key=lambda folder: _path_key(folder.path))
 
-
-def _scan(root: str, left_out: LeftOut) -> list[_Folder]:
-    """All folders with their files, in natural order of their paths."""
-    found, todo = [], _Scan(real_root := os.path.realpath(root), [("", real_root)])
-    for path, real in todo:
-        visited = todo.visited[_top(path)]
-        if real in visited or (path and real in todo.visited[""]):  # a link to a folder above would never end
-            left_out.add(AGAIN, path)
-            continue
-        visited.add(real)
-        found.append(_read_folder(root, path, real, todo, left_out))
-    return sorted(found, key=lambda folder: _path_key(folder.path))
-
-
-def _read_folder(root: str, path: str, real: str, todo: _Scan, left_out: LeftOut) -> _Folder:
-    suffixes, images, links, metadata = image_suffixes(), [], {}, []
-    with os.scandir(f"{root}/{path}") as entries:
-        for entry in entries:
-            name = entry.name
-            inside = f"{path}/{name}" if path else name
-            if name.startswith("."):
-                left_out.add(HIDDEN, inside)
-            elif entry.is_dir():
-                if entry.is_symlink():
-                    todo.linked.append((inside, os.path.realpath(entry.path)))
+    def _read(self, path: str, real: str) -> _Folder:
+        """Sort a folder's files, and note its sub-folders for later."""
+        suffixes, links = image_suffixes(), {}
+        images: list[str] = []
+        metadata: list[str] = []
+        with os.scandir(f"{self.root}/{path}") as entries:
+            for entry in entries:
+                name = entry.name
+                inside = f"{path}/{name}" if path else name
+                if name.startswith("."):
+                    self.left_out.add(HIDDEN, inside)
+                elif entry.is_dir():
+                    if entry.is_symlink():
+                        self.linked.append((inside, os.path.realpath(entry.path)))
+                    else:
+                        self.plain.append((inside, f"{real}/{name}"))
+                elif not entry.is_file():
+                    self.left_out.add(NO_FILE, inside)
+                elif name[name.rfind(".") :].lower() in suffixes:
+                    images.append(name)
+                    if entry.is_symlink():
+                        links[name] = os.path.realpath(entry.path)
+                elif name in METADATA:
+                    metadata.append(inside)
                 else:
-                    todo.plain.append((inside, f"{real}/{name}"))
-            elif not entry.is_file():
-                left_out.add(NO_FILE, inside)
-            elif name[name.rfind(".") :].lower() in suffixes:
-                images.append(name)
-                if entry.is_symlink():
-                    links[name] = os.path.realpath(entry.path)
-            elif name in METADATA:
-                metadata.append(inside)
-            else:
-                left_out.add(NO_IMAGE, inside)
-    linked = real != f"{todo.root}/{path}".rstrip("/")
-    return _Folder(path, real, sorted(images, key=natural_key), links, metadata, linked)
+                    self.left_out.add(NO_IMAGE, inside)
+        linked = real != f"{self.real_root}/{path}".rstrip("/")
+        return _Folder(path, real, sorted(images, key=natural_key), links, metadata, linked)
 
 
 def _path_key(path: str) -> list[tuple[Any, str]]:
@@ -243,28 +246,24 @@ def _top(path: str) -> str:
 
 
 def _group(found: list[_Folder], classes: FolderClasses, part: str, left_out: LeftOut) -> dict[str, list[_Image]]:
-    """The images of each class, by its name.
+    """Images of each class, by class name.
 
     Args:
         part: the folder at the top that holds the classes; empty for the listed folder itself.
     """
-    below = [folder for folder in found if not part or _top(folder.path) == part]
-    parents = {parent for folder in below if folder.images for parent in _parents(folder.path)}
+    below = {folder.path[len(part) :].lstrip("/"): folder for folder in found if not part or _top(folder.path) == part}
+    with_images = {path for path, folder in below.items() if folder.images}
+    parents = {parent for path in with_images for parent in _parents(path)}
+    occupied = with_images | parents
     groups: dict[str, list[_Image]] = defaultdict(list)
-    folders_with_images = set()
-    for folder in below:
-        path = folder.path[len(part) :].lstrip("/")
-        name = {"top": _top(path), "leaf": "" if folder.path in parents else path, "none": "all"}[classes]
-        if not folder.images:
-            continue
-        folders_with_images.add(_top(path))
-        if name:
+    for path, folder in below.items():
+        name = {"top": _top(path), "leaf": "" if path in parents else path, "none": "all"}[classes]
+        if folder.images and name:
             groups[name] += [_Image(folder, image) for image in folder.images]
-        else:
+        elif folder.images:
             left_out.add(BESIDE, f"{folder.path}/{folder.images[0]}".lstrip("/"), len(folder.images))
-    for folder in below:
-        path = folder.path[len(part) :].lstrip("/")
-        if path and "/" not in path and path not in folders_with_images:
+    for path, folder in below.items():
+        if path and "/" not in path and path not in occupied:
             left_out.add(EMPTY, folder.path)
     return groups
 
@@ -277,7 +276,7 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def _find_splits(found: list[_Folder], classes: FolderClasses, folder: Path) -> tuple[str, str] | None:
-    """The folders at the top that are the training and the held-out split.
+    """Folders at the top that are the training and the held-out split.
 
     Raises:
         ValueError: they look like splits, but hold different classes.
@@ -288,21 +287,20 @@ def _find_splits(found: list[_Folder], classes: FolderClasses, folder: Path) -> 
     if train is None or held_out is None:
         return None
     if classes == "none":
-        known = {*TRAIN, *HELD_OUT}
-        return (train, held_out) if all(top.lower() in known for top in tops) else None
+        return (train, held_out) if all(top.lower() in TRAIN + HELD_OUT for top in tops) else None
     one, other = (set(_group(found, classes, part, LeftOut())) for part in (train, held_out))
     if one and one == other:
         return train, held_out
     if one & other:
-        alone = sorted(one ^ other, key=natural_key)
+        alone = min(one ^ other, key=natural_key)
         raise ValueError(
             f"{folder} has the splits {printable(train)}/ and {printable(held_out)}/, but only one of them has "
-            f"the class {printable(alone[0])}; give both the same classes, or take {folder / train} alone"
+            f"the class {printable(alone)}; give both the same classes, or take {folder / train} alone"
         )
     return None
 
 
-def _assemble(
+def _listing(
     folder: Path,
     groups: Mapping[str, list[_Image]],
     splits: tuple[str, str] | None,
@@ -310,11 +308,13 @@ def _assemble(
     left_out: LeftOut,
 ) -> Listing:
     names = sorted(groups, key=natural_key)
-    files, counts, links = list[str](), list[int](), 0
+    files: list[str] = []
+    counts = []
+    links = 0
     for name in names:
         images = _without_copies(groups[name], left_out)
         paths = [image.path for image in images]
-        if len({id(image.folder) for image in images}) > 1:
+        if len({id(image.folder) for image in images}) > 1:  # a single folder is sorted already
             paths.sort(key=_path_key)
         files += paths
         counts.append(len(images))
@@ -334,16 +334,17 @@ def _assemble(
 
 
 def _without_copies(images: list[_Image], left_out: LeftOut) -> list[_Image]:
-    """Each file once: a link to another file of the class goes, and the second link to a file elsewhere."""
-    if not any(image.is_link for image in images):
+    """Each file once, without links to other files of the class and second links to a file elsewhere."""
+    if not any(image.folder.links for image in images):
         return images
-    own, kept = {image.real for image in images if image.name not in image.folder.links}, []
+    seen = {image.real for image in images if image.name not in image.folder.links}
+    kept = []
     for image in images:
         if image.name in image.folder.links:
-            if image.real in own:
+            if image.real in seen:
                 left_out.add(AGAIN, image.path)
                 continue
-            own.add(image.real)
+            seen.add(image.real)
         kept.append(image)
     return kept
 

@@ -1,4 +1,4 @@
-"""The scenes as a data set with captions, drawn when they are read."""
+"""Scenes of coloured shapes as a data set with captions, rendered when they are read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .splits import Split
 SCENES = 100_000
 """Scenes of both splits together."""
 SEED = 0
-"""Of the scenes and captions: they are the same for every training."""
+"""Seed of scenes and captions, the same for every training."""
 CAPTIONS = 4
-"""Of each scene."""
+"""Captions of each scene."""
 
 
 class Shapes(ImageDataset):
@@ -31,26 +31,27 @@ class Shapes(ImageDataset):
         if config.flip:
             raise ValueError("data.flip is true, but captions of shapes say left and right; set it to false")
         if config.path is not None:
-            raise ValueError(f"data.path is {config.path}, but shapes are drawn, not read; leave it out")
+            raise ValueError(f"data.path is {config.path}, but shapes are rendered, not read; remove it")
         if config.channels != 3:
             raise ValueError(f"data.channels is {config.channels}, but shapes have colours; set it to 3")
-        tested = round(SCENES * config.test_fraction)
-        self.size, self.stream = config.image_size, f"shapes/{split}"
+        test = round(SCENES * config.test_fraction)
+        self.size = config.image_size
+        self.stream = f"shapes/{split}"
         self.layout = config.shapes_layout
-        self.labels = np.zeros(tested if split == "test" else SCENES - tested, dtype="int64")
+        self.labels = np.zeros(test if split == "test" else SCENES - test, dtype=np.int64)
         self.class_names: list[str] = []
         self.contents = sample_contents(SEED, self.stream, torch.arange(len(self)))
 
     def read(self, indices: Sequence[int]) -> Batch:
-        numbers = torch.as_tensor(list(indices), dtype=torch.int64)
-        scenes = arrange(self.contents[numbers], SEED, self.stream, numbers, self.layout)
-        return Batch(render(scenes, self.size), torch.zeros(len(numbers), dtype=torch.int64))
+        requested = torch.as_tensor(list(indices), dtype=torch.int64)
+        scenes = arrange(self.contents[requested], SEED, self.stream, requested, self.layout)
+        return Batch(render(scenes, self.size), torch.zeros_like(requested))
 
     def content(self, index: int) -> Content:
-        """What a scene shows."""
+        """Content of a scene."""
         return contents()[int(self.contents[index])]
 
     def captions(self, index: int) -> list[str]:
-        """The scene's captions, in an order that is part of the data: number k is the same for every caller."""
+        """Captions of a scene, in an order that is part of the data."""
         content = self.content(index)
         return [caption(content, SEED, self.stream, index, number) for number in range(CAPTIONS)]

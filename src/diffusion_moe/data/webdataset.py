@@ -1,13 +1,12 @@
-"""WebDataset tars, read in any order: files of one sample share their name up to the first dot of the last part.
+"""WebDataset tars, read in any order. The files of a sample share their path up to the first dot of the file name.
 
-The headers of the tars are read once; an image is then read at its place. Captions are small and kept.
+The headers of the tars are read once; images are then read by their offsets. Captions are kept in memory.
 """
 
 from __future__ import annotations
 
 import json
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,52 +16,61 @@ import numpy as np
 
 from ..config import DataConfig
 from .decoding import image_suffixes
-from .image_table import ImageFile, Table, as_captions
-from .natural import natural_key
+from .image_table import ImageFile, ImageTable, as_captions
+from .listing import natural_key
 
 LABEL = "cls"
 
 
-class Place(NamedTuple):
+class TarMember(NamedTuple):
     """An image in a tar."""
 
-    tar: int
+    tar: Path
     name: str
     offset: int
+    """First byte of its content in the tar."""
     size: int
+    """Bytes."""
+
+    def __str__(self) -> str:
+        return f"{self.tar.name}/{self.name}"
 
 
 @dataclass
-class TarRows:
-    """What a `Table` asks of its rows, for tars."""
+class TarFiles:
+    """Images in tars."""
 
     path: Path
     """The tar or folder of tars, for messages."""
-    tars: Sequence[Path]
-    places: Sequence[Place]
+    members: Sequence[TarMember]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.members)
 
-    def __getitem__(self, row: int) -> ImageFile:
-        place = self.places[row]
-        with self.tars[place.tar].open("rb") as file:
-            file.seek(place.offset)
-            return ImageFile(f"row {row} of {self.path} ({self._name(row)})", file.read(place.size))
+    def __getitem__(self, index: int) -> ImageFile:
+        member = self.members[index]
+        with member.tar.open("rb") as file:
+            file.seek(member.offset)
+            return ImageFile(f"row {index} of {self.path} ({member})", file.read(member.size))
 
     def names(self) -> Iterator[str]:
-        """Names of the images in their tars."""
-        return map(self._name, range(len(self)))
-
-    def _name(self, row: int) -> str:
-        place = self.places[row]
-        return f"{self.tars[place.tar].name}/{place.name}"
+        """Name of each tar with that of the image in it."""
+        return map(str, self.members)
 
 
-def read_webdataset(config: DataConfig) -> Table:
-    """List the samples that have an image, in natural order of the tars' names and as they stand in the tars.
+@dataclass
+class _Sample:
+    name: str
+    image: TarMember | None = None
+    texts: dict[str, bytes] = field(default_factory=dict)
+    """Content of the .txt, .json and .cls files, by ending."""
+    further_images: int = 0
 
-    Captions are those of the file .txt (data.caption_column txt), or the value of a key of the .json file.
+
+def read_webdataset(config: DataConfig) -> ImageTable:
+    """List the samples that have an image, in natural order of the tars' names and in the order of each tar.
+
+    Captions come from the .txt file (data.caption_column txt), or from a key of the .json file.
 
     Raises:
         ValueError: there are no tars or images, a tar cannot be read, or a sample has no caption or class.
@@ -72,67 +80,46 @@ def read_webdataset(config: DataConfig) -> Table:
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"), key=lambda tar: natural_key(tar.name))
     if not tars:
         raise ValueError(f"data.path {path} holds no .tar files; give a tar, or a folder of tars")
-    left_out = Counter({"files beside the tars": 0 if path.is_file() else len(list(path.iterdir())) - len(tars)})
-    places, captions, labels = [], [], []
-    for number, tar in enumerate(tars):
-        for sample in _samples(number, tar):
-            left_out["images of samples that have another"] += sample.further_images
-            if sample.image is None:
-                left_out["samples without an image"] += 1
-                continue
-            places.append(sample.image)
-            labels.append(_label(sample, tar))
-            if column is not None:
-                captions.append(_captions(sample, column, tar))
-    if not places:
+    samples = [sample for tar in tars for sample in _samples(tar)]
+    with_image = [sample for sample in samples if sample.image is not None]
+    if not with_image:
         raise ValueError(f"data.path {path} holds no images; samples need a file that ends in .jpg, .png or the like")
-    if None in labels and labels.count(None) < len(labels):
-        name = places[labels.index(None)].name
-        raise ValueError(f"sample {name} under {path} has no .cls file, but others have; add it, or remove the others")
+    labels = [_label(sample) for sample in with_image]
+    if None in labels and any(label is not None for label in labels):
+        name = with_image[labels.index(None)].name
+        raise ValueError(f"{name} has no .cls file, but others have; add it, or remove the others")
     numbers = np.array([label or 0 for label in labels], dtype=np.int64)
-    count = int(numbers.max()) + 1
-    ignored = [(reason, count) for reason, count in left_out.items() if count]
-    return Table(
-        TarRows(path, tars, places),
-        numbers,
-        [str(i) for i in range(count)] if count > 1 else ["all"],
-        captions if column else None,
-        notes=[f"{path}: left out: {', '.join(f'{count} {reason}' for reason, count in ignored)}"] if ignored else [],
-        ignored=ignored,
+    classes = int(numbers.max()) + 1
+    counts = {
+        "files beside the tars": 0 if path.is_file() else len(list(path.iterdir())) - len(tars),
+        "images of samples that have another": sum(sample.further_images for sample in samples),
+        "samples without an image": len(samples) - len(with_image),
+    }
+    left_out = [(reason, count) for reason, count in counts.items() if count]
+    listed = ", ".join(f"{count} {reason}" for reason, count in left_out)
+    return ImageTable(
+        images=TarFiles(path, [sample.image for sample in with_image if sample.image is not None]),
+        labels=numbers,
+        class_names=[str(i) for i in range(classes)] if classes > 1 else ["all"],
+        captions=None if column is None else [_captions(sample, column) for sample in with_image],
+        notes=[f"{path}: left out: {listed}"] if left_out else [],
+        left_out=left_out,
     )
 
 
-def _label(sample: _Sample, tar: Path) -> int | None:
-    """The class that a sample's .cls file gives; None without such a file."""
-    text = sample.texts.get(LABEL)
-    if text is None:
-        return None
-    if not text.strip().isdigit():
-        raise ValueError(f"sample {sample.name} of {tar} has the class {text[:40]!r}; give a whole number, 0 or more")
-    return int(text)
-
-
-@dataclass
-class _Sample:
-    name: str
-    image: Place | None = None
-    texts: dict[str, bytes] = field(default_factory=dict)
-    further_images: int = 0
-
-
-def _samples(number: int, path: Path) -> list[_Sample]:
-    samples, suffixes = dict[str, _Sample](), image_suffixes()
+def _samples(path: Path) -> list[_Sample]:
+    """Samples of one tar, in the order of their first files."""
+    samples: dict[str, _Sample] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
+            for member in filter(tarfile.TarInfo.isfile, tar):
                 folder, slash, file = member.name.rpartition("/")
                 stem, _, ending = file.partition(".")
-                sample = samples.setdefault(f"{folder}{slash}{stem}", _Sample(f"{folder}{slash}{stem}"))
-                if f".{ending.lower()}" in suffixes:
+                key = f"{folder}{slash}{stem}"
+                sample = samples.setdefault(key, _Sample(f"sample {key} of {path}"))
+                if f".{ending.lower()}" in image_suffixes():
                     sample.further_images += sample.image is not None
-                    sample.image = Place(number, member.name, member.offset_data, member.size)
+                    sample.image = TarMember(path, member.name, member.offset_data, member.size)
                 elif ending in ("txt", "json", LABEL):
                     content = tar.extractfile(member)
                     assert content is not None
@@ -142,12 +129,20 @@ def _samples(number: int, path: Path) -> list[_Sample]:
     return list(samples.values())
 
 
-def _captions(sample: _Sample, column: str, tar: Path) -> tuple[str, ...]:
+def _label(sample: _Sample) -> int | None:
+    """Class from a sample's .cls file; None without such a file."""
+    text = sample.texts.get(LABEL)
+    if text is None:
+        return None
+    if not text.strip().isdigit():
+        raise ValueError(f"{sample.name} has the class {text[:40]!r}; give a whole number, 0 or more")
+    return int(text)
+
+
+def _captions(sample: _Sample, column: str) -> tuple[str, ...]:
     try:
         if column == "txt":
             return (sample.texts["txt"].decode().strip(),)
         return as_captions(json.loads(sample.texts["json"])[column])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"sample {sample.name} of {tar} has no caption {column!r} ({error!r}); see data.caption_column"
-        ) from error
+        raise ValueError(f"{sample.name} has no caption {column!r} ({error!r}); see data.caption_column") from error

@@ -1,1 +1,1 @@
-"""The path from noise to data, the loss on it, and the way back: solvers and guidance. Pure functions."""
+"""Paths from noise to data, losses, solvers and guidance, as pure functions."""

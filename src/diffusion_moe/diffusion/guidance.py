@@ -15,13 +15,13 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def inside(t: Tensor, interval: tuple[float, float]) -> bool:
-    """Whether t lies strictly between the ends of the interval, of which 0 and 1 count as infinitely far.
+    """True if t is strictly between the ends of the interval; the ends 0 and 1 count as infinite.
 
     Compared in float32, where steps from torch.linspace meet ends such as 0.1 exactly (JiT, arXiv 2511.13720).
     """
-    (low, high), t = interval, t.float().cpu()
-    after, before = t > torch.tensor(low), t < torch.tensor(high)
-    return (low == 0 or bool(after)) and (high == 1 or bool(before))
+    low, high = interval
+    t = t.float().cpu()
+    return (low == 0 or bool(t > torch.tensor(low))) and (high == 1 or bool(t < torch.tensor(high)))
 
 
 def guided(
@@ -32,16 +32,18 @@ def guided(
     channels: int | None = None,
     both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Model:
-    """unconditional + scale * (conditional - unconditional) for t inside the interval; else conditional.
+    """Model unconditional + scale * (conditional - unconditional) for t inside the interval, else conditional.
 
     With scale 1 the unconditional model is never evaluated.
 
     Args:
-        interval: see `inside`; for DDPM steps, which are no times, leave it at 0 to 1.
-        channels: guide the first so many channels of the output only, the others stay conditional; None: all. The
-            papers' DDPM sampling guides three of the four epsilons. A learned variance should not be guided: with an
-            output of 2C channels, give at most C.
-        both: the conditional and the unconditional output at once; None: one after the other.
+        conditional: model with class or prompt.
+        unconditional: model without.
+        scale: guidance scale.
+        interval: see `inside`; leave it at 0 to 1 for DDPM steps.
+        channels: guide only so many channels of the output, the first ones; None: all. The papers' DDPM sampling guides
+            three of the four epsilons. Do not guide a learned variance: with an output of 2C channels, give at most C.
+        both: returns the conditional and the unconditional output together; None: two evaluations.
     """
     if scale == 1:
         return conditional

@@ -1,6 +1,6 @@
-"""What a network may predict at a point of the straight path, and how one prediction becomes another.
+"""Predictions of a network at a point of the straight path, and conversions between them.
 
-With x_t = t x + (1 - t) epsilon, each of velocity = x - epsilon, x (clean data) and epsilon (noise) gives the others.
+With x_t = t x + (1 - t) epsilon, any of velocity = x - epsilon, x (data) and epsilon (noise) determines the others.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _FORMULAS: dict[tuple[Prediction, Prediction], Callable[[Tensor, Tensor, Tensor,
 def convert(
     value: Tensor, x_t: Tensor, t: Tensor, source: Prediction, target: Prediction, min_gap: float = 0.0
 ) -> Tensor:
-    """The `target` that a predicted `source` implies at x_t.
+    """Convert a predicted `source` at x_t to the `target`.
 
     Args:
-        value: the predicted `source`, (B, C, H, W).
-        x_t: the noisy images, (B, C, H, W).
+        value: the prediction, (B, C, H, W).
+        x_t: (B, C, H, W).
         t: in [0, 1], (B,) or a scalar tensor.
-        min_gap: the least that 1 - t (out of x) or t (out of epsilon) may divide by; with 0, x at t = 1 and epsilon at
-            t = 0 give infinities.
+        min_gap: lower bound of the divisor, 1 - t (from x) or t (from epsilon); with 0, x at t = 1 and epsilon at t = 0
+            give infinities.
     """
     if source == target:
         return value

@@ -17,7 +17,7 @@ from .prediction import convert
 
 @dataclass
 class Counted:
-    """A velocity, or any model of (x, t), that counts its evaluations, also those of an adaptive solver."""
+    """A velocity, or any model of (x, t), that counts its evaluations."""
 
     velocity: Velocity
     evaluations: int = 0
@@ -35,33 +35,36 @@ def euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
 
 
 def heun(velocity: Velocity, x: Tensor, times: Tensor, last_euler: bool = False) -> Tensor:
-    """Heun's method: order 2, 2 S evaluations.
+    """Heun's method through the given times, (S + 1,): order 2, 2 S evaluations.
 
     Args:
+        velocity: dx/dt.
+        x: noise, (B, C, H, W).
+        times: ascending, (S + 1,).
         last_euler: make the last step an Euler step, as JiT (arXiv 2511.13720): 2 S - 1 evaluations, none at t = 1,
-            where a network that predicts x knows no velocity.
+            where the velocity of a network that predicts x is infinite.
     """
     if last_euler:
         return euler(velocity, heun(velocity, x, times[:-1]), times[-2:])
     for t, t_next in pairwise(times):
         slope = velocity(x, t)
-        ahead = velocity(x + (t_next - t) * slope, t_next)
-        x = x + (t_next - t) * (slope + ahead) / 2
+        next_slope = velocity(x + (t_next - t) * slope, t_next)
+        x = x + (t_next - t) * (slope + next_slope) / 2
     return x
 
 
 SOLVERS: dict[str, Callable[[Velocity, Tensor, Tensor], Tensor]] = {
     "euler": euler,
     "heun": heun,
-    "heun_euler": partial(heun, last_euler=True),  # Heun with an Euler step last, as JiT
+    "heun_euler": partial(heun, last_euler=True),  # as JiT
 }
 
 
 def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
-    """The adaptive Runge-Kutta pair of Dormand and Prince, order 5, from t = 0 to 1, by torchdiffeq.
+    """Adaptive Runge-Kutta pair of Dormand and Prince, order 5, from t = 0 to 1, by torchdiffeq.
 
-    The error is a root mean square over the whole batch, so the steps, and slightly the answer for one sample, depend
-    on the batch's other samples. `Counted` tells the evaluations.
+    The error is a root mean square over the whole batch, so the steps, and slightly the result for one sample, depend
+    on the batch's other samples. `Counted` counts the evaluations.
     """
     from torchdiffeq import odeint  # which loads scipy
 
@@ -70,22 +73,25 @@ def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6
 
 
 def sde(velocity: Velocity, x: Tensor, times: Tensor, noise: Noise) -> Tensor:
-    """Euler and Maruyama's method on the reverse SDE of the flow: S evaluations, S - 1 draws of noise.
+    """Euler-Maruyama method on the reverse SDE of the flow: S evaluations, S - 1 calls of `noise`.
 
     The diffusion coefficient is w(t) = 1 - t (SiT, arXiv 2401.08740, the reverse-time SDE of section 2). The last step
-    is Euler's on the flow itself: without noise, and so without the drift that makes up for it, it ends on the
-    expected data.
+    is an Euler step of the flow, without noise and its drift, and gives the expected data.
 
     Args:
-        noise: standard normal; when the noise at t = 0 has another standard deviation, that one.
+        velocity: dx/dt.
+        x: noise, (B, C, H, W).
+        times: ascending, (S + 1,).
+        noise: normal, with the standard deviation of x.
     """
-    for k, (t, t_next) in enumerate(pairwise(times[:-1])):
-        dt, slope = t_next - t, velocity(x, t)
+    for i, (t, t_next) in enumerate(pairwise(times[:-1])):
+        dt = t_next - t
+        slope = velocity(x, t)
         # The SDE dx = (v + w/2 score) dt + sqrt(w) dW has the marginals of dx = v dt. As x_t given the data is normal
         # around t x1 with deviation 1 - t, score = -E[epsilon | x_t] / (1 - t); so with w = 1 - t, w/2 score is
         # -epsilon / 2, finite to the end. Noise of deviation s has score -epsilon / (s^2 (1 - t)); w = s^2 (1 - t).
         epsilon = convert(slope, x, t, "velocity", "epsilon")
-        x = x + dt * (slope - epsilon / 2) + ((1 - t) * dt).sqrt() * noise(k)
+        x = x + dt * (slope - epsilon / 2) + ((1 - t) * dt).sqrt() * noise(i)
     return euler(velocity, x, times[-2:])
 
 

@@ -1,4 +1,4 @@
-"""Distributions of the training time t in [0, 1], as functions of given random numbers."""
+"""Training times t in [0, 1] and DDPM steps, sampled by counter-based random numbers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..config import DiffusionConfig
 from ..randomness import normal, uniform
 
 
-def draw_steps(seed: int, step: int, samples: Tensor, count: int = 1000) -> Tensor:
-    """One step of the DDPM schedule a sample, uniform, int64, (S,), a function of (seed, training step, sample)."""
+def sample_steps(seed: int, step: int, samples: Tensor, count: int = 1000) -> Tensor:
+    """A uniform step of the DDPM schedule for each sample, int64, (S,), a function of (seed, training step, sample)."""
     return (uniform(seed, "time", step, samples) * count).long()
 
 
-def draw_times(config: DiffusionConfig, seed: int, step: int, samples: Tensor) -> Tensor:
-    """One time a sample, (S,), a function of (seed, step, sample).
+def sample_times(config: DiffusionConfig, seed: int, step: int, samples: Tensor) -> Tensor:
+    """A time for each sample, (S,), a function of (seed, training step, sample).
 
     logit_normal: sigmoid of a normal number (Stable Diffusion 3, arXiv 2403.03206, section 3.1).
     """

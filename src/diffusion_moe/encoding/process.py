@@ -1,15 +1,17 @@
-"""Which of the processes that encode this one is."""
+"""Rank, shards and device of this process among those that encode."""
 
 from __future__ import annotations
 
 import os
 from typing import NamedTuple
 
+import torch
+
 from ..data.latents import CachePlan
 
 
 class Process(NamedTuple):
-    """This process among those that encode, as torchrun's variables tell."""
+    """One of the processes that encode, by torchrun's variables."""
 
     rank: int
     world: int
@@ -17,23 +19,31 @@ class Process(NamedTuple):
 
     @classmethod
     def here(cls) -> Process:
-        """From RANK, WORLD_SIZE and LOCAL_RANK.
+        """This process, from RANK, WORLD_SIZE and LOCAL_RANK.
 
         Raises:
-            ValueError: they make no sense.
+            ValueError: a variable is not a number, or the rank is too large.
         """
-        texts = [os.environ.get(name, usual) for name, usual in _VARIABLES]
-        for (name, _), text in zip(_VARIABLES, texts):
+        numbers = []
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+            text = os.environ.get(name, default)
             if not text.isdecimal():
                 raise ValueError(f"the variable {name} is {text!r}; expected a number, as torchrun sets it")
-        process = cls(*map(int, texts))
+            numbers.append(int(text))
+        process = cls(*numbers)
         if process.rank >= process.world:
             raise ValueError(f"the variable RANK is {process.rank}; expected less than WORLD_SIZE {process.world}")
         return process
 
     def shards(self, plan: CachePlan) -> range:
-        """Those of a cache that this process encodes."""
+        """Shards of a cache that this process encodes."""
         return range(self.rank, plan.shards, self.world)
 
-
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    def device(self, name: str) -> torch.device:
+        """This process' device for the option auto, cpu or cuda; each process gets a GPU of its own."""
+        available = torch.cuda.is_available()
+        if name == "cuda" and not available:
+            raise ValueError("device is cuda, but no CUDA device is available; set it to auto or cpu")
+        if name == "cpu" or not available:
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())

@@ -92,7 +92,7 @@ def _between(count: int) -> Tensor:
 
 def train_classifier(dataset: ImageDataset, seed: int = 0) -> Classifier:
     """Train on a data set's images, randomly moved a little; a function of data and seed."""
-    images, labels = dataset.everything()[:2]
+    images, labels = dataset.read_all()[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(images.shape[1], len(dataset.class_names))

@@ -217,7 +217,7 @@ def classifier_scorer(data: DataConfig) -> ClassifierScorer:
             "the data has no classes for a small classifier to learn; give --reference FILE, as made by "
             "`diffusion-moe stats DATA`"
         )
-    seen, held_out = training.everything(), test.everything()
+    seen, held_out = training.read_all(), test.read_all()
     extractor = ClassifierAndNearest(shared_classifier(training), seen.images)
     real, of_training = extractor(to_uint8(held_out.images)), extractor(to_uint8(seen.images))
     predicted = extractor.logits(real["pool"]).argmax(1)

@@ -1,1 +1,1 @@
-"""The command `inspect`: what training would see of a data set."""
+"""The command `inspect`: a data set as training would see it."""

@@ -1,4 +1,4 @@
-"""A picture of some images of each class, as training sees them."""
+"""A sheet of some images of each class, as training sees them."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..config import DataConfig
 from ..data.decoding import decode_pixels, parse_background
-from ..data.image_table import Table
+from ..data.image_table import ImageTable
 
-EACH = 12
+COLUMNS = 12
 """Images of a class."""
 CELL = 64
 """Least side of an image on the sheet, in pixels."""
-NAME_WIDTH = 200
-GAP = 4
+NAME_WIDTH = 200  # pixels
+GAP = 4  # pixels
 MAX_CLASSES = 100
-"""Classes on one sheet; of more, evenly chosen ones."""
+"""Classes on one sheet, evenly chosen if there are more."""
 
 
-def write_contact_sheet(path: Path, config: DataConfig, table: Table, readable: np.ndarray) -> int:
-    """Write a row of images a class, evenly chosen among those that can be read; returns the number of rows.
+def write_contact_sheet(path: Path, config: DataConfig, table: ImageTable, readable: np.ndarray) -> int:
+    """Write a PNG with a row of readable, evenly chosen images for each class; returns the number of rows.
 
     Args:
-        path: PNG file.
-        config: how images are decoded.
+        path: the PNG file.
+        config: size, channels and background of the images.
         table: the images.
-        readable: whether each can be read, bool.
+        readable: True for images that can be read, bool.
     """
     labels = _evenly(np.arange(len(table.class_names)), MAX_CLASSES)
     scale = max(1, CELL // config.image_size)
     cell = config.image_size * scale
-    sheet = Image.new("RGB", (NAME_WIDTH + EACH * (cell + GAP) + GAP, len(labels) * (cell + GAP) + GAP), "white")
+    sheet = Image.new("RGB", (NAME_WIDTH + COLUMNS * (cell + GAP) + GAP, len(labels) * (cell + GAP) + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), _font()
     background = parse_background(config.background)
     for line, label in enumerate(labels):
         top = GAP + line * (cell + GAP)
         members = np.flatnonzero((table.labels == label) & readable)
         pen.text((GAP, top), f"{table.class_names[label][:26]}\n{len(members)} images", fill="black", font=font)
-        for column, row in enumerate(_evenly(members, EACH)):
-            source = table.rows[int(row)].source
+        for column, index in enumerate(_evenly(members, COLUMNS)):
+            source = table.images[int(index)].source
             pixels = decode_pixels(source, config.image_size, config.image_size, config.channels, background)
             image = Image.fromarray(pixels.squeeze(2) if config.channels == 1 else pixels)
             sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (NAME_WIDTH + column * (cell + GAP), top))

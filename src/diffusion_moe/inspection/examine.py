@@ -1,7 +1,6 @@
-"""Looking at every file of a table: size, mode, contents, and whether it can be read.
+"""Examination of every image file: size, mode, hash, and whether it can be read.
 
-Most files are not decoded for that: the checksums of a PNG and the end of a JPEG show that they are whole. Whatever is
-not shown to be whole is decoded, as training would.
+The checksums of a PNG and the end of a JPEG show that the file is whole. Other files are decoded, as in training.
 """
 
 from __future__ import annotations
@@ -19,109 +18,110 @@ from typing import Any, NamedTuple, TypeVar
 from PIL import Image
 
 from ..data.decoding import decode_image, open_image, upright_size
-from ..data.image_table import Table
+from ..data.image_table import ImageTable
 
 CHUNK = 64
-"""Images that a process looks at in one go."""
-Answer = TypeVar("Answer")
+"""Images that a process takes at a time."""
+Result = TypeVar("Result")
 
 
 class Examined(NamedTuple):
     """One image file."""
 
     width: int
-    """In pixels, upright; 0 if unknown."""
+    """Width in pixels, upright; 0 if unknown."""
     height: int
     mode: str
     """Pillow's name of the mode; empty if unknown."""
     sha256: bytes
-    """Of the file's content."""
+    """Hash of the file's content; empty if it cannot be opened."""
     problem: str = ""
-    """Why it cannot be read; empty if it can."""
+    """Reason why it cannot be read; empty if it can."""
+
+
+def examine_image(table: ImageTable, index: int) -> Examined:
+    """Examine one file of a table."""
+    try:
+        content = table.images[index].content()
+    except OSError as error:
+        return Examined(0, 0, "", b"", error.strerror or str(error))
+    return examine(content)
 
 
 def examine(content: bytes) -> Examined:
-    """Look at one file."""
-    digest, width, height, mode = hashlib.sha256(content).digest(), 0, 0, ""
+    """Examine the content of one file."""
+    found = Examined(0, 0, "", hashlib.sha256(content).digest())
     try:
         with open_image(content) as image:
             height, width = upright_size(image)
-            mode = image.mode
+            found = found._replace(width=width, height=height, mode=image.mode)
             whole = _is_whole(image, content)
         if not whole:
             decode_image(content, 3)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
-        return Examined(width, height, mode, digest, " ".join(str(error).split()) or type(error).__name__)
-    return Examined(width, height, mode, digest)
+        return found._replace(problem=" ".join(str(error).split()) or type(error).__name__)
+    return found
 
 
 def _is_whole(image: Image.Image, content: bytes) -> bool:
-    """Whether a file is surely complete; False: decoding it will show."""
+    """True if a file is surely complete; if False only decoding can tell."""
     if image.format == "PNG":
         try:
             image.verify()
         except Exception:  # decoding gives the reason that training would
             return False
         return True
-    # After the beginning of the last scan comes the end of the image, unless it is cut off.
+    # The image's end marker follows the start of its last scan, unless the file is cut.
     return image.format == "JPEG" and content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
 
 
-def for_each(
-    table: Table, rows: Sequence[int], work: Callable[[Table, int], Answer], progress: Callable[[int], None]
-) -> Iterator[Answer]:
-    """Answers of `work` for rows of a table, in order, on all processors where there are many.
+def map_images(
+    table: ImageTable,
+    indices: Sequence[int],
+    work: Callable[[ImageTable, int], Result],
+    progress: Callable[[int], None],
+) -> Iterator[Result]:
+    """Results of `work` for images of a table, in order; many images are shared among all processors.
 
     Args:
-        table: given to each process by fork.
-        rows: which to work on.
-        work: a function of a module, called as work(table, row).
-        progress: receives how many rows are done.
+        table: reaches each process by fork.
+        indices: the images.
+        work: called as work(table, index).
+        progress: receives the number of images done.
 
     Raises:
         ChildProcessError: a process was killed.
     """
-    chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
     processes = min(len(os.sched_getaffinity(0)), len(chunks)) if sys.platform == "linux" else 1
     if processes < 2:
-        for done, row in enumerate(rows, start=1):
-            yield work(table, row)
+        for done, index in enumerate(indices, start=1):
+            yield work(table, index)
             progress(done)
         return
     done = 0
-    with ProcessPoolExecutor(
-        processes, multiprocessing.get_context("fork"), initializer=_begin, initargs=(table, work)
-    ) as pool:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(table, work)) as pool:
         try:
-            for answers in pool.map(_work_on, chunks):
-                yield from answers
-                done += len(answers)
+            for results in pool.map(_work_on, chunks):
+                yield from results
+                done += len(results)
                 progress(done)
         except BrokenProcessPool as error:
-            raise ChildProcessError(
-                0, "a process that reads images was killed; if memory is short, free some"
-            ) from error
+            message = "a process that reads images was killed; if memory is short, free some"
+            raise ChildProcessError(0, message) from error
 
 
 _given: dict[str, Any] = {}
-"""In a process that works for another: the table and the work."""
+"""The table and the work, in a process of the pool."""
 
 
-def _begin(table: Table, work: Callable[[Table, int], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+def _begin(table: ImageTable, work: Callable[[ImageTable, int], Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     _given.update(table=table, work=work)
 
 
-def _work_on(rows: Sequence[int]) -> list[Any]:
-    return [_given["work"](_given["table"], row) for row in rows]
-
-
-def examine_row(table: Table, row: int) -> Examined:
-    """Look at one file of a table."""
-    try:
-        content = table.rows[row].content()
-    except OSError as error:
-        return Examined(0, 0, "", b"", error.strerror or str(error))
-    return examine(content)
+def _work_on(indices: Sequence[int]) -> list[Any]:
+    return [_given["work"](_given["table"], index) for index in indices]

@@ -1,4 +1,4 @@
-"""Options of the command; imports nothing heavy, so that `--help` answers at once."""
+"""Options of `inspect`; imports nothing heavy, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What to print and to write."""
+    """Output of `inspect`."""
 
     json: bool = False
     """Print one JSON object instead of text."""

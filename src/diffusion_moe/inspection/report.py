@@ -1,4 +1,4 @@
-"""What `inspect` says of a data set: counts by class and split, sizes, modes, and what is wrong."""
+"""Report of `inspect` on a data set: counts by class and split, sizes, modes, and problems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DataConfig
-from ..data.image_table import Table
+from ..data.image_table import ImageTable
 from .examine import Examined
 
 SHOWN_CLASSES = 50
@@ -20,19 +20,19 @@ SHOWN_COPIES = 3
 
 @dataclass(frozen=True)
 class Report:
-    """A data set, looked at."""
+    """Facts about an examined data set."""
 
     config: DataConfig
-    table: Table
+    table: ImageTable
     held_out: np.ndarray
-    """Whether each image is held out from training, bool."""
+    """True for images that are held out from training, bool."""
     examined: Sequence[Examined]
     copies: Sequence[tuple[int, ...]]
-    """Groups of images whose files have equal contents, by row."""
+    """Groups of images whose files have equal contents, by index."""
 
-    def name(self, row: int) -> str:
-        """A file's path in the folder, or its row in the data set."""
-        return self.table.rows[row].name.removeprefix(f"{str(self.config.path).rstrip('/')}/")
+    def name(self, index: int) -> str:
+        """Path of an image in the folder, or its row in the data set."""
+        return self.table.images[index].name.removeprefix(f"{str(self.config.path).rstrip('/')}/")
 
     def classes(self) -> dict[str, int]:
         """Number of images by class name, in the order of the labels."""
@@ -40,12 +40,12 @@ class Report:
         return dict(zip(self.table.class_names, counts.tolist()))
 
     def unreadable(self) -> dict[str, str]:
-        """The reason for each file that cannot be read."""
-        return {self.name(row): found.problem for row, found in enumerate(self.examined) if found.problem}
+        """Reason for each file that cannot be read."""
+        return {self.name(i): found.problem for i, found in enumerate(self.examined) if found.problem}
 
     def copies_across(self, values: np.ndarray) -> int:
-        """Groups of equal files that do not agree in a value each row has."""
-        return sum(len(set(values[list(rows)].tolist())) > 1 for rows in self.copies)
+        """Number of groups of equal files whose images differ in `values`, one an image."""
+        return sum(len(set(values[list(group)].tolist())) > 1 for group in self.copies)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -59,23 +59,23 @@ class Report:
             "classes": self.classes(),
             "held_out": int(self.held_out.sum()),
             "unreadable": self.unreadable(),
-            "ignored": dict(self.table.ignored),
+            "ignored": dict(self.table.left_out),
             "notes": list(self.table.notes),
             "sizes": size,
             "modes": dict(Counter(found.mode for found in self.examined if found.mode).most_common()),
             "image_size": self.config.image_size,
             "smaller_than_image_size": int((sides < self.config.image_size).sum()),
             "duplicates": {
-                "images": sum(len(rows) - 1 for rows in self.copies),
+                "images": sum(len(group) - 1 for group in self.copies),
                 "groups": len(self.copies),
                 "groups_across_classes": self.copies_across(self.table.labels),
                 "groups_across_split": self.copies_across(self.held_out),
-                "examples": [[self.name(row) for row in rows] for rows in self.copies[:SHOWN_COPIES]],
+                "examples": [[self.name(index) for index in group] for group in self.copies[:SHOWN_COPIES]],
             },
         }
 
     def lines(self) -> Iterator[str]:
-        """The same for people."""
+        """The report as text."""
         facts, classes = self.to_dict(), self.classes()
         count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
         yield f"{self.config.path}: {facts['images']} images in {count}, {facts['held_out']} of them held out"
@@ -97,7 +97,8 @@ class Report:
 
     def _problems(self, facts: dict[str, Any]) -> Iterator[str]:
         unreadable, copies = facts["unreadable"], facts["duplicates"]
-        yield f"unreadable: {len(unreadable)}" + ("; remove them, or set data.on_corrupt to skip" if unreadable else "")
+        remedy = "; remove them, or set data.on_corrupt to skip" if unreadable else ""
+        yield f"unreadable: {len(unreadable)}{remedy}"
         for name, problem in list(unreadable.items())[:SHOWN_PROBLEMS]:
             yield f"  {name}: {problem}"
         if len(unreadable) > SHOWN_PROBLEMS:
@@ -113,20 +114,20 @@ class Report:
             yield f"  {' = '.join(names)}"
 
     def _sides(self) -> tuple[np.ndarray, np.ndarray]:
-        sizes = [(found.width, found.height) for found in self.examined if found.width]
-        widths, heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
-        return widths, heights
+        """Widths and heights in pixels of the images whose size is known."""
+        known = [found for found in self.examined if found.width]
+        return np.array([found.width for found in known]), np.array([found.height for found in known])
 
 
 def _spread(values: np.ndarray) -> list[int]:
-    """Smallest, median and largest."""
+    """Smallest, median and largest value."""
     return [int(values.min()), int(np.median(values)), int(values.max())]
 
 
 def equal_files(examined: Sequence[Examined]) -> list[tuple[int, ...]]:
-    """Groups of at least two files of equal contents, by row."""
-    rows: dict[bytes, list[int]] = defaultdict(list)
-    for row, found in enumerate(examined):
+    """Groups of at least two files with equal contents, by index."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, found in enumerate(examined):
         if found.sha256:
-            rows[found.sha256].append(row)
-    return [tuple(group) for group in rows.values() if len(group) > 1]
+            groups[found.sha256].append(index)
+    return [tuple(group) for group in groups.values() if len(group) > 1]

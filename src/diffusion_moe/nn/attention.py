@@ -16,7 +16,7 @@ from .norm import HeadNorm
 from .position import Rotary, apply_rotary
 
 MASKED_BACKENDS = (None, "native")
-"""Backends of diffusers that sinks and windows run on; others would leave out the mask."""
+"""Backends of diffusers that heed the mask of sinks and windows."""
 
 
 def native_attention(
@@ -43,14 +43,18 @@ class SelfAttention(nn.Module):
     """Multi-head attention; queries, keys and values have biases. `set_attention_backend` is diffusers'.
 
     Args:
-        dim: D. num_heads: H. num_kv_heads: key and value heads; fewer than H is grouped-query attention.
-        head_dim: I; None: D / H. qk_norm: RMSNorm with learned scale on each head of queries and keys.
-        sinks: a learned logit a head joins the softmax and takes its share of attention to nowhere. window: attend
-            where |i - j| < window, for token numbers i and j; 0: everywhere.
-        dropout: after the output projection, in training. attention_dropout: of the attention weights, in training.
+        dim: D.
+        num_heads: H.
+        num_kv_heads: key and value heads; fewer than H is grouped-query attention.
+        qk_norm: RMSNorm with learned scale on each head of queries and keys.
+        head_dim: I; None: D / H.
+        sinks: add a learned logit to the softmax of each head; its share of the attention has value zero.
+        window: attend only if |i - j| < window for token indices i and j; 0: everywhere.
+        dropout: dropout after the output projection, in training.
+        attention_dropout: dropout of the attention weights, in training.
     """
 
-    _supports_qkv_fusion = False  # they already are one matrix
+    _supports_qkv_fusion = False  # they are one matrix already
     processor: AttentionProcessor
 
     def __init__(
@@ -94,13 +98,13 @@ class SelfAttention(nn.Module):
     def masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention with sinks or a window, (B, H, N, I).
 
-        A sink is one more key whose logit is learned and whose value is zero: softmax over N + 1 gives the formula.
+        A sink is one more key, whose logit is learned and whose value is zero.
         """
         B, H, N, _ = q.shape
         bias_HNM = q.new_zeros(H, N, N)
         if self.window:
-            places = torch.arange(N, device=q.device)
-            far = (places[:, None] - places).abs() >= self.window
+            positions = torch.arange(N, device=q.device)
+            far = (positions[:, None] - positions).abs() >= self.window
             bias_HNM = bias_HNM.masked_fill(far, -torch.inf)
         if self.sinks is not None:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
@@ -116,7 +120,7 @@ class SelfAttention(nn.Module):
 
 
 class AttentionProcessor:
-    """How a `SelfAttention` attends: the backend that diffusers' `set_attention_backend` chose."""
+    """Attention of a `SelfAttention` by the backend that diffusers' `set_attention_backend` chose."""
 
     _attention_backend: str | None = None
     _parallel_config: Any = None
@@ -127,8 +131,8 @@ class AttentionProcessor:
         if attention.sinks is not None or attention.window:
             if self._attention_backend not in MASKED_BACKENDS:
                 raise ValueError(
-                    f"attention backend {self._attention_backend} takes no mask, as attention_sinks and sliding_window "
-                    "need; use set_attention_backend('native')"
+                    f"attention backend {self._attention_backend} takes no mask, which attention_sinks and "
+                    "sliding_window need; use set_attention_backend('native')"
                 )
             y_BNHI = attention.masked(q, k, v).transpose(1, 2)
         else:
@@ -145,9 +149,9 @@ class AttentionProcessor:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of an image to those of a text; PyTorch's own kernels, as there is a mask.
+    """Multi-head attention from the tokens of an image to those of a text, with PyTorch's kernels, which take a mask.
 
-    Args: as of `SelfAttention`, where they have the same names.
+    Arguments as for `SelfAttention`.
     """
 
     def __init__(
@@ -170,7 +174,7 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """Attend where the mask is true; each row of it needs a true place."""
+        """Attend where the mask is true; each text needs at least one true value."""
         q_BHNI = self.q_norm(self.q(x_BND).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
         kv_BHLI = self.kv(text_BLD).unflatten(-1, (2 * self.num_kv_heads, self.head_dim)).transpose(1, 2)
         k_BHLI, v_BHLI = kv_BHLI.chunk(2, dim=1)

@@ -13,21 +13,21 @@ TIME_FREQUENCIES = 256
 
 
 def patchify(x_BCHW: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) to (B, N, C * P * P): tokens row by row, each patch channel by channel."""
+    """Turn (B, C, H, W) into (B, N, C * P * P): tokens row by row, each patch channel by channel."""
     B, C, H, W = x_BCHW.shape
     P = patch_size
     return x_BCHW.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)
 
 
 def unpatchify(x_BNO: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """(B, N, P * P * C) to (B, C, height, width): each patch pixel by pixel, channels last (as DiT's final layer)."""
+    """Turn (B, N, P * P * C) into (B, C, height, width); a patch has its channels last (as DiT's final layer)."""
     B, P = len(x_BNO), patch_size
     x = x_BNO.reshape(B, height // P, width // P, P, P, -1).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(B, -1, height, width)
 
 
 class TimestepEmbedder(nn.Module):
-    """Time to (B, D): 256 cosines and sines, base 10000, then a two-layer network."""
+    """Embedding of times, (B,), as (B, D): 128 cosines and 128 sines, base 10000, then a two-layer network."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -11,9 +11,9 @@ EPS = 1e-6
 
 
 def make_norm(kind: Literal["layernorm", "rmsnorm"], dim: int) -> nn.Module:
-    """Over the last axis, eps 1e-6: LayerNorm without parameters, or RMSNorm with a learned scale.
+    """A norm over the last axis, eps 1e-6: LayerNorm without parameters, or RMSNorm with a learned scale.
 
-    adaLN supplies scale and shift; the published models with RMSNorm learn its scale all the same.
+    adaLN gives scale and shift; the published models with RMSNorm learn its scale too.
     """
     return nn.LayerNorm(dim, elementwise_affine=False, eps=EPS) if kind == "layernorm" else nn.RMSNorm(dim, eps=EPS)
 

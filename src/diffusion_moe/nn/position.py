@@ -13,7 +13,7 @@ from torch import Tensor
 BASE = 10000.0
 
 Pairs = Literal["halves", "neighbours"]
-"""Which numbers of a head are turned together: i and i + half of an axis' share, or 2i and 2i + 1."""
+"""Elements of a head that are rotated together: i and i + half of an axis' share, or 2i and 2i + 1."""
 
 
 class Rotary(NamedTuple):
@@ -52,15 +52,18 @@ def rotary_table(
 ) -> Rotary:
     """Rotation angles of each token.
 
-    One axis: the token's number, over the whole head. Two: rows on the first half of the head, columns on the second.
-
     Args:
-        still_tokens: tokens before those of the image that are not turned (JiT's class tokens).
+        height: rows of the grid.
+        width: columns of the grid.
+        head_dim: I.
+        axes: 1: the token's index, over the whole head; 2: rows on the first half of the head, columns on the second.
+        pairs: elements that are rotated together.
+        still_tokens: tokens before those of the image that are not rotated (JiT's class tokens).
     """
     rows, columns = _grid(height, width)
-    numbers = [torch.arange(height * width, dtype=torch.float64)] if axes == 1 else [rows, columns]
+    positions = [torch.arange(height * width, dtype=torch.float64)] if axes == 1 else [rows, columns]
     frequencies = _frequencies(head_dim // (2 * axes))
-    angles = [torch.outer(number, frequencies) for number in numbers]
+    angles = [torch.outer(position, frequencies) for position in positions]
     twice = [angle.repeat(1, 2) if pairs == "halves" else angle.repeat_interleave(2, dim=1) for angle in angles]
     angle_NI = torch.cat([torch.zeros(still_tokens, head_dim, dtype=torch.float64), torch.cat(twice, dim=1)])
     return Rotary(angle_NI.cos().float(), angle_NI.sin().float(), axes, pairs)
@@ -71,8 +74,8 @@ def apply_rotary(x_BHNI: Tensor, rotary: Rotary) -> Tensor:
     x = x_BHNI.float()
     if rotary.pairs == "halves":
         first, second = x.unflatten(-1, (rotary.axes, 2, -1)).unbind(-2)
-        turned = torch.stack((-second, first), dim=-2).flatten(-3)
+        rotated = torch.stack((-second, first), dim=-2).flatten(-3)
     else:
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((-second, first), dim=-1).flatten(-2)
-    return (x * rotary.cos_NI + turned * rotary.sin_NI).to(x_BHNI.dtype)
+        rotated = torch.stack((-second, first), dim=-1).flatten(-2)
+    return (x * rotary.cos_NI + rotated * rotary.sin_NI).to(x_BHNI.dtype)

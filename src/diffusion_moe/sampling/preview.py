@@ -35,7 +35,7 @@ def previews_of(recipe: Recipe) -> Callable[[Backbone, Path], None]:
     settings = replace(recipe.evaluation, batch_size=count)
     if not recipe.model.guidable:
         settings = replace(settings, guidance_scale=1.0)
-    source = with_data(Source(Path(), Path(), recipe.model, settings), dataset.record(), Path("the data"))
+    source = with_data(Source(Path(), Path(), recipe.model, settings), dataset.metadata(), Path("the data"))
     if source.vae is None and recipe.model.in_channels not in (1, 3):
         raise ValueError(
             f"logging.sample_every is {recipe.logging.sample_every}, but the data does not say which VAE decodes "

@@ -1,4 +1,4 @@
-"""Texts for models that take them: encoders of `transformers`, and their features in memory and in files."""
+"""Text encoders of `transformers` and their features."""
 
 from .encoder import TextEncoder, load_encoder
 from .features import TextFeatures, TextSpace

@@ -1,5 +1,6 @@
-"""Frozen text encoders of `transformers`, by hub id or folder: T5's, CLIP's, or any other encoder. None of their code
-is downloaded, and weights are safetensors alone.
+"""Frozen text encoders of `transformers`, by hub id or folder: T5, CLIP, or any other encoder.
+
+None of their code is downloaded, and only safetensors weights are read.
 
 Shape suffixes: B texts, L tokens of a text, W width, P pooled width.
 """
@@ -21,8 +22,9 @@ from .features import Precision, TextFeatures, TextSpace
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-NAMED = 3
-"""Cut prompts that a warning names at most."""
+Warn = Log
+EXAMPLES = 3
+"""Prompts or words that a warning names at most."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -34,8 +36,11 @@ class TextEncoder:
     """An encoder and its tokenizer, in eval mode.
 
     Args:
-        name: where they are from. length: tokens that prompts are cut to; fewer where the encoder has fewer positions.
-        warn: told when prompts are cut; Python's warnings unless given.
+        model: the encoder.
+        tokenizer: its tokenizer.
+        length: tokens that prompts are cut to, or fewer if the encoder has fewer positions.
+        name: hub id or folder, for messages and metadata.
+        warn: receives a line when prompts are cut or have unknown words; Python's warnings by default.
     """
 
     def __init__(
@@ -46,9 +51,12 @@ class TextEncoder:
         name: str = "",
         warn: Log = _warn,
     ) -> None:
-        self.model, self.tokenizer, self.name, self.warn = model.eval().requires_grad_(False), tokenizer, name, warn
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.warn = warn
         self._space: TextSpace | None = None
-        self.length = min(length, _positions(model.config))
+        self.length = min(length, _max_positions(model.config))
         if tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of the text encoder {name} has no padding token; give another encoder")
 
@@ -61,30 +69,29 @@ class TextEncoder:
         return "bf16" if next(self.model.parameters()).dtype == torch.bfloat16 else "fp32"
 
     def to(self, device: torch.device) -> TextEncoder:
-        """Move it, in place."""
+        """Move the encoder, in place."""
         self.model.to(device)  # type: ignore[arg-type]
         return self
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """Features of the last layer, on the encoder's device, float32; the longest prompt has no padding."""
+        """Features of the last layer, on the encoder's device, float32, padded to the longest prompt."""
         tokens = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         )
-        self._tell_cut(prompts)
-        self._tell_unknown(prompts, tokens)
+        self._warn_of_cuts(prompts)
+        self._warn_of_unknown_words(prompts, tokens)
         ids, mask = tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
-        out = self.model(input_ids=ids, attention_mask=mask)
-        pooled = pooled_feature(out)
-        features = TextFeatures(out.last_hidden_state.float(), mask.bool(), None if pooled is None else pooled.float())
-        if not bool(features.mask[:, 0].all()):  # padded on the left: we want tokens first
-            order = (~features.mask).long().argsort(dim=1, stable=True)
-            moved = features.features.gather(1, order[..., None].expand_as(features.features))
-            features = features._replace(features=moved, mask=features.mask.gather(1, order))
-        return features
+        output = self.model(input_ids=ids, attention_mask=mask)
+        features, mask, pooled = output.last_hidden_state.float(), mask.bool(), pooled_feature(output)
+        if not bool(mask[:, 0].all()):  # padded on the left: move the tokens to the front
+            order = (~mask).long().argsort(dim=1, stable=True)
+            features = features.gather(1, order[..., None].expand_as(features))
+            mask = mask.gather(1, order)
+        return TextFeatures(features, mask, None if pooled is None else pooled.float())
 
     def encode_all(self, prompts: Sequence[str], batch_size: int = 64) -> list[TextFeatures]:
-        """Features of many prompts, one by one as they are without padding, on the CPU."""
+        """Features of each prompt by itself, without padding, on the CPU."""
         texts: list[TextFeatures] = []
         for start in range(0, len(prompts), batch_size):
             batch = self.encode(prompts[start : start + batch_size]).to(torch.device("cpu"))
@@ -95,19 +102,16 @@ class TextEncoder:
         return texts
 
     def space(self) -> TextSpace:
-        """Whose features these are."""
+        """Metadata of the features."""
         if self._space is None:
-            self._space = self._find_space()
+            empty = self.encode([""])
+            pooled = 0 if empty.pooled is None else empty.pooled.shape[1]
+            width = empty.features.shape[2]
+            self._space = TextSpace(self.name, self.sha256(), width, pooled, self.length, self.precision)
         return self._space
 
-    def _find_space(self) -> TextSpace:
-        empty = self.encode([""])
-        pooled = 0 if empty.pooled is None else empty.pooled.shape[1]
-        width = empty.features.shape[2]
-        return TextSpace(self.name, self.sha256(), width, pooled, self.length, self.precision)
-
     def sha256(self) -> str:
-        """A hash of weights and vocabulary, the same for either precision."""
+        """A hash of weights and vocabulary, the same for both precisions."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -117,18 +121,18 @@ class TextEncoder:
             digest.update(f"{word} {number}\n".encode())
         return digest.hexdigest()
 
-    def _tell_cut(self, prompts: Sequence[str]) -> None:
+    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
         suspects = [prompt for prompt in prompts if len(prompt) >= self.length // 2]  # a token has a byte at least
         if not suspects:
             return
         lengths = [len(ids) for ids in self.tokenizer(suspects, truncation=False, verbose=False)["input_ids"]]
         cut = [(prompt, count) for prompt, count in zip(suspects, lengths) if count > self.length]
         if cut:
-            named = ", ".join(f"{prompt[:40]!r}... ({count})" for prompt, count in cut[:NAMED])
-            more = f" and {len(cut) - NAMED} more" if len(cut) > NAMED else ""
+            named = ", ".join(f"{prompt[:40]!r}... ({count})" for prompt, count in cut[:EXAMPLES])
+            more = f" and {len(cut) - EXAMPLES} more" if len(cut) > EXAMPLES else ""
             self.warn(f"prompts of more than {self.length} tokens are cut to that: {named}{more}")
 
-    def _tell_unknown(self, prompts: Sequence[str], tokens: BatchEncoding) -> None:
+    def _warn_of_unknown_words(self, prompts: Sequence[str], tokens: BatchEncoding) -> None:
         unknown, tokenizer = self.tokenizer.unk_token_id, self.tokenizer
         if unknown in (None, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):  # as CLIP's
             return
@@ -140,12 +144,12 @@ class TextEncoder:
             for number, (first, end) in zip(encoding.ids, encoding.offsets)
             if number == unknown
         ]
-        named = ", ".join(repr(word) for word in sorted(set(words))[:NAMED])
+        named = ", ".join(repr(word) for word in sorted(set(words))[:EXAMPLES])
         self.warn(f"the text encoder {self.name} does not know {named or 'some words of the prompts'}")
 
 
 def pooled_feature(output: Any) -> Tensor | None:
-    """An encoder's pooled feature, (B, P): CLIP's projected one, CLIP's or BERT's pooler's, or None."""
+    """Pooled feature, (B, P): CLIP's projected one, that of CLIP's or BERT's pooler, or None."""
     for name in ("text_embeds", "pooler_output"):
         pooled = getattr(output, name, None)
         if pooled is not None:
@@ -153,14 +157,14 @@ def pooled_feature(output: Any) -> Tensor | None:
     return None
 
 
-def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Log = _warn) -> TextEncoder:
-    """An encoder and tokenizer by folder or hub id, on the CPU.
+def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Warn = _warn) -> TextEncoder:
+    """Load an encoder and its tokenizer by folder or hub id, on the CPU.
 
-    A folder may hold both, or sub-folders `text_encoder` and `tokenizer`, as pipelines have them; of the hub give
-    OWNER/NAME, or OWNER/NAME/text_encoder for a pipeline's.
+    A folder may hold both, or the sub-folders `text_encoder` and `tokenizer` of a pipeline. A hub id is OWNER/NAME, or
+    OWNER/NAME/text_encoder for that of a pipeline.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the encoder cannot be loaded.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
@@ -168,42 +172,39 @@ def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Lo
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     name = str(Path(name).resolve()) if Path(name).exists() else name
-    model_place, tokenizer_place = _places(name)
+    model_location, tokenizer_location = _locations(name)
     safely: dict[str, Any] = {"trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(**model_place, **safely)
+        config = AutoConfig.from_pretrained(**model_location, **safely)
         model = _encoder_class(config).from_pretrained(
-            **model_place, use_safetensors=True, dtype=DTYPES[precision], **safely
+            **model_location, use_safetensors=True, dtype=DTYPES[precision], **safely
         )
         if config.is_encoder_decoder and hasattr(model, "get_encoder") and hasattr(model, "decoder"):
             model = model.get_encoder()
-        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_place, **safely)
-    except Exception as error:  # transformers raises almost anything on what is no model
+        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_location, **safely)
+    except Exception as error:  # transformers raises almost anything on files of other kinds
         raise ValueError(f"cannot load the text encoder {name}: {' '.join(str(error).split())[:300]}") from error
     return TextEncoder(model, tokenizer, length, name, warn)
 
 
-def _places(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _locations(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of from_pretrained for the model and for the tokenizer."""
     path = Path(name)
     if (path / "text_encoder").is_dir() and (path / "tokenizer").is_dir():
-        return _place(str(path / "text_encoder")), _place(str(path / "tokenizer"))
-    if path.exists():
-        return _place(name), _place(name)
-    owner, _, rest = name.partition("/")
-    repository, _, folder = rest.partition("/")
-    if not folder:
-        return _place(name), _place(name)
-    where = f"{owner}/{repository}"
-    return _place(where, folder), _place(where, folder.replace("text_encoder", "tokenizer"))
+        return _location(str(path / "text_encoder")), _location(str(path / "tokenizer"))
+    owner, *rest = name.split("/", 2)
+    if path.exists() or len(rest) < 2 or not rest[1]:
+        return _location(name), _location(name)
+    repository, folder = f"{owner}/{rest[0]}", rest[1]
+    return _location(repository, folder), _location(repository, folder.replace("text_encoder", "tokenizer"))
 
 
-def _place(name: str, folder: str = "") -> dict[str, Any]:
+def _location(name: str, folder: str = "") -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name} | ({"subfolder": folder} if folder else {})
 
 
 def _encoder_class(config: Any) -> Any:
-    """The class that reads the encoder's part of a checkpoint."""
+    """Class that reads the encoder's part of a checkpoint."""
     import transformers
     from transformers import AutoModel, AutoModelForTextEncoding
 
@@ -215,8 +216,8 @@ def _encoder_class(config: Any) -> Any:
     return AutoModelForTextEncoding if known else AutoModel
 
 
-def _positions(config: Any) -> int:
-    """Most tokens an encoder has positions for; very many where they are relative."""
+def _max_positions(config: Any) -> int:
+    """Number of positions of an encoder; very large for relative positions."""
     if getattr(config, "relative_attention_num_buckets", None):
         return 2**31
     return int(getattr(config, "max_position_embeddings", None) or 2**31)

@@ -1,4 +1,4 @@
-"""What an encoder says of texts. Shape suffixes: B texts, L tokens of a text, W width, P pooled width."""
+"""Features of texts from an encoder. Shape suffixes: B texts, L tokens of a text, W width, P pooled width."""
 
 from __future__ import annotations
 
@@ -14,37 +14,31 @@ Precision = Literal["fp32", "bf16"]
 
 
 class TextFeatures(NamedTuple):
-    """Features of a batch of texts; a text without a true place in its mask is no prompt."""
+    """Features of a batch of texts; a text whose mask is false everywhere is no prompt."""
 
     features: Tensor
     """(B, L, W)."""
     mask: Tensor
-    """Which places hold tokens, bool, (B, L); those of a text come first."""
+    """True for tokens, false for padding, bool, (B, L); tokens come first."""
     pooled: Tensor | None = None
-    """(B, P), if the encoder has such a feature."""
-
-    @classmethod
-    def none(cls, count: int, width: int, pooled_width: int = 0) -> TextFeatures:
-        """So many times no prompt."""
-        pooled = torch.zeros(count, pooled_width) if pooled_width else None
-        return cls(torch.zeros(count, 0, width), torch.zeros(count, 0, dtype=torch.bool), pooled)
+    """(B, P), if the encoder has a pooled feature."""
 
     @classmethod
     def padded(cls, texts: Sequence[Tensor], pooled: Tensor | None = None) -> TextFeatures:
-        """From texts of different lengths, (L, W) each."""
+        """A batch of texts of different lengths, (L, W) each."""
         lengths = torch.tensor([len(text) for text in texts])
         features = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
         return cls(features, torch.arange(features.shape[1]) < lengths[:, None], pooled)
 
     @classmethod
     def together(cls, texts: Sequence[TextFeatures]) -> TextFeatures:
-        """One batch of single texts without padding."""
+        """A batch of single texts without padding."""
         pooled = [text.pooled for text in texts if text.pooled is not None]
         return cls.padded([text.features[0] for text in texts], torch.cat(pooled) if pooled else None)
 
     @classmethod
     def joined(cls, first: TextFeatures, second: TextFeatures) -> TextFeatures:
-        """One batch of both, the shorter one padded."""
+        """Both batches as one, the shorter one padded."""
         length = max(first.mask.shape[1], second.mask.shape[1])
         one, two = first.padded_to(length), second.padded_to(length)
         pooled = None
@@ -53,31 +47,31 @@ class TextFeatures(NamedTuple):
         return cls(torch.cat((one.features, two.features)), torch.cat((one.mask, two.mask)), pooled)
 
     def padded_to(self, length: int) -> TextFeatures:
-        """With room for so many tokens."""
+        """The same texts padded to `length` tokens."""
         room = length - self.mask.shape[1]
         return self._replace(features=F.pad(self.features, (0, 0, 0, room)), mask=F.pad(self.mask, (0, room)))
 
-    def rows(self, places: Tensor) -> TextFeatures:
-        """Some of the texts, by their places in the batch."""
-        pooled = None if self.pooled is None else self.pooled[places]
-        return TextFeatures(self.features[places], self.mask[places], pooled)
+    def rows(self, indices: Tensor) -> TextFeatures:
+        """Some of the texts, by their indices in the batch."""
+        pooled = None if self.pooled is None else self.pooled[indices]
+        return TextFeatures(self.features[indices], self.mask[indices], pooled)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TextFeatures:
-        """On a device, float32."""
+        """The same texts on a device, float32."""
         pooled = None if self.pooled is None else self.pooled.to(device, torch.float32, non_blocking=non_blocking)
         features = self.features.to(device, torch.float32, non_blocking=non_blocking)
         return TextFeatures(features, self.mask.to(device, non_blocking=non_blocking), pooled)
 
     def dropped(self, dropped_B: Tensor) -> TextFeatures:
-        """With no prompt where `dropped_B` is true."""
+        """The same texts without prompts where `dropped_B` is true."""
         return self._replace(mask=self.mask & ~dropped_B[:, None])
 
     def nothing(self) -> TextFeatures:
-        """As many times no prompt."""
+        """The same number of texts without prompts."""
         return self._replace(mask=torch.zeros_like(self.mask))
 
     def arguments(self, with_pooled: bool = True) -> dict[str, Tensor | None]:
-        """For the forward of a model that takes a pooled feature, or of one that does not."""
+        """Arguments for the forward of a model with or without pooled features."""
         return {
             "encoder_hidden_states": self.features,
             "encoder_attention_mask": self.mask,
@@ -87,19 +81,19 @@ class TextFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class TextSpace:
-    """Whose features they are."""
+    """The text encoder of features."""
 
     encoder: str
     """Hub id or folder of the text encoder."""
     sha256: str
-    """Of its weights, in bfloat16, and of its tokenizer's vocabulary."""
+    """Hash of its weights in bfloat16, and of its tokenizer's vocabulary."""
     width: int
     pooled_width: int
-    """0: it has no pooled feature."""
+    """0 without a pooled feature."""
     length: int
     """Tokens that texts are cut to."""
     precision: Precision
-    """What it computes in."""
+    """Precision of the encoder."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -107,8 +101,8 @@ class TextSpace:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TextSpace:
-        """From what `to_dict` gave; KeyError, TypeError or ValueError where that is damaged."""
-        numbers = {name: int(content[name]) for name in ("width", "pooled_width", "length")}
-        if content["precision"] not in ("fp32", "bf16") or min(numbers.values()) < 0:
-            raise ValueError(f"precision is {content['precision']}, sizes are {numbers}")
-        return cls(str(content["encoder"]), str(content["sha256"]), precision=content["precision"], **numbers)
+        """The space from `to_dict`; KeyError, TypeError or ValueError if it is damaged."""
+        sizes = {name: int(content[name]) for name in ("width", "pooled_width", "length")}
+        if content["precision"] not in ("fp32", "bf16") or min(sizes.values()) < 0:
+            raise ValueError(f"precision is {content['precision']}, sizes are {sizes}")
+        return cls(str(content["encoder"]), str(content["sha256"]), precision=content["precision"], **sizes)

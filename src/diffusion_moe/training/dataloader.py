@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..config import Recipe
-from ..data import Batch, ImageDataset, Segment, batches_from, places_of
-from ..data.order import Draw
+from ..data import Batch, ImageDataset, Segment, batches_from, positions_of
+from ..data.order import SampledImage
 from ..distributed import rank, world_size
 
 
@@ -27,7 +27,7 @@ def batches(
         ValueError: the global batch cannot be divided evenly, or an image cannot be read.
     """
     training = recipe.training
-    positions = torch.cat(places_of(training.batch_size, training.accumulation, rank(), world_size()))
+    positions = torch.cat(positions_of(training.batch_size, training.accumulation, rank(), world_size()))
     order = batches_from(
         step, training.steps, len(dataset), segments or training.batch_size, training.seed, positions, dataset.buckets
     )
@@ -49,16 +49,18 @@ def batches(
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def draws_of_step(recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment] = ()) -> list[Draw]:
-    """Images of a step's global batch, as draws from the training split (arguments as for `batches`)."""
+def samples_of_step(
+    recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment] = ()
+) -> list[SampledImage]:
+    """Images of a step's global batch, as samples of the training split (arguments as for `batches`)."""
     sizes = segments or recipe.training.batch_size
-    (draws,) = batches_from(step - 1, step, len(dataset), sizes, recipe.training.seed, None, dataset.buckets)
-    return draws
+    (samples,) = batches_from(step - 1, step, len(dataset), sizes, recipe.training.seed, None, dataset.buckets)
+    return samples
 
 
 def images_of_step(recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment] = ()) -> list[int]:
     """Indices in the training split of a step's images."""
-    return [draw.image for draw in draws_of_step(recipe, dataset, step, segments)]
+    return [sample.image for sample in samples_of_step(recipe, dataset, step, segments)]
 
 
 def _ignore_signals(worker: int) -> None:

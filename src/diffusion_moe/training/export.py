@@ -36,7 +36,7 @@ def export_models(run: RunFolder, state: TrainState, recipe: Recipe, dataset: Im
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         training = {"training_steps": state.step, "ema_decay": decay}
-        _save(model, partial, {ORIGIN: training, DATA: dataset.record()})
+        _save(model, partial, {ORIGIN: training, DATA: dataset.metadata()})
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     barrier()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..config import Recipe
 from ..data import ImageDataset, Segment, batches_from
 from ..data.order import batch_size_at
-from .dataloader import draws_of_step
+from .dataloader import samples_of_step
 from .state import TrainState
 
 
@@ -31,7 +31,7 @@ def resume_with(state: TrainState, recipe: Recipe, dataset: ImageDataset) -> lis
     later = {skipped for skipped in state.skipped_steps if skipped > step}
     if not later or batch_size_at(before, step + 1) == batch_size_at(after, step + 1):
         return []
-    images = {draw[:2] for skipped in later for draw in draws_of_step(recipe, dataset, skipped, before)}
+    images = {draw[:2] for skipped in later for draw in samples_of_step(recipe, dataset, skipped, before)}
     moved = _steps_of(images, recipe, dataset, step, after)
     state.skipped_steps = state.skipped_steps - later | moved
     return [f"the batch size changes: steps {_listed(moved)} are skipped instead of {_listed(later)}"]

@@ -185,7 +185,7 @@ class Trainer:
             raise ValueError(
                 f"init.from_checkpoint is {self.recipe.init.from_checkpoint}; pass `pretrained`, which reads it"
             )
-        self.init_notes = initialize_from(model, self.recipe, self.pretrained(), self.dataset.record())
+        self.init_notes = initialize_from(model, self.recipe, self.pretrained(), self.dataset.metadata())
 
     def _resume(self) -> None:
         path, notes = self._load_checkpoint()

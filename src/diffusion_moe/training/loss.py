@@ -12,7 +12,7 @@ from ..data import Batch
 from ..diffusion.ddpm import DDPM_STEPS, ddpm_losses, linear_schedule, noised
 from ..diffusion.loss import flow_loss
 from ..diffusion.path import rectified_flow
-from ..diffusion.times import draw_steps, draw_times
+from ..diffusion.times import sample_steps, sample_times
 from ..models import Backbone, DiTOutput
 from ..moe import RoutingReport
 from ..moe.precision import choose_precision
@@ -64,9 +64,9 @@ def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, s
         dropped = uniform(seed, "class_dropout", step, samples) < recipe.diffusion.caption_dropout
         text = batch.text.to(device, non_blocking=True).dropped(dropped)
     if recipe.model.process == "ddpm":
-        t = draw_steps(seed, step, samples)
+        t = sample_steps(seed, step, samples)
     else:
-        t = draw_times(recipe.diffusion, seed, step, samples)
+        t = sample_times(recipe.diffusion, seed, step, samples)
     return loss_at(model, recipe, images, labels, noise, t, text)
 
 

@@ -134,7 +134,7 @@ def train_step(
 
 def _accumulate_gradients(state: TrainState, recipe: Recipe, batch: Batch, step: int, lap: Log) -> list[LossParts]:
     model, count = state.model, len(batch.images)
-    samples = torch.arange(count) if batch.places is None else batch.places  # indices in the global batch
+    samples = torch.arange(count) if batch.positions is None else batch.positions  # indices in the global batch
     model.zero_grad(set_to_none=True)
     parts = []
     micro_batches = torch.arange(count).chunk(recipe.training.accumulation)

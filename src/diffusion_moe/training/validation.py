@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import Recipe
 from ..data import load_dataset
-from ..diffusion.times import draw_steps, draw_times
+from ..diffusion.times import sample_steps, sample_times
 from ..distributed import all_reduce_sum, rank, world_size
 from ..models import Backbone
 from ..randomness import derive_seed, normal
@@ -80,5 +80,5 @@ class Validation:
         text = None if text is None else text.to(self.device)
         noise = normal(seed, "noise", 0, samples, tuple(images.shape[1:]))
         ddpm = recipe.model.process == "ddpm"
-        t = draw_steps(seed, 0, samples) if ddpm else draw_times(recipe.diffusion, seed, 0, samples)
+        t = sample_steps(seed, 0, samples) if ddpm else sample_times(recipe.diffusion, seed, 0, samples)
         return loss_at(model, recipe, images, labels, noise, t, text).diffusion_B
