@@ -1,31 +1,17 @@
 """Several gloo processes on this machine."""
 
 import multiprocessing
-import os
-import runpy
 import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from run_script import run_script
 
 HERE = Path(__file__).parent
 LIMIT_SECONDS = 600
 PRELOADED = ["torch.distributed.fsdp", "torch._dynamo", "diffusion_moe.cli", "diffusion_moe.training.loop"]
 PRELOADED += ["diffusion_moe.evaluation.scorer", "diffusion_moe.storage", "diffusers"]
-
-
-def _run_script(script: str, arguments: list[str], environment: dict[str, str], output: Path) -> None:
-    """In a process of its own: the script as Python would run it, with all that it prints in a file."""
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    os.environ.update(environment)
-    sys.argv = [script, *arguments]
-    sys.path.insert(0, str(HERE))
-    runpy.run_path(str(HERE / script), run_name="__main__")
 
 
 @pytest.fixture(scope="session")
@@ -49,8 +35,8 @@ def start_processes(context, tmp_path_factory):
         running = []
         for rank in range(world):
             environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            work = (script, [str(argument) for argument in arguments], environment, folder / str(rank))
-            running.append(context.Process(target=_run_script, args=work))
+            work = (HERE / script, [str(argument) for argument in arguments], environment, folder / str(rank))
+            running.append(context.Process(target=run_script, args=work))
         for process in running:
             process.start()
         end = time.monotonic() + LIMIT_SECONDS

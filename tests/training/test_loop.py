@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def wait_for_step(process, folder, step):
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
         assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)  # leave the processor to the run
 
 
 def final_state(folder):

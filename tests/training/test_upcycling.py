@@ -125,7 +125,7 @@ def test_biases_without_a_place_are_told():
     dense = dense_model(**GELU)
     lacking = COPIES | {"expert_dim": 48, "expert_activation": "gelu", "expert_bias": False}
     model, notes, _ = experts_of(dense, **lacking)
-    assert "approximately equal" in notes[0] and "biases of the dense layers are skipped" in notes[1]
+    assert "approximately equal" in notes[0] and "biases of the dense layers are dropped" in notes[1]
     for block in dense.blocks[1::2]:
         for linear in (block.mlp.up_proj, block.mlp.down_proj):
             linear.bias.data.zero_()

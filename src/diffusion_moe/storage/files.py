@@ -68,18 +68,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES[dtype]
 
 
-def aligned(entries: Iterable[Entry]) -> list[Entry]:
-    """Entries with the largest elements first, so that every tensor starts at a multiple of its element's size."""
-    return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-
-
 def write_safetensors(path: Path, entries: Iterable[Entry]) -> FileRecord:
     """Write a safetensors file and wait until it is on the disk.
 
     Raises:
         OSError: it cannot be written.
     """
-    entries = aligned(entries)
+    # The largest elements first, so that every tensor starts at a multiple of its element's size.
+    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         header = _header(entries)

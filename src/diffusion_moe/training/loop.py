@@ -127,7 +127,7 @@ class Trainer:
         self.dataset = load_dataset(recipe.data, "train", recipe.training.seed)
         check_fit(recipe, self.dataset)
         self.init_notes: list[str] = []
-        self.state = self._fresh_state()
+        self.state = self.fresh_state()
         self.nonfinite = NonFiniteSteps(self.state, recipe.training.max_nonfinite_steps)
         self.first_batch_size = first_recipe(run_folder, recipe).training.batch_size
         if is_main():
@@ -168,8 +168,8 @@ class Trainer:
         self.log(f"trained {state.step} steps; the EMA model is in {self.run_folder.model}")
         return TrainingOutcome(state.step)
 
-    def _fresh_state(self) -> TrainState:
-        """The state before the first step, also to roll back to where there is no checkpoint."""
+    def fresh_state(self) -> TrainState:
+        """The state before the first step; a roll-back without a checkpoint returns to it."""
         recipe, texts = self.recipe, self.dataset.texts
         starts_elsewhere = recipe.init.from_checkpoint is not None and not checkpoints_in(self.run_folder.checkpoints)
         return make_state(
@@ -322,4 +322,4 @@ class Trainer:
 
     def _load_checkpoint_or_restart(self) -> None:
         if self._load_checkpoint()[0] is None:
-            self.state.replace_with(self._fresh_state)
+            self.state.replace_with(self.fresh_state)

@@ -7,7 +7,7 @@ to the host in the background.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -62,22 +62,19 @@ class StepResult(NamedTuple):
         return round(self.numbers.read()["skipped_images"])
 
 
-def _seeded_dropout(recipe: Recipe, step: int, first: int, device: torch.device) -> AbstractContextManager[None]:
-    """Torch's generators seeded for one micro-batch, where the model has dropout.
+@contextmanager
+def _seeded_dropout(recipe: Recipe, step: int, first: int, device: torch.device) -> Iterator[None]:
+    """Torch's generators seeded for one micro-batch, if the model has dropout.
 
     Its masks are a function of (seed, step, first sample of the micro-batch), so that a resumed run repeats them;
     unlike all other random numbers they change with the size of micro-batches.
     """
     model = recipe.model
     if not (model.dropout or model.attention_dropout or model.expert_dropout):
-        return nullcontext()
-    return _seeded(derive_seed(recipe.training.seed, "dropout", step * 2**20 + first), device)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # not those of other processes
-        torch.manual_seed(seed)
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # not the GPUs of other processes
+        torch.manual_seed(derive_seed(recipe.training.seed, "dropout", step * 2**20 + first))
         yield
 
 
