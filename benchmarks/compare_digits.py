@@ -86,8 +86,8 @@ def page(results: dict[str, list[dict]]) -> str:
     lines += [
         "",
         "Training loss: mean of the last ten logged steps. Imbalance: load of the busiest expert over the mean load at "
-        "the end of training (1 is even). Differences within the spread of the seeds are not significant: this page shows "
-        "that every rule trains, and is not a ranking of the papers.",
+        "the end of training (1 is even). Differences within the spread of the seeds are not significant: this page "
+        "shows that every rule trains, and is not a ranking of the papers.",
         "",
     ]
     return "\n".join(lines)
