@@ -1,8 +1,9 @@
 """Training data of the text encoder: what a caption says of each object, to be predicted at the word that names it.
 
 In "a red circle left of a square", the features of "circle" must predict: a circle, red, one of them, left of a square.
-The mean over all words, which models use for the whole prompt, must predict the same of both objects. Some words of training captions are unknown, so that each fact is learned from the words that say it and not from their
-neighbours. Training uses only contents of the training split.
+The mean over all words, which models use for the whole prompt, must predict the same of both objects. Some words of
+training captions are unknown, so that each fact is learned from the words that say it and not from their neighbours.
+Training uses only contents of the training split.
 """
 
 from __future__ import annotations
