@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from shape_scenes import scenes_of
 
 from diffusion_moe.shapes import rendering, sampling
 from diffusion_moe.shapes.rendering import AREAS, SQUARE_HALF, coverage, palette, render
-from diffusion_moe.shapes.sampling import Scenes, sample_scenes
+from diffusion_moe.shapes.sampling import sample_scenes
 from diffusion_moe.shapes.scene import BACKGROUND, COLOURS, SHAPES, Item, Scene
 
 
@@ -36,13 +37,13 @@ def test_a_square_on_the_pixels_has_exact_pixels():
     """Edges at 8 and 16 and at 8 and 15.5: whole pixels have the colour, half pixels the mean with the background."""
     half = 4 / 32
     scene = Scene((Item("square", "blue", 12 / 32, 12 / 32, half / SQUARE_HALF),))
-    image = render(Scenes.of([scene]), 32)[0]
+    image = render(scenes_of(scene), 32)[0]
     background, blue = (torch.tensor(c) / 127.5 - 1 for c in (BACKGROUND, COLOURS["blue"]))
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[8:16, 8:16] = True
     torch.testing.assert_close(image[:, inside], blue[:, None].expand(3, 64), atol=1e-5, rtol=0)
     torch.testing.assert_close(image[:, ~inside], background[:, None].expand(3, 1024 - 64), atol=1e-5, rtol=0)
-    moved = render(Scenes.of([Scene((Item("square", "blue", 12.5 / 32, 12 / 32, half / SQUARE_HALF),))]), 32)[0]
+    moved = render(scenes_of(Scene((Item("square", "blue", 12.5 / 32, 12 / 32, half / SQUARE_HALF),))), 32)[0]
     torch.testing.assert_close(moved[:, 8:16, 8], ((background + blue) / 2)[:, None].expand(3, 8), atol=1e-5, rtol=0)
     torch.testing.assert_close(moved[:, 8:16, 16], ((background + blue) / 2)[:, None].expand(3, 8), atol=1e-5, rtol=0)
 
@@ -120,5 +121,5 @@ def test_drawing_is_a_few_operations_whatever_the_number(monkeypatch):
 
 def test_an_empty_scene_is_background():
     background, _ = palette()
-    image = render(Scenes.of([Scene(())]), 8)[0]
+    image = render(scenes_of(Scene(())), 8)[0]
     torch.testing.assert_close(image, background[:, None, None].expand(3, 8, 8))

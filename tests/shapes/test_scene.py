@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from shape_scenes import scenes_of
 
 from diffusion_moe.shapes.sampling import (
     EDGE,
@@ -12,7 +13,6 @@ from diffusion_moe.shapes.sampling import (
     KIND_SHARES,
     REACH,
     SLOPE,
-    Scenes,
     arrange,
     sample_contents,
     sample_scenes,
@@ -30,9 +30,7 @@ from diffusion_moe.shapes.scene import (
     SHAPES,
     SIZES,
     Content,
-    Item,
     Look,
-    Scene,
     contents,
     held_out,
     relation_holds,
@@ -189,14 +187,10 @@ def test_scenes_show_their_contents(layout):
 
 def test_scenes_and_values_turn_into_each_other():
     scenes = sample_scenes(0, "train", torch.arange(30))
-    back = Scenes.of([scenes.scene(s) for s in range(30)])
+    back = scenes_of(*(scenes.scene(s) for s in range(30)))
     for name in ("shape", "colour", "x", "y", "radius"):
         there = scenes.radius > 0
         torch.testing.assert_close(getattr(back, name)[there], getattr(scenes, name)[there])
-    assert back[[4, 2]].scene(1) == scenes.scene(2)
-    five = Scene((Item("circle", "red", 0.5, 0.5, 0.1),) * 5)
-    with pytest.raises(ValueError, match="a scene has 5 objects; 4 are the most"):
-        Scenes.of([five])
 
 
 def test_words_for_sizes_lie_midway():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from shape_scenes import scenes_of
 from shapes_scorer import spoiled
 
 from diffusion_moe.shapes.prompts import Prompt, RequiredObject, Requirement, evaluation_prompts, true_scenes
 from diffusion_moe.shapes.rendering import palette, render
-from diffusion_moe.shapes.sampling import Scenes
 from diffusion_moe.shapes.scene import Item, Scene
 from diffusion_moe.shapes.scorer import score_images
 
@@ -24,7 +24,7 @@ YELLOW = Prompt("a yellow cross", "colors", "seen", Requirement((RequiredObject(
 
 
 def image_of(*items, size=32):
-    return render(Scenes.of([Scene(items)]), size)[0]
+    return render(scenes_of(Scene(items)), size)[0]
 
 
 def score_of(prompt, image):

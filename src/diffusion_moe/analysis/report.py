@@ -79,15 +79,8 @@ def _numbers(findings: Findings, sampling: Sampling) -> str:
             f"{np.nanmax(_off_diagonal(weights.experts_LEE[layer]), initial=-1):.2f}",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = [
-        "MoE layer",
-        "experts a token",
-        "busiest / mean",
-        "effective experts",
-        "dead",
-        "duplicates",
-        "closest pair",
-    ]
+    heads = ["MoE layer", "experts a token", "busiest / mean", "effective experts"]
+    heads += ["dead", "duplicates", "closest pair"]
     return "\n".join(
         [
             '<dl class="numbers">',

@@ -5,7 +5,6 @@ Shapes: S scenes, I = 4 objects at most, the first ones of a scene are used; R =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,27 +42,6 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.shape)
-
-    def __getitem__(self, indices: Sequence[int]) -> Scenes:
-        rows = torch.as_tensor(list(indices), dtype=torch.int64)
-        return Scenes(*(field[rows] for field in (self.shape, self.colour, self.x, self.y, self.radius)))
-
-    @classmethod
-    def of(cls, scenes: Sequence[Scene]) -> Scenes:
-        """The same scenes as tensors.
-
-        Raises:
-            ValueError: a scene has more than MAX_COUNT objects.
-        """
-        whole, real = torch.zeros(2, len(scenes), MAX_COUNT).long(), torch.zeros(3, len(scenes), MAX_COUNT)
-        colours = list(COLOURS)
-        for s, scene in enumerate(scenes):
-            if len(scene.items) > MAX_COUNT:
-                raise ValueError(f"a scene has {len(scene.items)} objects; {MAX_COUNT} are the most")
-            for i, item in enumerate(scene.items):
-                whole[:, s, i] = torch.tensor([SHAPES.index(item.shape), colours.index(item.colour)])
-                real[:, s, i] = torch.tensor([item.x, item.y, item.radius])
-        return cls(*whole, *real)
 
     def scene(self, index: int) -> Scene:
         """One scene as a value."""

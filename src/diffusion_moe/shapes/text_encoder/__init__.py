@@ -1,1 +1,1 @@
-"""The command `text-encoder`: a small text encoder and its tokenizer, made from nothing for the coloured shapes."""
+"""A small text encoder and its tokenizer, trained from scratch on captions of coloured shapes."""

@@ -1,9 +1,9 @@
-"""What the text encoder learns: what a caption says of each object that it names, at the word that names it.
+"""Training data of the text encoder: what a caption says of each object, to be predicted at the word that names it.
 
-Of "a red circle left of a square" the word "circle" has to tell: a circle, red, one of them, left of a square. The mean
-over all words, which models take for the whole prompt, has to tell as much of the first object and of the second. The
-words of training captions are sometimes unknown, so that each fact is learned from the words that say it and not from
-the company they keep. Training shows only what scenes of the training split may show.
+In "a red circle left of a square", the features of "circle" must predict: a circle, red, one of them, left of a square.
+The mean over all words, which models use for the whole prompt, must predict the same of both objects. Some words of
+training captions are unknown, so that each fact is learned from the words that say it and not from their neighbours.
+Training uses only contents of the training split.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..scene import COLOURS, CONVERSE, RELATIONS, SHAPES, SIZES, Content, conten
 from .tokenizer import UNKNOWN
 
 NONE = "none"
-"""What is not said."""
+"""Value of a fact that is not mentioned."""
 FACTS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "number": tuple(NUMBERS.values()),
@@ -27,41 +27,40 @@ FACTS: dict[str, tuple[str, ...]] = {
     "colour": (NONE, *COLOURS),
     "relation": (NONE, *RELATIONS),
 }
-"""Of an object; the relation is its own to the other one."""
+"""Facts of an object and their values; the relation is that to the other object."""
 OBJECTS = 2
-"""Most that a caption names; copies are one."""
+"""Most objects that a caption names; copies count as one."""
 IGNORED = -100
-"""Class of a fact that cannot be known, and of words that name no object."""
+"""Class of unknown facts, and of words that do not name an object."""
 MASKED = 0.15
-"""Share of the shapes and colours of training captions that are unknown words."""
+"""Share of shapes and colours that are replaced by unknown words in training captions."""
 
 _SHAPE_OF = {shape: shape for shape in SHAPES} | {plural: shape for shape, plural in PLURALS.items()}
 
 
 class Example(NamedTuple):
-    """A caption by its words."""
+    """A caption and its facts."""
 
     words: tuple[str, ...]
     facts: tuple[tuple[int, ...], ...]
-    """Of each word: for each of FACTS the number of its value, or IGNORED."""
+    """Facts of each word: for each of FACTS the index of its value, or IGNORED."""
     objects: tuple[int, ...]
-    """The same of the whole caption: the facts of the object named first, then of the second; `len(values)`: there is
-    none."""
+    """Facts of the whole caption: those of the first object, then of the second; `len(values)` if there is none."""
 
 
 def training_examples(seed: int, step: int, count: int, masked: float = MASKED) -> list[Example]:
-    """A function of (seed, step): single objects, counts and pairs equally often."""
-    draw = random.Random(derive_seed(seed, "text/examples", step))
+    """Examples as a function of (seed, step): single objects, counts and pairs equally often."""
+    rng = random.Random(derive_seed(seed, "text/examples", step))
     kinds: dict[str, list[Content]] = {kind: [] for kind in MENTIONS}
     for content in seen_contents():
         kinds[content.kind].append(content)
-    chosen = [draw.choice(kinds[draw.choice(list(kinds))]) for _ in range(count)]
-    return [example(content, draw.choice(MENTIONS[content.kind]), draw, masked) for content in chosen]
+    chosen = [rng.choice(kinds[rng.choice(list(kinds))]) for _ in range(count)]
+    return [example(content, rng.choice(MENTIONS[content.kind]), rng, masked) for content in chosen]
 
 
 def held_out_examples(seed: int) -> list[Example]:
-    """Everything that is held out, said in every way of mentioning it that no seen content shares."""
-    draw = random.Random(derive_seed(seed, "text/held-out"))
+    """Examples of all held-out contents, with every mention whose text no seen content shares."""
+    rng = random.Random(derive_seed(seed, "text/held-out"))
     said = {in_one_way(content, mention) for content in seen_contents() for mention in MENTIONS[content.kind]}
     fresh = {
         in_one_way(content, mention): (content, mention)
@@ -69,28 +68,28 @@ def held_out_examples(seed: int) -> list[Example]:
         if held_out(content)
         for mention in MENTIONS[content.kind]
     }
-    return [example(*pair, draw) for text, pair in fresh.items() if text not in said]
+    return [example(*pair, rng) for text, pair in fresh.items() if text not in said]
 
 
 def in_one_way(content: Content, mention: Mention) -> str:
-    """The same text for contents of which the same is said."""
+    """A text that is equal for contents of which the same is mentioned."""
     return describe(content, mention, random.Random(0))
 
 
-def example(content: Content, mention: Mention, draw: random.Random, masked: float = 0.0) -> Example:
-    """A caption and its facts; the shape and the colour of each object are unknown words with probability `masked`."""
-    words = describe(content, mention, draw).split(" ")
+def example(content: Content, mention: Mention, rng: random.Random, masked: float = 0.0) -> Example:
+    """A caption and its facts; shapes and colours are replaced by unknown words with probability `masked`."""
+    words = describe(content, mention, rng).split(" ")
     maskable = [i for i, word in enumerate(words) if word in _SHAPE_OF or word in COLOURS]
-    hidden = {i for i in maskable if draw.random() < masked}
+    hidden = {i for i in maskable if rng.random() < masked}
     nouns = {_SHAPE_OF[word]: i for i, word in enumerate(words) if word in _SHAPE_OF}
     facts = [(IGNORED,) * len(FACTS)] * len(words)
-    for shape, place in nouns.items():
+    for shape, position in nouns.items():
         said = _facts(content, mention, shape)
-        unknown = {"shape": place, "colour": place - 1}
-        facts[place] = tuple(
+        unknown = {"shape": position, "colour": position - 1}
+        facts[position] = tuple(
             IGNORED if unknown.get(name) in hidden else values.index(said[name]) for name, values in FACTS.items()
         )
-    named = [facts[place] for place in sorted(nouns.values())]
+    named = [facts[position] for position in sorted(nouns.values())]
     named += [tuple(len(values) for values in FACTS.values())] * (OBJECTS - len(named))
     return Example(
         tuple(UNKNOWN if i in hidden else word for i, word in enumerate(words)), tuple(facts), tuple(chain(*named))
@@ -98,7 +97,7 @@ def example(content: Content, mention: Mention, draw: random.Random, masked: flo
 
 
 def _facts(content: Content, mention: Mention, shape: str) -> dict[str, str]:
-    """What a caption says of the object of a shape; the two of a pair differ in it."""
+    """Facts that a caption mentions of the object of a shape; the two of a pair differ in shape."""
     (own,) = {look for look in content.looks if look.shape == shape}
     relation = content.relation if mention.relation else None
     if relation is not None and own != content.looks[0]:
@@ -113,5 +112,5 @@ def _facts(content: Content, mention: Mention, shape: str) -> dict[str, str]:
 
 
 def texts(examples: Sequence[Example]) -> list[str]:
-    """The captions as they are read."""
+    """The captions as text."""
     return [" ".join(example.words) for example in examples]

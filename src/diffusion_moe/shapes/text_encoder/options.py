@@ -9,12 +9,12 @@ from ...config import require
 
 @dataclass(frozen=True)
 class TextEncoderOptions:
-    """The encoder's size, and how it is trained."""
+    """Size and training of the encoder."""
 
     width: int = 64
-    """Of its features."""
+    """Width of the features."""
     layers: int = 3
-    """Of the encoder."""
+    """Layers of the encoder."""
     heads: int = 4
     """Attention heads."""
     steps: int = 1000
@@ -24,7 +24,7 @@ class TextEncoderOptions:
     learning_rate: float = 3e-3
     """Peak, after a warm-up over the first tenth of the steps; then a cosine down to 0."""
     seed: int = 0
-    """Of the initial weights and the captions."""
+    """Seed of the initial weights and the captions."""
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "steps", "batch_size", "learning_rate"):

@@ -1,4 +1,4 @@
-"""Training the text encoder: T5's encoder, and linear layers that read facts off it, which are not kept.
+"""Training the text encoder: T5's encoder with linear layers that predict facts, which are not kept.
 
 Shape suffixes: B captions, L tokens of a caption, W width of features, F facts.
 """
@@ -28,17 +28,17 @@ from .options import TextEncoderOptions
 from .tokenizer import make_tokenizer
 
 RECORD = "training.json"
-"""In the encoder's folder: its options, and what it reached."""
+"""File in the encoder's folder with its options and accuracy."""
 VERSION = 2
-"""Of what encoders learn; folders of another one hold something else."""
+"""Version of the training task; encoders of other versions are refused."""
 LINES = 5
-"""Of progress."""
+"""Number of lines of progress."""
 SEEN = 500
-"""Seen captions that accuracy is measured on."""
+"""Number of seen captions for the accuracy."""
 
 
 class Batch(NamedTuple):
-    """Captions for the encoder."""
+    """A batch of captions."""
 
     input_ids: Tensor
     """(B, L), int64."""
@@ -47,11 +47,11 @@ class Batch(NamedTuple):
     facts_BLF: Tensor
     """Classes, int64, or IGNORED."""
     objects_BF: Tensor
-    """The same of the whole captions, the facts of one object after those of the other."""
+    """Classes of the whole captions, the facts of the second object after those of the first."""
 
 
-class Read(NamedTuple):
-    """Logits, of each fact."""
+class Predictions(NamedTuple):
+    """Logits of each fact."""
 
     words: list[Tensor]
     """(B, L, classes)."""
@@ -60,7 +60,7 @@ class Read(NamedTuple):
 
 
 class FactReader(nn.Module):
-    """The encoder and its readers."""
+    """The encoder and the linear layers that predict facts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, options: TextEncoderOptions) -> None:
         super().__init__()
@@ -80,14 +80,14 @@ class FactReader(nn.Module):
         self.of_words = nn.ModuleList(nn.Linear(options.width, count) for count in classes)
         self.of_whole = nn.ModuleList(nn.Linear(options.width, count + 1) for count in OBJECTS * classes)
 
-    def forward(self, batch: Batch) -> Read:
-        """What every word tells, and what their mean does."""
+    def forward(self, batch: Batch) -> Predictions:
+        """Predictions from every word and from their mean."""
         out = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         x_BLW = out.last_hidden_state
         mask_BL1 = batch.attention_mask[..., None].to(x_BLW.dtype)
         # As `models.text.TextEmbedder` takes it: normalised, then the mean.
         mean_BW = (F.layer_norm(x_BLW, x_BLW.shape[-1:]) * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
-        return Read([reader(x_BLW) for reader in self.of_words], [reader(mean_BW) for reader in self.of_whole])
+        return Predictions([reader(x_BLW) for reader in self.of_words], [reader(mean_BW) for reader in self.of_whole])
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy in nats, summed over the facts of an object, mean over objects; of words and whole together."""
@@ -100,7 +100,7 @@ class FactReader(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, batch: Batch) -> dict[str, float]:
-        """Shares of captions all of whose facts are read right: off their words, and off their means."""
+        """Shares of captions whose facts are all predicted correctly, from the words and from the mean."""
         read = self(batch)
         right = {
             name: _right(torch.stack([logits.argmax(dim=-1) for logits in found], dim=-1), truth)
@@ -110,18 +110,18 @@ class FactReader(nn.Module):
 
 
 def _right(read: Tensor, truth: Tensor) -> Tensor:
-    """Which captions are read right, (B,)."""
+    """True for captions whose facts are all predicted correctly, (B,)."""
     return ((read == truth) | (truth == IGNORED)).flatten(1).all(dim=1)
 
 
 def make_text_encoder(output: Path, options: TextEncoderOptions, log: Log = print) -> dict[str, Any]:
-    """Train an encoder and save it with its tokenizer, whole or not at all; one that is there already stays.
+    """Train an encoder and save it with its tokenizer, whole or not at all; an existing one is kept.
 
     Returns:
-        What `training.json` says: options, last loss, and the shares of captions that are read right (`accuracy`).
+        Content of `training.json`: options, last loss, and the shares of `accuracy`.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder has other content.
     """
     found = _finished(output, options)
     if found is not None:
@@ -173,7 +173,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def to_batch(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> Batch:
-    """Tokens are the words and the end; facts are padded."""
+    """Tokenize captions and pad their facts."""
     tokens = tokenizer(texts(examples), padding=True, return_tensors="pt")
     facts_BLF = torch.full((*tokens["input_ids"].shape, len(FACTS)), IGNORED)
     for row, example in zip(facts_BLF, examples):
@@ -183,7 +183,7 @@ def to_batch(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) ->
 
 
 def _finished(output: Path, options: TextEncoderOptions) -> dict[str, Any] | None:
-    """The record of a folder that holds the encoder of these options; None if there is nothing."""
+    """The record of a folder with the encoder of these options; None if the folder is missing or empty."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
