@@ -119,7 +119,7 @@ def test_a_vae_that_has_moved_is_given_by_option_and_must_be_the_same(capsys, tm
         status, _, err = run(capsys, "sample", trained, "--per_class=1", "--steps=1")
         assert status == 2
         assert f"cannot load the VAE {vae}" in err
-        assert "if it is elsewhere, give the place with --vae" in err
+        assert "if it was moved, give its folder with --vae" in err
         assert err.count("\n") == 1
         found = drawn_image(capsys, trained, tmp_path / "after", f"--vae={tmp_path / 'moved'}")
         np.testing.assert_array_equal(found, expected)

@@ -61,7 +61,7 @@ def test_a_folder_may_be_cropped_and_an_array_may_not(capsys, small_inception, t
     assert (found.about["num_images"], found.about["image_size"], found.about["data"]["crop"]) == (9, [4, 4], 4)
     np.savez(tmp_path / "x.npz", arr_0=pixels)
     status, _, err = run(capsys, "stats", tmp_path / "x.npz", "--image_size=4")
-    assert status == 2 and "the images of" in err and "are taken as they are" in err
+    assert status == 2 and "the images of" in err and "are not resized" in err
 
 
 @pytest.mark.parametrize("source", ["recipe", "run"])

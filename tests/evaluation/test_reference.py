@@ -98,7 +98,7 @@ def test_only_like_is_compared_with_like(reference, small_inception):
     ("arrays", "expected"),
     [
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu is \(3,\) and sigma \(4, 4\); they do not fit together"),
-        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "about 3 features; published statistics of Inception are about 2048"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "has 3 features; published statistics of Inception have 2048"),
         ({"images": np.zeros(3)}, "holds images, but no mu and sigma; make statistics of it with"),
         ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "are not both there as numbers"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "about": np.array("{}")}, "is damaged"),
