@@ -59,7 +59,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
     Raises:
         ValueError: the source cannot be read, or the output is not empty.
     """
-    from .checkpoint_formats import read_published
+    from .checkpoint_formats import read_reference_checkpoint
 
     output = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -72,7 +72,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         model, vae, record = loaded.model, loaded.vae, ours.origin() | {"source": source}
         names = list(ours.class_names) or _run_names(Path(source))
     else:
-        model, record = read_published(
+        model, record = read_reference_checkpoint(
             source, options.config, options.weights, options.format, options.file, options.trust_pickle
         )
         names, vae = [], None if options.vae is None else load_vae(options.vae)
@@ -133,7 +133,7 @@ def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
     Raises:
         ValueError: the source is none of these, or the published code has no such model.
     """
-    from .checkpoint_formats import write_published
+    from .checkpoint_formats import write_reference_checkpoint
 
     _refuse(options, ("config", "file", "vae", "class_names"), "--to published")
     _refuse_weights(options)
@@ -141,7 +141,7 @@ def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
         raise ValueError(f"output {options.output} exists; choose another file")
     ours = read_source(Path(source))
     model = dataclasses.replace(ours, vae=None).load().model.cpu()
-    kind = write_published(model, options.output, options.format or ours.origin().get("format"))
+    kind = write_reference_checkpoint(model, options.output, options.format or ours.origin().get("format"))
     return f"wrote {options.output} in the layout of {kind}"
 
 

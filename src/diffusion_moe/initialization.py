@@ -50,10 +50,10 @@ class PretrainedModel:
 
     @cached_property
     def _published(self) -> Backbone:
-        from .checkpoint_formats import read_published
+        from .checkpoint_formats import read_reference_checkpoint
 
         try:
-            return read_published(str(self.path), weights=self.init.weights).model
+            return read_reference_checkpoint(str(self.path), weights=self.init.weights).model
         except ValueError as error:
             options = " (`diffusion-moe convert` takes such options and makes a folder to start from)"
             raise ValueError(f"init.from_checkpoint: {error}{options if ' --' in str(error) else ''}") from error
