@@ -60,7 +60,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
     Raises:
         ValueError: the source cannot be read, or the output is not empty.
     """
-    from .checkpoint_formats import read_published
+    from .checkpoint_formats import read_reference_checkpoint
 
     output = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -73,7 +73,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         vae = load_decoder(dataclasses.replace(ours, vae=options.vae or ours.vae))
         names = list(ours.class_names) or _run_names(Path(source))
     else:
-        model, record = read_published(
+        model, record = read_reference_checkpoint(
             source, options.config, options.weights, options.format, options.file, options.trust_pickle
         )
         names, vae = [], None if options.vae is None else load_vae(options.vae)
@@ -134,7 +134,6 @@ def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
     Raises:
         ValueError: the source is none of these, or the published code has no such model.
     """
-    from .checkpoint_formats import write_published
 
     _refuse(options, ("config", "file", "vae", "class_names"), "--to published")
     _refuse_weights(options)

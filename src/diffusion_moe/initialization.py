@@ -50,10 +50,9 @@ class PretrainedSource:
 
     @cached_property
     def _reference(self) -> Backbone:
-        from .checkpoint_formats import read_published
 
         try:
-            return read_published(str(self.path), weights=self.init.weights).model
+            return read_reference_checkpoint(str(self.path), weights=self.init.weights).model
         except ValueError as error:
             options = " (`diffusion-moe convert` takes such options and makes a folder to start from)"
             raise ValueError(f"init.from_checkpoint: {error}{options if ' --' in str(error) else ''}") from error

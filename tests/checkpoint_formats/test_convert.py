@@ -13,7 +13,7 @@ import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffusion_moe.checkpoint_formats import make_layout, read_settings, to_published
+from diffusion_moe.checkpoint_formats import make_layout, read_settings, to_reference
 from diffusion_moe.checkpoint_formats.convert import _find_config, _from_jit_arguments
 from diffusion_moe.cli import main
 from diffusion_moe.config import ModelConfig, Recipe, to_yaml
@@ -45,8 +45,8 @@ def filled(config: ModelConfig, seed: int):
     return model
 
 
-def published_state(kind: str, config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
-    return to_published(make_layout(kind, config), filled(config, seed).state_dict())
+def reference_state(kind: str, config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    return to_reference(make_layout(kind, config), filled(config, seed).state_dict())
 
 
 def yaml_text(target: str, params: dict, moe: dict | None, rf: bool = True) -> str:
@@ -61,7 +61,7 @@ def dsmoe(tmp_path) -> Path:
     config = ModelConfig(**read_settings("dsmoe", DSMOE, GROUPED))
     folder = tmp_path / "exp" / "checkpoints"
     folder.mkdir(parents=True)
-    content = {"model": published_state("dsmoe", config, 1), "ema": published_state("dsmoe", config, 2)}
+    content = {"model": reference_state("dsmoe", config, 1), "ema": reference_state("dsmoe", config, 2)}
     content |= {"opt": {"state": {}, "param_groups": []}, "args": argparse.Namespace(config="x.yaml", wandb=False)}
     torch.save(content, folder / "0000010.pt")
     (tmp_path / "exp" / "config.yaml").write_text(yaml_text("DSMoE", DSMOE, GROUPED))
@@ -122,7 +122,7 @@ def test_there_and_back_is_exact(capsys, tmp_path, dsmoe, ending):
 def test_jit_has_two_averages_under_prefixed_names(capsys, tmp_path):
     config = ModelConfig(**read_settings("jit", JIT, GROUPED))
     keys = ("model", "model_ema1", "model_ema2")
-    states = {key: published_state("jit", config, seed) for seed, key in enumerate(keys)}
+    states = {key: reference_state("jit", config, seed) for seed, key in enumerate(keys)}
     content = {key: {f"net.{name}": value for name, value in state.items()} for key, state in states.items()}
     torch.save(content | {"epoch": 3, "args": argparse.Namespace(model="JiT-tiny")}, tmp_path / "checkpoint-last.pth")
     assert "JiT-tiny" in convert(capsys, tmp_path / "checkpoint-last.pth", "--output", tmp_path / "x")[2]
@@ -160,7 +160,7 @@ def test_public_formats_are_told_from_their_shapes(capsys, tmp_path, kind):
     config = ModelConfig(
         sample_size=8, hidden_size=384, depth=2, num_classes=5, learn_sigma=True, position="sincos", **PUBLIC[kind]
     )
-    state = published_state(kind, config, 3)
+    state = reference_state(kind, config, 3)
     telling = "blocks.1.moe.experts.2.gate_proj.weight" if kind == "dit-moe" else "blocks.1.mlp.fc1.weight"
     assert telling in state
     torch.save(state, tmp_path / "model.pt")
@@ -185,7 +185,7 @@ def test_public_formats_are_told_from_their_shapes(capsys, tmp_path, kind):
 def test_the_yaml_names_family_and_process(capsys, tmp_path, target, kind, moe, rf):
     params = {key: value for key, value in DSMOE.items() if key != "rope_type"}
     config = ModelConfig(**read_settings(kind, params, moe))
-    torch.save({"ema": published_state(kind, config, 4)}, tmp_path / "a.pt")
+    torch.save({"ema": reference_state(kind, config, 4)}, tmp_path / "a.pt")
     (tmp_path / "a.yaml").write_text(yaml_text(target, params, moe, rf))
     assert convert(capsys, tmp_path / "a.pt", "--output", tmp_path / "out")[0] == 0
     settings = DiffusionPipeline.from_pretrained(tmp_path / "out").transformer.settings
@@ -196,7 +196,7 @@ def test_the_yaml_names_family_and_process(capsys, tmp_path, target, kind, moe, 
 def test_the_decay_of_thresholds_is_read_from_the_file(capsys, tmp_path):
     params = {key: value for key, value in DSMOE.items() if key != "rope_type"}
     moe = {"num_experts": 4, "capacity": 1}
-    state = published_state("diffmoe", ModelConfig(**read_settings("diffmoe", params, moe)), 4)
+    state = reference_state("diffmoe", ModelConfig(**read_settings("diffmoe", params, moe)), 4)
     assert state["blocks.1.mlp.ema_decay"].tolist() == [pytest.approx(0.95)]
     for decay, expected in ((0.9, 0.9), (0.95000017, float(torch.tensor(0.95000017)))):
         state["blocks.1.mlp.ema_decay"] = torch.tensor([decay])
@@ -369,7 +369,7 @@ def test_wrong_options_are_refused_in_one_line(capsys, tmp_path, dsmoe):
 
 def test_imagenets_classes_have_names(capsys, tmp_path):
     config = ModelConfig(**read_settings("dsmoe", DSMOE | {"num_classes": 1000}, GROUPED))
-    torch.save(published_state("dsmoe", config, 1), tmp_path / "a.pt")
+    torch.save(reference_state("dsmoe", config, 1), tmp_path / "a.pt")
     (tmp_path / "a.yaml").write_text(yaml_text("DSMoE", DSMOE | {"num_classes": 1000}, GROUPED))
     assert convert(capsys, tmp_path / "a.pt", "--output", tmp_path / "out")[0] == 0
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")

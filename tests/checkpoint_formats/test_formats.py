@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_moe.checkpoint_formats import detect_format, from_published, make_layout, read_settings, to_published
+from diffusion_moe.checkpoint_formats import detect_format, from_reference, make_layout, read_settings, to_reference
 from diffusion_moe.checkpoint_formats.settings import write_settings
 from diffusion_moe.config import ModelConfig, read_recipe
 from diffusion_moe.models import make_model
@@ -36,7 +36,7 @@ def kind_of(config: ModelConfig) -> str:
 def test_names_and_shapes_are_the_published_ones(name):
     config = read_recipe(name).model
     with torch.device("meta"):
-        state = to_published(make_layout(kind_of(config), config), make_model(config).state_dict())
+        state = to_reference(make_layout(kind_of(config), config), make_model(config).state_dict())
     found: Counter = Counter()
     for key, value in state.items():
         pattern = re.sub(r"experts\.(blocks\.)?\d+\.", r"experts.\1E.", re.sub(r"^blocks\.\d+\.", "blocks.N.", key))
@@ -77,8 +77,8 @@ def test_every_switch_goes_over_and_back(kind, params, moe):
     model, layout = make_model(config), make_layout(kind, config)
     for tensor in model.state_dict().values():
         torch.nn.init.normal_(tensor)
-    published = to_published(layout, model.state_dict())
-    again = from_published(layout, published)
+    published = to_reference(layout, model.state_dict())
+    again = from_reference(layout, published)
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
     assert detect_format(published) in (kind, None)
@@ -87,7 +87,7 @@ def test_every_switch_goes_over_and_back(kind, params, moe):
 
 
 def names_of(kind: str, params: dict, moe: dict | None) -> set[str]:
-    return make_layout(kind, ModelConfig(**read_settings(kind, SMALL | params, moe))).published_names()
+    return make_layout(kind, ModelConfig(**read_settings(kind, SMALL | params, moe))).reference_names()
 
 
 def test_names_of_switches_no_published_recipe_uses():
@@ -110,7 +110,7 @@ def test_names_of_switches_no_published_recipe_uses():
 def test_shapes_that_other_settings_decide():
     def shape_of(kind, params, moe, name):
         config = ModelConfig(**read_settings(kind, SMALL | params, moe))
-        return tuple(to_published(make_layout(kind, config), make_model(config).state_dict())[name].shape)
+        return tuple(to_reference(make_layout(kind, config), make_model(config).state_dict())[name].shape)
 
     table = "y_embedder.embedding_table.weight"
     assert shape_of("dense", {"class_dropout_prob": 0.0}, None, table) == (5, 32)
@@ -130,7 +130,7 @@ def test_parts_of_joined_matrices_stand_where_the_published_code_looks_for_them(
     model = make_model(config)
     for tensor in model.state_dict().values():
         torch.nn.init.normal_(tensor)
-    published = to_published(make_layout("dsmoe", config), model.state_dict())
+    published = to_reference(make_layout("dsmoe", config), model.state_dict())
     qkv, w_in = model.blocks[0].attn.qkv.weight, model.blocks[1].mlp.experts.w_in
     assert torch.equal(published["blocks.0.attn.q_proj.weight"], qkv[:32])
     assert torch.equal(published["blocks.0.attn.k_proj.weight"], qkv[32:48])
@@ -144,10 +144,10 @@ def test_parts_of_joined_matrices_stand_where_the_published_code_looks_for_them(
 def test_missing_and_unknown_names_are_said():
     config = ModelConfig(**read_settings("dense", SMALL, None))
     layout = make_layout("dense", config)
-    published = to_published(layout, make_model(config).state_dict())
+    published = to_reference(layout, make_model(config).state_dict())
     published["blocks.9.what"] = published.pop("blocks.0.attn.qkv.bias")
     with pytest.raises(ValueError, match=r"lacks blocks.0.attn.qkv.bias and has unknown blocks.9.what"):
-        from_published(layout, published)
+        from_reference(layout, published)
 
 
 @pytest.mark.parametrize(

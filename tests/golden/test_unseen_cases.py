@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusion_moe.checkpoint_formats import make_layout, read_settings, to_published
+from diffusion_moe.checkpoint_formats import make_layout, read_settings, to_reference
 from diffusion_moe.config import ModelConfig
 from diffusion_moe.models import make_model
 
@@ -75,7 +75,7 @@ def record(folder, family, params, moe):
     family, _, process = family.partition(" ")
     kind = "jit" if family == "jitmoe" else family
     config = ModelConfig(**read_settings(kind, params, moe, process or "flow"))
-    fresh = to_published(make_layout(kind, config), make_model(config).state_dict())
+    fresh = to_reference(make_layout(kind, config), make_model(config).state_dict())
     entries = [f"{name} {'x'.join(map(str, tensor.shape))} {kind_of(name)}" for name, tensor in fresh.items()]
     about = {"family": family, "params": params, "moe": moe, "state": entries, "seed": 7}
     about["timestep"] = "integer step 0..999" if process else "t in [0, 1]"
@@ -156,7 +156,7 @@ def norms(case, model, loss):
     loss.backward()
     state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     state |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    theirs = to_published(case.layout, state)
+    theirs = to_reference(case.layout, state)
     return torch.stack([theirs[name].norm() for name in case.about["grad_norm_names"]])
 
 

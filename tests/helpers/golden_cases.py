@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from diffusion_moe.checkpoint_formats import (
     Layout,
-    from_published,
+    from_reference,
     make_layout,
     read_settings,
-    to_published,
+    to_reference,
     write_settings,
 )
 from diffusion_moe.config import ModelConfig
@@ -95,7 +95,7 @@ def load(folder: Path) -> Case:
 
 def model_of(case: Case) -> Backbone:
     model = make_model(case.config)
-    model.load_state_dict(from_published(case.layout, case.published))
+    model.load_state_dict(from_reference(case.layout, case.published))
     return model
 
 
@@ -113,7 +113,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) 
 
 
 def check_weights_and_settings_go_over_and_back_unchanged(case: Case) -> None:
-    back = to_published(case.layout, model_of(case).state_dict())
+    back = to_reference(case.layout, model_of(case).state_dict())
     assert back.keys() == case.published.keys()
     assert all(torch.equal(back[key], case.published[key]) for key in back)
     settings = read_settings(case.kind, *write_settings(case.kind, case.config), case.config.process)

@@ -1,8 +1,8 @@
-"""Checkpoints in the published formats, read and written by one table a format."""
+"""Checkpoints in the reference formats (those of the papers' code), read and written by one table a format."""
 
-from .convert import Converted, read_published, write_published
+from .convert import Converted, read_reference_checkpoint, write_reference_checkpoint
 from .formats import FORMATS, detect_format, make_layout
-from .layout import Layout, Row, from_published, to_published
+from .layout import Layout, Row, from_reference, to_reference
 from .settings import read_settings, write_settings
 
 __all__ = [
@@ -11,11 +11,11 @@ __all__ = [
     "Layout",
     "Row",
     "detect_format",
-    "from_published",
+    "from_reference",
     "make_layout",
-    "read_published",
+    "read_reference_checkpoint",
     "read_settings",
-    "to_published",
-    "write_published",
+    "to_reference",
+    "write_reference_checkpoint",
     "write_settings",
 ]

@@ -1,4 +1,4 @@
-"""From a published checkpoint to a model, and back: what the command `convert` does."""
+"""Reference checkpoints (files of the papers' code) to models, and back, as the command `convert` does it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..config import ModelConfig, Process, find_recipe, read_recipe, read_yaml, 
 from ..models import Backbone, make_model
 from .files import Checkpoint, Weights, find_file, read_checkpoint, write_checkpoint
 from .formats import FORMATS, detect_format, make_layout
-from .layout import from_published, to_published
+from .layout import from_reference, to_reference
 from .settings import Settings, check_writable, read_settings, write_settings
 
 
 class Converted(NamedTuple):
-    """A published model as ours."""
+    """A reference model as ours."""
 
     model: Backbone
     """In eval mode, on the CPU."""
@@ -30,7 +30,7 @@ class Converted(NamedTuple):
     """Where it came from."""
 
 
-def read_published(
+def read_reference_checkpoint(
     source: str,
     config: str | None = None,
     weights: Weights = "ema",
@@ -38,7 +38,7 @@ def read_published(
     file: str | None = None,
     trust_pickle: bool = False,
 ) -> Converted:
-    """Read a published checkpoint.
+    """Read a reference checkpoint.
 
     Args:
         source: its file, a folder that holds it, or a hub id. config: the YAML it was trained with, or a recipe of ours
@@ -63,7 +63,7 @@ def read_published(
     with torch.device("meta"):  # no memory beside the file's and that of what it becomes
         model = make_model(architecture)
     model.register_positions()
-    converted = from_published(make_layout(kind, architecture), checkpoint.state)
+    converted = from_reference(make_layout(kind, architecture), checkpoint.state)
     expected = {name: value.shape for name, value in model.state_dict().items()}
     for name, value in converted.items():
         if name not in expected or value.shape != expected[name]:
@@ -83,23 +83,23 @@ def _threshold_decay(state: Mapping[str, Tensor]) -> Settings:
     return {"threshold_decay": short if torch.tensor(short) == torch.tensor(value) else value}
 
 
-def write_published(model: Backbone, path: Path, kind: str | None = None) -> str:
-    """Write a model as a published checkpoint, with a YAML file of its architecture beside it where the code reads one.
+def write_reference_checkpoint(model: Backbone, path: Path, kind: str | None = None) -> str:
+    """Write a model as a reference checkpoint, with a YAML file of its architecture beside it where the code reads one.
 
     Returns:
         The format.
 
     Raises:
-        ValueError: the published code has no such model.
+        ValueError: the reference code has no such model.
     """
     config = model.settings
     kind = kind or ("jit" if config.backbone == "jit" else "dense" if config.router == "dense" else config.router)
     if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise ValueError(f"output is {path}; a published checkpoint ends in .pt, .pth or .safetensors")
+        raise ValueError(f"output is {path}; a reference checkpoint ends in .pt, .pth or .safetensors")
     if kind not in FORMATS:
         raise ValueError(f"the format is {kind!r}; choose one of {', '.join(FORMATS)}")
     params, moe = write_settings(kind, config) if kind in TARGETS or kind == "jit" else ({}, None)
-    state = to_published(make_layout(kind, config), model.state_dict())
+    state = to_reference(make_layout(kind, config), model.state_dict())
     if kind in UNSAID:
         unsaid = {name: getattr(config, name) for name in UNSAID[kind]}
         check_writable(kind, config, ModelConfig(**infer_settings(kind, state) | unsaid))
@@ -120,7 +120,7 @@ TARGETS = {
     "diffmoe": "models.models_DiffMoE.DiT",
     "dsmoe": "models.models_DSMoE.DiT",
 }
-"""What the published YAML files call each architecture."""
+"""Names of the architectures in the reference YAML files."""
 
 HUB_NAME = re.compile(r"(?:^|/)(?:YHLLEO/)?(DSMoE-\w+-E\d+|JiTMoE-[BLH]16-E\d+)$", re.IGNORECASE)
 
@@ -132,7 +132,7 @@ def _settings(
     if config is None:
         config = _find_config(source, path)
     content: Any = read_yaml(Path(config)) if config is not None and Path(config).is_file() else None
-    if config is not None and is_published(content):
+    if config is not None and is_reference(content):
         return _from_yaml(config, content, kind)
     if config is not None:
         settings = vars(read_recipe(find_recipe(config)).model)
@@ -159,7 +159,7 @@ def _find_config(source: str, path: Path) -> str | None:
         return str(beside)
     for folder in (path.parent, path.parent.parent):
         files = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
-        if len(files) == 1 and is_published(read_yaml(files[0])):
+        if len(files) == 1 and is_reference(read_yaml(files[0])):
             return str(files[0])
     known = HUB_NAME.search(source.rstrip("/"))
     if known:
@@ -168,8 +168,8 @@ def _find_config(source: str, path: Path) -> str | None:
     return None
 
 
-def is_published(content: Any) -> bool:
-    """Whether a YAML file's content is a configuration of the published code."""
+def is_reference(content: Any) -> bool:
+    """True if the content of a YAML file is a configuration of the reference code."""
     model = content.get("model") if isinstance(content, dict) else None
     return isinstance(model, dict) and "target" in model
 
@@ -214,7 +214,7 @@ def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
     """Fields of `ModelConfig` from the shapes of a DiT, SiT or DiT-MoE.
 
     Raises:
-        ValueError: a tensor is missing, or the width is none of the published sizes.
+        ValueError: a tensor is missing, or the width is none of the reference sizes.
     """
     try:
         dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
@@ -223,7 +223,7 @@ def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
     except (KeyError, ValueError) as error:
         raise ValueError(f"the checkpoint is no {FORMATS[kind]}: it lacks {error}") from error
     if dim not in HEADS:
-        raise ValueError(f"the checkpoint is {dim} wide, no published size; give its architecture with --config")
+        raise ValueError(f"the checkpoint is {dim} wide, no reference size; give its architecture with --config")
     blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
     settings: Settings = {
         "process": "flow" if kind == "sit" else "ddpm",
@@ -244,7 +244,7 @@ def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
     experts = {name.split(".")[4] for name in state if name.startswith("blocks.0.moe.experts.")}
     return settings | {
         "router": "tc",
-        "top_k": 2,  # of all that were published; no shape tells it
+        "top_k": 2,  # of all reference models; it cannot be seen from a shape
         "num_experts": len(experts),
         "expert_dim": len(state["blocks.0.moe.experts.0.up_proj.weight"]),
         "shared": "swiglu",

@@ -19,7 +19,7 @@ from .refusals import refusal
 Weights = Literal["ema", "ema2", "model"]
 ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 KEYS: dict[str, tuple[str, ...]] = {"ema": ("ema", "model_ema1"), "ema2": ("model_ema2",), "model": ("model",)}
-"""Where the published files keep each set of weights."""
+"""Where reference files keep each set of weights."""
 SAVE = "save the model's state_dict() with torch.save"
 FORBIDDEN = ("Unsupported global", "unsupported GLOBAL")
 """What torch.load says of classes and functions that are not tensors'."""
@@ -28,7 +28,7 @@ WRAPPERS = ("module.", "_orig_mod.", "net.")
 
 
 class Checkpoint(NamedTuple):
-    """What a published file holds."""
+    """Content of a reference file."""
 
     state: State
     weights: str
@@ -142,7 +142,7 @@ def _unwrapped(state: Mapping[str, Tensor]) -> State:
 
 
 def write_checkpoint(path: Path, kind: str, state: State) -> None:
-    """Write weights as the published code of a format reads them; a `.safetensors` file holds the bare tensors.
+    """Write weights as the reference code of a format reads them; a `.safetensors` file holds the bare tensors.
 
     The one set of weights stands for all that the code looks for.
     """

@@ -1,4 +1,4 @@
-"""The published formats as tables of names. {n} is a block's number, {e} an expert's."""
+"""The reference formats as tables of names. {n} is a block's number, {e} an expert's."""
 
 from __future__ import annotations
 

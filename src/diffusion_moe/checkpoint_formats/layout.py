@@ -1,7 +1,7 @@
 """How one state dict becomes another: rows of names, read in both directions.
 
 Linear layers hold matrices of (outputs, inputs), so that joining two of them joins their rows. Stacked experts are
-(E, inputs, outputs) here and a module each in the published formats.
+(E, inputs, outputs) here and a module each in the reference formats.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A published format for one architecture."""
+    """A reference format for one architecture."""
 
     rows: list[Row]
     num_experts: int = 0
@@ -43,24 +43,24 @@ class Layout:
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Tensors there that are settings here."""
 
-    def published_names(self) -> set[str]:
-        """Every name of the published state dict."""
+    def reference_names(self) -> set[str]:
+        """Names of the reference state dict."""
         return {name for row in self.rows for name in self.expanded(row)} | set(self.constants)
 
     def expanded(self, row: Row) -> list[str]:
-        """The published names of a row, with every expert's number filled in."""
+        """Reference names of a row, with every expert's number filled in."""
         if row.form not in ("experts", "expert_biases"):
             return list(row.theirs)
         return [name.format(e=e) for e in range(self.num_experts) for name in row.theirs]
 
 
-def from_published(layout: Layout, state: Mapping[str, Tensor]) -> State:
-    """The published tensors as ours.
+def from_reference(layout: Layout, state: Mapping[str, Tensor]) -> State:
+    """Reference tensors as ours.
 
     Raises:
         ValueError: names are missing or unknown; the message lists them.
     """
-    expected = layout.published_names()
+    expected = layout.reference_names()
     missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected)
     if missing or unknown:
         parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has unknown {_some(unknown)}"] * bool(unknown)
@@ -75,8 +75,8 @@ def from_published(layout: Layout, state: Mapping[str, Tensor]) -> State:
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
-def to_published(layout: Layout, state: Mapping[str, Tensor]) -> State:
-    """Our tensors as the published ones.
+def to_reference(layout: Layout, state: Mapping[str, Tensor]) -> State:
+    """Our tensors as the reference ones.
 
     Raises:
         ValueError: some of our tensors have no place in the format.
@@ -84,7 +84,7 @@ def to_published(layout: Layout, state: Mapping[str, Tensor]) -> State:
     placed = {name for row in layout.rows for name in row.ours}
     homeless = sorted(state.keys() - placed)
     if homeless:
-        raise ValueError(f"the published format has no place for {_some(homeless)}")
+        raise ValueError(f"the reference format has no place for {_some(homeless)}")
     out = dict(layout.constants)
     for row in layout.rows:
         out |= _split_ours(layout, row, torch.cat([state[name] for name in row.ours]))

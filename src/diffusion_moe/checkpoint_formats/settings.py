@@ -1,4 +1,4 @@
-"""Constructor arguments of the published code as ours, and back."""
+"""Constructor arguments of the reference code as ours, and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..config import ModelConfig, Process, names_where, unread_by
 
 Settings = dict[str, Any]
 
-# Defaults of the published constructors; every key they know and that shapes the model.
+# Defaults of the reference constructors; every key they know and that shapes the model.
 LATENT = {
     "input_size": 32,
     "patch_size": 2,
@@ -74,7 +74,7 @@ MOE: dict[str, Settings] = {
 }
 MOE["jit"] = MOE["dsmoe"] | {"proj_drop": 0.0}
 
-# Keys of published files that leave the model as it is.
+# Keys of reference files that leave the model as it is.
 IDLE_PARAMS = {"init_MoeMLP", "use_capacity_schedule", "CapacityPred_loss_weight", "use_flash_attn", "pretraining_tp"}
 IDLE_MOE = {"hidden_size", "init_MoeMLP", "capacity", "skip_last2", "capacity_schedule"}
 
@@ -84,14 +84,14 @@ ROPE = {"none": "sincos", "1d": "rope1d", "2d": "rope2d"}
 def read_settings(
     kind: str, params: Mapping[str, Any], moe: Mapping[str, Any] | None, process: Process = "flow"
 ) -> Settings:
-    """Fields of `ModelConfig` for a model of the published code.
+    """Fields of `ModelConfig` for a model of the reference code.
 
     Args:
-        kind: "dense", "tc", "ec", "diffmoe", "dsmoe" or "jit". params: arguments of the published constructor.
+        kind: "dense", "tc", "ec", "diffmoe", "dsmoe" or "jit". params: arguments of the reference constructor.
         moe: its MoE_config. process: what it was trained for, which the constructor does not know.
 
     Raises:
-        ValueError: a key is missing or unknown, or has a value that the published code does not take.
+        ValueError: a key is missing or unknown, or has a value that the reference code does not take.
     """
     p = _complete(params, PARAMS[kind], IDLE_PARAMS, "the model's params")
     if kind == "jit":
@@ -155,7 +155,7 @@ def _pooled(kind: str, p: Settings, m: Settings) -> Settings:
 
 def _dsmoe(p: Settings, m: Settings) -> Settings:
     if p["rope_type"] not in ROPE:
-        raise ValueError(f"the model's rope_type is {p['rope_type']!r}; the published code has {', '.join(ROPE)}")
+        raise ValueError(f"the model's rope_type is {p['rope_type']!r}; the reference code has {', '.join(ROPE)}")
     return {
         **_grouped(m),
         "expert_bias": False,
@@ -165,7 +165,7 @@ def _dsmoe(p: Settings, m: Settings) -> Settings:
         "attention_sinks": p["use_sinks"],
         "sliding_window": p["sliding_window"] if p["use_sinks"] else 0,  # read with sinks only
         "norm": "rmsnorm" if p["norm_type"] == "rmsnorm" else "layernorm",
-        "mlp_activation": "silu",  # the published dense layers, whatever use_swiglu says
+        "mlp_activation": "silu",  # the reference dense layers, whatever use_swiglu says
         "mlp_bias": True,
         "first_k_dense": 2 if m["skip_first2"] is True else int(m["skip_first2"]),
     }
@@ -208,7 +208,7 @@ def _jit(p: Settings, moe: Mapping[str, Any] | None) -> Settings:
     if moe is None:
         return settings
     m = _complete(moe, MOE["jit"], IDLE_MOE, "moe_config")
-    if not m["interleave"]:  # the published code then makes every layer dense
+    if not m["interleave"]:  # the reference code then makes every layer dense
         return settings
     return settings | {
         **_grouped(m),
@@ -220,10 +220,10 @@ def _jit(p: Settings, moe: Mapping[str, Any] | None) -> Settings:
 
 
 def write_settings(kind: str, config: ModelConfig) -> tuple[Settings, Settings | None]:
-    """The published constructor's arguments for one of our models: params and MoE_config.
+    """The reference constructor's arguments for one of our models: params and MoE_config.
 
     Raises:
-        ValueError: the published code has no such model; the message names the settings that differ.
+        ValueError: the reference code has no such model; the message names the settings that differ.
     """
     c = config
     p: Settings = {"input_size": c.sample_size, "num_classes": c.num_classes}
@@ -256,6 +256,37 @@ def write_settings(kind: str, config: ModelConfig) -> tuple[Settings, Settings |
     return p, m
 
 
+# What only our training or inference reads, so that the reference code may lack it.
+FREE = {
+    "inference_pool",
+    "threshold_decay",
+    "balance",
+    "balance_weight",
+    "balance_rate",
+    "capacity_loss_weight",
+    "min_gap",
+    "noise_scale",
+}
+UNREAD = {
+    "dense": {"num_experts", "expert_dim", "expert_activation", "expert_bias", "shared", "shared_dim", "shared_bias"}
+    | {
+        "top_k",
+        "capacity",
+        "n_group",
+        "topk_group",
+        "routed_scaling_factor",
+        "moe_layer_freq",
+        "first_k_dense",
+        "expert_dropout",
+    },
+    "tc": {"capacity", "n_group", "topk_group", "routed_scaling_factor"},
+    "ec": {"top_k", "n_group", "topk_group", "routed_scaling_factor"},
+    "diffmoe": {"top_k", "n_group", "topk_group", "routed_scaling_factor"},
+    "dsmoe": {"capacity"},
+}
+"""Settings that a routing rule does not read."""
+
+
 def check_writable(kind: str, config: ModelConfig, again: ModelConfig) -> None:
     """Refuse a model that would be read again as another.
 
@@ -271,7 +302,7 @@ def check_writable(kind: str, config: ModelConfig, again: ModelConfig) -> None:
     differ = [name for name in names if _effective(config, name) != _effective(again, name)]
     if differ:
         values = ", ".join(f"{name} {_effective(config, name)!r}" for name in differ)
-        raise ValueError(f"the published {kind} code has no model with {values}")
+        raise ValueError(f"the reference {kind} code has no model with {values}")
 
 
 def _effective(config: ModelConfig, name: str) -> Any:

@@ -1,6 +1,6 @@
-"""What autograd keeps of a forward pass, traced with tensors that have shapes and no memory.
+"""Bytes that autograd keeps of a forward pass, traced with tensors that have shapes and no memory.
 
-Shape suffixes: B images of a process' micro-batch, A assignments of tokens to experts, D width.
+It is the only part of a plan that needs torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..config import ModelConfig, Recipe
 from ..models import Backbone
 from ..moe import recompute_experts
-from ..moe.precision import use_cpu_matmul
 from ..training.initialization import make_trainable
 from ..training.parallelize import computes_in_float32
 
@@ -26,14 +25,14 @@ class Saved:
     """Bytes that are kept for the backward pass, without weights and their state."""
 
     outside: int = 0
-    """Of the embedders, the output and the loss."""
+    """Embedders, output layer and loss."""
     blocks: list[int] = field(default_factory=list)
-    """Of each block."""
+    """Each block."""
     inputs: int = 0
-    """Of the inputs of all blocks: what stays of them where they are recomputed."""
+    """Inputs of all blocks, which are all that is kept if blocks are recomputed."""
 
     def kept(self, recompute: str) -> int:
-        """At the end of the forward pass, and with blocks to recompute one of them."""
+        """Bytes at the end of the forward pass; with `recompute: blocks`, those of one block while it is recomputed."""
         if recompute == "blocks":
             return self.outside + self.inputs + max(self.blocks)
         return self.outside + sum(self.blocks)
@@ -43,10 +42,10 @@ def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
     """Trace one micro-batch of so many images, without allocating any memory; kernels are a CPU's.
 
     Args:
-        spread: FSDP2 gathers each block's weights in the dtype of the products, and frees them again, so that no casts
-            are kept.
+        spread: several processes, where FSDP2 gathers each block's weights in the dtype of the matmuls and frees them
+            afterwards, so that no casts are kept.
     """
-    with FakeTensorMode(), use_cpu_matmul("low_precision"):  # as a GPU has them
+    with FakeTensorMode(), use_products("narrow"):  # bfloat16 matmuls, as on a GPU
         model = make_trainable(recipe).train()
         recompute_experts(model, recipe.training.recompute == "experts")
         if spread and recipe.training.precision == "bf16":

@@ -15,7 +15,7 @@ class PlanOptions:
     memory_gb: float = 80.0
     """Memory of a GPU, in units of 1e9 bytes."""
     peak_tflops: float = 989.0
-    """Products a second that a GPU does at best, in units of 1e12; 989 is an H100's or H200's in bfloat16."""
+    """Peak FLOP/s of a GPU, in units of 1e12; 989 is an H100's or H200's in bfloat16."""
     utilisation: float = 0.35
     """Share of that peak that training reaches: model_flops_utilisation in a run's metrics.jsonl."""
     json: bool = False

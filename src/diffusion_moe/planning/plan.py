@@ -1,4 +1,4 @@
-"""A recipe's plan: what it takes on given processes, and which layouts of them there are."""
+"""The plan of a recipe: compute, memory, disk and time on given processes, and their possible layouts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .memory import Memory, Tensors, received_bytes
 from .options import PlanOptions
 
 ROOM = 0.9
-"""Share of a GPU's memory that a plan may take: what is computed in passing and the allocator need the rest."""
+"""Share of a GPU's memory that a plan may take; temporaries and the allocator need the rest."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to spread a run, and what it takes of each process."""
+    """One way to distribute a run over processes, and the memory of each."""
 
     parallel: ParallelConfig
     memory: Memory
     fits: bool
-    """Whether a GPU has room for that."""
+    """True if a GPU has room for that."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe takes."""
+    """Everything a recipe takes."""
 
     recipe: Recipe
     world: int
@@ -41,9 +41,9 @@ class Plan:
     checkpoint_bytes: int
     """Tensors of a checkpoint."""
     model_bytes: int
-    """Tensors of the model that the run gives, and of each further average's."""
+    """Tensors of the model that the run exports, and of each further EMA."""
     layouts: tuple[Layout, ...]
-    """The one of the recipe, or all there are; those that travel least come first."""
+    """The recipe's own, or all possible ones; those with the least communication first."""
     seconds: float
     """To the recipe's last step, at the given utilisation."""
 
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def images_per_process(self) -> int:
-        """Of a micro-batch."""
+        """Images of a process in a micro-batch."""
         return self.recipe.training.batch_size // (self.world * self.recipe.training.accumulation)
 
     def record(self) -> dict[str, Any]:
@@ -92,8 +92,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     """Plan a recipe.
 
     Raises:
-        ValueError: batch or model cannot be spread over so many processes, or the recipe's layout is of others; with
-            the arithmetic.
+        ValueError: batch or model cannot be divided by so many processes, or the recipe's layout has another number.
     """
     if recipe.training.precision == "auto":  # plans are of GPUs, which have bfloat16
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision="bf16"))
@@ -126,7 +125,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
 
 
 def layouts_of(recipe: Recipe, world: int | None) -> list[ParallelConfig]:
-    """The recipe's own layout, or where it has none all that so many processes can form; the least travel first.
+    """The recipe's own layout, or if it has none all of so many processes; the least communication first.
 
     Raises:
         ValueError: the recipe's layout is of another number of processes, or cannot be; or there is none.

@@ -14,7 +14,7 @@ MEMORY = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer",
-    "averages": "averages",
+    "averages": "EMAs",
     "activations": "activations",
     "gathered": "gathered weights",
 }
@@ -37,7 +37,7 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     row("tokens", f"{training.batch_size * plan.tokens_per_image:,}, {plan.tokens_per_image:,} an image")
     row("forward and backward", f"{_flops(compute.forward)} + {_flops(compute.backward)}")
     if compute.recompute:
-        row("made again", _flops(compute.recompute))
+        row("recomputed", _flops(compute.recompute))
     log("memory of a process")
     for field, label in MEMORY.items():
         if value := getattr(layout.memory, field):
@@ -45,7 +45,7 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     row("together", f"{_bytes(layout.memory.total)} of {options.memory_gb:g} GB{'' if layout.fits else ': too much'}")
     log("on the disk")
     row("a checkpoint", _bytes(plan.checkpoint_bytes))
-    row("the averaged model", _bytes(plan.model_bytes))
+    row("the EMA model", _bytes(plan.model_bytes))
     log("the run")
     images = training.steps * training.batch_size
     row("steps", f"{training.steps:,}")
@@ -62,7 +62,7 @@ def _rows(log: Log) -> Callable[[str, str], None]:
 
 
 def _print_layouts(plan: Plan, options: PlanOptions, log: Log) -> None:
-    log(f"layouts of {plan.world} processes, the least travel first")
+    log(f"layouts of {plan.world} processes, least communication first")
     log(f"  {'replicate':>9} {'shard':>6} {'experts':>8} {'memory':>10}   of {options.memory_gb:g} GB")
     shown = list(plan.layouts[:SHOWN])
     if plan.chosen not in shown:
