@@ -135,12 +135,15 @@ def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
         ValueError: the source is none of these, or the published code has no such model.
     """
 
+    from .checkpoint_formats import write_reference_checkpoint
+
     _refuse(options, ("config", "file", "vae", "class_names"), "--to published")
     _refuse_weights(options)
     if options.output.exists():
         raise ValueError(f"output {options.output} exists; choose another file")
     ours = read_source(Path(source))
-    kind = write_published(load_weights(ours), options.output, options.format or ours.weights_metadata().get("format"))
+    known = options.format or ours.weights_metadata().get("format")
+    kind = write_reference_checkpoint(load_weights(ours), options.output, known)
     return f"wrote {options.output} in the layout of {kind}"
 
 

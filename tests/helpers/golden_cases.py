@@ -181,7 +181,7 @@ def gradient_norms(case: Case, model: Backbone, loss: torch.Tensor) -> torch.Ten
     loss.backward()
     ours = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     ours |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    theirs = to_published(case.layout, ours)
+    theirs = to_reference(case.layout, ours)
     return torch.tensor([float(theirs[name].norm()) for name in case.metadata["grad_norm_names"]])
 
 

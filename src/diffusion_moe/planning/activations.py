@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..config import ModelConfig, Recipe
 from ..models import Backbone
 from ..moe import recompute_experts
+from ..moe.precision import use_cpu_matmul
 from ..training.initialization import make_trainable
 from ..training.parallelize import computes_in_float32
 
@@ -45,7 +46,7 @@ def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
         spread: several processes, where FSDP2 gathers each block's weights in the dtype of the matmuls and frees them
             afterwards, so that no casts are kept.
     """
-    with FakeTensorMode(), use_products("narrow"):  # bfloat16 matmuls, as on a GPU
+    with FakeTensorMode(), use_cpu_matmul("low_precision"):  # bfloat16 matmuls, as on a GPU
         model = make_trainable(recipe).train()
         recompute_experts(model, recipe.training.recompute == "experts")
         if spread and recipe.training.precision == "bf16":
