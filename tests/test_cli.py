@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from diffusion_moe.cli import main
+from diffusion_moe.cli import VERBS, main
 from diffusion_moe.config import SECTIONS, find_recipe, read_recipe, recipe_names
 
 
@@ -125,12 +126,22 @@ def test_help_explains_every_option(capsys):
     assert "Experts a token is sent to (tc, dsmoe)." in text
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate", "analyze", "recipes"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(capsys, verb):
     status, out, _ = run(capsys, verb, "--help")
     assert status == 0
     assert f"diffusion-moe {verb}" in out
-    assert verb in run(capsys, "--help")[1]
+    assert out.count("\n") < 100
+    assert f"  {verb} " in run(capsys, "--help")[1]
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_the_short_help_has_what_most_need(capsys, verb):
+    out, whole = run(capsys, verb, "--help")[1], run(capsys, verb, "digits", "--help", "all")[1]
+    assert out.endswith("\n\n`--help all` lists every option.\n") and "--help all" not in whole
+    shown, everything = (set(re.findall(r"^  (--[\w.]+)", text, re.M)) for text in (out, whole))
+    assert {"--model.depth", "--model.router", "--training.steps", "--data.path"} <= shown < everything
+    assert "--model.rotary_pairs" in everything - shown
 
 
 def test_every_option_of_a_dataclass_has_a_docstring():

@@ -57,7 +57,7 @@ def parse_text(text: str, hint: Any) -> Any:
 
 def unknown_name(name: str, known: Sequence[str]) -> str:
     """One line for a misspelled name, with the nearest known ones."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
     return f"there is no {name}" + (
         f"; did you mean {' or '.join(near)}?" if near else "; see --help all for all names"
     )
