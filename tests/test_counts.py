@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from diffusion_moe.parsing import read_recipe, recipe_names
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion_moe.config import ModelConfig
+from diffusion_moe.config import ModelConfig, read_recipe, recipe_names
 from diffusion_moe.counts import (
     buffer_bytes,
     buffer_shapes,

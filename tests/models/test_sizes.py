@@ -6,9 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from diffusion_moe.parsing import read_recipe, recipe_names
 
-from diffusion_moe.config import ModelConfig
+from diffusion_moe.config import ModelConfig, read_recipe, recipe_names
 from diffusion_moe.counts import PAPER_MILLION, Size, model_flops, model_size
 
 # What the published configurations say of each model, and what its published (or freshly built) state dict counts.

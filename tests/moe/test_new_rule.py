@@ -15,7 +15,8 @@ from diffusion_moe.models import make_model
 from diffusion_moe.moe import ROUTERS, Router, register_router, route_by_token
 from diffusion_moe.planning.compute import compute_of
 from diffusion_moe.routing_rules import RULES
-from diffusion_moe.training.step import make_state, train_step
+from diffusion_moe.training.state import make_state
+from diffusion_moe.training.step import train_step
 from diffusion_moe.training.upcycling import divide
 
 TOP_K = 3

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from diffusion_moe.analysis.records import record_routing
 
+from diffusion_moe.analysis.recorder import record_routing
 from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.diffusion.ddpm import ddpm_ancestral, linear_schedule, respaced
 from diffusion_moe.diffusion.solvers import even_times, sde
@@ -13,7 +13,7 @@ from diffusion_moe.moe import routers_of
 from diffusion_moe.pixels import image_grid, to_uint8
 from diffusion_moe.randomness import normal
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, sampling_metadata
-from diffusion_moe.training.step import make_state
+from diffusion_moe.training.state import make_state
 
 
 def randomised(model):
