@@ -182,7 +182,7 @@ def gradient_norms(case: Case, model: Backbone, loss: torch.Tensor) -> torch.Ten
     ours = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     ours |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     theirs = to_reference(case.layout, ours)
-    return torch.tensor([float(theirs[name].norm()) for name in case.metadata["grad_norm_names"]])
+    return torch.tensor([float(theirs[name].norm()) for name in case.about["grad_norm_names"]])
 
 
 def check_flow_losses_and_gradients(case: Case) -> None:
@@ -194,7 +194,7 @@ def check_flow_losses_and_gradients(case: Case) -> None:
     assert_near(mse, answers["rf.mse"], REST)
     routers = router_loss(out)
     total = mse.mean() + routers
-    counted = total if case.metadata["family"] == "diffmoe" else mse.mean()  # see the README for tc
+    counted = total if case.about["family"] == "diffmoe" else mse.mean()  # see the README for tc
     assert_near(counted.detach().view(1), answers["rf.loss"], REST)
     if "rf.capacity_loss" in answers:
         assert_near(routers.detach().view(1), answers["rf.capacity_loss"], REST)
@@ -204,7 +204,7 @@ def check_flow_losses_and_gradients(case: Case) -> None:
 
 def check_pixel_losses_and_gradients(case: Case) -> None:
     need(case, "loss.value")
-    answers, about, model = case.answers, case.metadata["denoiser"], model_of(case).train()
+    answers, about, model = case.answers, case.about["denoiser"], model_of(case).train()
     t = torch.sigmoid(about["P_std"] * answers["loss.normal_for_t"] + about["P_mean"])
     point = rectified_flow(answers["x"], answers["loss.noise"] * case.config.noise_scale, t)
     out = model(point.x_t, t, answers["y"])
@@ -260,7 +260,7 @@ def check_ddpm_losses_and_samples(case: Case) -> None:
         assert_near(losses.mse, answers["ddpm.mse"], REST)
         assert_near(losses.vb, answers["ddpm.vb"], REST)
         total = losses.mse.mean() + losses.vb.mean()
-        if case.metadata["family"] == "diffmoe":  # tc's auxiliary loss is in the gradients alone
+        if case.about["family"] == "diffmoe":  # tc's auxiliary loss is in the gradients alone
             total = total + router_loss(out)
         assert_near(total.view(1), answers["ddpm.loss"], REST)
         model.eval()
