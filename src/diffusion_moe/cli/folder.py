@@ -43,7 +43,7 @@ def read_folder(
         usual: settings that the verb does not take from the run.
 
     Raises:
-        ValueError: one line that says what is wrong.
+        ValueError: one line with the mistake.
     """
     line = CommandLine(
         verb,

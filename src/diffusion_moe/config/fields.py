@@ -6,8 +6,9 @@ What the project must know of a field beside its type and default is metadata of
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cache
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 Change = Literal["never", "asked", "constant", "always"]
 """When a resumed run may have another value: never; with --resume changed; without it under a constant learning rate;
@@ -16,6 +17,28 @@ Affects = Literal["weights", "labels", "positions", "nothing"]
 """What of a model's weights a field changes: their shapes or meaning; the label table; the positions; nothing."""
 UNKNOWN = object()
 """Stands for no value."""
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to below `high` that a field may have; null is checked by the type alone."""
+
+    remedy: str
+    low: float = 0
+    high: float = math.inf
+    with_low: bool = True
+    with_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, int | float)
+        above = value >= self.low if self.with_low else value > self.low
+        return above and (value <= self.high if self.with_high else value < self.high)
+
+
+POSITIVE = Range("it must be positive", with_low=False)
+POSITIVE_OR_NULL = POSITIVE._replace(remedy="it must be positive, or null")
+FRACTION = Range("choose from 0 to 1", high=1, with_high=True)
+BELOW_ONE = Range("choose from 0 to below 1", high=1)
+SEED = Range("choose from 0 to 2^63 - 1", high=2**63)
 
 
 def setting(
@@ -29,6 +52,7 @@ def setting(
     group: str | None = None,
     reference: bool = True,
     before: Any = UNKNOWN,
+    valid: Range | None = None,
 ) -> Any:
     """A field of a settings dataclass with its metadata.
 
@@ -42,6 +66,7 @@ def setting(
         group: "text" or "experts" for fields that only models with text or experts read (model).
         reference: the papers' code has it too (model).
         before: the value that runs older than the field were trained with.
+        valid: numbers that it may have, see `check_ranges`.
     """
     metadata = {
         "change": "never" if affects else change,
@@ -52,6 +77,7 @@ def setting(
         "group": group,
         "reference": reference,
         "before": before,
+        "valid": valid,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -90,3 +116,28 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise ValueError(message)
+
+
+def require_default(settings: Any, section: str, name: str, reason: str, remedy: str = "remove it") -> None:
+    """Refuse another value than a field's default.
+
+    Raises:
+        ValueError: the field has another value.
+    """
+    value = getattr(settings, name)
+    if value != type(settings).__dataclass_fields__[name].default:
+        shown = ", ".join(value) if isinstance(value, tuple) else value
+        raise ValueError(f"{section}.{name} is {shown}, {reason}; {remedy}")
+
+
+def check_ranges(settings: Any, section: str) -> None:
+    """Check the numbers of a section; the elements of a tuple each.
+
+    Raises:
+        ValueError: a number is outside of its field's range.
+    """
+    for field in dataclasses.fields(settings):
+        valid, value = field.metadata["valid"], getattr(settings, field.name)
+        many = isinstance(value, tuple)
+        if valid is not None and value is not None and any(item not in valid for item in (value if many else (value,))):
+            raise ValueError(f"{section}.{field.name} {'are' if many else 'is'} {value}; {valid.remedy}")

@@ -142,7 +142,7 @@ def build_recipe(sections: Sections) -> Recipe:
     """A recipe out of plain values.
 
     Raises:
-        ValueError: one line that says what is wrong.
+        ValueError: one line with the mistake.
     """
     return Recipe(**{name: build(SECTIONS[name], fields, f"{name}.") for name, fields in sections.items()})
 
@@ -151,7 +151,7 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: a shipped one's name, or a YAML file; then apply options such as `--model.depth=4`.
 
     Raises:
-        ValueError: one line that says what is wrong.
+        ValueError: one line with the mistake.
     """
     file = path if isinstance(path, Path) else find_recipe(path)
     return build_recipe(merge(read_sections(file), nested(parse_options(overrides, section_types()))))

@@ -9,15 +9,10 @@ from typing import Any
 import yaml
 
 from .data import DataConfig
-from .diffusion import DiffusionConfig
 from .evaluation import EvaluationConfig
 from .fields import require
-from .initialization import InitConfig
-from .logging import LoggingConfig
 from .model import ModelConfig
-from .optimizer import OptimizerConfig
-from .parallel import ParallelConfig
-from .training import TrainingConfig
+from .training import DiffusionConfig, InitConfig, LoggingConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def refuse_old_name(name: str, prefix: str = "") -> None:
 
     Args:
         name: as it was given.
-        prefix: what stands before a section's name, as "--".
+        prefix: text before the name of the section, as "--".
 
     Raises:
         ValueError: the name is an old one; the message has the new one.

@@ -137,8 +137,8 @@ def _named(ranks: list[int]) -> str:
 
 def _describe(error: Exception) -> _Failure:
     if isinstance(error, OSError):
-        place = f" ({error.filename})" if error.filename else ""
-        return _Failure("OSError", error.errno or errno.EIO, f"{error.strerror or error}{place}")
+        file = f" ({error.filename})" if error.filename else ""
+        return _Failure("OSError", error.errno or errno.EIO, f"{error.strerror or error}{file}")
     kind = next((name for name, known in _KEPT_KINDS.items() if isinstance(error, known)), type(error).__name__)
     return _Failure(kind, 0, _one_line(error))
 
