@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
@@ -32,73 +31,31 @@ EVALUATION = "evaluation.json"
 """File of a run: its scores against its own data."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of a run."""
 
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def recipes(self) -> Path:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.recipes = path / "recipes"
         """Recipes of a run that has had several: see `run_history`."""
-        return self.path / "recipes"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def skipped(self) -> Path:
-        return self.path / "skipped.txt"
-
-    @property
-    def listing(self) -> Path:
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.skipped = path / "skipped.txt"
+        self.listing = path / "listing.sha256"
         """Hash of the images that the run is trained on; see `training.fit.check_same_images`."""
-        return self.path / "listing.sha256"
-
-    @property
-    def nonfinite_steps(self) -> Path:
-        return self.path / "nonfinite-steps.json"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def lora(self) -> Path:
-        return self.path / "lora"
+        self.nonfinite_steps = path / "nonfinite-steps.json"
+        self.tensorboard = path / "tensorboard"
+        self.samples = path / "samples"
+        self.figures = path / "figures"
+        self.model = path / "model"
+        self.lora = path / "lora"
+        self.previews = path / "previews"
+        self.evaluation = path / EVALUATION
 
     def ema_model(self, decay: float) -> Path:
         """Folder of a further EMA's model."""
         return self.path / f"{EMA_MODEL}{decay}"
-
-    @property
-    def previews(self) -> Path:
-        return self.path / "previews"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / EVALUATION
 
     def claim(self, recipe: Recipe, resume: Resume) -> None:
         """Make the folder this recipe's: create it, or check that it already is; then write `recipe.yaml`.

@@ -151,7 +151,7 @@ def test_new_rows_are_the_mean_of_the_old_classes_plus_noise():
     assert not torch.equal(new[1], relabelled(table, [7, None, None, 4000], 4000, seed=1)[1])
 
 
-def test_other_classes_are_told():
+def test_other_classes_are_logged():
     pretrained = pretrained_of()
     model, notes = begun(pretrained, recipe_of(num_classes=3), ["x", "d", "b"])
     assert notes[1].startswith("label table: 2 of 3 rows are kept, by the names of the classes; 1 are new")
@@ -159,7 +159,7 @@ def test_other_classes_are_told():
     assert torch.equal(new[1:], old[[3, 1, 4]])
     assert (new[0] - old[:4].mean(0)).abs().max() < 0.1
     assert begun(pretrained, recipe_of(), "wxyz")[1][1:] == [
-        "label table: all 4 rows are kept, by number, as there has no class of an equal name"
+        "label table: all 4 rows are kept, by number, because there has no class of an equal name"
     ]
     assert "names no classes" in begun(pretrained._replace(class_names=()), recipe_of(), "wxyz")[1][1]
     without = pretrained_of(dataclasses.replace(SMALL, null_class=False))
@@ -441,16 +441,16 @@ def test_fine_tuning_to_five_of_ten_classes(tiny, tmp_path, base, five_digits):
     assert model.settings.num_classes == 5 and model.y_embedder.weight.shape == (6, 32)
 
 
-def test_upcycling_a_dense_run_beats_beginning_from_scratch(tiny, tmp_path):
-    """Five steps of a mixture made of a dense run, against five of a fresh one."""
+def test_upcycling_a_dense_run_beats_starting_from_scratch(tiny, tmp_path):
+    """Five steps of MoE layers made of a dense run, against five of a fresh one."""
     dense = [*tiny, "--model.router=dense", "--model.mlp_activation=swiglu", "--model.mlp_dim=48"]
     dense += ["--model.mlp_bias=false", "--training.steps=60", "--training.ema_decay=0.9"]
     train(read_recipe("digits", [*dense, "--optimizer.learning_rate=3e-3"]), tmp_path / "dense", log=lambda line: None)
     mixture = ["--model.mlp_activation=swiglu", "--model.mlp_dim=48", "--model.mlp_bias=false", "--logging.every=1"]
     lines = tuned(tiny, tmp_path / "mixture", tmp_path / "dense", "--init.upcycle=true", *mixture, steps=5)
     assert lines[1] == (
-        "experts of 1 blocks: the shared expert takes 16 of 48 hidden units, the routed ones are 2 copies of what is "
-        "left in 2 slices each; they start exactly equal to the dense layers, and their routers are new"
+        "experts of 1 blocks: the shared expert takes 16 of 48 hidden units, the routed ones are 2 copies of the "
+        "other units in 2 slices each; they start exactly equal to the dense layers, and their routers are new"
     )
     train(read_recipe("digits", [*tiny, *mixture, "--training.steps=5"]), tmp_path / "fresh", log=lambda line: None)
     rows = {

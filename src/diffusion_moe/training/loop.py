@@ -81,7 +81,7 @@ def train(
     backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
         with torchrun_processes(backend, PATIENCE):
-            log = log if is_main() else _silent
+            log = log if is_main() else lambda line: None
             return Trainer(recipe, RunFolder(output_dir), resume, log, preview, pretrained).run()
     except RuntimeError as error:
         reason = " ".join(str(error).split())
@@ -92,10 +92,6 @@ def train(
             raise
         lost = f"another process ended or cannot be reached; see its messages ({reason})"
         raise ConnectionError(errno.ECONNRESET, lost, str(output_dir)) from error
-
-
-def _silent(line: str) -> None:
-    """The log of processes other than the main one."""
 
 
 def _is_lost_process(error: RuntimeError) -> bool:
