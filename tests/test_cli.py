@@ -247,10 +247,10 @@ def test_classes_are_taken_by_name_first(capsys, trained, tmp_path):
     options = ["--per_class=1", "--steps=1", "--format=npz"]
     status, _, err = run(capsys, "sample", tmp_path / "run", *options, "--classes=2")
     assert status == 2 and err.count("\n") == 1 and "give #2 for the number or name:2 for the name" in err
-    for place, (classes, numbers) in enumerate(
+    for index, (classes, numbers) in enumerate(
         [("#2", [2]), ("name:2,#2", [4, 2]), ("10,1,8,b #2", [2, 1, 8, 9]), ("[#3, 11]", [3, 3]), ("#8,#9", [8, 9])]
     ):
-        output = tmp_path / f"{place}.npz"
+        output = tmp_path / f"{index}.npz"
         for spelling in (["--classes", classes], [f"--classes={classes}"]):
             assert run(capsys, "sample", tmp_path / "run", *options, "--output", output, *spelling)[0] == 0
             assert json.loads(output.with_suffix(".json").read_text())["labels"] == numbers

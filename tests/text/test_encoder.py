@@ -57,7 +57,7 @@ def test_no_prompt_is_longer_than_the_encoder_s_positions(encoders):
     assert load_encoder(str(encoders["t5"]), 77).length == 77  # relative positions
 
 
-def test_the_space_tells_encoders_apart_but_not_precisions(encoders):
+def test_the_space_distinguishes_encoders_but_not_precisions(encoders):
     spaces = {kind: load_encoder(str(folder), 12).space() for kind, folder in encoders.items()}
     assert len({space.sha256 for space in spaces.values()}) == 3
     assert (spaces["t5"].width, spaces["t5"].pooled_width, spaces["clip"].pooled_width) == (16, 0, 16)
