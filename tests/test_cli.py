@@ -138,7 +138,10 @@ def test_every_verb_has_help(capsys, verb):
 @pytest.mark.parametrize("verb", ["train", "plan"])
 def test_the_short_help_has_what_most_need(capsys, verb):
     out, whole = run(capsys, verb, "--help")[1], run(capsys, verb, "digits", "--help", "all")[1]
-    assert out.endswith("\n\n`--help all` lists every option.\n") and "--help all" not in whole
+    assert (
+        out.endswith("\n\n`--help all` lists every option. A BOOL without its value is true.\n")
+        and "--help all" not in whole
+    )
     shown, everything = (set(re.findall(r"^  (--[\w.]+)", text, re.M)) for text in (out, whole))
     assert {"--model.depth", "--model.router", "--training.steps", "--data.path"} <= shown < everything
     assert "--model.rotary_pairs" in everything - shown

@@ -259,7 +259,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_fields_and_a_remedy(recipe, 
     with pytest.raises(ValueError, match="holds a run of another model or init") as refused:
         RunFolder(tmp_path).claim(recipe(*options), "changed")
     message = str(refused.value)
-    assert field in message and message.endswith("leave that as it was, or choose another --output_dir")
+    assert field in message and message.endswith("restore these values, or choose another --output_dir")
     assert "\n" not in message and (tmp_path / "recipe.yaml").read_bytes() == saved
     with pytest.raises(ValueError, match="another recipe") as plain:
         RunFolder(tmp_path).claim(recipe(*options), "auto")

@@ -125,15 +125,15 @@ class ModelConfig:
     expert_dropout: float = setting(0.0, affects="nothing", group="experts", valid=BELOW_ONE)
     """Dropout inside routed and shared experts."""
     top_k: int = setting(2, affects="weights", group="experts", common=True)
-    """Experts a token is sent to (tc, dsmoe)."""
+    """Experts a token is sent to (router: tc, dsmoe)."""
     capacity: float = setting(1.0, affects="weights", group="experts", common=True)
-    """Experts a token is sent to on average (ec, diffmoe)."""
+    """Experts a token is sent to on average (router: ec, diffmoe)."""
     n_group: int = setting(1, affects="weights", group="experts")
-    """Groups the experts are divided into (dsmoe)."""
+    """Groups the experts are divided into (router: dsmoe)."""
     topk_group: int = setting(1, affects="weights", group="experts")
-    """Groups a token may choose its experts from (dsmoe)."""
+    """Groups a token may choose its experts from (router: dsmoe)."""
     routed_scaling_factor: float = setting(1.0, affects="weights", group="experts")
-    """Factor on the routed experts' weights (dsmoe)."""
+    """Factor on the routed experts' weights (router: dsmoe)."""
     shared: Shared = setting("swiglu", affects="weights", group="experts")
     """Output for every token added to that of its routed experts: none, the token itself (identity), or that of a
     shared expert with this activation."""
@@ -142,19 +142,19 @@ class ModelConfig:
     shared_bias: bool = setting(False, affects="weights", group="experts")
     """Biases in the shared expert."""
     balance: Balance = setting("none", affects="nothing", group="experts", reference=False)
-    """Load balancing of token-choice routers (tc, dsmoe): none, an auxiliary loss, or the correction bias, moved after
-    each step (DeepSeek-V3)."""
+    """Load balancing of token-choice routers (router: tc, dsmoe): none, an auxiliary loss, or the correction bias, moved
+    after each step (DeepSeek-V3)."""
     balance_weight: float = setting(0.01, affects="nothing", group="experts", reference=False)
     """Weight of the auxiliary loss (balance: aux)."""
     balance_rate: float = setting(0.001, affects="nothing", group="experts", reference=False)
     """Step of the correction bias (balance: bias)."""
     capacity_loss_weight: float = setting(1.0, affects="nothing", group="experts", reference=False)
-    """Weight of the capacity predictor's loss (diffmoe)."""
+    """Weight of the capacity predictor's loss (router: diffmoe)."""
     threshold_decay: float = setting(0.95, affects="nothing", group="experts", reference=False)
-    """Decay of the EMA of the thresholds (diffmoe)."""
+    """Decay of the EMA of the thresholds (router: diffmoe)."""
     inference_pool: Literal["image", "batch"] = setting("image", affects="nothing", group="experts", reference=False)
-    """Tokens that thresholds choose from at inference (diffmoe): those of each image, or of the whole batch as in the
-    paper."""
+    """Tokens that thresholds choose from at inference (router: diffmoe): those of each image, or of the whole batch as
+    in the paper."""
     moe_layer_freq: int = setting(2, affects="weights", group="experts")
     """Number of blocks per MoE block, the last of each group: 2: blocks 1, 3, ...; 1: all blocks."""
     first_k_dense: int = setting(0, affects="weights", group="experts", valid=Range("use 0 for none"))

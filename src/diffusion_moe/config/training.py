@@ -174,7 +174,7 @@ class InitConfig:
 class ParallelConfig:
     """Distribution over processes: replicate x shard x experts must be the number that torchrun started."""
 
-    replicate: int = setting(1, change="always", valid=POSITIVE)
+    replicate: int = setting(1, change="always", common=True, common=True, valid=POSITIVE)
     """Copies of the model, each on its share of the batch."""
     shard: int = setting(1, change="always", common=True, valid=POSITIVE)
     """Processes that a copy's weights are sharded over (FSDP2)."""
