@@ -31,7 +31,7 @@ class TrainingConfig:
     accumulation: int = setting(1, valid=POSITIVE)
     """Micro-batches a step is split into; batch_size must be divisible by it."""
     ema_decay: float = setting(0.9999, common=True, valid=BELOW_ONE)
-    """Decay of the EMA of weights and routing state; the EMA is the model that the run publishes."""
+    """Decay of the EMA of weights and routing state; the EMA is the model that the run exports."""
     extra_ema_decays: tuple[float, ...] = setting((), valid=BELOW_ONE)
     """Decays of further EMAs."""
     ema_warmup: bool = setting(True, before=False)
@@ -174,7 +174,7 @@ class InitConfig:
 class ParallelConfig:
     """Distribution over processes: replicate x shard x experts must be the number that torchrun started."""
 
-    replicate: int = setting(1, change="always", common=True, common=True, valid=POSITIVE)
+    replicate: int = setting(1, change="always", common=True, valid=POSITIVE)
     """Copies of the model, each on its share of the batch."""
     shard: int = setting(1, change="always", common=True, valid=POSITIVE)
     """Processes that a copy's weights are sharded over (FSDP2)."""
