@@ -142,8 +142,8 @@ class ModelConfig:
     shared_bias: bool = setting(False, affects="weights", group="experts")
     """Biases in the shared expert."""
     balance: Balance = setting("none", affects="nothing", group="experts", reference=False)
-    """Load balancing of token-choice routers (router: tc, dsmoe): none, an auxiliary loss, or the correction bias, moved
-    after each step (DeepSeek-V3)."""
+    """Load balancing of token-choice routers (router: tc, dsmoe): none, an auxiliary loss, or the correction bias,
+    moved after each step (DeepSeek-V3)."""
     balance_weight: float = setting(0.01, affects="nothing", group="experts", reference=False)
     """Weight of the auxiliary loss (balance: aux)."""
     balance_rate: float = setting(0.001, affects="nothing", group="experts", reference=False)
