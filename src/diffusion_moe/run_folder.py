@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
-from .config import SECTIONS, Recipe, TrainingConfig, difference, names_where, older_values, read_yaml, to_yaml
-from .config.reading import Sections, build_recipe, check_names, merge
-from .config.renamed import current_sections
+from .config import SECTIONS, Recipe, TrainingConfig, difference, names_where, older_values, to_yaml
+from .config.reading import Sections, build_recipe, merge, read_sections
 from .log import Log
 
 Resume = Literal["auto", "never", "changed"]
@@ -137,7 +136,7 @@ class RunFolder:
 
     def older_training(self) -> dict[str, Any]:
         """Fields of the training section that this run's recipe lacks, with the values it was trained with."""
-        return _older_training(_run_sections(self.recipe)) if self.recipe.is_file() else {}
+        return _older_training(read_sections(self.recipe, old_names=True)) if self.recipe.is_file() else {}
 
 
 def read_run_recipe(path: Path) -> Recipe:
@@ -146,13 +145,8 @@ def read_run_recipe(path: Path) -> Recipe:
     Raises:
         ValueError: it cannot be read.
     """
-    sections = _run_sections(path)
+    sections = read_sections(path, old_names=True)
     return build_recipe(merge({"training": _older_training(sections)}, sections))
-
-
-def _run_sections(path: Path) -> Sections:
-    content = read_yaml(path)
-    return check_names(current_sections(content) if isinstance(content, dict) else content, path)
 
 
 def _older_training(sections: Sections) -> dict[str, Any]:

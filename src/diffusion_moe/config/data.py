@@ -26,7 +26,7 @@ class DataConfig:
     kind: Literal["digits", "shapes", "folder", "huggingface", "webdataset", "latents"] = setting("digits", common=True)
     """digits: scikit-learn's 1,797 handwritten digits; shapes: 100,000 rendered scenes of coloured shapes with
     captions; folder: a folder of images, with classes (see data.classes) or captions in metadata.jsonl; huggingface: a
-    data set of the hub or one saved on the disk; webdataset: tars; latents: a cache that `diffusion-moe encode` wrote."""
+    data set of the hub or one saved on the disk; webdataset: tars; latents: a cache that `encode` wrote."""
     path: str | None = setting(None, common=True, encode=False)
     """Folder (kind: folder, latents), or a tar or a folder of tars (webdataset). For huggingface a hub id, a folder
     that save_to_disk made, a folder of parquet files, or one parquet file."""
