@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from .fields import BELOW_ONE, POSITIVE, Range, check_ranges, require, require_default, setting
+from .fields import BELOW_ONE, POSITIVE, Range, check_fields, require, require_default, setting
 
 FolderClasses = Literal["top", "leaf", "none"]
 """Folders of a folder of images that are its classes."""
@@ -96,7 +96,7 @@ class DataConfig:
                 height.isdecimal() and width.isdecimal() and int(height) * int(width) > 0,
                 f"data.buckets holds {text!r}; give sizes such as 256x384",
             )
-        check_ranges(self, "data")
+        check_fields(self, "data")
 
     @property
     def bucket_sizes(self) -> tuple[tuple[int, int], ...]:

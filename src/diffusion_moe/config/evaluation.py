@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from .fields import POSITIVE, SEED, Range, check_ranges, require, setting
+from .fields import POSITIVE, SEED, Range, check_fields, require, setting
 
 FLOW_SOLVERS = ("euler", "heun", "heun_euler", "dopri5", "sde")
 
@@ -55,10 +55,6 @@ class EvaluationConfig:
     """Seed of the noise; image i is a function of this seed and i."""
 
     def __post_init__(self) -> None:
-        require(
-            self.solver in get_args(Solver),
-            f"evaluation.solver is {self.solver!r}; choose one of {', '.join(get_args(Solver))}",
-        )
-        check_ranges(self, "evaluation")
+        check_fields(self, "evaluation")
         low, high = self.guidance_interval
         require(0 <= low <= high <= 1, f"evaluation.guidance_interval is {low}, {high}; give 0 <= low <= high <= 1")

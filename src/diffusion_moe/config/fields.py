@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cache
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 Change = Literal["never", "asked", "constant", "always"]
 """When a resumed run may have another value: never; with --resume changed; without it under a constant learning rate;
@@ -66,7 +66,7 @@ def setting(
         group: "text" or "experts" for fields that only models with text or experts read (model).
         reference: the papers' code has it too (model).
         before: the value that runs older than the field were trained with.
-        valid: numbers that it may have, see `check_ranges`.
+        valid: numbers that it may have, see `check_fields`.
     """
     metadata = {
         "change": "never" if affects else change,
@@ -130,14 +130,18 @@ def require_default(settings: Any, section: str, name: str, reason: str, remedy:
         raise ValueError(f"{section}.{name} is {shown}, {reason}; {remedy}")
 
 
-def check_ranges(settings: Any, section: str) -> None:
-    """Check the numbers of a section; the elements of a tuple each.
+def check_fields(settings: Any, section: str) -> None:
+    """Check the numbers of a section, the elements of a tuple each, and the values of its Literals.
 
     Raises:
-        ValueError: a number is outside of its field's range.
+        ValueError: a number is outside of its field's range, or a value is not one of the field's.
     """
     for field in dataclasses.fields(settings):
         valid, value = field.metadata["valid"], getattr(settings, field.name)
+        hint = hints(type(settings))[field.name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise ValueError(f"{section}.{field.name} is {value!r}; choose one of {choices}")
         many = isinstance(value, tuple)
         if valid is not None and value is not None and any(item not in valid for item in (value if many else (value,))):
             raise ValueError(f"{section}.{field.name} {'are' if many else 'is'} {value}; {valid.remedy}")

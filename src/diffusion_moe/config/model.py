@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 from ..routing_rules import RULES, RoutingRule, rule_of
 from .fields import (
@@ -11,8 +11,7 @@ from .fields import (
     POSITIVE,
     POSITIVE_OR_NULL,
     Range,
-    check_ranges,
-    hints,
+    check_fields,
     names_where,
     require,
     require_default,
@@ -161,11 +160,7 @@ class ModelConfig:
     """Number of first blocks that are dense whatever moe_layer_freq is."""
 
     def __post_init__(self) -> None:
-        for name, hint in hints(type(self)).items():
-            choices, value = get_args(hint), getattr(self, name)
-            if get_origin(hint) is Literal:
-                require(value in choices, f"model.{name} is {value!r}; choose one of {', '.join(choices)}")
-        check_ranges(self, "model")
+        check_fields(self, "model")
         require(
             self.sample_size % self.patch_size == 0,
             f"model.sample_size {self.sample_size} is not divisible by model.patch_size {self.patch_size}",

@@ -12,7 +12,7 @@ from .fields import (
     POSITIVE_OR_NULL,
     SEED,
     Range,
-    check_ranges,
+    check_fields,
     require,
     require_default,
     setting,
@@ -62,7 +62,7 @@ class TrainingConfig:
     """auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "training")
+        check_fields(self, "training")
         require(
             self.batch_size % self.accumulation == 0,
             f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}",
@@ -99,7 +99,7 @@ class DiffusionConfig:
     the same random number as class_dropout."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "diffusion")
+        check_fields(self, "diffusion")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class OptimizerConfig:
     """Maximum norm of the gradient, which is clipped to it; null: no clipping."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "optimizer")
+        check_fields(self, "optimizer")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class InitConfig:
             for name in type(self).__dataclass_fields__:
                 reason = "but init.from_checkpoint is missing"
                 require_default(self, "init", name, reason, "give the model to start from")
-        check_ranges(self, "init")
+        check_fields(self, "init")
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_targets"):
                 require_default(self, "init", name, "but init.lora_rank is null", "give a rank")
@@ -185,7 +185,7 @@ class ParallelConfig:
     each MoE layer."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "parallel")
+        check_fields(self, "parallel")
 
 
 @dataclass(frozen=True)
@@ -206,4 +206,4 @@ class LoggingConfig:
     """Steps between grids of generated images, in previews/; 0: never."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "logging")
+        check_fields(self, "logging")

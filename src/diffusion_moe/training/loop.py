@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..config import Recipe
 from ..data import Segment, SkippedLog, load_dataset
-from ..distributed import barrier, is_main, torchrun_processes, world_size
+from ..distributed import barrier, choose_device, is_main, torchrun_processes, world_size
 from ..log import Log
 from ..models import Backbone
 from ..moe.precision import SLOW_DTYPES
@@ -26,7 +26,7 @@ from ..storage import checkpoints_in
 from .checkpoint import Checkpoints
 from .dataloader import batches
 from .export import export_models
-from .fit import check_fit, check_same_images, choose_device, resolve_precision
+from .fit import check_fit, check_same_images, resolve_precision
 from .history import resume_with
 from .initialization import Pretrained, initialize_from
 from .layout_checks import check_adapters, check_parallel
@@ -113,7 +113,7 @@ class Trainer:
     ) -> None:
         self.run_folder, self.resume, self.log = run_folder, resume, log
         self.preview, self.pretrained = preview, pretrained
-        self.device = choose_device(recipe.training.device)
+        self.device = choose_device(recipe.training.device, "training.device")
         self.recipe, precision = resolve_precision(recipe, run_folder, resume, self.device)
         recipe = self.recipe
         check_trackers(recipe.logging)
