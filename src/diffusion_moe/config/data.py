@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from .fields import BELOW_ONE, POSITIVE, Range, check_fields, require, require_default, setting
+from .fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, check_fields, require, require_default, setting
 
 FolderClasses = Literal["top", "leaf", "none"]
 """Folders of a folder of images that are its classes."""
@@ -76,7 +76,7 @@ class DataConfig:
     a latent cache: omit it)."""
     test_fraction: float = setting(0.2, encode=False, valid=BELOW_ONE)
     """Share of each class held out from training; the split is the same for every seed."""
-    num_workers: int = setting(0, change="always", common=True, valid=Range("use 0 for none"))
+    num_workers: int = setting(0, change="always", common=True, valid=NOT_NEGATIVE)
     """Processes that load images; the batches are the same for any number."""
 
     def __post_init__(self) -> None:

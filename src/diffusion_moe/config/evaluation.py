@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import POSITIVE, SEED, Range, check_fields, require, setting
+from .fields import NOT_NEGATIVE, POSITIVE, SEED, check_fields, require, setting
 
 FLOW_SOLVERS = ("euler", "heun", "heun_euler", "dopri5", "sde")
 
@@ -34,7 +34,9 @@ class EvaluationConfig:
     """Relative tolerance (solver: dopri5)."""
     atol: float = setting(1e-6, change="always", valid=POSITIVE)
     """Absolute tolerance (solver: dopri5)."""
-    guidance_scale: float = setting(1.5, change="always", common=True, valid=Range("use 1 for no guidance"))
+    guidance_scale: float = setting(
+        1.5, change="always", common=True, valid=NOT_NEGATIVE._replace(remedy="use 1 for no guidance")
+    )
     """Guidance scale of classifier-free guidance; 1: no guidance."""
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), change="always")
     """Times t between which guidance is on (0 is noise, 1 is data)."""

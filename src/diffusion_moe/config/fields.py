@@ -6,7 +6,7 @@ What the project must know of a field beside its type and default is metadata of
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -20,25 +20,18 @@ UNKNOWN = object()
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to below `high` that a field may have; null is checked by the type alone."""
+    """Numbers that a field may have; null is checked by the type alone."""
 
     remedy: str
-    low: float = 0
-    high: float = math.inf
-    with_low: bool = True
-    with_high: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        assert isinstance(value, int | float)
-        above = value >= self.low if self.with_low else value > self.low
-        return above and (value <= self.high if self.with_high else value < self.high)
+    holds: Callable[[float], bool]
 
 
-POSITIVE = Range("it must be positive", with_low=False)
+POSITIVE = Range("it must be positive", lambda value: value > 0)
 POSITIVE_OR_NULL = POSITIVE._replace(remedy="it must be positive, or null")
-FRACTION = Range("choose from 0 to 1", high=1, with_high=True)
-BELOW_ONE = Range("choose from 0 to below 1", high=1)
-SEED = Range("choose from 0 to 2^63 - 1", high=2**63)
+FRACTION = Range("choose from 0 to 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Range("choose from 0 to below 1", lambda value: 0 <= value < 1)
+SEED = Range("choose from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+NOT_NEGATIVE = Range("use 0 for none", lambda value: value >= 0)
 
 
 def setting(
@@ -142,6 +135,7 @@ def check_fields(settings: Any, section: str) -> None:
         if get_origin(hint) is Literal and value not in get_args(hint):
             choices = ", ".join(map(str, get_args(hint)))
             raise ValueError(f"{section}.{field.name} is {value!r}; choose one of {choices}")
-        many = isinstance(value, tuple)
-        if valid is not None and value is not None and any(item not in valid for item in (value if many else (value,))):
-            raise ValueError(f"{section}.{field.name} {'are' if many else 'is'} {value}; {valid.remedy}")
+        values = value if isinstance(value, tuple) else (value,)
+        if valid is not None and value is not None and not all(map(valid.holds, values)):
+            verb = "are" if isinstance(value, tuple) else "is"
+            raise ValueError(f"{section}.{field.name} {verb} {value}; {valid.remedy}")

@@ -8,9 +8,9 @@ from typing import Literal
 from ..routing_rules import RULES, RoutingRule, rule_of
 from .fields import (
     BELOW_ONE,
+    NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_OR_NULL,
-    Range,
     check_fields,
     names_where,
     require,
@@ -59,7 +59,7 @@ class ModelConfig:
     """Number of transformer blocks."""
     bottleneck_dim: int | None = setting(None, affects="weights")
     """Width that a patch is projected to before D (backbone: jit)."""
-    class_tokens: int = setting(0, affects="weights", valid=Range("use 0 for none"))
+    class_tokens: int = setting(0, affects="weights", valid=NOT_NEGATIVE)
     """Tokens made of the class, before those of the image (backbone: jit)."""
     class_tokens_from: int = setting(0, affects="weights")
     """Index of the first block with class tokens (backbone: jit)."""
@@ -73,7 +73,7 @@ class ModelConfig:
     """Normalise queries and keys (RMSNorm over each head)."""
     attention_sinks: bool = setting(False, affects="weights")
     """Add a learned logit per head to the softmax, so that a head may attend to nothing."""
-    sliding_window: int = setting(0, affects="weights", valid=Range("use 0 for none"))
+    sliding_window: int = setting(0, affects="weights", valid=NOT_NEGATIVE)
     """Attend to tokens whose index (row by row) differs by less than this; 0: to all tokens."""
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", affects="weights")
     """Normalisation before attention and feed-forward: LayerNorm without a learned scale, or RMSNorm with one."""
@@ -93,15 +93,17 @@ class ModelConfig:
     """Dropout after attention and inside dense feed-forward layers, in the middle half of the blocks."""
     attention_dropout: float = setting(0.0, affects="nothing", valid=BELOW_ONE)
     """Dropout of attention weights, in the middle half of the blocks."""
-    num_classes: int = setting(1000, affects="labels", common=True, valid=Range("use 0 for an unconditional model"))
+    num_classes: int = setting(
+        1000, affects="labels", common=True, valid=NOT_NEGATIVE._replace(remedy="use 0 for an unconditional model")
+    )
     """Number of classes; 0: an unconditional model."""
     null_class: bool = setting(True, affects="labels")
     """Add one class for no class, which guidance needs."""
-    text_dim: int = setting(0, affects="weights", group="text", valid=Range("use 0 for none"))
+    text_dim: int = setting(0, affects="weights", group="text", valid=NOT_NEGATIVE)
     """Width of the text encoder's features; 0: no text."""
     text_length: int = setting(77, affects="weights", group="text", valid=POSITIVE)
     """Maximum number of tokens of a prompt (text_dim above 0)."""
-    text_pooled_dim: int = setting(0, affects="weights", group="text", valid=Range("use 0 for none"))
+    text_pooled_dim: int = setting(0, affects="weights", group="text", valid=NOT_NEGATIVE)
     """Width of the text encoder's pooled feature, which modulates the blocks together with time; 0: the mean over the
     tokens is used instead (text_dim above 0)."""
     text_conditioning: Literal["cross", "joint"] = setting("cross", affects="weights", group="text")
@@ -156,7 +158,7 @@ class ModelConfig:
     in the paper."""
     moe_layer_freq: int = setting(2, affects="weights", group="experts")
     """Number of blocks per MoE block, the last of each group: 2: blocks 1, 3, ...; 1: all blocks."""
-    first_k_dense: int = setting(0, affects="weights", group="experts", valid=Range("use 0 for none"))
+    first_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)
     """Number of first blocks that are dense whatever moe_layer_freq is."""
 
     def __post_init__(self) -> None:

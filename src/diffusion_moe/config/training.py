@@ -8,6 +8,7 @@ from typing import Literal
 from .fields import (
     BELOW_ONE,
     FRACTION,
+    NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_OR_NULL,
     SEED,
@@ -44,7 +45,7 @@ class TrainingConfig:
     experts (a fifth more expert FLOPs), or whole blocks (a third more of all FLOPs)."""
     compile: bool = setting(False, change="always")
     """Compile each block by torch.compile."""
-    max_nonfinite_steps: int = setting(3, change="always", valid=Range("use 0 for none"))
+    max_nonfinite_steps: int = setting(3, change="always", valid=NOT_NEGATIVE)
     """Consecutive steps whose loss or gradient may be non-finite; each is skipped. One more returns to the last
     checkpoint and skips their batches; if that does not help, the run stops and names the images."""
     seed: int = setting(0, common=True, valid=SEED)
@@ -53,7 +54,7 @@ class TrainingConfig:
     """Steps between checkpoints; the last step always saves one."""
     keep_checkpoints: int = setting(2, change="always", valid=POSITIVE)
     """Number of newest checkpoints to keep."""
-    keep_every: int = setting(0, change="always", valid=Range("use 0 for none"))
+    keep_every: int = setting(0, change="always", valid=NOT_NEGATIVE)
     """Steps whose multiples keep their checkpoints for good; 0: none."""
     stop_seconds: int = setting(600, change="always", valid=POSITIVE)
     """Seconds that SIGTERM or Ctrl-C leaves for the current step and a checkpoint; after them the run ends without
@@ -82,7 +83,7 @@ class DiffusionConfig:
     """Prediction that the mean squared error compares, after converting the model's output to it: velocity, x or
     epsilon; null: the model's own prediction. JiT predicts x and compares velocities."""
     loss_min_gap: float | None = setting(
-        None, valid=Range("it must be above 0 and at most 1", high=1, with_low=False, with_high=True)
+        None, valid=Range("it must be above 0 and at most 1", lambda value: 0 < value <= 1)
     )
     """Smallest 1 - t (from x) or t (from epsilon) that this conversion divides by; null: model.min_gap. Velocities
     weight errors of x by 1 / max(1 - t, loss_min_gap)^2: with 0.4, late ones 6 times as much as early ones."""
@@ -112,9 +113,9 @@ class OptimizerConfig:
     """Decay of the first and second moment."""
     eps: float = setting(1e-8)
     """Added to the root of the second moment."""
-    weight_decay: float = setting(0.0, valid=Range("use 0 for none"))
+    weight_decay: float = setting(0.0, valid=NOT_NEGATIVE)
     """Decoupled weight decay, on matrices only (not on biases, norms and embeddings)."""
-    warmup_steps: int = setting(0, common=True, valid=Range("use 0 for none"))
+    warmup_steps: int = setting(0, common=True, valid=NOT_NEGATIVE)
     """Steps of linear warm-up from 0."""
     schedule: Literal["constant", "cosine"] = setting("constant", common=True)
     """Learning rate after the warm-up: constant, or a cosine down to 0 at the last step."""
@@ -145,7 +146,7 @@ class InitConfig:
     experts. y_embedder, the label table, gets no adapter and is trained whole."""
     upcycle: bool = setting(False, change="never")
     """Make experts of a dense model's feed-forward layers."""
-    upcycle_noise: float = setting(0.0, change="never", valid=Range("use 0 for none"))
+    upcycle_noise: float = setting(0.0, change="never", valid=NOT_NEGATIVE)
     """Noise on upcycled experts, in standard deviations of their weights."""
 
     def __post_init__(self) -> None:
@@ -198,11 +199,13 @@ class LoggingConfig:
     """Write TensorBoard files next to metrics.jsonl."""
     wandb: str | None = setting(None, change="always")
     """Project of Weights & Biases to send the same values to (needs the package wandb); null: none."""
-    validate_every: int = setting(0, change="always", common=True, valid=Range("use 0 for never"))
+    validate_every: int = setting(
+        0, change="always", common=True, valid=NOT_NEGATIVE._replace(remedy="use 0 for never")
+    )
     """Steps between losses on held-out images with fixed noise, for the weights and each EMA; 0: never."""
     validate_images: int = setting(512, change="always", valid=POSITIVE)
     """Held-out images for it, the first of their split."""
-    sample_every: int = setting(0, change="always", common=True, valid=Range("use 0 for never"))
+    sample_every: int = setting(0, change="always", common=True, valid=NOT_NEGATIVE._replace(remedy="use 0 for never"))
     """Steps between grids of generated images, in previews/; 0: never."""
 
     def __post_init__(self) -> None:
