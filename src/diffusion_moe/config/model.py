@@ -229,11 +229,10 @@ class ModelConfig:
         )
 
     def _check_backbone(self) -> None:
-        if self.process == "ddpm":
-            require(
-                self.prediction == "epsilon",
-                f"model.prediction is {self.prediction!r}, but model.process ddpm predicts epsilon; set it to epsilon",
-            )
+        require(
+            self.process != "ddpm" or self.prediction == "epsilon",
+            f"model.prediction is {self.prediction!r}, but model.process ddpm predicts epsilon; set it to epsilon",
+        )
         if self.backbone == "dit":
             for name in ("bottleneck_dim", "class_tokens", "class_tokens_from"):
                 require_default(self, "model", name, "but model.backbone is dit")
