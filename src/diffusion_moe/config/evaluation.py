@@ -21,7 +21,7 @@ class EvaluationConfig:
     """Generation and evaluation of images."""
 
     num_samples: int = setting(1000, change="always", valid=POSITIVE)
-    """Images generated for the scores, spread evenly over the classes, or over the prompts; for coloured shapes over
+    """Images generated for the scores, divided evenly over the classes, or over the prompts; for coloured shapes over
     their categories, seen and held out, so a multiple of 12."""
     batch_size: int = setting(250, change="always", valid=POSITIVE)
     """Images generated at a time; the images are the same for any number (except with model.inference_pool batch)."""

@@ -126,9 +126,9 @@ class ModelConfig:
     expert_dropout: float = setting(0.0, affects="nothing", group="experts", valid=BELOW_ONE)
     """Dropout inside routed and shared experts."""
     top_k: int = setting(2, affects="weights", group="experts", common=True)
-    """Experts a token is sent to (router: tc, dsmoe)."""
+    """Experts per token (router: tc, dsmoe)."""
     capacity: float = setting(1.0, affects="weights", group="experts", common=True)
-    """Experts a token is sent to on average (router: ec, diffmoe)."""
+    """Experts per token, on average (router: ec, diffmoe)."""
     n_group: int = setting(1, affects="weights", group="experts")
     """Groups the experts are divided into (router: dsmoe)."""
     topk_group: int = setting(1, affects="weights", group="experts")
@@ -136,8 +136,8 @@ class ModelConfig:
     routed_scaling_factor: float = setting(1.0, affects="weights", group="experts")
     """Factor on the routed experts' weights (router: dsmoe)."""
     shared: Shared = setting("swiglu", affects="weights", group="experts")
-    """Output for every token added to that of its routed experts: none, the token itself (identity), or that of a
-    shared expert with this activation."""
+    """Output added to that of a token's routed experts: none, the token itself (identity), or that of a shared expert
+    with this activation."""
     shared_dim: int | None = setting(None, affects="weights", group="experts", valid=POSITIVE_OR_NULL)
     """Hidden width of the shared expert; null: expert_dim."""
     shared_bias: bool = setting(False, affects="weights", group="experts")
@@ -157,7 +157,7 @@ class ModelConfig:
     """Tokens that thresholds choose from at inference (router: diffmoe): those of each image, or of the whole batch as
     in the paper."""
     moe_layer_freq: int = setting(2, affects="weights", group="experts")
-    """Number of blocks per MoE block, the last of each group: 2: blocks 1, 3, ...; 1: all blocks."""
+    """Period of blocks with an MoE layer: 1: all blocks; 2: blocks 1, 3, ...; n: the last of every n."""
     first_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)
     """Number of first blocks that are dense whatever moe_layer_freq is."""
 

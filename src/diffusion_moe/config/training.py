@@ -55,7 +55,7 @@ class TrainingConfig:
     keep_checkpoints: int = setting(2, change="always", valid=POSITIVE)
     """Number of newest checkpoints to keep."""
     keep_every: int = setting(0, change="always", valid=NOT_NEGATIVE)
-    """Steps whose multiples keep their checkpoints for good; 0: none."""
+    """Steps between checkpoints that are never deleted; 0: none."""
     stop_seconds: int = setting(600, change="always", valid=POSITIVE)
     """Seconds that SIGTERM or Ctrl-C leaves for the current step and a checkpoint; after them the run ends without
     one."""
@@ -88,11 +88,11 @@ class DiffusionConfig:
     """Smallest 1 - t (from x) or t (from epsilon) that this conversion divides by; null: model.min_gap. Velocities
     weight errors of x by 1 / max(1 - t, loss_min_gap)^2: with 0.4, late ones 6 times as much as early ones."""
     time: Literal["uniform", "logit_normal"] = setting("uniform")
-    """Distribution of the training time t in [0, 1] (0 is noise, 1 is data); of ddpm's step, uniform only."""
+    """Distribution of the training time t in [0, 1] (0 is noise, 1 is data); uniform for model.process ddpm."""
     time_mean: float = setting(0.0)
     """Mean of the normal under the logistic function (time: logit_normal)."""
     time_std: float = setting(1.0, valid=POSITIVE)
-    """Standard deviation of that normal."""
+    """Standard deviation of that normal (time: logit_normal)."""
     class_dropout: float = setting(0.1, valid=FRACTION)
     """Share of training samples whose class is replaced by the null class, for guidance."""
     caption_dropout: float = setting(0.1, valid=FRACTION)
@@ -204,7 +204,7 @@ class LoggingConfig:
     )
     """Steps between losses on held-out images with fixed noise, for the weights and each EMA; 0: never."""
     validate_images: int = setting(512, change="always", valid=POSITIVE)
-    """Held-out images for it, the first of their split."""
+    """Held-out images for validate_every, the first of their split."""
     sample_every: int = setting(0, change="always", common=True, valid=NOT_NEGATIVE._replace(remedy="use 0 for never"))
     """Steps between grids of generated images, in previews/; 0: never."""
 
