@@ -97,7 +97,7 @@ def test_nested_folders_links_and_loose_files(tmp_path, inspected):
     found = inspected(tmp_path)
     assert found["classes"] == {"animals": 12, "food": 5}
     assert found["ignored"] == {"images beside the class folders": 1}
-    assert found["notes"][0].endswith("1 images are links, each listed where it stands")
+    assert found["notes"][0].endswith("1 images are links, each listed where the link is")
     assert found["duplicates"]["examples"] == [["animals/0.png", "food/link.png"]]
     leaf = inspected(tmp_path, "--data.classes", "leaf")
     assert leaf["classes"] == {"animals/birds": 4, "animals/mammals": 4, "food": 5}
