@@ -15,6 +15,7 @@ from diffusion_moe.config import InitConfig, read_recipe
 from diffusion_moe.conversion import ConvertOptions, export_reference_checkpoint, to_pipeline
 from diffusion_moe.initialization import PretrainedSource, model_settings
 from diffusion_moe.models import load_model, make_model
+from diffusion_moe.sampling.loading import load_weights
 from diffusion_moe.sampling.source import read_source
 
 
@@ -52,21 +53,23 @@ def states_equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_run_gives_its_average_or_its_last_weights(base):
-    average, last = (PretrainedSource(InitConfig(str(base), weights)) for weights in ("ema", "model"))
-    assert average.config == read_recipe(base / "recipe.yaml").model
-    origin = average.load()
-    assert origin.name == f"{base} (ema weights)" and origin.class_names == tuple("0123456789")
-    assert states_equal(origin.model.state_dict(), load_file(base / "model" / "diffusion_pytorch_model.safetensors"))
+def test_a_run_gives_its_ema_or_its_last_weights(base):
+    ema, last = (PretrainedSource(InitConfig(str(base), weights)) for weights in ("ema", "model"))
+    assert ema.config == read_recipe(base / "recipe.yaml").model
+    pretrained = ema.load()
+    assert pretrained.name == f"{base} (ema weights)" and pretrained.class_names == tuple("0123456789")
+    assert states_equal(
+        pretrained.model.state_dict(), load_file(base / "model" / "diffusion_pytorch_model.safetensors")
+    )
     saved = load_file(next(base.glob("checkpoints/*06/*.safetensors")))
     expected = {name.removeprefix("model."): t for name, t in saved.items() if name.startswith("model.")}
     assert states_equal(last.load().model.state_dict(), expected)
-    assert not states_equal(origin.model.state_dict(), expected)
+    assert not states_equal(pretrained.model.state_dict(), expected)
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory, base, tiny_options):
-    """A run of adapters of layers and experts that learn fast: its newest weights are far from its average."""
+    """A run of adapters of layers and experts that learn fast: its newest weights are far from its EMA."""
     folder, source = (tmp_path_factory.mktemp("adapted") / name for name in ("run", "source"))
     torch.manual_seed(0)
     model = load_model(base / "model")
@@ -102,19 +105,19 @@ def merged_by_hand(run):
 
 
 def test_last_weights_of_a_run_of_adapters_are_merged(adapted):
-    origin = PretrainedSource(InitConfig(str(adapted), "model")).load().model
-    sampled = replace(read_source(adapted), weights="model").load().model.cpu()
+    pretrained = PretrainedSource(InitConfig(str(adapted), "model")).load().model
+    sampled = load_weights(replace(read_source(adapted), weights="model"))
     expected = merged_by_hand(adapted)
-    torch.testing.assert_close(dict(origin.state_dict()), expected)
-    assert states_equal(origin.state_dict(), sampled.state_dict())
-    average = load_model(adapted / "model")
-    assert all(average.state_dict()[name].shape == tensor.shape for name, tensor in expected.items())
+    torch.testing.assert_close(dict(pretrained.state_dict()), expected)
+    assert states_equal(pretrained.state_dict(), sampled.state_dict())
+    ema = load_model(adapted / "model")
+    assert all(ema.state_dict()[name].shape == tensor.shape for name, tensor in expected.items())
     by_hand = make_model(read_recipe(adapted / "recipe.yaml").model).eval()
     by_hand.load_state_dict(expected)
     x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 5, 9])
     with torch.no_grad():
         torch.testing.assert_close(sampled(x, t, y).sample, by_hand(x, t, y).sample)
-        assert (average(x, t, y).sample - by_hand(x, t, y).sample).abs().max() > 1e-3
+        assert (ema(x, t, y).sample - by_hand(x, t, y).sample).abs().max() > 1e-3
 
 
 def test_the_command_takes_last_weights_of_a_run_of_adapters(capsys, adapted, tmp_path):
@@ -141,7 +144,7 @@ def test_the_command_takes_last_weights_of_a_run_of_adapters(capsys, adapted, tm
     assert (status, err) == (0, "") and json.loads(output.read_text())["weights"] == "model"
 
 
-def test_samples_of_other_weights_stand_beside_those_of_the_average(capsys, base, tmp_path):
+def test_samples_of_other_weights_are_kept_beside_those_of_the_ema(capsys, base, tmp_path):
     shutil.copytree(base, tmp_path / "run")
     for weights in ("ema", "model"):
         assert run(capsys, "sample", tmp_path / "run", "--per_class=1", "--steps=1", f"--weights={weights}")[0] == 0
@@ -178,8 +181,8 @@ def test_a_choice_of_weights_that_is_not_there_is_refused(tmp_path, base):
 def test_the_recipe_need_not_repeat_the_architecture(capsys, tmp_path, base, recipe_file):
     status, out, _ = run(capsys, "train", recipe_file, "--output_dir", tmp_path / "run", "--model.dropout=0.1")
     assert status == 0 and out.startswith(f"starting from {base} (ema weights)")
-    recipe, origin = read_recipe(tmp_path / "run" / "recipe.yaml"), read_recipe(base / "recipe.yaml")
-    assert recipe.model == type(recipe.model)(**vars(origin.model) | {"dropout": 0.1})
+    recipe, pretrained = read_recipe(tmp_path / "run" / "recipe.yaml"), read_recipe(base / "recipe.yaml")
+    assert recipe.model == type(recipe.model)(**vars(pretrained.model) | {"dropout": 0.1})
     assert recipe.init.from_checkpoint == str(base)
     status, out, _ = run(capsys, "train", recipe_file, "--print_config")
     assert yaml.safe_load(out)["model"]["hidden_size"] == 32
@@ -236,7 +239,7 @@ MISTAKES = {
     "contradiction": (["--model.depth=6"], "model.depth is 6, but that of"),
     "pattern": (['--init.freeze=["block.*"]'], "did you mean blocks"),
     "target": (["--init.lora_rank=2", "--init.lora_targets=[attn.q]"], "take attn.qkv"),
-    "experts already": (["--init.upcycle"], "has experts already"),
+    "experts already": (["--init.upcycle"], "already has experts"),
     "classes": (["--model.num_classes=7"], "the data has 10 classes"),
     "a field": (["--init.from_chekpoint=x"], "did you mean --init.from_checkpoint"),
 }

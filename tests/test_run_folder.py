@@ -30,7 +30,7 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_the_folder_of_a_run_that_goes_on_is_refused(holder, tmp_path):
+def test_the_folder_of_a_run_that_trains_is_refused(holder, tmp_path):
     said = []
     reserved = RunFolder(tmp_path).reserved(said.append, wait_seconds=0.3)
     with pytest.raises(ValueError, match=rf"process {holder.pid} on .* trains in {tmp_path}; end it, wait for it, or"):
@@ -39,7 +39,7 @@ def test_the_folder_of_a_run_that_goes_on_is_refused(holder, tmp_path):
 
 
 def test_the_folder_of_a_killed_run_is_free(holder, tmp_path):
-    """Whoever waits for it goes on at once."""
+    """Whoever waits for it trains at once."""
     with RunFolder(tmp_path).reserved(lambda line: os.kill(holder.pid, signal.SIGKILL), wait_seconds=60):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     with RunFolder(tmp_path).reserved(pytest.fail):  # and again

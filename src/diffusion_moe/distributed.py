@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,19 @@ def rank() -> int:
 def is_main() -> bool:
     """True on the main process, which writes files and progress."""
     return rank() == 0
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"], option: str = "device") -> torch.device:
+    """The device that an option asks for; each process has its own GPU.
+
+    Raises:
+        ValueError: CUDA is asked for but not available.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{option} is cuda, but no CUDA device is available; set it to auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

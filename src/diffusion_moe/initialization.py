@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ class PretrainedSource:
             model = last_weights(RunFolder(self.path), "init.weights")
         else:
             model = load_model(self.source.model_folder)
-        space = None if self.source.latent_space is None else self.source.latent_space.to_dict()
+        space = None if self.source.latent_space is None else asdict(self.source.latent_space)
         return Pretrained(name, model, self.source.class_names, space)
 
 

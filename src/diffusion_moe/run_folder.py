@@ -8,13 +8,11 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
-from .config import SECTIONS, Recipe, TrainingConfig, difference, names_where, older_values, read_yaml, to_yaml
-from .config.reading import Sections, build_recipe, check_names, merge
-from .config.renamed import current_sections
+from .config import SECTIONS, Recipe, TrainingConfig, difference, names_where, older_values, to_yaml
+from .config.reading import Sections, build_recipe, merge, read_sections
 from .log import Log
 
 Resume = Literal["auto", "never", "changed"]
@@ -32,73 +30,31 @@ EVALUATION = "evaluation.json"
 """File of a run: its scores against its own data."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of a run."""
 
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def recipes(self) -> Path:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.recipes = path / "recipes"
         """Recipes of a run that has had several: see `run_history`."""
-        return self.path / "recipes"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def skipped(self) -> Path:
-        return self.path / "skipped.txt"
-
-    @property
-    def listing(self) -> Path:
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.skipped = path / "skipped.txt"
+        self.listing = path / "listing.sha256"
         """Hash of the images that the run is trained on; see `training.fit.check_same_images`."""
-        return self.path / "listing.sha256"
-
-    @property
-    def nonfinite_steps(self) -> Path:
-        return self.path / "nonfinite-steps.json"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def lora(self) -> Path:
-        return self.path / "lora"
+        self.nonfinite_steps = path / "nonfinite-steps.json"
+        self.tensorboard = path / "tensorboard"
+        self.samples = path / "samples"
+        self.figures = path / "figures"
+        self.model = path / "model"
+        self.lora = path / "lora"
+        self.previews = path / "previews"
+        self.evaluation = path / EVALUATION
 
     def ema_model(self, decay: float) -> Path:
         """Folder of a further EMA's model."""
         return self.path / f"{EMA_MODEL}{decay}"
-
-    @property
-    def previews(self) -> Path:
-        return self.path / "previews"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / EVALUATION
 
     def claim(self, recipe: Recipe, resume: Resume) -> None:
         """Make the folder this recipe's: create it, or check that it already is; then write `recipe.yaml`.
@@ -180,7 +136,7 @@ class RunFolder:
 
     def older_training(self) -> dict[str, Any]:
         """Fields of the training section that this run's recipe lacks, with the values it was trained with."""
-        return _older_training(_run_sections(self.recipe)) if self.recipe.is_file() else {}
+        return _older_training(read_sections(self.recipe, old_names=True)) if self.recipe.is_file() else {}
 
 
 def read_run_recipe(path: Path) -> Recipe:
@@ -189,13 +145,8 @@ def read_run_recipe(path: Path) -> Recipe:
     Raises:
         ValueError: it cannot be read.
     """
-    sections = _run_sections(path)
+    sections = read_sections(path, old_names=True)
     return build_recipe(merge({"training": _older_training(sections)}, sections))
-
-
-def _run_sections(path: Path) -> Sections:
-    content = read_yaml(path)
-    return check_names(current_sections(content) if isinstance(content, dict) else content, path)
 
 
 def _older_training(sections: Sections) -> dict[str, Any]:

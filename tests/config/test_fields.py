@@ -57,7 +57,7 @@ def test_the_old_section_answers_too(capsys, tmp_path):
     for arguments, message in (
         (["digits", "--start.source=x"], "--start.source is now --init.from_checkpoint; rename it"),
         (["digits", "--start.lora-rank=2"], "--start.lora_rank is now --init.lora_rank; rename it"),
-        ([str(tmp_path / "old.yaml")], "start is now init; rename it"),
+        ([str(tmp_path / "old.yaml")], f"recipe {tmp_path / 'old.yaml'}: start is now init; rename it"),
     ):
         assert main(["train", *arguments]) == 2
         assert capsys.readouterr().err == f"diffusion-moe: {message}\n"

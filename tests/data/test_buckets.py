@@ -55,7 +55,7 @@ def test_the_order_is_a_function_of_the_step_for_any_number_of_processes():
     assert [a + b for a, b in zip(*parts)] == whole
 
 
-def test_batches_of_another_size_go_on_in_each_bucket_where_it_stood():
+def test_batches_of_another_size_continue_the_stream_of_each_bucket():
     segments = [Segment(0, 8), Segment(20, 6), Segment(90, 16)]
     whole, plain = stream(0, 200, batch_size=segments), stream(0, 200)
     assert whole[:20] == plain[:20] and [len(batch) for batch in whole[19:21] + whole[89:91]] == [8, 6, 6, 16]

@@ -119,15 +119,15 @@ def test_ranks_load_their_part_of_each_batch(folder):
     data = load_dataset(config(folder, flip=True, test_fraction=0), "train", seed=4)
     whole = list(batches_from(0, 5, len(data), 6, seed=2))
     for rank in range(3):
-        places = torch.cat(positions_of(6, 1, rank, 3))
-        for all_draws, draws in zip(whole, batches_from(0, 5, len(data), 6, seed=2, positions=places), strict=True):
+        positions = torch.cat(positions_of(6, 1, rank, 3))
+        for all_draws, draws in zip(whole, batches_from(0, 5, len(data), 6, seed=2, positions=positions), strict=True):
             expected, part = data.__getitems__(all_draws), data.__getitems__(draws)
-            assert torch.equal(part.positions, places)
-            assert torch.equal(part.images, expected.images[places])
-            assert torch.equal(part.labels, expected.labels[places])
+            assert torch.equal(part.positions, positions)
+            assert torch.equal(part.images, expected.images[positions])
+            assert torch.equal(part.labels, expected.labels[positions])
 
 
-def test_about_half_of_the_images_are_flipped_and_anew_each_epoch():
+def test_about_half_of_the_images_are_flipped_and_others_each_epoch():
     data = load_dataset(DataConfig(flip=True), "train", seed=4)
     plain = load_dataset(DataConfig(), "train").read_all().images
     epochs = []

@@ -272,7 +272,7 @@ def test_center_crop_takes_the_middle():
     assert cover_and_crop(Image.new("L", (7, 101)), 5, 5).size == (5, 5)
 
 
-def test_images_twice_too_large_are_halved_by_averages_first():
+def test_images_twice_too_large_are_halved_by_means_first():
     """As ADM does: at twice the size and four times it, every pixel is the mean of a square."""
     pixels = np.random.RandomState(0).randint(0, 255, (16, 24), dtype=np.uint8)
     halved = np.array(cover_and_crop(Image.fromarray(pixels), 8, 8))

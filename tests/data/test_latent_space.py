@@ -1,5 +1,7 @@
 """How a model sees latents, and back."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -58,7 +60,7 @@ def test_a_space_survives_json():
     import json
 
     space = LatentSpace("name", "abc", LatentScaling((0.1, -0.2), (1 / 3, 7.0)))
-    assert LatentSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+    assert LatentSpace.from_dict(json.loads(json.dumps(asdict(space)))) == space
 
 
 def test_a_scaling_that_cannot_be_undone_is_refused():

@@ -126,8 +126,8 @@ def as_fetched(batch):
     return batch
 
 
-def batches(data, workers=0, places=None):
-    order = batches_from(0, 5, len(data), 8, seed=2, positions=places)
+def batches(data, workers=0, positions=None):
+    order = batches_from(0, 5, len(data), 8, seed=2, positions=positions)
     return list(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=as_fetched))
 
 
@@ -140,15 +140,15 @@ def test_batches_are_equal_for_any_number_of_workers_and_processes(tmp_path):
             assert torch.equal(one.images, other.images)
             assert torch.equal(one.labels, other.labels)
     for world in (2, 4):
-        shares = [batches(data, places=torch.cat(positions_of(8, 2, rank, world))) for rank in range(world)]
+        shares = [batches(data, positions=torch.cat(positions_of(8, 2, rank, world))) for rank in range(world)]
         for step, whole in enumerate(alone):
-            images, labels, places = (
+            images, labels, positions = (
                 torch.cat([getattr(share[step], name) for share in shares])
                 for name in ("images", "labels", "positions")
             )
-            assert sorted(places.tolist()) == list(range(8))
-            assert torch.equal(images, whole.images[places])
-            assert torch.equal(labels, whole.labels[places])
+            assert sorted(positions.tolist()) == list(range(8))
+            assert torch.equal(images, whole.images[positions])
+            assert torch.equal(labels, whole.labels[positions])
 
 
 def test_another_process_gets_the_files_and_not_a_copy_of_them(tmp_path):

@@ -61,9 +61,9 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_the_arithmetic():
 def test_a_rank_draws_its_part_of_every_batch_across_epochs(size):
     whole = list(batches_from(2, 9, size, 12, seed=4))
     for rank in range(3):
-        places = torch.cat(positions_of(12, 2, rank, 3))
-        part = list(batches_from(2, 9, size, 12, seed=4, positions=places))
-        assert part == [[batch[place] for place in places.tolist()] for batch in whole]
+        positions = torch.cat(positions_of(12, 2, rank, 3))
+        part = list(batches_from(2, 9, size, 12, seed=4, positions=positions))
+        assert part == [[batch[position] for position in positions.tolist()] for batch in whole]
 
 
 SEGMENTS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=4)

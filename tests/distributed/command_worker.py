@@ -1,4 +1,4 @@
-"""The command as one of torchrun's processes, with a quick classifier and small parts; may be told to die midway.
+"""The command as one of torchrun's processes, with a quick classifier and small parts; may be made to die midway.
 
 Usage: command_worker.py PARTS ARGUMENT ...; after that many parts of features it kills itself (0: never).
 """

@@ -1,4 +1,4 @@
-"""Training spread over gloo processes is training on one: losses, measures, weights and averages.
+"""Training by gloo processes is training on one: losses, measures, weights and EMAs.
 
 Sums over processes are taken in another order than on one, so numbers differ by float32 rounding. Adam divides a
 gradient by its size and would make steps of full length out of the rounding where a gradient should be zero (a key's

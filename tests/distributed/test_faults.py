@@ -1,6 +1,6 @@
 """What happens to a run of several processes, started as users start it, when something dies.
 
-However it was disturbed, it ends with the weights, averages and numbers of the run that was not, bit for bit.
+However it was disturbed, it ends with the weights, EMAs and metrics of the run that was not, bit for bit.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def metrics(folder, names=NUMBERS):
 
 
 def assert_same(folder, expected):
-    """Weights, averages, moments, numbers and the published model are bit for bit those of another run."""
+    """Weights, EMAs, moments, metrics and the published model are bit for bit those of another run."""
     found, others = final_state(folder, STEPS), final_state(expected, STEPS)
     assert found.keys() == others.keys()
     assert not [name for name in others if not torch.equal(found[name], others[name])]

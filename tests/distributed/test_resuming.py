@@ -1,4 +1,4 @@
-"""A run goes on from its checkpoint in any layout of processes, and ends where the uninterrupted one does."""
+"""A run resumes from its checkpoint in any layout of processes, and ends where the uninterrupted one does."""
 
 import json
 import math
@@ -72,14 +72,14 @@ def test_two_processes_then_one(run, tmp_path):
     alone, moved = tmp_path / "alone", tmp_path / "moved"
     run(1, ("alone", STEPS, []))
     run(2, ("moved", STEPS // 2, EXPERTS))
-    # What was spread is published in one piece, each average its own.
+    # What was sharded is saved whole, each EMA its own.
     expected = final_state(moved, STEPS // 2)
     for folder, kind in (("model", "ema"), ("model-ema-0.5", "ema_0.5")):
         published = DiT.from_pretrained(moved / folder).state_dict()
         assert {f"{kind}.{name}" for name in published} == {name for name in expected if name.startswith(f"{kind}.")}
         assert all(torch.equal(tensor, expected[f"{kind}.{name}"]) for name, tensor in published.items())
     assert not torch.equal(expected["ema.x_embedder.weight"], expected["ema_0.5.x_embedder.weight"])
-    # Pictures show the average as it is, not as it was when its weights were last gathered.
+    # Images show the EMA as it is, not as it was when its weights were last gathered.
     assert np.abs(preview(moved, 4) - preview(alone, 4)).max() <= 1
     assert np.abs(preview(alone, 2) - preview(alone, 4)).max() > 1
     run(1, ("moved", STEPS, []))

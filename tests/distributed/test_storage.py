@@ -118,11 +118,11 @@ def test_damage_that_one_rank_finds_turns_all_to_the_one_before(run, start, tmp_
     assert "step-00000002: tensors-00001-000.safetensors is corrupt" in second and "\n" not in first + second
 
 
-def test_training_goes_on_while_the_background_writes(run):
+def test_training_continues_while_the_background_writes(run):
     assert run("train_on", 2) == [{"values": [1, 2, 3]}] * 2
 
 
-def test_processes_that_disagree_are_told(run):
+def test_processes_that_disagree_are_refused(run):
     expected = [
         ("CheckpointError", "ranks 0 and 1 save different tensors: one of them lacks extra"),
         ("RuntimeError", "the processes do different work: {0: 'looking for checkpoints', 1: 'checking metadata"),

@@ -82,7 +82,7 @@ def test_two_nodes_of_two_processes_equal_one_process(start, options, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_is_lost_and_another_takes_its_place(start, options, tmp_path):
-    """The one that is left waits for it, and both go on from the last checkpoint."""
+    """The one that is left waits for it, and both resume from the last checkpoint."""
     layout = ["--parallel.shard=2"]
     lost = {"do": "kill_all", "step": 7, "more": int(signal.SIGKILL), "rank": None, "at": "step"}
     stays, goes = start(0, more=layout, restarts=3), start(1, lost, more=layout, restarts=3)

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def train(options, steps):
-    """The numbers of each step, and weights and averages at the end; None but on the main process."""
+    """The numbers of each step, and weights and EMAs at the end; None but on the main process."""
     recipe = read_recipe("digits", options)
     check_parallel(recipe, world_size())
     state = make_state(recipe, CPU, make_meshes(recipe.parallel, CPU))

@@ -148,7 +148,7 @@ def start(folder, pictures, vae_folder, environment, shard_images=SHARD):
     )
 
 
-def test_a_killed_command_goes_on_without_a_lost_or_doubled_image(tmp_path, pictures, vae_folder):
+def test_a_killed_command_resumes_without_a_lost_or_doubled_image(tmp_path, pictures, vae_folder):
     """SIGKILL at a random shard, then by two other processes."""
     write(tmp_path / "whole", pictures, vae_folder, shard_images=1)
     folder, shard = tmp_path / "killed", random.SystemRandom().randrange(10)
@@ -226,7 +226,7 @@ def test_what_float16_cannot_hold_is_named(tmp_path, pictures, vae_folder, facto
         read_header(tmp_path / "cache")
 
 
-def test_a_full_disk_is_one_line_and_the_command_goes_on_later(tmp_path, cache, pictures, vae_folder, capsys):
+def test_a_full_disk_is_one_line_and_the_command_resumes_later(tmp_path, cache, pictures, vae_folder, capsys):
     """A limit on the size of files stands for the disk: the fourth shard is shorter than it, the others are not."""
     limit, (soft, hard) = shard_path(cache, 3).stat().st_size + 100, resource.getrlimit(resource.RLIMIT_FSIZE)
     options = [f"--vae={vae_folder}", f"--output={tmp_path / 'cache'}", f"--image_size={SIZE}"]
@@ -260,7 +260,7 @@ def test_another_cache_is_refused_with_the_difference(tmp_path, cache, pictures,
     assert contents(cache) == before
 
 
-def test_the_same_data_and_vae_at_other_places_go_on(tmp_path, cache, pictures, vae_folder):
+def test_the_same_data_and_vae_at_other_paths_resume(tmp_path, cache, pictures, vae_folder):
     shutil.copytree(cache, tmp_path / "cache")
     shutil.copytree(pictures, tmp_path / "moved")
     shutil.copytree(vae_folder, tmp_path / "vae")
@@ -307,8 +307,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line(capsys, tmp_path, pictures, vae_folder, mistake):
     options, expected = MISTAKES[mistake]
-    places = {"OUT": tmp_path / "out", "VAE": vae_folder, "PICTURES": pictures}
-    for name, path in places.items():
+    paths = {"OUT": tmp_path / "out", "VAE": vae_folder, "PICTURES": pictures}
+    for name, path in paths.items():
         options = [option.replace(f"={name}", f"={path}") for option in options]
     options = options if mistake == "size" else [*options, f"--image_size={SIZE}"]
     assert main(["encode", str(pictures), *options]) == 2

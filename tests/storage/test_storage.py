@@ -211,12 +211,12 @@ def test_a_manifest_that_claims_what_is_not_there_is_refused(tmp_path, change):
         load_numbered(path)
 
 
-def _places(value, path=()):
+def _paths(value, path=()):
     """Where values stand in JSON."""
     if isinstance(value, dict | list):
         for key in value if isinstance(value, dict) else range(len(value)):
             yield (*path, key)
-            yield from _places(value[key], (*path, key))
+            yield from _paths(value[key], (*path, key))
 
 
 @given(data=st.data())
@@ -224,16 +224,16 @@ def test_no_manifest_ends_in_another_error(tmp_path_factory, data):
     """Any value of it changed, with a digest that fits: it is refused, or says the same of the tensors."""
     folder = tmp_path_factory.mktemp("claims")
     path = write(folder, 1, numbered(1), {})
-    place = data.draw(st.sampled_from(list(_places(json.loads((path / "manifest.json").read_text())))))
-    if place == ("sha256",):
+    where = data.draw(st.sampled_from(list(_paths(json.loads((path / "manifest.json").read_text())))))
+    if where == ("sha256",):
         return
     values = [0, -1, 1, 3, 40, 2**63, 1e300, -0.5, None, True, "", "..", "F32", "x\0", [], {}]
     value = data.draw(st.sampled_from(values))
 
     def change(body):
-        for key in place[:-1]:
+        for key in where[:-1]:
             body = body[key]
-        body[place[-1]] = value
+        body[where[-1]] = value
 
     _claim(path, change)
     found = latest(folder, load_numbered)
@@ -384,7 +384,7 @@ def test_the_background_drops_old_checkpoints_and_takes_other_tensors(tmp_path):
     assert other["other"].sum() == 6
 
 
-def test_a_failure_in_the_background_is_reported_once_and_the_writer_goes_on(tmp_path, monkeypatch):
+def test_a_failure_in_the_background_is_reported_once_and_the_writer_continues(tmp_path, monkeypatch):
     with AsyncWriter(tmp_path, keep=5) as writer:
         writer.save(1, numbered(1), {})
         writer.wait()

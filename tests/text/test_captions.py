@@ -143,7 +143,7 @@ def test_cached_features_are_those_encoded_in_memory(
     assert contents(tmp_path / "two") == contents(tmp_path / "cache")
 
 
-def test_captions_may_be_added_later_and_go_on_where_they_stopped(
+def test_captions_may_be_added_later_and_resume_where_they_stopped(
     tmp_path, captioned_folder, vae_folder, text_encoder_folder, make_text_encoder, capsys
 ):
     cache, text = tmp_path / "cache", ["--captions=text", f"--text_encoder={text_encoder_folder}"]
@@ -191,7 +191,7 @@ def test_an_image_that_stands_in_for_another_brings_its_own_caption(tmp_path, ca
     torch.testing.assert_close(text.features[0].float(), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_captions_that_are_missing_are_told(captioned_folder, text_encoder_folder):
+def test_captions_that_are_missing_are_refused(captioned_folder, text_encoder_folder):
     with pytest.raises(ValueError, match=r"data\.text_encoder is .*, but the data has no captions"):
         load_dataset(DataConfig(kind="digits", text_encoder=str(text_encoder_folder)), "train")
     with pytest.raises(ValueError, match=r"caption_column is text, which is not supported for data\.kind digits"):

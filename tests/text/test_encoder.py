@@ -1,6 +1,7 @@
 """Text encoders: features, masks, cuts, identity, and what is refused."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -56,13 +57,13 @@ def test_no_prompt_is_longer_than_the_encoder_s_positions(encoders):
     assert load_encoder(str(encoders["t5"]), 77).length == 77  # relative positions
 
 
-def test_the_space_tells_encoders_apart_but_not_precisions(encoders):
+def test_the_space_distinguishes_encoders_but_not_precisions(encoders):
     spaces = {kind: load_encoder(str(folder), 12).space() for kind, folder in encoders.items()}
     assert len({space.sha256 for space in spaces.values()}) == 3
     assert (spaces["t5"].width, spaces["t5"].pooled_width, spaces["clip"].pooled_width) == (16, 0, 16)
     narrow = load_encoder(str(encoders["t5"]), 12, "bf16")
     assert narrow.space().sha256 == spaces["t5"].sha256 and narrow.space().precision == "bf16"
-    assert TextSpace.from_dict(json.loads(json.dumps(spaces["clip"].to_dict()))) == spaces["clip"]
+    assert TextSpace.from_dict(json.loads(json.dumps(asdict(spaces["clip"])))) == spaces["clip"]
     rounded = narrow.encode(PROMPTS).features
     difference = (rounded - load_encoder(str(encoders["t5"]), 12).encode(PROMPTS).features).abs().max()
     assert 0 < difference < 0.3

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_images_show_the_held_out_captions_in_turn(capsys, text_run, reference, 
     assert result["images_sha256"] == expected_digest(text_run, texts)
     assert result["prompts"]["count"] == 5
     assert result["prompts"]["origin"] == f"held-out captions of folder {captioned_folder}"
-    assert result["text_encoder"] == read_source(text_run).text_space.to_dict()
+    assert result["text_encoder"] == asdict(read_source(text_run).text_space)
     assert result["frechet"] > 0 and result["num_samples"] == 12 and "recognised" not in result
     assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
 

@@ -36,7 +36,7 @@ def weights(folder):
     ],
     ids=["cross", "joint", "accumulated", "buckets"],
 )
-def test_training_goes_on_bit_for_bit(tmp_path, tiny_t2i, options):
+def test_training_resumes_bit_for_bit(tmp_path, tiny_t2i, options):
     options = [*tiny_t2i, *options]
     assert train(tmp_path / "whole", options, f"--training.steps={STEPS}") == 0
     assert train(tmp_path / "parts", options, "--training.steps=2") == 0
@@ -53,8 +53,8 @@ def test_a_shipped_recipe_on_a_cache_with_captions(
 ):
     encoder = make_text_encoder(kind, tmp_path / "encoder")
     text = ["--captions=text", f"--text_encoder={encoder}", "--text_length=12", "--flip=false"]
-    places = [f"--vae={vae_folder}", f"--output={tmp_path / 'cache'}"]
-    assert main(["encode", str(captioned_folder), *places, *text, "--image_size=16", "--device=cpu"]) == 0
+    paths = [f"--vae={vae_folder}", f"--output={tmp_path / 'cache'}"]
+    assert main(["encode", str(captioned_folder), *paths, *text, "--image_size=16", "--device=cpu"]) == 0
     options = [*tiny_options, "--model.sample_size=8", "--model.text_dim=16", "--model.text_length=12"]
     options += ["--data.num_workers=0", "--training.device=cpu", "--training.precision=fp32", "--training.steps=2"]
     options += [f"--data.path={tmp_path / 'cache'}", f"--model.text_pooled_dim={16 if kind == 'clip' else 0}"]

@@ -1,4 +1,4 @@
-"""A run that goes on under another recipe: what it keeps, what it refuses, and that it resumes as any run does."""
+"""A run that resumes with another recipe: what it keeps, what it refuses, and that it resumes as any run does."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def recorded(folder):
     return {step: read_recipe(path) for step, path in recipes_in(run).items()}, run.read_recipe()
 
 
-def test_a_run_goes_on_longer_under_another_recipe(recipe, tmp_path):
+def test_a_run_resumes_longer_with_another_recipe(recipe, tmp_path):
     """Steps before the change are those of the first recipe, the learning rate after it that of the new cosine."""
     lines = []
     train(recipe(), tmp_path, log=str)
@@ -101,7 +101,7 @@ def test_a_run_goes_on_longer_under_another_recipe(recipe, tmp_path):
     assert manifest.metadata["batch_sizes"] == [[0, 16], [FIRST, 24]]
 
 
-def test_a_new_average_begins_at_the_weights_and_follows_its_formula(recipe, tmp_path):
+def test_a_new_ema_starts_at_the_weights_and_follows_its_formula(recipe, tmp_path):
     train(recipe(), tmp_path, log=str)
     at_first = final_state(tmp_path, FIRST)
     longer = [f"--training.steps={FIRST + 1}", "--training.extra_ema_decays=[0.25]"]
@@ -115,7 +115,7 @@ def test_a_new_average_begins_at_the_weights_and_follows_its_formula(recipe, tmp
     assert all(torch.equal(tensor, last[f"ema_0.25.{name}"]) for name, tensor in published.items())
 
 
-def test_an_average_that_is_no_longer_kept_is_dropped_with_a_line(recipe, tmp_path):
+def test_an_ema_that_is_no_longer_kept_is_dropped_with_a_line(recipe, tmp_path):
     train(recipe("--training.extra_ema_decays=[0.5,0.25]"), tmp_path, log=str)
     lines = []
     train(recipe("--training.extra_ema_decays=[0.25]", "--training.steps=8"), tmp_path, "changed", log=lines.append)
@@ -150,7 +150,7 @@ def test_killed_after_the_change_it_resumes_by_the_plain_command_bit_for_bit(rec
 
 
 @pytest.mark.parametrize("writes", [0, 1, 2])
-def test_killed_between_two_writes_nothing_is_lost_and_either_recipe_goes_on(recipe, tmp_path, monkeypatch, writes):
+def test_killed_between_two_writes_nothing_is_lost_and_either_recipe_resumes(recipe, tmp_path, monkeypatch, writes):
     """Three files are written: the first recipe, the new one, and recipe.yaml."""
     train(recipe(), tmp_path, log=str)
     run, done = RunFolder(tmp_path), []
@@ -167,7 +167,7 @@ def test_killed_between_two_writes_nothing_is_lost_and_either_recipe_goes_on(rec
         with pytest.raises(Killed):
             record(run, recipe(*OTHER), FIRST, "changed", str)
     assert done == ["step-00000000.yaml", "step-00000006.yaml"][:writes]
-    assert run.read_recipe() == recipe()  # the plain command of the first recipe still goes on
+    assert run.read_recipe() == recipe()  # the plain command of the first recipe still resumes
     record(run, recipe(), FIRST, "auto", str)
     assert set(recorded(tmp_path)[0].values()) <= {recipe()} and run.read_recipe() == recipe()
     record(run, recipe(*OTHER), FIRST, "changed", str)
@@ -200,7 +200,7 @@ def test_without_a_difference_or_a_run_it_is_as_auto(recipe, tmp_path):
     assert not [name for name in expected if not torch.equal(expected[name], found[name])]
 
 
-def test_before_the_first_checkpoint_the_new_recipe_begins_anew(recipe, tmp_path, monkeypatch):
+def test_before_the_first_checkpoint_the_new_recipe_starts_from_scratch(recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         kill_at(patch, 3)
         with pytest.raises(Killed):
@@ -213,7 +213,7 @@ def test_before_the_first_checkpoint_the_new_recipe_begins_anew(recipe, tmp_path
 
 
 def test_a_damaged_checkpoint_leads_to_before_the_change_and_the_record_says_so(recipe, tmp_path):
-    """The newer recipe then goes on from the step that it in fact goes on from."""
+    """The newer recipe then begins at the step that it is in fact resumed from."""
     other = recipe("--training.steps=8", "--training.batch_size=8", "--training.keep_checkpoints=9")
     train(recipe("--training.keep_checkpoints=9"), tmp_path, log=str)
     train(other, tmp_path, "changed", log=str)
@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint_leads_to_before_the_change_and_the_record_says_so(
     assert Manifest.read(tmp_path / "checkpoints" / "step-00000008").metadata["batch_sizes"] == [[0, 16], [4, 8]]
 
 
-def test_the_images_of_each_step_go_on_where_the_stream_stood(recipe, tmp_path, monkeypatch):
+def test_the_images_of_each_step_continue_the_stream(recipe, tmp_path, monkeypatch):
     """All that training reads, one step after another, is the stream of a run whose batches never changed."""
     seen, draw = [], Digits.__getitems__
 
@@ -252,14 +252,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_go_on_is_refused_with_the_fields_and_a_remedy(recipe, tmp_path, case):
+def test_what_cannot_be_resumed_is_refused_with_the_fields_and_a_remedy(recipe, tmp_path, case):
     options, field = REFUSED[case]
     train(recipe(), tmp_path, log=str)
     saved = (tmp_path / "recipe.yaml").read_bytes()
     with pytest.raises(ValueError, match="holds a run of another model or init") as refused:
         RunFolder(tmp_path).claim(recipe(*options), "changed")
     message = str(refused.value)
-    assert field in message and message.endswith("leave that as it was, or choose another --output_dir")
+    assert field in message and message.endswith("restore these values, or choose another --output_dir")
     assert "\n" not in message and (tmp_path / "recipe.yaml").read_bytes() == saved
     with pytest.raises(ValueError, match="another recipe") as plain:
         RunFolder(tmp_path).claim(recipe(*options), "auto")
@@ -349,7 +349,7 @@ def test_the_page_of_run_folders_lists_what_may_change():
 
 
 def test_other_images_are_refused_unless_wanted(tiny, tmp_path):
-    """The order of training is a function of the listing, so a run does not go on silently over another one."""
+    """The order of training is a function of the listing, so a run does not resume silently on another one."""
     from PIL import Image
 
     folder, run = tmp_path / "images", tmp_path / "run"

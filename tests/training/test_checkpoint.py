@@ -39,7 +39,7 @@ def load_latest(folder, state):
     return found.path, found.problems
 
 
-def test_a_restored_state_goes_on_bit_for_bit(recipe, tmp_path):
+def test_a_restored_state_continues_bit_for_bit(recipe, tmp_path):
     state = make_state(recipe, CPU)
     run(recipe, state, 3)
     path = save_checkpoint(tmp_path, state, keep=2)
@@ -164,7 +164,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_whole(recipe, tmp_path, monke
     assert load_latest(tmp_path, make_state(recipe, CPU)) == (good, [])
 
 
-def test_training_goes_on_while_the_state_of_the_call_is_written(recipe, tmp_path):
+def test_training_continues_while_the_state_of_the_call_is_written(recipe, tmp_path):
     state = make_state(recipe, CPU)
     run(recipe, state, 2)
     state.skipped_steps = {7}

@@ -75,7 +75,7 @@ def test_a_loading_process_is_killed(tiny, tmp_path, monkeypatch, capsys):
     assert "lower data.num_workers" in said and said.count("\n") == 1
 
 
-def test_a_run_that_is_not_torchruns_goes_on_without_its_parent(tiny, tmp_path, monkeypatch):
+def test_a_run_that_is_not_torchruns_continues_without_its_parent(tiny, tmp_path, monkeypatch):
     """One in the background does not miss its shell; one of torchrun's saves and ends."""
     recipe = read_recipe("digits", [*tiny, "--training.steps=3"])
     for name, steps, signals in (("ours", 3, None), ("torchrun's", 2, signal.SIGTERM)):

@@ -151,7 +151,7 @@ def test_new_rows_are_the_mean_of_the_old_classes_plus_noise():
     assert not torch.equal(new[1], relabelled(table, [7, None, None, 4000], 4000, seed=1)[1])
 
 
-def test_other_classes_are_told():
+def test_other_classes_are_logged():
     pretrained = pretrained_of()
     model, notes = begun(pretrained, recipe_of(num_classes=3), ["x", "d", "b"])
     assert notes[1].startswith("label table: 2 of 3 rows are kept, by the names of the classes; 1 are new")
@@ -159,7 +159,7 @@ def test_other_classes_are_told():
     assert torch.equal(new[1:], old[[3, 1, 4]])
     assert (new[0] - old[:4].mean(0)).abs().max() < 0.1
     assert begun(pretrained, recipe_of(), "wxyz")[1][1:] == [
-        "label table: all 4 rows are kept, by number, as there has no class of an equal name"
+        "label table: all 4 rows are kept, by number, because there has no class of an equal name"
     ]
     assert "names no classes" in begun(pretrained._replace(class_names=()), recipe_of(), "wxyz")[1][1]
     without = pretrained_of(dataclasses.replace(SMALL, null_class=False))
@@ -194,7 +194,7 @@ def test_other_latents_are_warned_of():
 
 
 def test_the_table_of_positions_is_interpolated():
-    """Twice as many places: the middle of the table is that of the formula at half steps."""
+    """Twice as many positions: the middle of the table is that of the formula at half steps."""
     config = dataclasses.replace(SMALL, position="sincos+rope2d", hidden_size=16, sample_size=32)
     pretrained = pretrained_of(config)
     model, notes = begun(pretrained, Recipe(model=dataclasses.replace(config, sample_size=64)), "abcd")
@@ -203,8 +203,8 @@ def test_the_table_of_positions_is_interpolated():
     angle = halves[:, None] * 10000.0 ** -(torch.arange(4) / 4)
     inner = model.pos_embed.view(32, 32, 16)[8:24, 8:24]
     # The first half encodes the column, sines before cosines; the fastest waves are smoothed the most.
-    for place, values in ((1, angle.sin()[:, 1]), (3, angle.sin()[:, 3]), (5, angle.cos()[:, 1])):
-        torch.testing.assert_close(inner[0, :, place], values[8:24], rtol=0, atol=1e-2)
+    for index, values in ((1, angle.sin()[:, 1]), (3, angle.sin()[:, 3]), (5, angle.cos()[:, 1])):
+        torch.testing.assert_close(inner[0, :, index], values[8:24], rtol=0, atol=1e-2)
     assert torch.equal(pretrained.model.pos_embed, sincos_table(16, 16, 16))
     same, notes = begun(pretrained, Recipe(model=config), "abcd")
     assert torch.equal(same.pos_embed, pretrained.model.pos_embed) and len(notes) == 1
@@ -250,7 +250,7 @@ def test_patterns_freeze_what_they_match():
         ("blocks.7.mlp.*", "blocks.1.mlp.*"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_told_with_near_names(pattern, near):
+def test_a_pattern_that_matches_nothing_is_refused_with_near_names(pattern, near):
     with pytest.raises(ValueError, match=r"init.freeze has .*, which matches no parameter; did you mean") as e:
         freeze_and_add_adapters(make_model(SMALL), freezing(pattern))
     assert near.replace("\\", "") in str(e.value) and "\n" not in str(e.value)
@@ -284,11 +284,11 @@ def test_frozen_parts_and_the_state_of_frozen_routers_stay(tiny, router):
         assert (ema[name].data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad)
 
 
-def test_averages_share_what_is_frozen():
-    model, average = (freeze_and_add_adapters(make_model(SMALL), freezing("blocks.*")) for _ in range(2))
-    share_frozen(model, [average])
-    assert average.blocks[0].attn.qkv.weight.data_ptr() == model.blocks[0].attn.qkv.weight.data_ptr()
-    assert average.x_embedder.weight.data_ptr() != model.x_embedder.weight.data_ptr()
+def test_emas_share_what_is_frozen():
+    model, ema = (freeze_and_add_adapters(make_model(SMALL), freezing("blocks.*")) for _ in range(2))
+    share_frozen(model, [ema])
+    assert ema.blocks[0].attn.qkv.weight.data_ptr() == model.blocks[0].attn.qkv.weight.data_ptr()
+    assert ema.x_embedder.weight.data_ptr() != model.x_embedder.weight.data_ptr()
 
 
 # Runs
@@ -371,7 +371,7 @@ def test_adapters_of_a_run_give_its_model_and_leave_the_base(tiny, tmp_path, bas
         assert (load_model(base / "model")(x, t, y).sample - expected).abs().max() > 1e-3
 
 
-def test_an_adapter_average_is_the_mean_of_adapters_over_steps(tiny, tmp_path, base):
+def test_an_adapter_ema_is_the_mean_of_adapters_over_steps(tiny, tmp_path, base):
     """ema = 0.9 ema + 0.1 adapter: after the first step a tenth of it."""
     tuned(tiny, tmp_path, base, "--init.lora_rank=2", "--training.checkpoint_every=1", steps=1)
     saved = load_file(next(tmp_path.glob("checkpoints/*01/*.safetensors")))
@@ -441,16 +441,16 @@ def test_fine_tuning_to_five_of_ten_classes(tiny, tmp_path, base, five_digits):
     assert model.settings.num_classes == 5 and model.y_embedder.weight.shape == (6, 32)
 
 
-def test_upcycling_a_dense_run_beats_beginning_from_scratch(tiny, tmp_path):
-    """Five steps of a mixture made of a dense run, against five of a fresh one."""
+def test_upcycling_a_dense_run_beats_starting_from_scratch(tiny, tmp_path):
+    """Five steps of MoE layers made of a dense run, against five of a fresh one."""
     dense = [*tiny, "--model.router=dense", "--model.mlp_activation=swiglu", "--model.mlp_dim=48"]
     dense += ["--model.mlp_bias=false", "--training.steps=60", "--training.ema_decay=0.9"]
     train(read_recipe("digits", [*dense, "--optimizer.learning_rate=3e-3"]), tmp_path / "dense", log=lambda line: None)
     mixture = ["--model.mlp_activation=swiglu", "--model.mlp_dim=48", "--model.mlp_bias=false", "--logging.every=1"]
     lines = tuned(tiny, tmp_path / "mixture", tmp_path / "dense", "--init.upcycle=true", *mixture, steps=5)
     assert lines[1] == (
-        "experts of 1 blocks: the shared expert takes 16 of 48 hidden units, the routed ones are 2 copies of what is "
-        "left in 2 slices each; they start exactly equal to the dense layers, and their routers are new"
+        "experts of 1 blocks: the shared expert takes 16 of 48 hidden units, the routed ones are 2 copies of the "
+        "other units in 2 slices each; they start exactly equal to the dense layers, and their routers are new"
     )
     train(read_recipe("digits", [*tiny, *mixture, "--training.steps=5"]), tmp_path / "fresh", log=lambda line: None)
     rows = {

@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, uninterrupted, resume)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_saves_says_how_to_go_on_and_resumes(tiny, tmp_path, uninterrupted, resume, number, status):
+def test_an_interrupted_run_saves_logs_how_to_resume_and_resumes(tiny, tmp_path, uninterrupted, resume, number, status):
     """The signal goes to the whole process group, as a terminal's Ctrl-C does: the loading process gets it too."""
     folder = tmp_path / "interrupted"
     process = start([*options(tiny), "--data.num_workers=1"], folder)
@@ -148,7 +148,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(tiny, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "damaged")
 
 
-def test_if_no_checkpoint_is_good_training_does_not_silently_start_anew(tiny, tmp_path):
+def test_if_no_checkpoint_is_good_training_does_not_silently_start_from_scratch(tiny, tmp_path):
     recipe = read_recipe("digits", options(tiny))
     train(recipe, tmp_path, log=quietly)
     for path in tmp_path.glob("checkpoints/*/manifest.json"):
@@ -182,14 +182,14 @@ def test_the_run_folder_is_as_documented(tiny, tmp_path):
     assert min(bins) <= row["loss"] <= max(bins)
 
 
-def test_the_saved_model_is_the_average(tiny, tmp_path):
+def test_the_saved_model_is_the_ema(tiny, tmp_path):
     from diffusion_moe import DiT
 
     train(read_recipe("digits", options(tiny)), tmp_path, log=quietly)
     saved = DiT.from_pretrained(tmp_path / "model").state_dict()
-    average = {name[4:]: tensor for name, tensor in final_state(tmp_path).items() if name.startswith("ema.")}
-    assert saved.keys() == average.keys()
-    assert all(torch.equal(saved[name], average[name]) for name in saved)
+    ema = {name[4:]: tensor for name, tensor in final_state(tmp_path).items() if name.startswith("ema.")}
+    assert saved.keys() == ema.keys()
+    assert all(torch.equal(saved[name], ema[name]) for name in saved)
 
 
 def test_a_terminal_gets_a_bar(tiny, tmp_path):
@@ -257,11 +257,11 @@ def test_an_unreadable_image_ends_the_run_with_one_line(tiny, tmp_path, images, 
 
 
 @pytest.mark.parametrize(("precision", "slow"), [("bf16", True), ("bf16", False), ("fp32", True)])
-def test_a_processor_that_is_slow_in_bfloat16_is_told_of(precision, slow, tiny, tmp_path, monkeypatch):
+def test_a_processor_that_is_slow_in_bfloat16_is_logged(precision, slow, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SLOW_DTYPES", frozenset({torch.bfloat16} if slow else ()))
     lines = []
     recipe = read_recipe("digits", [*tiny, "--training.steps=1", f"--training.precision={precision}"])
     train(recipe, tmp_path / "run", log=lines.append)
     warnings = [line for line in lines if line.startswith("warning")]
-    told = ["warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster"]
-    assert warnings == (told if slow and precision == "bf16" else [])
+    logged = ["warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster"]
+    assert warnings == (logged if slow and precision == "bf16" else [])

@@ -241,7 +241,7 @@ def test_the_command_exits_with_1_and_one_line(tiny, poison, tmp_path, capsys):
 
 @pytest.mark.parametrize("when", ["rolled back", "step 9 "], ids=["after going back", "among bad steps"])
 def test_a_run_interrupted_there_ends_as_the_uninterrupted_one(recipe, poison, tmp_path, when):
-    """Only averages may differ, by what they moved in steps that are left out."""
+    """Only EMAs may differ, by what they moved in skipped steps."""
     poison(7, 8, 9, 10)
     bad = recipe("--training.max_nonfinite_steps=3")
     train(bad, tmp_path / "whole", log=str)

@@ -1,4 +1,4 @@
-"""Moving average, optimizer and schedule against their formulas."""
+"""EMA, optimizer and schedule against their formulas."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from diffusion_moe.training.step import train_step
 PLACE = {"image-folder": ("--data.path=photos",)}
 
 
-def test_the_warm_up_of_the_average_is_that_of_diffusers_from_the_second_update_on():
+def test_the_warm_up_of_the_ema_is_that_of_diffusers_from_the_second_update_on():
     theirs = EMAModel([torch.zeros(1)], decay=0.995)
     for updates in range(1, 3000):
         assert ema_decay(0.995, updates, warmup=True) == theirs.get_decay(updates + 1)
@@ -26,8 +26,8 @@ def test_the_warm_up_of_the_average_is_that_of_diffusers_from_the_second_update_
 
 
 @pytest.mark.parametrize(("warmup", "decays"), [(True, [1 / 10, 2 / 11, 3 / 12, 0.3]), (False, [0.3] * 4)])
-def test_averages_over_a_few_steps_are_their_closed_form(tiny, warmup, decays):
-    """Of the weights after each step, in double precision; a further average of decay 0.15 beside it."""
+def test_emas_over_a_few_steps_are_their_closed_form(tiny, warmup, decays):
+    """Of the weights after each step, in double precision; another EMA of decay 0.15 beside it."""
     options = [f"--training.ema_warmup={warmup}", "--training.ema_decay=0.3", "--training.extra_ema_decays=[0.15]"]
     recipe = read_recipe("digits", [*tiny, *options])
     state, data = make_state(recipe, torch.device("cpu")), load_dataset(recipe.data, "train")
@@ -37,13 +37,13 @@ def test_averages_over_a_few_steps_are_their_closed_form(tiny, warmup, decays):
         now = {name: weight.detach().double() for name, weight in state.model.named_parameters()}
         ema = {name: decay * ema[name] + (1 - decay) * weight for name, weight in now.items()}
         more = {name: min(decay, 0.15) * more[name] + (1 - min(decay, 0.15)) * weight for name, weight in now.items()}
-    for expected, average in ((ema, state.ema), (more, state.extra_emas[0.15])):
-        for name, weight in average.named_parameters():
+    for expected, model in ((ema, state.ema), (more, state.extra_emas[0.15])):
+        for name, weight in model.named_parameters():
             torch.testing.assert_close(weight.double(), expected[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("router", "buffer"), [("diffmoe", "threshold"), ("dsmoe", "e_score_correction_bias")])
-def test_the_average_covers_parameters_and_routing_state(tiny, router, buffer):
+def test_the_ema_covers_parameters_and_routing_state(tiny, router, buffer):
     state = make_state(read_recipe("digits", [*tiny, f"--model.router={router}"]), torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in state.ema.state_dict().items()}
     with torch.no_grad():

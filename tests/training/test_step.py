@@ -111,7 +111,7 @@ def test_a_non_finite_step_changes_no_weights_moments_or_routing_state(tiny, whe
     for name, tensor in snapshot(state).items():
         if name.startswith("model"):
             assert torch.equal(tensor, before[name]), name
-        else:  # the average moves on towards weights that stand still
+        else:  # the EMA moves towards unchanged weights
             expected = torch.lerp(before[name], before[name.replace("ema", "model", 1)], 1 - recipe.training.ema_decay)
             torch.testing.assert_close(tensor, expected)
     for name, moment in state.optimizer.named_moments().items():
@@ -122,7 +122,7 @@ def test_a_non_finite_step_changes_no_weights_moments_or_routing_state(tiny, whe
     assert any(not torch.equal(t, before[n]) for n, t in snapshot(state).items() if n.startswith("model"))
 
 
-def test_a_wish_to_stop_is_told(tiny):
+def test_a_request_to_stop_is_reported(tiny):
     recipe = read_recipe("digits", tiny)
     state, batch = make_state(recipe, CPU), first_batch(recipe)
     assert not train_step(state, recipe, batch).stop

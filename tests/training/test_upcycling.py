@@ -121,7 +121,7 @@ def test_expert_choice_serves_each_token_as_often_as_it_is_chosen():
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-def test_biases_without_a_place_are_told():
+def test_biases_that_experts_lack_are_reported():
     dense = dense_model(**GELU)
     lacking = COPIES | {"expert_dim": 48, "expert_activation": "gelu", "expert_bias": False}
     model, notes, _ = experts_of(dense, **lacking)

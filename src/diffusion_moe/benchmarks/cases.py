@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import EvaluationConfig, ModelConfig, Recipe, read_recipe
 from ..data import Batch
+from ..distributed import choose_device
 from ..models import make_model
 from ..models.block import make_moe
 from ..moe import recompute_experts
@@ -93,13 +94,11 @@ def read_setting(what: What, options: BenchOptions) -> Setting:
     tokens_an_image = (config.sample_size // config.patch_size) ** 2
     if options.tokens % tokens_an_image:
         raise ValueError(f"tokens is {options.tokens}; give a multiple of an image's {tokens_an_image}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but no CUDA device is available; set it to auto or cpu")
     return Setting(
         replace(recipe, model=replace(config, expert_dropout=0.0)),
         options.tokens // tokens_an_image,
         tokens_an_image,
-        torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"),
+        choose_device(options.device),
         getattr(torch, options.dtype),
         options,
     )

@@ -94,6 +94,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        place = "" if error.filename is None else f": {error.filename}"
-        print(f"diffusion-moe: {error.strerror or error}{place}", file=sys.stderr)
+        file = "" if error.filename is None else f": {error.filename}"
+        print(f"diffusion-moe: {error.strerror or error}{file}", file=sys.stderr)
         return 1

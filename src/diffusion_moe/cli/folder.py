@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from ..config import EvaluationConfig
 from ..sampling.source import Source, read_source
 from .command_line import CommandLine
 from .parsing import parse
 
-Options = TypeVar("Options")
 FOLDER = ("folder", "folder of a run, or one that `diffusion-moe convert` made")
 
 
@@ -43,7 +42,7 @@ def read_folder(
         usual: settings that the verb does not take from the run.
 
     Raises:
-        ValueError: one line that says what is wrong.
+        ValueError: one line with the mistake.
     """
     line = CommandLine(
         verb,

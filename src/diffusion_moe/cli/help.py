@@ -41,7 +41,8 @@ def help_text(line: CommandLine, everything: bool) -> str:
     whole = _describe(line, everything=True)
     if everything or whole.count("\n") < SHORT:
         return whole
-    return f"{_describe(line, everything=False)}\n\n`--help all` lists every option."
+    note = "`--help all` lists every option. A BOOL without its value is true."
+    return f"{_describe(line, everything=False)}\n\n{note}"
 
 
 def _describe(line: CommandLine, everything: bool) -> str:

@@ -32,7 +32,7 @@ class Given(NamedTuple):
             defaults: values for what is not given.
 
         Raises:
-            ValueError: one line that says what is wrong.
+            ValueError: one line with the mistake.
         """
         return build(kind, {**(defaults or {}), **self.values[kind]})
 

@@ -24,7 +24,7 @@ RECIPE = ("recipe", "a shipped recipe (see `diffusion-moe recipes`) or a YAML fi
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The run folder, and what to do with a run that is there."""
+    """The run folder, and the handling of a run that it holds."""
 
     output_dir: Path | None = None
     """Run folder; runs/NAME-OF-THE-RECIPE unless given. The same command on the same folder resumes."""
@@ -42,7 +42,10 @@ class _Chosen(NamedTuple):
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Train a recipe: a shipped one's name or a YAML file, with dotted overrides such as --model.num_experts 8."""
+    """Train a recipe: a shipped one's name or a YAML file, with dotted overrides such as --model.num_experts 8.
+
+    Options override the recipe. The defaults below are those of fields that neither sets.
+    """
     line = CommandLine("train", train.__doc__ or "", (TrainOptions,), SECTIONS, RECIPE)
     given = parse(line, arguments)
     file, options = find_recipe(given.first), given.options(TrainOptions)
@@ -65,7 +68,10 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Predict what a recipe needs before it runs: parameters, compute, memory of each process, disk and time."""
+    """Predict what a recipe needs before it runs: parameters, compute, memory of each process, disk and time.
+
+    Options override the recipe. The defaults below are those of fields that neither sets.
+    """
     given = parse(CommandLine("plan", plan.__doc__ or "", (PlanOptions,), SECTIONS, RECIPE), arguments)
     file, options = find_recipe(given.first), given.options(PlanOptions)
     recipe = _choose(file, given.sections).recipe
@@ -81,7 +87,7 @@ def plan(arguments: Sequence[str]) -> int:
 
 
 def _choose(file: Path, options: Sections, run: RunFolder | None = None) -> _Chosen:
-    """The recipe of a file and options; what both leave out of the model is that of init.from_checkpoint."""
+    """The recipe of a file and options; a model field that neither sets is that of init.from_checkpoint."""
     sections = merge(read_sections(file), options)
     init = build(InitConfig, sections.get("init", {}), "init.")
     if init.from_checkpoint is None:

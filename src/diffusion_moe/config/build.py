@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from .fields import hints
-from .renamed import refuse_old_name
+from .renamed import new_name
 
 Section = TypeVar("Section")
 EXPECTED = {int: "int", float: "float", bool: "true or false", str: "text", Path: "a path", NoneType: "null"}
@@ -33,7 +33,6 @@ def build(section: type[Section], values: Mapping[str, Any], prefix: str = "") -
     types = hints(section)
     for name in values:
         if name not in types:
-            refuse_old_name(f"{prefix}{name}")
             raise ValueError(unknown_name(f"{prefix}{name}", [f"{prefix}{known}" for known in types]))
     for field in dataclasses.fields(section):  # type: ignore[arg-type]
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
@@ -56,21 +55,20 @@ def parse_text(text: str, hint: Any) -> Any:
 
 
 def unknown_name(name: str, known: Sequence[str]) -> str:
-    """One line for a misspelled name, with the nearest known ones."""
+    """One line for a name of the version before, with its new one, or for a misspelled one, with the nearest ones."""
+    renamed = new_name(name)
+    if renamed is not None:
+        return f"{name} is now {renamed}; rename it"
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
     return f"there is no {name}" + (
         f"; did you mean {' or '.join(near)}?" if near else "; see --help all for all names"
     )
 
 
-class _WrongTypeError(Exception):
-    """A value is not of the type that is expected."""
-
-
 def _convert(value: Any, hint: Any, name: str) -> Any:
     try:
         return _typed(value, hint)
-    except _WrongTypeError as error:
+    except ValueError as error:
         given = as_text(value)
         wanted = f"a list, as [{given}]" if get_origin(hint) is tuple and not isinstance(value, list) else words(hint)
         raise ValueError(f"{name} is {given}; expected {wanted}") from error
@@ -80,7 +78,7 @@ def _typed(value: Any, hint: Any) -> Any:
     """The value as the type says.
 
     Raises:
-        _WrongTypeError: it is none of that type.
+        ValueError: it is none of that type.
     """
     kinds = get_args(hint)
     if get_origin(hint) is Literal:
@@ -97,20 +95,13 @@ def _typed(value: Any, hint: Any) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, str):  # YAML 1.1 reads 1e-4, without a dot, as text
-            return _float(value)
+            return float(value)
     elif hint in (str, Path):
         if isinstance(value, str | Path) or (isinstance(value, int | float) and not isinstance(value, bool)):
             return hint(value)
     elif type(value) is hint:
         return value
-    raise _WrongTypeError
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise _WrongTypeError from error
+    raise ValueError("of another type")
 
 
 def words(hint: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from .fields import require, setting
+from .fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, check_fields, require, require_default, setting
 
 FolderClasses = Literal["top", "leaf", "none"]
 """Folders of a folder of images that are its classes."""
@@ -25,8 +25,8 @@ class DataConfig:
 
     kind: Literal["digits", "shapes", "folder", "huggingface", "webdataset", "latents"] = setting("digits", common=True)
     """digits: scikit-learn's 1,797 handwritten digits; shapes: 100,000 rendered scenes of coloured shapes with
-    captions; folder: a folder of images, with classes (see classes) or captions in metadata.jsonl; huggingface: a data
-    set of the hub or one saved on the disk; webdataset: tars; latents: a cache that `diffusion-moe encode` wrote."""
+    captions; folder: a folder of images, with classes (see data.classes) or captions in metadata.jsonl; huggingface: a
+    data set of the hub or one saved on the disk; webdataset: tars; latents: a cache that `encode` wrote."""
     path: str | None = setting(None, common=True, encode=False)
     """Folder (kind: folder, latents), or a tar or a folder of tars (webdataset). For huggingface a hub id, a folder
     that save_to_disk made, a folder of parquet files, or one parquet file."""
@@ -50,11 +50,11 @@ class DataConfig:
     text_encoder: str | None = setting(None, encode=False)
     """Hub id or folder of the text encoder for the captions, which are encoded once in memory; null: captions are not
     read, or (kind: latents) are in the cache."""
-    text_length: int = setting(77, encode=False)
+    text_length: int = setting(77, encode=False, valid=POSITIVE)
     """Maximum number of tokens of a caption (text_encoder)."""
     text_precision: Literal["fp32", "bf16"] = setting("fp32", encode=False)
     """Precision of the text encoder (text_encoder)."""
-    image_size: int = setting(8, common=True)
+    image_size: int = setting(8, common=True, valid=POSITIVE)
     """Height and width that images are resized and center-cropped to, in pixels (kind: folder, huggingface,
     webdataset), or that shapes are rendered at (kind: shapes)."""
     buckets: tuple[str, ...] = setting((), encode=False, kinds=IMAGE_FILES)
@@ -74,9 +74,9 @@ class DataConfig:
     on_corrupt: Literal["error", "skip"] = setting("error", change="always")
     """Handling of an unreadable image: end the run with its name, or count it, list it and use the next one instead (in
     a latent cache: omit it)."""
-    test_fraction: float = setting(0.2, encode=False)
+    test_fraction: float = setting(0.2, encode=False, valid=BELOW_ONE)
     """Share of each class held out from training; the split is the same for every seed."""
-    num_workers: int = setting(0, change="always", common=True)
+    num_workers: int = setting(0, change="always", common=True, valid=NOT_NEGATIVE)
     """Processes that load images; the batches are the same for any number."""
 
     def __post_init__(self) -> None:
@@ -86,26 +86,17 @@ class DataConfig:
             f"data.path is missing; data.kind {self.kind} needs it",
         )
         for field in fields(self):
-            kinds, value = field.metadata["kinds"], getattr(self, field.name)
-            shown = ", ".join(value) if isinstance(value, tuple) else value
-            require(
-                not kinds or self.kind in kinds or value == field.default,
-                f"data.{field.name} is {shown}, which is not supported for data.kind {self.kind}; remove it",
-            )
-        require(
-            self.text_encoder is None or self.kind != "latents",
-            f"data.text_encoder is {self.text_encoder}, but data.kind latents has encoded captions; remove it",
-        )
+            if field.metadata["kinds"] and self.kind not in field.metadata["kinds"]:
+                require_default(self, "data", field.name, f"which is not supported for data.kind {self.kind}")
+        if self.kind == "latents":
+            require_default(self, "data", "text_encoder", "but data.kind latents has encoded captions")
         for text in self.buckets:
             height, _, width = text.partition("x")
             require(
                 height.isdecimal() and width.isdecimal() and int(height) * int(width) > 0,
                 f"data.buckets holds {text!r}; give sizes such as 256x384",
             )
-        require(self.text_length > 0, f"data.text_length is {self.text_length}; it must be positive")
-        require(self.image_size > 0, f"data.image_size is {self.image_size}; it must be positive")
-        require(0 <= self.test_fraction < 1, f"data.test_fraction is {self.test_fraction}; choose from 0 to below 1")
-        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; use 0 for none")
+        check_fields(self, "data")
 
     @property
     def bucket_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 from ..routing_rules import RULES, RoutingRule, rule_of
-from .fields import hints, names_where, require, setting
+from .fields import (
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_OR_NULL,
+    check_fields,
+    names_where,
+    require,
+    require_default,
+    setting,
+)
 
 Router = str
 """dense, or a name in `routing_rules.RULES`."""
@@ -30,40 +40,40 @@ class ModelConfig:
     linear schedule."""
     prediction: Prediction = setting("velocity", affects="weights")
     """Output of the network: the velocity x - epsilon, the clean image x, or the noise epsilon."""
-    min_gap: float = setting(0.05, affects="weights", reference=False)
+    min_gap: float = setting(0.05, affects="weights", reference=False, valid=POSITIVE)
     """Smallest 1 - t (and t) that an output is divided by to become another prediction (process: flow)."""
-    noise_scale: float = setting(1.0, affects="weights", reference=False)
+    noise_scale: float = setting(1.0, affects="weights", reference=False, valid=POSITIVE)
     """Standard deviation of the noise at t = 0 (process: flow)."""
-    sample_size: int = setting(32, affects="positions", common=True)
+    sample_size: int = setting(32, affects="positions", common=True, valid=POSITIVE)
     """Height and width of the image or latent, in its own pixels."""
-    patch_size: int = setting(2, affects="weights", common=True)
+    patch_size: int = setting(2, affects="weights", common=True, valid=POSITIVE)
     """Side of the square of pixels that makes one token."""
-    in_channels: int = setting(4, affects="weights")
+    in_channels: int = setting(4, affects="weights", valid=POSITIVE)
     """Channels of the image or latent."""
     learn_sigma: bool = setting(False, affects="weights")
     """Predict twice the channels, as the papers' models do; the second half is the variance (process: ddpm) or
     unused."""
-    hidden_size: int = setting(384, affects="weights", common=True)
+    hidden_size: int = setting(384, affects="weights", common=True, valid=POSITIVE)
     """Width D of a token."""
-    depth: int = setting(12, affects="weights", common=True)
+    depth: int = setting(12, affects="weights", common=True, valid=POSITIVE)
     """Number of transformer blocks."""
     bottleneck_dim: int | None = setting(None, affects="weights")
     """Width that a patch is projected to before D (backbone: jit)."""
-    class_tokens: int = setting(0, affects="weights")
+    class_tokens: int = setting(0, affects="weights", valid=NOT_NEGATIVE)
     """Tokens made of the class, before those of the image (backbone: jit)."""
     class_tokens_from: int = setting(0, affects="weights")
     """Index of the first block with class tokens (backbone: jit)."""
-    num_heads: int = setting(6, affects="weights", common=True)
+    num_heads: int = setting(6, affects="weights", common=True, valid=POSITIVE)
     """Attention heads."""
     num_kv_heads: int | None = setting(None, affects="weights")
     """Key and value heads (grouped-query attention); null: as many as num_heads."""
-    head_dim: int | None = setting(None, affects="weights")
+    head_dim: int | None = setting(None, affects="weights", valid=POSITIVE_OR_NULL)
     """Width of a head; null: hidden_size / num_heads."""
     qk_norm: bool = setting(False, affects="weights")
     """Normalise queries and keys (RMSNorm over each head)."""
     attention_sinks: bool = setting(False, affects="weights")
     """Add a learned logit per head to the softmax, so that a head may attend to nothing."""
-    sliding_window: int = setting(0, affects="weights")
+    sliding_window: int = setting(0, affects="weights", valid=NOT_NEGATIVE)
     """Attend to tokens whose index (row by row) differs by less than this; 0: to all tokens."""
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", affects="weights")
     """Normalisation before attention and feed-forward: LayerNorm without a learned scale, or RMSNorm with one."""
@@ -73,25 +83,27 @@ class ModelConfig:
     """Pairs of elements that rotary positions rotate: i and i + half of the axis' share, or 2i and 2i + 1."""
     mlp_ratio: float = setting(4.0, affects="weights")
     """Hidden width of a dense feed-forward layer over D."""
-    mlp_dim: int | None = setting(None, affects="weights")
+    mlp_dim: int | None = setting(None, affects="weights", valid=POSITIVE_OR_NULL)
     """Hidden width of a dense feed-forward layer; null: mlp_ratio times hidden_size."""
     mlp_activation: Activation = setting("gelu", affects="weights")
     """Activation of the dense feed-forward layers (gelu is the tanh form)."""
     mlp_bias: bool = setting(True, affects="weights")
     """Biases in the dense feed-forward layers."""
-    dropout: float = setting(0.0, affects="nothing")
+    dropout: float = setting(0.0, affects="nothing", valid=BELOW_ONE)
     """Dropout after attention and inside dense feed-forward layers, in the middle half of the blocks."""
-    attention_dropout: float = setting(0.0, affects="nothing")
+    attention_dropout: float = setting(0.0, affects="nothing", valid=BELOW_ONE)
     """Dropout of attention weights, in the middle half of the blocks."""
-    num_classes: int = setting(1000, affects="labels", common=True)
+    num_classes: int = setting(
+        1000, affects="labels", common=True, valid=NOT_NEGATIVE._replace(remedy="use 0 for an unconditional model")
+    )
     """Number of classes; 0: an unconditional model."""
     null_class: bool = setting(True, affects="labels")
     """Add one class for no class, which guidance needs."""
-    text_dim: int = setting(0, affects="weights", group="text")
+    text_dim: int = setting(0, affects="weights", group="text", valid=NOT_NEGATIVE)
     """Width of the text encoder's features; 0: no text."""
-    text_length: int = setting(77, affects="weights", group="text")
+    text_length: int = setting(77, affects="weights", group="text", valid=POSITIVE)
     """Maximum number of tokens of a prompt (text_dim above 0)."""
-    text_pooled_dim: int = setting(0, affects="weights", group="text")
+    text_pooled_dim: int = setting(0, affects="weights", group="text", valid=NOT_NEGATIVE)
     """Width of the text encoder's pooled feature, which modulates the blocks together with time; 0: the mean over the
     tokens is used instead (text_dim above 0)."""
     text_conditioning: Literal["cross", "joint"] = setting("cross", affects="weights", group="text")
@@ -111,51 +123,46 @@ class ModelConfig:
     """Activation of the experts."""
     expert_bias: bool = setting(False, affects="weights", group="experts")
     """Biases in the experts' two projections."""
-    expert_dropout: float = setting(0.0, affects="nothing", group="experts")
+    expert_dropout: float = setting(0.0, affects="nothing", group="experts", valid=BELOW_ONE)
     """Dropout inside routed and shared experts."""
     top_k: int = setting(2, affects="weights", group="experts", common=True)
-    """Experts a token is sent to (tc, dsmoe)."""
+    """Experts per token (router: tc, dsmoe)."""
     capacity: float = setting(1.0, affects="weights", group="experts", common=True)
-    """Experts a token is sent to on average (ec, diffmoe)."""
+    """Experts per token, on average (router: ec, diffmoe)."""
     n_group: int = setting(1, affects="weights", group="experts")
-    """Groups the experts are divided into (dsmoe)."""
+    """Groups the experts are divided into (router: dsmoe)."""
     topk_group: int = setting(1, affects="weights", group="experts")
-    """Groups a token may choose its experts from (dsmoe)."""
+    """Groups a token may choose its experts from (router: dsmoe)."""
     routed_scaling_factor: float = setting(1.0, affects="weights", group="experts")
-    """Factor on the routed experts' weights (dsmoe)."""
-    shared: Literal["none", "identity", "gelu", "swiglu"] = setting("swiglu", affects="weights", group="experts")
-    """Output for every token added to that of its routed experts: none, the token itself (identity), or that of a
-    shared expert with this activation."""
-    shared_dim: int | None = setting(None, affects="weights", group="experts")
+    """Factor on the routed experts' weights (router: dsmoe)."""
+    shared: Shared = setting("swiglu", affects="weights", group="experts")
+    """Output added to that of a token's routed experts: none, the token itself (identity), or that of a shared expert
+    with this activation."""
+    shared_dim: int | None = setting(None, affects="weights", group="experts", valid=POSITIVE_OR_NULL)
     """Hidden width of the shared expert; null: expert_dim."""
     shared_bias: bool = setting(False, affects="weights", group="experts")
     """Biases in the shared expert."""
     balance: Balance = setting("none", affects="nothing", group="experts", reference=False)
-    """Load balancing of token-choice routers (tc, dsmoe): none, an auxiliary loss, or the correction bias, moved after
-    each step (DeepSeek-V3)."""
+    """Load balancing of token-choice routers (router: tc, dsmoe): none, an auxiliary loss, or the correction bias,
+    moved after each step (DeepSeek-V3)."""
     balance_weight: float = setting(0.01, affects="nothing", group="experts", reference=False)
     """Weight of the auxiliary loss (balance: aux)."""
     balance_rate: float = setting(0.001, affects="nothing", group="experts", reference=False)
     """Step of the correction bias (balance: bias)."""
     capacity_loss_weight: float = setting(1.0, affects="nothing", group="experts", reference=False)
-    """Weight of the capacity predictor's loss (diffmoe)."""
+    """Weight of the capacity predictor's loss (router: diffmoe)."""
     threshold_decay: float = setting(0.95, affects="nothing", group="experts", reference=False)
-    """Decay of the moving average of the thresholds (diffmoe)."""
+    """Decay of the EMA of the thresholds (router: diffmoe)."""
     inference_pool: Literal["image", "batch"] = setting("image", affects="nothing", group="experts", reference=False)
-    """Tokens that thresholds choose from at inference (diffmoe): those of each image, or of the whole batch as in the
-    paper."""
+    """Tokens that thresholds choose from at inference (router: diffmoe): those of each image, or of the whole batch as
+    in the paper."""
     moe_layer_freq: int = setting(2, affects="weights", group="experts")
-    """Number of blocks per MoE block, the last of each group: 2: blocks 1, 3, ...; 1: all blocks."""
-    first_k_dense: int = setting(0, affects="weights", group="experts")
+    """Period of blocks with an MoE layer: 1: all blocks; 2: blocks 1, 3, ...; n: the last of every n."""
+    first_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)
     """Number of first blocks that are dense whatever moe_layer_freq is."""
 
     def __post_init__(self) -> None:
-        for name, hint in hints(type(self)).items():
-            choices, value = get_args(hint), getattr(self, name)
-            if get_origin(hint) is Literal:
-                require(value in choices, f"model.{name} is {value!r}; choose one of {', '.join(choices)}")
-        for name in ("sample_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
-            require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        check_fields(self, "model")
         require(
             self.sample_size % self.patch_size == 0,
             f"model.sample_size {self.sample_size} is not divisible by model.patch_size {self.patch_size}",
@@ -172,14 +179,6 @@ class ModelConfig:
         self._check_positions()
         self._check_backbone()
         self._check_text()
-        for name in ("dropout", "attention_dropout", "expert_dropout"):
-            require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; choose from 0 to below 1")
-        for name in ("sliding_window", "first_k_dense"):
-            require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; use 0 for none")
-        for name in ("head_dim", "mlp_dim", "shared_dim"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"model.{name} is {value}; it must be positive, or null")
-        require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}; use 0 for an unconditional model")
         if self.rule is not None:
             self._check_experts()
 
@@ -230,25 +229,18 @@ class ModelConfig:
         )
 
     def _check_backbone(self) -> None:
-        if self.process == "ddpm":
-            require(
-                self.prediction == "epsilon",
-                f"model.prediction is {self.prediction!r}, but model.process ddpm predicts epsilon; set it to epsilon",
-            )
-        for name in ("min_gap", "noise_scale"):
-            require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
+        require(
+            self.process != "ddpm" or self.prediction == "epsilon",
+            f"model.prediction is {self.prediction!r}, but model.process ddpm predicts epsilon; set it to epsilon",
+        )
         if self.backbone == "dit":
-            for name, none in (("bottleneck_dim", None), ("class_tokens", 0), ("class_tokens_from", 0)):
-                require(
-                    getattr(self, name) == none,
-                    f"model.{name} is {getattr(self, name)}, but model.backbone is dit; remove it",
-                )
+            for name in ("bottleneck_dim", "class_tokens", "class_tokens_from"):
+                require_default(self, "model", name, "but model.backbone is dit")
             return
         require(
             self.bottleneck_dim is not None and self.bottleneck_dim > 0,
             f"model.bottleneck_dim is {self.bottleneck_dim}; model.backbone jit needs a positive one",
         )
-        require(self.class_tokens >= 0, f"model.class_tokens is {self.class_tokens}; use 0 for none")
         require(
             self.class_tokens == 0 or self.num_classes > 0,
             f"model.class_tokens is {self.class_tokens}, but model.num_classes is 0; use 0 for an unconditional model",
@@ -259,16 +251,9 @@ class ModelConfig:
         )
 
     def _check_text(self) -> None:
-        for name in ("text_dim", "text_pooled_dim"):
-            require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}; use 0 for none")
         if not self.text_dim:
             for name in TEXT_FIELDS:
-                usual = type(self).__dataclass_fields__[name].default
-                require(
-                    getattr(self, name) == usual,
-                    f"model.{name} is {getattr(self, name)}, but model.text_dim is 0 (no text); remove it",
-                )
-        require(self.text_length > 0, f"model.text_length is {self.text_length}; it must be positive")
+                require_default(self, "model", name, "but model.text_dim is 0 (no text)")
         require(
             self.text_conditioning == "cross" or self.sliding_window == 0,
             f"model.sliding_window is {self.sliding_window}, but in one sequence with the text tokens are no "

@@ -12,7 +12,7 @@ import yaml
 from .build import build, parse_text, unknown_name
 from .fields import hints
 from .recipe import SECTIONS, Recipe
-from .renamed import refuse_old_name
+from .renamed import current_sections
 
 RECIPE_FOLDER = Path(__file__).parents[1] / "recipes"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -54,33 +54,29 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
-def read_sections(path: Path) -> Sections:
-    """The sections of a recipe file, with known names.
+def read_sections(path: Path, old_names: bool = False) -> Sections:
+    """The sections of a recipe file.
+
+    Args:
+        path: the file.
+        old_names: take names of the version before too, as in the recipe of a run.
 
     Raises:
         ValueError: unreadable file, not a mapping of sections, or an unknown key, with its full path.
     """
-    return check_names(read_yaml(path), path)
-
-
-def check_names(sections: Any, path: Path) -> Sections:
-    """The content of a recipe file, if its sections and fields exist.
-
-    Raises:
-        ValueError: not a mapping of sections, or an unknown key, with its full path.
-    """
+    sections = read_yaml(path)
     if not isinstance(sections, dict):
         raise ValueError(f"recipe {path} is not a mapping of sections; it may hold {', '.join(SECTIONS)}")
+    if old_names:
+        sections = current_sections(sections)
     for section, fields in sections.items():
         if section not in SECTIONS:
-            refuse_old_name(str(section))
             raise ValueError(f"recipe {path}: {unknown_name(str(section), list(SECTIONS))}")
         if not isinstance(fields, dict):
             raise ValueError(f"recipe {path}: {section} is {fields!r}; expected a mapping of its fields")
         known = [f"{section}.{name}" for name in hints(SECTIONS[section])]
         for key in fields:
             if f"{section}.{key}" not in known:
-                refuse_old_name(f"{section}.{key}")
                 raise ValueError(f"recipe {path}: {unknown_name(f'{section}.{key}', known)}")
     return sections
 
@@ -105,8 +101,7 @@ def parse_options(arguments: Sequence[str], types: Mapping[str, Any]) -> dict[st
         given, equals, text = argument.partition("=")
         name = given[2:].replace("-", "_")
         if name not in types:
-            refuse_old_name(f"--{name}", "--")
-            raise ValueError(unknown_name(given, [f"--{known}" for known in types]))
+            raise ValueError(unknown_name(f"--{name}", [f"--{known}" for known in types]))
         if not equals:
             if types[name] is bool and (not rest or rest[0].startswith("--")):
                 text = "true"
@@ -142,7 +137,7 @@ def build_recipe(sections: Sections) -> Recipe:
     """A recipe out of plain values.
 
     Raises:
-        ValueError: one line that says what is wrong.
+        ValueError: one line with the mistake.
     """
     return Recipe(**{name: build(SECTIONS[name], fields, f"{name}.") for name, fields in sections.items()})
 
@@ -151,7 +146,7 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: a shipped one's name, or a YAML file; then apply options such as `--model.depth=4`.
 
     Raises:
-        ValueError: one line that says what is wrong.
+        ValueError: one line with the mistake.
     """
     file = path if isinstance(path, Path) else find_recipe(path)
     return build_recipe(merge(read_sections(file), nested(parse_options(overrides, section_types()))))

@@ -9,15 +9,10 @@ from typing import Any
 import yaml
 
 from .data import DataConfig
-from .diffusion import DiffusionConfig
 from .evaluation import EvaluationConfig
-from .fields import require
-from .initialization import InitConfig
-from .logging import LoggingConfig
+from .fields import require, require_default
 from .model import ModelConfig
-from .optimizer import OptimizerConfig
-from .parallel import ParallelConfig
-from .training import TrainingConfig
+from .training import DiffusionConfig, InitConfig, LoggingConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -44,17 +39,12 @@ class Recipe:
                 self.diffusion.loss in (None, "epsilon"),
                 f"diffusion.loss is {self.diffusion.loss!r}, but model.process ddpm compares epsilon; remove it",
             )
-            require(
-                self.diffusion.time == "uniform",
-                f"diffusion.time is {self.diffusion.time!r}, but model.process ddpm samples uniform steps; remove it",
-            )
+            require_default(self.diffusion, "diffusion", "time", "but model.process ddpm samples uniform steps")
         loss = self.diffusion.loss or self.model.prediction
         divides = self.model.process == "flow" and self.model.prediction != "velocity" and loss != self.model.prediction
-        require(
-            divides or self.diffusion.loss_min_gap is None,
-            f"diffusion.loss_min_gap is {self.diffusion.loss_min_gap}, but from {self.model.prediction} to {loss} "
-            "nothing is divided; remove it",
-        )
+        if not divides:
+            reason = f"but from {self.model.prediction} to {loss} nothing is divided"
+            require_default(self.diffusion, "diffusion", "loss_min_gap", reason)
         require(
             self.model.null_class or self.diffusion.class_dropout == 0 or self.model.num_classes == 0,
             f"diffusion.class_dropout is {self.diffusion.class_dropout}, but model.null_class is false; set it to 0",

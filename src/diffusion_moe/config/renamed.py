@@ -19,24 +19,14 @@ RENAMED = {
 """New names by old ones."""
 
 
-def refuse_old_name(name: str, prefix: str = "") -> None:
-    """Refuse a setting, a section or an option by its old name.
-
-    Args:
-        name: as it was given.
-        prefix: what stands before a section's name, as "--".
-
-    Raises:
-        ValueError: the name is an old one; the message has the new one.
-    """
-    old = name.removeprefix(prefix)
+def new_name(name: str) -> str | None:
+    """The name now of a setting, a section or an option (with its dashes), with a note; None unless it was renamed."""
+    dashes, old = ("--", name[2:]) if name.startswith("--") else ("", name)
     new = RENAMED.get(old)
     if new is None and old.startswith("start."):
         new = f"init.{old.removeprefix('start.')}"
-    if new is None:
-        return
-    values = " (true is now 2, false is now 1)" if old == "model.interleave" else ""
-    raise ValueError(f"{prefix}{old} is now {prefix}{new}{values}; rename it")
+    note = " (true is now 2, false is now 1)" if old == "model.interleave" else ""
+    return None if new is None else f"{dashes}{new}{note}"
 
 
 def current_names(settings: Mapping[str, Any], section: str = "model") -> dict[str, Any]:

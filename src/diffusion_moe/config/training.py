@@ -1,26 +1,39 @@
-"""Settings of the training loop."""
+"""Settings of training: the loop, the loss, the optimizer, the initial weights, the processes and the logs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import require, setting
+from .fields import (
+    BELOW_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_OR_NULL,
+    SEED,
+    Range,
+    check_fields,
+    require,
+    require_default,
+    setting,
+)
+from .model import Prediction
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The training loop."""
 
-    steps: int = setting(10000, change="constant", common=True)
+    steps: int = setting(10000, change="constant", common=True, valid=POSITIVE)
     """Optimizer steps."""
-    batch_size: int = setting(256, common=True)
+    batch_size: int = setting(256, common=True, valid=POSITIVE)
     """Images of one optimizer step, over all processes and micro-batches."""
-    accumulation: int = setting(1)
+    accumulation: int = setting(1, valid=POSITIVE)
     """Micro-batches a step is split into; batch_size must be divisible by it."""
-    ema_decay: float = setting(0.9999, common=True)
-    """Decay of the EMA of weights and routing state; the EMA is the model that the run publishes."""
-    extra_ema_decays: tuple[float, ...] = setting(())
+    ema_decay: float = setting(0.9999, common=True, valid=BELOW_ONE)
+    """Decay of the EMA of weights and routing state; the EMA is the model that the run exports."""
+    extra_ema_decays: tuple[float, ...] = setting((), valid=BELOW_ONE)
     """Decays of further EMAs."""
     ema_warmup: bool = setting(True, before=False)
     """Warm up the EMAs: at update n their decay is at most (1 + n) / (10 + n)."""
@@ -32,39 +45,168 @@ class TrainingConfig:
     experts (a fifth more expert FLOPs), or whole blocks (a third more of all FLOPs)."""
     compile: bool = setting(False, change="always")
     """Compile each block by torch.compile."""
-    max_nonfinite_steps: int = setting(3, change="always")
+    max_nonfinite_steps: int = setting(3, change="always", valid=NOT_NEGATIVE)
     """Consecutive steps whose loss or gradient may be non-finite; each is skipped. One more returns to the last
     checkpoint and skips their batches; if that does not help, the run stops and names the images."""
-    seed: int = setting(0, common=True)
+    seed: int = setting(0, common=True, valid=SEED)
     """Seed of the initial weights, the order, the noise and every other random number."""
-    checkpoint_every: int = setting(1000, change="always")
+    checkpoint_every: int = setting(1000, change="always", valid=POSITIVE)
     """Steps between checkpoints; the last step always saves one."""
-    keep_checkpoints: int = setting(2, change="always")
+    keep_checkpoints: int = setting(2, change="always", valid=POSITIVE)
     """Number of newest checkpoints to keep."""
-    keep_every: int = setting(0, change="always")
-    """Steps whose multiples keep their checkpoints for good; 0: none."""
-    stop_seconds: int = setting(600, change="always")
+    keep_every: int = setting(0, change="always", valid=NOT_NEGATIVE)
+    """Steps between checkpoints that are never deleted; 0: none."""
+    stop_seconds: int = setting(600, change="always", valid=POSITIVE)
     """Seconds that SIGTERM or Ctrl-C leaves for the current step and a checkpoint; after them the run ends without
     one."""
     device: Literal["auto", "cpu", "cuda"] = setting("auto")
     """auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "stop_seconds"):
-            require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}; it must be positive")
+        check_fields(self, "training")
         require(
             self.batch_size % self.accumulation == 0,
             f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}",
         )
-        require(0 <= self.ema_decay < 1, f"training.ema_decay is {self.ema_decay}; choose from 0 to below 1")
         decays = self.extra_ema_decays
-        require(all(0 <= d < 1 for d in decays), f"training.extra_ema_decays are {decays}; choose from 0 to below 1")
         require(
             len({self.ema_decay, *decays}) == 1 + len(decays),
             f"training.extra_ema_decays are {decays}; they must differ from each other and from ema_decay",
         )
-        require(self.keep_every >= 0, f"training.keep_every is {self.keep_every}; use 0 for none")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Sampling of training times, dropout of classes and captions, and the prediction that the loss compares."""
+
+    loss: Prediction | None = setting(None)
+    """Prediction that the mean squared error compares, after converting the model's output to it: velocity, x or
+    epsilon; null: the model's own prediction. JiT predicts x and compares velocities."""
+    loss_min_gap: float | None = setting(
+        None, valid=Range("it must be above 0 and at most 1", lambda value: 0 < value <= 1)
+    )
+    """Smallest 1 - t (from x) or t (from epsilon) that this conversion divides by; null: model.min_gap. Velocities
+    weight errors of x by 1 / max(1 - t, loss_min_gap)^2: with 0.4, late ones 6 times as much as early ones."""
+    time: Literal["uniform", "logit_normal"] = setting("uniform")
+    """Distribution of the training time t in [0, 1] (0 is noise, 1 is data); uniform for model.process ddpm."""
+    time_mean: float = setting(0.0)
+    """Mean of the normal under the logistic function (time: logit_normal)."""
+    time_std: float = setting(1.0, valid=POSITIVE)
+    """Standard deviation of that normal (time: logit_normal)."""
+    class_dropout: float = setting(0.1, valid=FRACTION)
+    """Share of training samples whose class is replaced by the null class, for guidance."""
+    caption_dropout: float = setting(0.1, valid=FRACTION)
+    """Share of training samples whose caption is replaced by the null prompt, for guidance (model.text_dim); decided by
+    the same random number as class_dropout."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "diffusion")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = setting(1e-4, common=True, valid=POSITIVE)
+    """Peak learning rate."""
+    betas: tuple[float, float] = setting((0.9, 0.999), valid=BELOW_ONE)
+    """Decay of the first and second moment."""
+    eps: float = setting(1e-8)
+    """Added to the root of the second moment."""
+    weight_decay: float = setting(0.0, valid=NOT_NEGATIVE)
+    """Decoupled weight decay, on matrices only (not on biases, norms and embeddings)."""
+    warmup_steps: int = setting(0, common=True, valid=NOT_NEGATIVE)
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["constant", "cosine"] = setting("constant", common=True)
+    """Learning rate after the warm-up: constant, or a cosine down to 0 at the last step."""
+    max_grad_norm: float | None = setting(1.0, valid=POSITIVE._replace(remedy="use null for no clipping"))
+    """Maximum norm of the gradient, which is clipped to it; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "optimizer")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """The checkpoint to start from, and which weights are trained; see docs/training.md."""
+
+    from_checkpoint: str | None = setting(None, change="never", common=True)
+    """Run, folder of `diffusion-moe convert`, model folder, or reference checkpoint (file, folder or hub id) to start
+    from; null: random weights. The model section then need only have what differs from it."""
+    weights: Literal["ema", "ema2", "model"] = setting("ema", change="never")
+    """Weights of a run or a reference file to read: an EMA (JiT's files have two), or the last weights."""
+    freeze: tuple[str, ...] = setting((), change="never")
+    """Parameters that are not trained, by name with * and ? as for files: blocks.0.*, *.attn.*, *.mlp.router.*"""
+    lora_rank: int | None = setting(None, change="never", valid=POSITIVE_OR_NULL)
+    """Rank of adapters, which alone are trained (LoRA; needs the package peft); null: train the weights themselves."""
+    lora_alpha: float | None = setting(None, change="never", valid=POSITIVE_OR_NULL)
+    """Adapters are multiplied by alpha / rank; null: alpha is the rank."""
+    lora_targets: tuple[str, ...] = setting(("attn.qkv", "attn.proj"), change="never")
+    """Layers that get adapters, by the ends of their names; mlp.experts.w_in and mlp.experts.w_out are the stacked
+    experts. y_embedder, the label table, gets no adapter and is trained whole."""
+    upcycle: bool = setting(False, change="never")
+    """Make experts of a dense model's feed-forward layers."""
+    upcycle_noise: float = setting(0.0, change="never", valid=NOT_NEGATIVE)
+    """Noise on upcycled experts, in standard deviations of their weights."""
+
+    def __post_init__(self) -> None:
+        if self.from_checkpoint is None:
+            for name in type(self).__dataclass_fields__:
+                reason = "but init.from_checkpoint is missing"
+                require_default(self, "init", name, reason, "give the model to start from")
+        check_fields(self, "init")
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_targets"):
+                require_default(self, "init", name, "but init.lora_rank is null", "give a rank")
+        require(bool(self.lora_targets), "init.lora_targets are empty; name layers, or set init.lora_rank to null")
         require(
-            self.max_nonfinite_steps >= 0, f"training.max_nonfinite_steps is {self.max_nonfinite_steps}; use 0 for none"
+            self.lora_rank is None or not self.freeze,
+            f"init.freeze is {self.freeze}, but with init.lora_rank only adapters are trained; remove it",
         )
-        require(0 <= self.seed < 2**63, f"training.seed is {self.seed}; choose from 0 to 2^63 - 1")
+        require(
+            self.lora_rank is None or not self.upcycle,
+            "init.upcycle is true, but adapters cannot train its new routers; set init.lora_rank to null",
+        )
+        if not self.upcycle:
+            require_default(self, "init", "upcycle_noise", "but init.upcycle is false")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Distribution over processes: replicate x shard x experts must be the number that torchrun started."""
+
+    replicate: int = setting(1, change="always", common=True, valid=POSITIVE)
+    """Copies of the model, each on its share of the batch."""
+    shard: int = setting(1, change="always", common=True, valid=POSITIVE)
+    """Processes that a copy's weights are sharded over (FSDP2)."""
+    experts: int = setting(1, change="always", common=True, valid=POSITIVE)
+    """Processes that the experts are distributed over; tokens are dispatched between them."""
+    pool: Literal["rank", "global"] = setting("rank")
+    """Tokens that DiffMoE's experts choose from: those of a process, or of all processes. Global gathers all scores in
+    each MoE layer."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "parallel")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Logs, validation and previews while training."""
+
+    every: int = setting(20, change="always", valid=POSITIVE)
+    """Steps between lines of metrics.jsonl, TensorBoard points and progress lines."""
+    tensorboard: bool = setting(True, change="always")
+    """Write TensorBoard files next to metrics.jsonl."""
+    wandb: str | None = setting(None, change="always")
+    """Project of Weights & Biases to send the same values to (needs the package wandb); null: none."""
+    validate_every: int = setting(
+        0, change="always", common=True, valid=NOT_NEGATIVE._replace(remedy="use 0 for never")
+    )
+    """Steps between losses on held-out images with fixed noise, for the weights and each EMA; 0: never."""
+    validate_images: int = setting(512, change="always", valid=POSITIVE)
+    """Held-out images for validate_every, the first of their split."""
+    sample_every: int = setting(0, change="always", common=True, valid=NOT_NEGATIVE._replace(remedy="use 0 for never"))
+    """Steps between grids of generated images, in previews/; 0: never."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "logging")

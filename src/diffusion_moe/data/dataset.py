@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..randomness import uniform
 from ..text import TextFeatures
@@ -107,5 +109,38 @@ class ImageDataset(ABC):
 
     def metadata(self) -> dict[str, Any]:
         """Class names, text encoder and latent space, which a trained model keeps, as plain values."""
-        text = {} if self.texts is None else {"text": self.texts.space.to_dict()}
+        text = {} if self.texts is None else {"text": asdict(self.texts.space)}
         return {"class_names": self.class_names} | text
+
+
+def load_batches(
+    dataset: Any,
+    batches: Iterable[Sequence[Any]],
+    num_workers: int,
+    init_worker: Callable[[int], None] | None = None,
+) -> Generator[Any, None, None]:
+    """Results of `dataset.__getitems__` for each batch, in advance by worker processes, if any.
+
+    Raises:
+        ValueError: a batch cannot be loaded; in one line, also from a worker.
+    """
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]  # iterated once, so it need not be a list
+        num_workers=num_workers,
+        collate_fn=_whole_batch,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=init_worker,
+    )
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    except ValueError as error:  # from a worker it contains a traceback, whose last line is the message
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    finally:
+        if num_workers:  # they may ignore SIGTERM
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _whole_batch(batch: Any) -> Any:
+    return batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,13 +67,9 @@ class LatentSpace:
     """Hash of the encoder's weights; VAEs that differ only in their decoders share it."""
     scaling: LatentScaling
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LatentSpace:
-        """The space from `to_dict`; KeyError, TypeError or ValueError if it is damaged."""
+        """The space from `dataclasses.asdict`; KeyError, TypeError or ValueError if it is damaged."""
         shift, scale = (tuple(map(float, content["scaling"][name])) for name in ("shift", "scale"))
         return cls(str(content["vae"]), str(content["encoder_sha256"]), LatentScaling(shift, scale))
 

@@ -257,7 +257,7 @@ class LatentCache(ImageDataset):
         return hash_names((shard.sha256 for shard in self.header.shards), self.header.labels)
 
     def metadata(self) -> dict[str, Any]:
-        return super().metadata() | {"latent_space": self.space.to_dict()}
+        return super().metadata() | {"latent_space": asdict(self.space)}
 
     def _batch(self, latents: Tensor, indices: Tensor) -> Batch:
         return Batch(self.space.scaling.scaled(latents), torch.from_numpy(self.labels[indices.numpy()]))

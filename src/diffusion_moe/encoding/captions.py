@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def claim_captions(dataset: ImageFileDataset, options: EncodeOptions, log: Log) 
     digest = hashlib.sha256()
     for index in range(len(dataset)):
         digest.update(json.dumps(list(dataset.captions(index))).encode() + b"\n")
-    new = {"column": options.captions, "captions_sha256": digest.hexdigest(), "space": encoder.space().to_dict()}
+    new = {"column": options.captions, "captions_sha256": digest.hexdigest(), "space": asdict(encoder.space())}
     header = options.output / HEADER
     (options.output / FOLDER).mkdir(exist_ok=True)
     if header.is_file():

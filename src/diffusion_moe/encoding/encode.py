@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..config import DataConfig
 from ..data import load_dataset
+from ..data.dataset import load_batches
 from ..data.float16_files import DTYPE
 from ..data.image_files import ImageFileDataset
 from ..data.latent_space import LatentScaling, LatentSpace, encoder_sha256
@@ -150,10 +150,6 @@ class _Decoder:
         return DecodedBatch(torch.stack(images) if images else torch.empty(0), readable, skipped)
 
 
-def _as_fetched(batch: DecodedBatch) -> DecodedBatch:
-    return batch
-
-
 def _encode_shards(
     vae: AutoencoderKL, dataset: ImageFileDataset, plan: CachePlan, options: EncodeOptions, todo: list[int], log: Log
 ) -> None:
@@ -163,12 +159,6 @@ def _encode_shards(
         for shard in todo
         for start in range(0, len(plan.indices(shard)), options.batch_size)
     ]
-    loader: DataLoader = DataLoader(
-        _Decoder(dataset),  # type: ignore[arg-type]  # it fetches whole batches
-        batch_sampler=[indices for _, indices in batches],
-        num_workers=dataset.config.num_workers,
-        collate_fn=_as_fetched,  # type: ignore[arg-type]
-    )
     total = sum(len(indices) for _, indices in batches)
     done, logged = 0, time.monotonic()
 
@@ -182,15 +172,9 @@ def _encode_shards(
         return EncodedBatch(latents, dataset.labels[batch.indices].tolist(), batch.skipped)
 
     shards = [shard for shard, _ in batches]
-    for shard, part in itertools.groupby(zip(shards, _one_line_errors(loader)), key=lambda pair: pair[0]):
+    loaded = load_batches(_Decoder(dataset), [indices for _, indices in batches], dataset.config.num_workers)
+    for shard, part in itertools.groupby(zip(shards, loaded), key=lambda pair: pair[0]):
         write_shard(options.output, plan, shard, (encoded(batch) for _, batch in part))
-
-
-def _one_line_errors(loader: DataLoader) -> Iterator[DecodedBatch]:
-    try:
-        yield from loader
-    except ValueError as error:  # a worker process sends its traceback along; its last line is the message
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.latents import HEADER, SHARDS, CacheHeader, CachePlan, LatentShard, read_plan, shard_path
+from ..run_folder import replace_atomically
 
 SKIPPED = "skipped.txt"
 """File of the cache with the names of unreadable images, a line each."""
@@ -75,14 +76,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 def write_shard(folder: Path, plan: CachePlan, shard: int, batches: Iterable[EncodedBatch]) -> None:
     """Write one shard under a partial name, rename it, and write its record."""
     path = shard_path(folder, shard)
-    partial = path.with_name(f".{path.name}.partial")
     record_path(folder, shard).unlink(missing_ok=True)
     digest = hashlib.sha256()
     labels: list[int] = []
     skipped: list[tuple[int, str]] = []
     # Sums of x and of x^2 over images, views, height and width, a channel each; x is sampled from the posterior.
     moments = np.zeros((2, plan.latent_shape[0]))
-    with _named(path), partial.open("wb") as file:
+    with _named(path), replace_atomically(path) as file:
         for batch in batches:
             content = batch.latents.tobytes()
             file.write(content)
@@ -92,9 +92,6 @@ def write_shard(folder: Path, plan: CachePlan, shard: int, batches: Iterable[Enc
             # E[x] is the mean of the means, E[x^2] that of mean^2 + std^2; of a stored sample, those of x itself.
             parts = batch.latents.astype(np.float64)
             moments += np.stack([parts[:, :, 0].sum((0, 1, 3, 4)), (parts**2).sum((0, 1, 2, 4, 5))])
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
     record = {
         "images": len(labels),
         "sha256": digest.hexdigest(),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from ..data.latents import CachePlan
+from ..distributed import choose_device
 
 
 class Process(NamedTuple):
@@ -39,11 +40,8 @@ class Process(NamedTuple):
         """Shards of a cache that this process encodes."""
         return range(self.rank, plan.shards, self.world)
 
-    def device(self, name: str) -> torch.device:
-        """This process' device for the option auto, cpu or cuda; each process gets a GPU of its own."""
-        available = torch.cuda.is_available()
-        if name == "cuda" and not available:
-            raise ValueError("device is cuda, but no CUDA device is available; set it to auto or cpu")
-        if name == "cpu" or not available:
-            return torch.device("cpu")
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+    def device(self, name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+        """This process' device for an option; each process gets a GPU of its own."""
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        return choose_device(name)

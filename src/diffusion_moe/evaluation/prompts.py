@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class PromptSource(ABC):
     def metadata(self) -> dict[str, Any]:
         """For the file of a score."""
         prompts = {"origin": self.origin, "count": len(self), "sha256": self.sha256}
-        return {"prompts": prompts, "text_encoder": self.space.to_dict()}
+        return {"prompts": prompts, "text_encoder": asdict(self.space)}
 
 
 class Texts(PromptSource):

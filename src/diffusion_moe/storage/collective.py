@@ -137,16 +137,12 @@ def _named(ranks: list[int]) -> str:
 
 def _describe(error: Exception) -> _Failure:
     if isinstance(error, OSError):
-        place = f" ({error.filename})" if error.filename else ""
-        return _Failure("OSError", error.errno or errno.EIO, f"{error.strerror or error}{place}")
+        file = f" ({error.filename})" if error.filename else ""
+        return _Failure("OSError", error.errno or errno.EIO, f"{error.strerror or error}{file}")
     kind = next((name for name, known in _KEPT_KINDS.items() if isinstance(error, known)), type(error).__name__)
-    return _Failure(kind, 0, _one_line(error))
+    return _Failure(kind, 0, " ".join(str(error).split()))
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:
     """The first few names and the number of the others."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

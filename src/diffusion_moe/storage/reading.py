@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .collective import CheckpointError, Collective, LostProcess, listed
 from .files import Entry, flush_folder, sha256, write_safetensors
-from .manifest import NAME, Manifest, SavedShard, SavedTensor, check_digests, shard_key
+from .manifest import NAME, Manifest, SavedShard, check_digests, shard_key
 from .plan import TensorLayout, layouts_of
 from .shards import Block, held_blocks, local_tensor, overlap
 from .writing import checkpoints_in
@@ -113,17 +113,12 @@ def export(path: Path, prefix: str, output: Path) -> None:
     check_digests(path, manifest.files)
     partial = output.with_name(f".{output.name}.partial")
     with _ShardReader(path, manifest) as reader:
-
-        def entry(name: str, tensor: SavedTensor) -> Entry:
-            def assemble() -> Tensor:
-                full = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                reader.fill(name, full)
-                return full
-
-            return Entry(name.removeprefix(prefix), tensor.dtype, tensor.shape, assemble)
-
+        entries = [
+            Entry(name.removeprefix(prefix), tensor.dtype, tensor.shape, functools.partial(reader.load, name))
+            for name, tensor in chosen.items()
+        ]
         try:
-            write_safetensors(partial, [entry(name, tensor) for name, tensor in chosen.items()])
+            write_safetensors(partial, entries)
             partial.replace(output)
         finally:
             partial.unlink(missing_ok=True)
@@ -178,6 +173,13 @@ class _ShardReader:
 
     def __exit__(self, *reason: object) -> None:
         self._stack.close()
+
+    def load(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        saved = self.manifest.tensors[name]
+        tensor = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
+        self.fill(name, tensor)
+        return tensor
 
     def fill(self, name: str, tensor: Tensor) -> None:
         """Fill this process' blocks of a tensor."""

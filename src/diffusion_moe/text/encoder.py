@@ -22,7 +22,6 @@ from .features import Precision, TextFeatures, TextSpace
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-Warn = Log
 EXAMPLES = 3
 """Prompts or words that a warning names at most."""
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -157,7 +156,7 @@ def pooled_feature(output: Any) -> Tensor | None:
     return None
 
 
-def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Warn = _warn) -> TextEncoder:
+def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Log = _warn) -> TextEncoder:
     """Load an encoder and its tokenizer by folder or hub id, on the CPU.
 
     A folder may hold both, or the sub-folders `text_encoder` and `tokenizer` of a pipeline. A hub id is OWNER/NAME, or

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -95,13 +95,9 @@ class TextSpace:
     precision: Precision
     """Precision of the encoder."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TextSpace:
-        """The space from `to_dict`; KeyError, TypeError or ValueError if it is damaged."""
+        """The space from `dataclasses.asdict`; KeyError, TypeError or ValueError if it is damaged."""
         sizes = {name: int(content[name]) for name in ("width", "pooled_width", "length")}
         if content["precision"] not in ("fp32", "bf16") or min(sizes.values()) < 0:
             raise ValueError(f"precision is {content['precision']}, sizes are {sizes}")

@@ -6,10 +6,10 @@ import signal
 from collections.abc import Generator, Sequence
 
 import torch
-from torch.utils.data import DataLoader
 
 from ..config import Recipe
 from ..data import Batch, ImageDataset, Segment, batches_from, positions_of
+from ..data.dataset import load_batches
 from ..data.order import SampledImage
 from ..distributed import rank, world_size
 
@@ -31,22 +31,7 @@ def batches(
     order = batches_from(
         step, training.steps, len(dataset), segments or training.batch_size, training.seed, positions, dataset.buckets
     )
-    loader: DataLoader = DataLoader(
-        dataset,  # type: ignore[arg-type]  # fetches whole batches, see ImageDataset.__getitems__
-        batch_sampler=order,  # type: ignore[arg-type]
-        num_workers=recipe.data.num_workers,
-        collate_fn=_identity,  # type: ignore[arg-type]
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_signals,
-    )
-    iterator = iter(loader)
-    try:
-        yield from iterator
-    except ValueError as error:  # from a worker it contains a traceback, whose last line is the message
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-    finally:
-        if recipe.data.num_workers:  # they ignore SIGTERM
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+    return load_batches(dataset, order, recipe.data.num_workers, _ignore_signals)
 
 
 def samples_of_step(
@@ -67,7 +52,3 @@ def _ignore_signals(worker: int) -> None:
     """Ignore signals in a worker: Ctrl-C reaches the whole process group, but the loop needs workers until it saves."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-
-
-def _identity(batch: Batch) -> Batch:
-    return batch

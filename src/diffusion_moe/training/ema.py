@@ -23,10 +23,10 @@ def ema_decay(decay: float, updates: int, warmup: bool) -> float:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema = decay * ema + (1 - decay) * model, in place, for all tensors at once."""
-    averages, frozen = ema_tensors(ema), {n for n, p in model.named_parameters() if not p.requires_grad}
+    tensors, frozen = ema_tensors(ema), {n for n, p in model.named_parameters() if not p.requires_grad}
     learning = {name: tensor for name, tensor in ema_tensors(model).items() if name not in frozen}
     # By name: peft's adapters of experts change the order of a model's parameters.
-    torch._foreach_lerp_([averages[name] for name in learning], list(learning.values()), 1 - decay)
+    torch._foreach_lerp_([tensors[name] for name in learning], list(learning.values()), 1 - decay)
 
 
 @torch.no_grad()

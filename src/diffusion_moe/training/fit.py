@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import torch
 
@@ -12,19 +11,6 @@ from ..data import ImageDataset
 from ..distributed import from_main
 from ..moe.precision import Chosen, choose_precision
 from ..run_folder import Resume, RunFolder, write_atomically
-
-
-def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device that a recipe asks for; each process has its own GPU.
-
-    Raises:
-        ValueError: CUDA is asked for but not available.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.device is cuda, but no CUDA device is available; set it to auto or cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def check_fit(recipe: Recipe, dataset: ImageDataset) -> None:

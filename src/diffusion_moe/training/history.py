@@ -31,24 +31,24 @@ def resume_with(state: TrainState, recipe: Recipe, dataset: ImageDataset) -> lis
     later = {skipped for skipped in state.skipped_steps if skipped > step}
     if not later or batch_size_at(before, step + 1) == batch_size_at(after, step + 1):
         return []
-    images = {draw[:2] for skipped in later for draw in samples_of_step(recipe, dataset, skipped, before)}
+    images = {sample[:2] for skipped in later for sample in samples_of_step(recipe, dataset, skipped, before)}
     moved = _steps_of(images, recipe, dataset, step, after)
     state.skipped_steps = state.skipped_steps - later | moved
     return [f"the batch size changes: steps {_listed(moved)} are skipped instead of {_listed(later)}"]
 
 
 def _steps_of(
-    draws: set[tuple[int, int]], recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment]
+    samples: set[tuple[int, int]], recipe: Recipe, dataset: ImageDataset, step: int, segments: Sequence[Segment]
 ) -> set[int]:
     """The steps after `step` whose batches contain any of these images in these epochs."""
     steps, last = set(), recipe.training.steps
     order = batches_from(step, last, len(dataset), segments, recipe.training.seed, None, dataset.buckets)
     for number, batch in enumerate(order, start=step + 1):
-        found = draws & {(draw.image, draw.epoch) for draw in batch}
+        found = samples & {(sample.image, sample.epoch) for sample in batch}
         if found:
             steps.add(number)
-            draws = draws - found
-        if not draws:
+            samples = samples - found
+        if not samples:
             break
     return steps
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..config import Recipe
 from ..data import Segment, SkippedLog, load_dataset
-from ..distributed import barrier, is_main, torchrun_processes, world_size
+from ..distributed import barrier, choose_device, is_main, torchrun_processes, world_size
 from ..log import Log
 from ..models import Backbone
 from ..moe.precision import SLOW_DTYPES
@@ -26,7 +26,7 @@ from ..storage import checkpoints_in
 from .checkpoint import Checkpoints
 from .dataloader import batches
 from .export import export_models
-from .fit import check_fit, check_same_images, choose_device, resolve_precision
+from .fit import check_fit, check_same_images, resolve_precision
 from .history import resume_with
 from .initialization import Pretrained, initialize_from
 from .layout_checks import check_adapters, check_parallel
@@ -81,7 +81,7 @@ def train(
     backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
         with torchrun_processes(backend, PATIENCE):
-            log = log if is_main() else _silent
+            log = log if is_main() else lambda line: None
             return Trainer(recipe, RunFolder(output_dir), resume, log, preview, pretrained).run()
     except RuntimeError as error:
         reason = " ".join(str(error).split())
@@ -92,10 +92,6 @@ def train(
             raise
         lost = f"another process ended or cannot be reached; see its messages ({reason})"
         raise ConnectionError(errno.ECONNRESET, lost, str(output_dir)) from error
-
-
-def _silent(line: str) -> None:
-    """The log of processes other than the main one."""
 
 
 def _is_lost_process(error: RuntimeError) -> bool:
@@ -117,7 +113,7 @@ class Trainer:
     ) -> None:
         self.run_folder, self.resume, self.log = run_folder, resume, log
         self.preview, self.pretrained = preview, pretrained
-        self.device = choose_device(recipe.training.device)
+        self.device = choose_device(recipe.training.device, "training.device")
         self.recipe, precision = resolve_precision(recipe, run_folder, resume, self.device)
         recipe = self.recipe
         check_trackers(recipe.logging)

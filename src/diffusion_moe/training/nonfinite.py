@@ -94,7 +94,7 @@ class NonFiniteSteps:
 def report_images(
     run: RunFolder, recipe: Recipe, dataset: ImageDataset, steps: list[int], segments: Sequence[Segment]
 ) -> str:
-    """List the images of non-finite steps in the run folder; returns a message that says so."""
+    """List the images of non-finite steps in the run folder; returns a message that names the file."""
     if is_main():
         images = {str(step): images_of_step(recipe, dataset, step, segments) for step in steps}
         write_atomically(run.nonfinite_steps, json.dumps({"steps": steps, "training_images": images}) + "\n")
