@@ -94,8 +94,8 @@ def test_compute_is_told_apart_by_category(shapes_run):
     found = gathered(shapes_run, guidance_scale=2.0)
     assert found.class_names == ["single object", "two object", "counting", "colors", "position", "color attr"]
     source, asked = read_source(shapes_run), questions_in_turn(24, 0)
-    model = source.load().model
-    text = TextFeatures.together(source.load_text_encoder().encode_all([prompt.text for prompt in asked]))
+    model = load_weights(source)
+    text = TextFeatures.together(load_text_encoder(source).encode_all([prompt.text for prompt in asked]))
     settings = replace(source.settings, num_samples=24, steps=3, guidance_scale=2.0, batch_size=1)
     served, null = np.zeros((6, 4), dtype=int), np.zeros(4, dtype=int)
     with record_routing(model, 3) as record:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,13 @@ from ..run_folder import write_atomically
 from .generate import SamplingStats
 from .options import ENDINGS, SampleOptions, Weights
 from .prompts import PromptRequest, model_size, requested_prompts
-from .sampler import Sampler, load_sampler
+from .sampler import Sampler, load_sampler, with_progress
 from .source import Source
 
 MANY_CLASSES, A_FEW = 20, 8
 """Of more classes than the first number, as many as the second are sampled, unless options say otherwise."""
 GRID_PIXELS = 800
 """Grids of small images are enlarged to about this side."""
-LOG_EVERY = 10.0
-"""Seconds between lines of progress."""
 
 
 def generate_images(source: Source, settings: EvaluationConfig, options: SampleOptions, log: Log = print) -> Path:
@@ -50,7 +47,7 @@ def generate_images(source: Source, settings: EvaluationConfig, options: SampleO
     rows = 1 if classes is None else len(classes)
     count, stats = each * (rows if request is None else len(request.prompts)), SamplingStats()
     batches = sampler.batches(count, labels, prompts, size=size, stats=stats)
-    images = torch.cat(list(_with_progress(batches, count, log)))
+    images = torch.cat(list(with_progress(batches, count, log, "sampled")))
     ending = ENDINGS[options.format]
     name = _name(sampler, options, classes, request, None if size is None else images.shape[-2:])
     path = options.output or source.path / "samples" / f"{options.format}-{name}{ending}"
@@ -61,17 +58,6 @@ def generate_images(source: Source, settings: EvaluationConfig, options: SampleO
     metadata |= sampler.metadata(stats)
     write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(metadata) + "\n")
     return path
-
-
-def _with_progress(batches: Iterator[Tensor], count: int, log: Log) -> Iterator[Tensor]:
-    """The same batches, with a line now and then."""
-    done, logged = 0, time.monotonic()
-    for batch in batches:
-        done += len(batch)
-        if time.monotonic() - logged > LOG_EVERY and done < count:
-            log(f"sampled {done} of {count} images")
-            logged = time.monotonic()
-        yield batch
 
 
 def _write(
