@@ -19,7 +19,7 @@ from ..pixels import image_grid, to_uint8
 from ..run_folder import write_atomically
 from .generate import SamplingStats
 from .options import ENDINGS, SampleOptions, Weights
-from .prompts import PromptRequest, model_size, requested_prompts
+from .prompts import PromptRequest, requested_prompts
 from .sampler import Sampler, load_sampler, with_progress
 from .source import Source
 
@@ -41,7 +41,7 @@ def generate_images(source: Source, settings: EvaluationConfig, options: SampleO
     request, each = requested_prompts(options, source), options.per_class
     classes = class_numbers(options.class_list(), source)
     sampler = load_sampler(source, settings)
-    size = model_size((options.height, options.width), source.config, sampler.vae)
+    size = sampler.size_for(options.height, options.width)
     labels = None if classes is None else torch.tensor(classes).repeat_interleave(each)
     prompts = None if request is None else request.encode(source, each, log)
     rows = 1 if classes is None else len(classes)

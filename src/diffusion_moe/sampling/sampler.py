@@ -47,6 +47,22 @@ class Sampler:
         side = self.source.config.sample_size * vae_scale_factor(self.vae)
         return side, side
 
+    def size_for(self, height: int | None, width: int | None) -> tuple[int, int] | None:
+        """Height and width in the model's space for an image's in pixels; None: the model's own.
+
+        Raises:
+            ValueError: the patches do not fill them.
+        """
+        if height is None and width is None:
+            return None
+        factor = vae_scale_factor(self.vae)
+        multiple = factor * self.source.config.patch_size
+        sides = [own if side is None else side for side, own in zip((height, width), self.image_size)]
+        for name, side in zip(("height", "width"), sides):
+            if side < multiple or side % multiple:
+                raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple}")
+        return sides[0] // factor, sides[1] // factor
+
     def batches(
         self,
         count: int,
