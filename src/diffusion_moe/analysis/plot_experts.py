@@ -42,7 +42,7 @@ def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Pane
     by_time_LSE = ratio(counts.served_LSKE.sum(2), counts.tokens_LSK.sum(2)[..., None])
     if not varies(by_class_LKE) and not varies(by_time_LSE):
         nothing = f"every expert serves as many tokens of every {kind} and time"
-        return Panel("experts", title, constant(findings, nothing))
+        return Panel(title, constant(findings, nothing))
     layers = evenly_spaced(len(by_class_LKE), SHOWN_LAYERS)
     E = findings.model.num_experts
     top = max(np.nanmax(by_class_LKE[layers]), np.nanmax(by_time_LSE[layers]))
@@ -64,7 +64,7 @@ def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Pane
     color_scale(figure, image, panes, "times a token is served by the expert")
     notes = text_note(findings, sampling) + sampling_note(findings, sampling)
     caption = f"How often a token meets each expert.{_shown(layers, sampling)} {notes}"
-    return Panel("experts", title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
@@ -72,7 +72,7 @@ def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
     load_LE = shares(sampling.counts.served_LSKE.sum((1, 2))) * findings.model.num_experts
     title, (L, E) = "Expert activation frequency per layer", load_LE.shape
     if not varies(load_LE):
-        return Panel("frequency", title, constant(findings, "all experts of a layer serve as many tokens"))
+        return Panel(title, constant(findings, "all experts of a layer serve as many tokens"))
     figure = new_figure(0.95 + 0.24 * min(L, 24))
     axes = figure.subplots()
     image = heat_map(axes, load_LE, cmap=DIVERGING, norm=TwoSlopeNorm(1.0, 0.0, max(2.0, load_LE.max())))
@@ -86,7 +86,7 @@ def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
         f"Share of the layer's assignments that each expert got, times {E}: 1 is an even load, 0 a dead expert. "
         f"{sampling_note(findings, sampling)}"
     )
-    return Panel("frequency", title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def places_of_experts(findings: Findings, sampling: Sampling) -> Panel:
@@ -114,16 +114,16 @@ def places_of_experts(findings: Findings, sampling: Sampling) -> Panel:
         f"{findings.condition} included."
         f"{_shown(layers, sampling)} {sampling_note(findings, sampling)}"
     )
-    return Panel("places", "Where in the image each expert works", caption, figure)
+    return Panel("Where in the image each expert works", caption, figure)
 
 
 def together(findings: Findings, sampling: Sampling) -> Panel:
     """Pairs of experts that serve the same tokens."""
-    name, title = "coactivation", "Experts that serve the same tokens"
+    title = "Experts that serve the same tokens"
     pairs_LEE = sampling.counts.pairs_LEE
     assert pairs_LEE is not None
     if not pairs_LEE[:, ~np.eye(pairs_LEE.shape[1], dtype=bool)].any():
-        return Panel(name, title, "No token was served by more than one expert.")
+        return Panel(title, "No token was served by more than one expert.")
     values_LEE = coactivation(pairs_LEE)
     layers = evenly_spaced(len(values_LEE), SHOWN_LAYERS)
     limits = (0.0, float(np.nanmax(values_LEE)))
@@ -134,7 +134,7 @@ def together(findings: Findings, sampling: Sampling) -> Panel:
         "Of the tokens that the row's expert served, the share that the column's expert served too; over all pairs "
         f"{np.nanmean(values_LEE):.2g} on average.{_shown(layers, sampling)} {sampling_note(findings, sampling)}"
     )
-    return Panel(name, title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def similarity(findings: Findings, sampling: Sampling) -> Panel:
@@ -152,21 +152,21 @@ def similarity(findings: Findings, sampling: Sampling) -> Panel:
         "values), which does not depend on the order of hidden units. Below: cosine of the router's vectors. 1 is a "
         f"duplicate, 0 unrelated.{_shown(layers, sampling)} Of {weights_note(findings)}."
     )
-    return Panel("similarity", "Similarity of the experts' weights", caption, figure)
+    return Panel("Similarity of the experts' weights", caption, figure)
 
 
 def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
     """Routing of the same images with and without their class or prompt."""
     what = findings.condition
-    name, title = "guidance", f"Routing with and without the {what}"
+    title = f"Routing with and without the {what}"
     null_LSE, null_tokens_LS = sampling.null_served_LSE, sampling.null_tokens_LS
     if null_LSE is None or null_tokens_LS is None:
-        return Panel(name, title, f"The images were drawn without guidance, so the model never ran without the {what}.")
+        return Panel(title, f"The images were sampled without guidance, so the model never ran without the {what}.")
     counts = sampling.counts
     with_LSE = counts.served_LSKE.sum(2)
     distance_LS = total_variation(shares(with_LSE), shares(null_LSE))
     if not np.nanmax(distance_LS):
-        return Panel(name, title, constant(findings, f"every expert serves as many tokens with the {what} as without"))
+        return Panel(title, constant(findings, f"every expert serves as many tokens with the {what} as without"))
     change_LSE = ratio(with_LSE, counts.tokens_LSK.sum(2)[..., None]) - ratio(null_LSE, null_tokens_LS[..., None])
     L, S, E = change_LSE.shape
     layers = evenly_spaced(L, SHOWN_LAYERS)
@@ -194,7 +194,7 @@ def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
         f"t. Below: which experts serve more tokens with the {what} (orange) or without (blue)."
         f"{_shown(layers, sampling)} {sampling_note(findings, sampling)}"
     )
-    return Panel(name, title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def _squares(

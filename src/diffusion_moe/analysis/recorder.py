@@ -61,18 +61,6 @@ class RoutingCounts(NamedTuple):
         return RoutingCounts(*(None if a is None or b is None else a + b for a, b in zip(self, other)))  # type: ignore[arg-type]
 
 
-class LayerSums(NamedTuple):
-    """Running sums of one layer, on its device; see `RoutingCounts`."""
-
-    served_RE: Tensor
-    """Rows are pairs of bin and class, s * K + k."""
-    tokens_R: Tensor
-    pairs_EE: Tensor | None
-    compute_RQ: Tensor | None
-    """Column 0 is for text and class tokens, the others are positions."""
-    places_EQ: Tensor | None
-
-
 class RoutingRecord:
     """Running counts of routing. Made by `record_routing`."""
 
@@ -104,7 +92,8 @@ class RoutingRecord:
 
     def clear(self) -> None:
         """Reset all counts."""
-        self.sums: list[LayerSums | None] = [None] * len(self.routers)
+        self.sums: list[dict[str, Tensor]] = [{} for _ in self.routers]
+        """Running sums of each layer; empty before its first pass."""
         self.images_R: Tensor | None = None
         self.passes = 0
         """Calls of the model."""
@@ -117,7 +106,7 @@ class RoutingRecord:
         Raises:
             ValueError: no pass of the model or of one of its routers was recorded.
         """
-        silent = [f"MoE layer {layer + 1}" for layer, sums in enumerate(self.sums) if sums is None]
+        silent = [f"MoE layer {layer + 1}" for layer, sums in enumerate(self.sums) if not sums]
         if not self.passes or silent:
             raise ValueError(
                 f"no pass of {silent[0] if self.passes else 'the model'} was recorded; call the model while recording, "
@@ -128,7 +117,7 @@ class RoutingRecord:
 
         def stacked(name: str) -> np.ndarray:
             # The zeros give a model without routers its shapes.
-            return torch.stack([getattr(layer, name).cpu() for layer in [*self.sums, zeros]])[:L].numpy()
+            return torch.stack([layer[name].cpu() for layer in [*self.sums, zeros]])[:L].numpy()
 
         images_R = torch.zeros(S * K, dtype=torch.long) if self.images_R is None else self.images_R.cpu().clone()
         return RoutingCounts(
@@ -186,7 +175,7 @@ class RoutingRecord:
             return
         B, N = x_BND.shape[:2]
         sums = self.sums[layer]
-        if sums is None:
+        if not sums:
             self.num_places = self.num_places or N
             with torch.inference_mode(False):
                 sums = self.sums[layer] = self._zeros(x_BND.device)
@@ -195,33 +184,30 @@ class RoutingRecord:
             row_B = torch.zeros(B, dtype=torch.long, device=x_BND.device)
             if layer == 0:
                 self._count_images(row_B)
-        row_B = row_B.to(sums.tokens_R.device, non_blocking=True)  # layers may be on several devices
+        row_B = row_B.to(sums["tokens_R"].device, non_blocking=True)  # layers may be on several devices
         expert_A, image_A = routing.expert_A(), routing.token_A // N
         times_A = served_of(routing)
-        sums.served_RE.index_add_(0, row_B, tally(image_A, expert_A, B, self.num_experts, times_A))
-        sums.tokens_R.index_add_(0, row_B, torch.full_like(row_B, N))
-        if sums.pairs_EE is not None:
-            sums.pairs_EE.add_(pairs_of(routing.token_A, expert_A, B * N, self.num_experts, times_A))
-        if sums.compute_RQ is not None and sums.places_EQ is not None:
-            width = sums.compute_RQ.shape[1]
+        sums["served_RE"].index_add_(0, row_B, tally(image_A, expert_A, B, self.num_experts, times_A))
+        sums["tokens_R"].index_add_(0, row_B, torch.full_like(row_B, N))
+        if self.pairs:
+            sums["pairs_EE"].add_(pairs_of(routing.token_A, expert_A, B * N, self.num_experts, times_A))
+        if self.places:
+            width = sums["compute_RQ"].shape[1]
             # Text and class tokens come first and share column 0.
             column_A = (routing.token_A - image_A * N - (N - width)).clamp(min=0)
-            sums.compute_RQ.index_add_(0, row_B, tally(image_A, column_A, B, width, times_A))
-            sums.places_EQ.add_(tally(expert_A, column_A, self.num_experts, width, times_A))
+            sums["compute_RQ"].index_add_(0, row_B, tally(image_A, column_A, B, width, times_A))
+            sums["places_EQ"].add_(tally(expert_A, column_A, self.num_experts, width, times_A))
 
-    def _zeros(self, device: torch.device) -> LayerSums:
+    def _zeros(self, device: torch.device) -> dict[str, Tensor]:
+        """Sums of a layer; see `RoutingCounts`.
+
+        R are pairs of bin and class, s * K + k; of Q, column 0 is for text and class tokens, the others are positions.
+        """
         R, E, Q = self.time_bins * self.rows, self.num_experts, (self.num_places or 0) + 1
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.long, device=device)
-
-        return LayerSums(
-            zeros(R, E),
-            zeros(R),
-            zeros(E, E) if self.pairs else None,
-            zeros(R, Q) if self.places else None,
-            zeros(E, Q) if self.places else None,
-        )
+        shapes: dict[str, tuple[int, ...]] = {"served_RE": (R, E), "tokens_R": (R,)}
+        shapes |= {"pairs_EE": (E, E)} if self.pairs else {}
+        shapes |= {"compute_RQ": (R, Q), "places_EQ": (E, Q)} if self.places else {}
+        return {name: torch.zeros(shape, dtype=torch.long, device=device) for name, shape in shapes.items()}
 
 
 def served_of(routing: Routing) -> Tensor:

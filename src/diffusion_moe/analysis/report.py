@@ -49,8 +49,8 @@ def _summary(findings: Findings) -> str:
     layers = len(findings.sampling.counts.tokens_LSK)
     many = f"{layers} MoE layer{'s' * (layers != 1)} of {model.num_experts} experts, {model.router} routing"
     shared = f", a shared expert ({model.shared})" if model.shared in ("gelu", "swiglu") else ""
-    drawn = sampling_note(findings, findings.sampling)
-    return f"{blocks}; {many}{shared}. What the routers did while drawing {drawn}"
+    note = sampling_note(findings, findings.sampling)
+    return f"{blocks}; {many}{shared}. What the routers did while sampling {note}"
 
 
 def _numbers(findings: Findings, sampling: Sampling) -> str:

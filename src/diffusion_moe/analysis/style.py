@@ -61,12 +61,12 @@ DIVERGING = LinearSegmentedColormap.from_list(
 class Panel(NamedTuple):
     """One figure of a report, or why there is none."""
 
-    name: str
-    """Name of its files and anchor in the report."""
     title: str
     caption: str
     """Contents, units and number of images; without a figure, the reason."""
     figure: Figure | None = None
+    name: str = ""
+    """Name of its files and anchor in the report; see `figures.panels`."""
 
 
 @contextmanager
