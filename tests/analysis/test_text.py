@@ -59,7 +59,7 @@ def test_rows_are_kinds_of_prompts_and_no_prompt(conditioning):
     model, x = tiny_model(conditioning), torch.randn(6, 1, 8, 8)
     mask = torch.arange(4)[None] < torch.tensor([4, 2, 1, 0, 3, 0])[:, None]
     tokens = PLACES + (LENGTH if conditioning == "joint" else 0)
-    with torch.no_grad(), record_routing(model, 2, places=True, kinds=3) as record:
+    with torch.no_grad(), record_routing(model, 2, positions=True, kinds=3) as record:
         record.kinds_B = torch.tensor([0, 2, 2])  # twice: image 0 and 3 are of kind 0, ...
         model(x, torch.tensor(0.7), None, torch.randn(6, 4, WIDTH), mask)
     counts = record.counts()
@@ -129,7 +129,7 @@ def test_text_tokens_are_told_apart_from_the_images(joint_run):
     parts = text_and_image(found.sampling)
     np.testing.assert_array_equal(parts["text tokens"], [TOP_K] * 3)
     np.testing.assert_array_equal(parts["image tokens"], [TOP_K] * 3)
-    assert found.sampling.counts.places_LEP.sum() + text.served_S.sum() * 2 == 2 * 24 * 3 * layers * TOP_K * (
+    assert found.sampling.counts.positions_LEP.sum() + text.served_S.sum() * 2 == 2 * 24 * 3 * layers * TOP_K * (
         PLACES + LENGTH
     )  # guidance evaluates every image twice
 

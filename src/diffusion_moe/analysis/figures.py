@@ -8,7 +8,7 @@ from .plot_experts import (
     activation_frequency,
     experts_of_classes_and_times,
     guidance_effect,
-    places_of_experts,
+    positions_of_experts,
     similarity,
     together,
 )
@@ -26,7 +26,7 @@ ROUTING = {
     "Experts": {
         "experts": experts_of_classes_and_times,
         "frequency": activation_frequency,
-        "places": places_of_experts,
+        "places": positions_of_experts,
         "coactivation": together,
         "similarity": similarity,
         "guidance": guidance_effect,

@@ -23,7 +23,7 @@ from ..models import Backbone
 from ..moe import MoEFeedForward, routers_of
 from ..pixels import to_uint8
 from ..run_folder import RunFolder
-from ..sampling.generate import SamplingStats, check_solver
+from ..sampling.generate import SamplingStats
 from ..sampling.loading import best_device, load_weights
 from ..sampling.sampler import Sampler, load_sampler, with_progress
 from ..sampling.source import Source, read_source
@@ -152,7 +152,6 @@ def gather_findings(
         ValueError: the settings do not fit the model, weights are damaged, or a run cannot be compared.
     """
     asked, missing = asked or TextOptions(), list[str]()
-    check_solver(source.config, settings)
     others = [_comparable(source, path) for path in compare]
     settings = replace(settings, acceleration="none")  # hooks do not run in compiled models and captured graphs
     sampler = load_sampler(source, settings, lambda reason: missing.append(NO_IMAGES.format(reason)))
@@ -274,7 +273,9 @@ def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sam
     labels, stats = class_choice(count, config.num_classes), SamplingStats()
     total: RoutingCounts | None = None
     groups: list[list[np.ndarray]] = []
-    with record_routing(sampler.model, min(TIME_BINS, settings.steps), pairs=True, places=True, kinds=kinds) as record:
+    with record_routing(
+        sampler.model, min(TIME_BINS, settings.steps), pairs=True, positions=True, kinds=kinds
+    ) as record:
         prompts = None if prompt_kinds is None else PromptsWithKinds(prompt_kinds, record)
         for _ in with_progress(undecoded.batches(count, labels, prompts, stats=stats), count, log, "recorded"):
             counts = record.counts()
@@ -326,9 +327,7 @@ def _examples(sampler: Sampler, prompt_kinds: PromptKinds | None) -> Examples:
     """A few images, sampled one by one, so that each has its own map."""
     config, settings = sampler.source.config, replace(sampler.settings, batch_size=1)
     sampler, count = replace(sampler, settings=settings), min(EXAMPLES, settings.num_samples)
-    classes = class_choice(EXAMPLES, config.num_classes)
-    if config.num_classes and config.num_classes < EXAMPLES:
-        classes = torch.arange(config.num_classes)
+    classes = class_choice(min(EXAMPLES, config.num_classes or EXAMPLES), config.num_classes)
     labels = list(range(EXAMPLES)) if classes is None else classes.tolist()
     kinds, texts = 1, list[str]()
     if prompt_kinds is not None:
@@ -336,7 +335,7 @@ def _examples(sampler: Sampler, prompt_kinds: PromptKinds | None) -> Examples:
         labels = prompt_kinds.kinds_I[:count].tolist() if kinds > 1 else list(range(count))
     shows = config.in_channels in (1, 3) or sampler.vae is not None
     pictures, maps = [], []
-    with record_routing(sampler.model, min(TIME_BINS, settings.steps), places=True, kinds=kinds) as record:
+    with record_routing(sampler.model, min(TIME_BINS, settings.steps), positions=True, kinds=kinds) as record:
         prompts = None if prompt_kinds is None else PromptsWithKinds(prompt_kinds, record)
         for i, image in enumerate(sampler.batches(len(labels), classes, prompts)):
             counts, row = record.counts(), labels[i] if classes is not None or kinds > 1 else 0

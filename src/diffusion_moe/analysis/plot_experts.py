@@ -89,16 +89,16 @@ def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
     return Panel(title, caption, figure)
 
 
-def places_of_experts(findings: Findings, sampling: Sampling) -> Panel:
+def positions_of_experts(findings: Findings, sampling: Sampling) -> Panel:
     """Positions in the image that each expert serves."""
-    places_LEP = sampling.counts.places_LEP
-    assert places_LEP is not None
-    E, side = findings.model.num_experts, round(places_LEP.shape[2] ** 0.5)
+    positions_LEP = sampling.counts.positions_LEP
+    assert positions_LEP is not None
+    E, side = findings.model.num_experts, round(positions_LEP.shape[2] ** 0.5)
     columns = min(E, 8)
     lines = -(-E // columns)
-    layers = evenly_spaced(len(places_LEP), max(2, min(SHOWN_LAYERS, 12 // lines)))
+    layers = evenly_spaced(len(positions_LEP), max(2, min(SHOWN_LAYERS, 12 // lines)))
     tiles = np.full((len(layers), lines * columns, side, side, 1), np.nan)
-    tiles[:, :E] = (places_LEP[layers] / sampling.evaluations).reshape(-1, E, side, side, 1)
+    tiles[:, :E] = (positions_LEP[layers] / sampling.evaluations).reshape(-1, E, side, side, 1)
     picture = mosaic(tiles.reshape(-1, columns, side, side, 1))[..., 0]
     figure = new_figure(1.05 + 3.75 * picture.shape[0] / picture.shape[1])
     axes = figure.subplots()

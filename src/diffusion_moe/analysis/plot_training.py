@@ -37,7 +37,7 @@ def training_loss(findings: Findings) -> Panel:
     caption = (
         "Loss of the model in training (not of the averaged weights), "
         f"{'caption' if findings.model.text_dim else 'label'} dropout included: thin as logged, thick "
-        "the mean of the last twentieth of the logged steps. The highest 2 % may lie above the figure. "
+        "the mean of the last twentieth of the logged steps. The highest 2 % may be above the figure. "
         f"{'; '.join(curves.about for curves in findings.curves)}."
     )
     return Panel(title, caption, figure)

@@ -138,6 +138,6 @@ def _data(files: Sequence[str]) -> str:
         return ""
     listed = ", ".join(f"<code>{escape(file)}</code>" for file in files)
     return (
-        '<section><h2 id="data">Data</h2>\n<p class="soft">Beside this file lie the figures as PNG and SVG and the '
+        '<section><h2 id="data">Data</h2>\n<p class="soft">Next to this file are the figures as PNG and SVG and the '
         f"numbers behind them: {listed}. docs/analysis.md explains their columns.</p></section>"
     )

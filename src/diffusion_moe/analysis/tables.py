@@ -44,7 +44,7 @@ def tables(findings: Findings) -> dict[str, Columns]:
 
 def _routing_tables(findings: Findings, sampling: Sampling) -> dict[str, Columns]:
     counts, found = sampling.counts, dict[str, Columns]()
-    assert counts.pairs_LEE is not None and counts.places_LEP is not None
+    assert counts.pairs_LEE is not None and counts.positions_LEP is not None
     served_LSKE, tokens_LSK = counts.served_LSKE, counts.tokens_LSK
     if sampling.null_served_LSE is not None and sampling.null_tokens_LS is not None:
         served_LSKE = np.concatenate((served_LSKE, sampling.null_served_LSE[:, :, None]), axis=2)
@@ -62,9 +62,9 @@ def _routing_tables(findings: Findings, sampling: Sampling) -> dict[str, Columns
     }
     layer, a, b = _indices(counts.pairs_LEE.shape)
     found["pairs"] = _flat(layer=layer + 1, expert=a, other=b, tokens=counts.pairs_LEE)
-    side = round(counts.places_LEP.shape[2] ** 0.5)
-    layer, e, p = _indices(counts.places_LEP.shape)
-    found["places"] = _flat(layer=layer + 1, expert=e, row=p // side, column=p % side, served=counts.places_LEP)
+    side = round(counts.positions_LEP.shape[2] ** 0.5)
+    layer, e, p = _indices(counts.positions_LEP.shape)
+    found["places"] = _flat(layer=layer + 1, expert=e, row=p // side, column=p % side, served=counts.positions_LEP)
     examples = sampling.examples
     i, s, p = _indices(examples.compute_ISP.shape)
     label = np.array(examples.classes_I)[i] if len(findings.class_names) > 1 else np.full(i.shape, -1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .statistics import Moments
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE, KERNEL_SEED = 100, 1000, 2020
-"""As torch-fidelity draws them, so that equal features give equal numbers."""
+"""As torch-fidelity samples them, so that equal features give equal numbers."""
 NEIGHBOURS = 3
 SCORE_SPLIT = 5000
 ROWS = 1000

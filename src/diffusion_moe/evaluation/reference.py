@@ -141,13 +141,13 @@ def read_reference(path: Path) -> Reference:
 def _ours(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
     expected = str(arrays.pop("sha256", ""))
     if _digest(arrays) != expected:
-        raise ValueError(f"{path} is damaged: its content does not have its SHA-256; make it again")
+        raise ValueError(f"{path} is damaged: its content does not have its SHA-256; run `diffusion-moe stats` again")
     try:
         about = json.loads(str(arrays["about"]))
         extractor = ExtractorIdentity(**about.pop("extractor"))
         version = about.pop("format")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not name its extractor ({error}); make it again") from error
+        raise ValueError(f"{path} does not name its extractor ({error}); run `diffusion-moe stats` again") from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}; this version reads {FORMAT}")
     pool, spatial = _moments(path, arrays, ""), _moments(path, arrays, "_s") if "mu_s" in arrays else None
