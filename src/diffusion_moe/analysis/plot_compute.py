@@ -23,6 +23,7 @@ from .style import (
     layer_ticks,
     legend_above,
     name_columns,
+    new_axes,
     new_figure,
     shorten,
     write_numbers,
@@ -42,8 +43,7 @@ def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
         return Panel(title, constant(findings, fixed(capacity_LS) + "at every time, in every layer"))
     S = capacity_LS.shape[1]
     times_S = (np.arange(S) + 0.5) / S
-    figure = new_figure(3.4)
-    axes = figure.subplots()
+    figure, axes = new_axes(3.4)
     for i, layer in enumerate(evenly_spaced(len(capacity_LS), SHOWN_LAYERS)):
         label = f"MoE layer {layer + 1}"
         axes.plot(times_S, capacity_LS[layer], color=LINES[i], ls=DASHES[i], linewidth=1.1, label=label)

@@ -28,6 +28,7 @@ from .style import (
     layer_ticks,
     legend_above,
     name_columns,
+    new_axes,
     new_figure,
     write_numbers,
 )
@@ -73,8 +74,7 @@ def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
     title, (L, E) = "Expert activation frequency per layer", load_LE.shape
     if not varies(load_LE):
         return Panel(title, constant(findings, "all experts of a layer serve as many tokens"))
-    figure = new_figure(0.95 + 0.24 * min(L, 24))
-    axes = figure.subplots()
+    figure, axes = new_axes(0.95 + 0.24 * min(L, 24))
     image = heat_map(axes, load_LE, cmap=DIVERGING, norm=TwoSlopeNorm(1.0, 0.0, max(2.0, load_LE.max())))
     figure.colorbar(image, ax=axes, pad=0.01)
     axes.set(title="load / even load", xlabel="expert", ylabel="MoE layer")
@@ -100,8 +100,7 @@ def positions_of_experts(findings: Findings, sampling: Sampling) -> Panel:
     tiles = np.full((len(layers), lines * columns, side, side, 1), np.nan)
     tiles[:, :E] = (positions_LEP[layers] / sampling.evaluations).reshape(-1, E, side, side, 1)
     picture = mosaic(tiles.reshape(-1, columns, side, side, 1))[..., 0]
-    figure = new_figure(1.05 + 3.75 * picture.shape[0] / picture.shape[1])
-    axes = figure.subplots()
+    figure, axes = new_axes(1.05 + 3.75 * picture.shape[0] / picture.shape[1])
     image = heat_map(axes, picture, aspect="equal", vmin=0)
     axes.set_xticks(tile_centres(side, columns), [str(e) for e in range(columns)])
     starts = [f"layer {layer + 1}" if line == 0 else f"+{line * columns}" for layer in layers for line in range(lines)]

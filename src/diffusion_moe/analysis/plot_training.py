@@ -12,7 +12,7 @@ from .figure_notes import held_out_note
 from .findings import Findings
 from .losses import Curves
 from .routing_metrics import evenly_spaced, moving_average
-from .style import DASHES, LINES, Panel, legend_above, new_figure
+from .style import DASHES, LINES, Panel, legend_above, new_axes, new_figure
 
 SHOWN_LAYERS = 6
 """Most MoE layers in a figure with a part for each."""
@@ -23,8 +23,7 @@ def training_loss(findings: Findings) -> Panel:
     title = "Training loss"
     if not any(np.isfinite(curves.loss_W).any() for curves in findings.curves):
         return Panel(title, "No training loss was logged beside the model (metrics.jsonl).")
-    figure = new_figure(3.4)
-    axes = figure.subplots()
+    figure, axes = new_axes(3.4)
     smoothed = [_smoothed(axes, curves, curves.loss_W, i, curves.run) for i, curves in enumerate(findings.curves)]
     low = min(values.min() for values in smoothed)
     high = max(np.nanquantile(curves.loss_W, 0.98) for curves in findings.curves)
@@ -48,8 +47,7 @@ def loss_by_time(findings: Findings) -> Panel:
     title = "Held-out loss at each noise level"
     if not findings.held_out:
         return Panel(title, " ".join(findings.missing))
-    figure = new_figure(3.0)
-    axes = figure.subplots()
+    figure, axes = new_axes(3.0)
     for i, run in enumerate(findings.held_out):
         color = LINES[i % len(LINES)]
         mean, error = run.loss_IS.mean(0), run.loss_IS.std(0, ddof=1) / np.sqrt(len(run.loss_IS))
@@ -92,8 +90,7 @@ def balance(findings: Findings) -> Panel:
     curves = [c for c in findings.curves if np.isfinite(c.imbalance_W).any() or np.isfinite(c.imbalance_WL).any()]
     if not curves:
         return Panel(title, "No imbalance was logged.")
-    figure = new_figure(2.8)
-    axes = figure.subplots()
+    figure, axes = new_axes(2.8)
     own = curves[0]
     if len(curves) == 1 and own.imbalance_WL.shape[1]:
         for i, layer in enumerate(evenly_spaced(own.imbalance_WL.shape[1], SHOWN_LAYERS)):

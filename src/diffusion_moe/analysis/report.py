@@ -67,7 +67,7 @@ def _numbers(findings: Findings, sampling: Sampling) -> str:
         "dead experts (below 1 % of an even load)": f"{len(dead)} of {share_LE.size}",
         "pairs of duplicates (cosine above 0.9)": str(len(duplicates)),
     }
-    rows = []
+    rows, others_EE = [], ~np.eye(share_LE.shape[1], dtype=bool)
     for layer in range(len(share_LE)):
         cells = [
             str(layer + 1),
@@ -76,7 +76,7 @@ def _numbers(findings: Findings, sampling: Sampling) -> str:
             f"{effective_experts(share_LE)[layer]:.2f}",
             _list(str(e) for at, e in dead if at == layer),
             _list(f"{a} and {b}" for at, a, b in duplicates if at == layer),
-            f"{np.nanmax(_off_diagonal(weights.experts_LEE[layer]), initial=-1):.2f}",
+            f"{np.nanmax(weights.experts_LEE[layer][others_EE], initial=-1):.2f}",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     heads = ["MoE layer", "experts a token", "busiest / mean", "effective experts"]
@@ -109,10 +109,6 @@ def _text_numbers(sampling: Sampling) -> dict[str, str]:
         "experts a text token": f"{ratio(served, tokens):.3f}",
         "text tokens’ share of all assignments": f"{ratio(served, counts.served_LSK.sum()):.1%}",
     }
-
-
-def _off_diagonal(values_EE: np.ndarray) -> np.ndarray:
-    return values_EE[~np.eye(len(values_EE), dtype=bool)]
 
 
 def _list(items) -> str:  # type: ignore[no-untyped-def]

@@ -82,6 +82,12 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
+def new_axes(height: float) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, height in inches."""
+    figure = new_figure(height)
+    return figure, figure.subplots()
+
+
 def to_png(figure: Figure) -> bytes:
     """On white paper, 200 dots an inch."""
     file = io.BytesIO()

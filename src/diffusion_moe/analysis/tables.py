@@ -30,7 +30,7 @@ def tables(findings: Findings) -> dict[str, Columns]:
             _flat(run=np.full(len(c.steps_W), c.run), step=c.steps_W, loss=c.loss_W, imbalance=c.imbalance_W)
             for c in findings.curves
         ]
-        found["curves"] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found["curves"] = _joined(parts)
     if findings.held_out:
         parts = []
         for run in findings.held_out:
@@ -38,7 +38,7 @@ def tables(findings: Findings) -> dict[str, Columns]:
             label = np.broadcast_to(run.labels_I[:, None], image.shape)
             names = np.full(image.shape, run.run)
             parts.append(_flat(run=names, image=image, label=label, t=run.times_S[s], loss=run.loss_IS))
-        found["held_out"] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found["held_out"] = _joined(parts)
     return found
 
 
@@ -71,6 +71,11 @@ def _routing_tables(findings: Findings, sampling: Sampling) -> dict[str, Columns
     S = examples.compute_ISP.shape[1]
     maps = _flat(image=i, label=label, t=s / S, row=p // side, column=p % side, experts=examples.compute_ISP)
     return found | {"maps": maps}
+
+
+def _joined(parts: list[Columns]) -> Columns:
+    """Tables of equal columns, one below the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _indices(shape: tuple[int, ...]) -> list[np.ndarray]:

@@ -146,20 +146,17 @@ def held_out_captions(source: Source, count: int, text_encoder: str | None, log:
     origin = "held-out captions of " + " ".join(filter(None, (data.kind, data.path)))
     indices = range(min(count, len(dataset)))
     if isinstance(dataset.texts, CachedCaptions):
-        _check_cache(source, dataset.texts, text_encoder)
-        return Cached(dataset.texts, len(indices), origin)
+        captions = dataset.texts
+        if text_encoder is not None:
+            raise ValueError(
+                f"text_encoder is {text_encoder}, but the captions of {captions.folder} are encoded; remove the "
+                "option, or give --prompts FILE"
+            )
+        if source.text_space is not None and captions.space.sha256 != source.text_space.sha256:
+            raise ValueError(
+                f"the captions of {captions.folder} are of another text encoder than the model of {source.path}; "
+                "encode them again, or give --prompts FILE"
+            )
+        return Cached(captions, len(indices), origin)
     texts = [dataset.captions(index)[0] for index in indices]
     return Texts(texts, origin, load_text_encoder(source, text_encoder, log))
-
-
-def _check_cache(source: Source, captions: CachedCaptions, text_encoder: str | None) -> None:
-    if text_encoder is not None:
-        raise ValueError(
-            f"text_encoder is {text_encoder}, but the captions of {captions.folder} are encoded; remove the option, or "
-            "give --prompts FILE"
-        )
-    if source.text_space is not None and captions.space.sha256 != source.text_space.sha256:
-        raise ValueError(
-            f"the captions of {captions.folder} are of another text encoder than the model of {source.path}; encode "
-            "them again, or give --prompts FILE"
-        )
