@@ -28,7 +28,7 @@ from ..sampling.loading import best_device, load_weights
 from ..sampling.sampler import Sampler, load_sampler, with_progress
 from ..sampling.source import Source, read_source
 from .losses import Curves, HeldOut, held_out_loss, held_out_rows, read_curves
-from .prompt_kinds import PromptKinds, PromptsWithKinds, captions_of, prompt_kinds_of
+from .prompt_kinds import PromptKinds, captions_of, prompt_kinds_of
 from .recorder import RoutingCounts, record_routing
 from .routing_metrics import cosines, evenly_spaced, expert_maps
 
@@ -276,7 +276,7 @@ def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sam
     with record_routing(
         sampler.model, min(TIME_BINS, settings.steps), pairs=True, positions=True, kinds=kinds
     ) as record:
-        prompts = None if prompt_kinds is None else PromptsWithKinds(prompt_kinds, record)
+        prompts = None if prompt_kinds is None else replace(prompt_kinds, record=record)
         for _ in with_progress(undecoded.batches(count, labels, prompts, stats=stats), count, log, "recorded"):
             counts = record.counts()
             record.clear()
@@ -336,7 +336,7 @@ def _examples(sampler: Sampler, prompt_kinds: PromptKinds | None) -> Examples:
     shows = config.in_channels in (1, 3) or sampler.vae is not None
     pictures, maps = [], []
     with record_routing(sampler.model, min(TIME_BINS, settings.steps), positions=True, kinds=kinds) as record:
-        prompts = None if prompt_kinds is None else PromptsWithKinds(prompt_kinds, record)
+        prompts = None if prompt_kinds is None else replace(prompt_kinds, record=record)
         for i, image in enumerate(sampler.batches(len(labels), classes, prompts)):
             counts, row = record.counts(), labels[i] if classes is not None or kinds > 1 else 0
             record.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,8 @@ from .recorder import RoutingRecord
 from .style import MANY
 
 
-class PromptKinds(NamedTuple):
+@dataclass(frozen=True)
+class PromptKinds:
     """A prompt for each image."""
 
     prompts: PromptSource
@@ -33,6 +33,14 @@ class PromptKinds(NamedTuple):
     """Names of the kinds."""
     kind: str
     """Meaning of a kind: category or prompt."""
+    record: RoutingRecord | None = None
+    """Set the kinds of a batch in this record when its prompts are taken."""
+
+    def rows(self, indices: Tensor, device: torch.device) -> Prompts:
+        """Prompts of the images of these numbers."""
+        if self.record is not None:
+            self.record.kinds_B = self.kinds_I[indices]
+        return self.prompts.rows(indices, device)
 
     def texts(self, count: int) -> list[str]:
         """Prompts of the first images; empty where only their features are stored."""
@@ -66,19 +74,6 @@ def prompt_kinds_of(sampler: Sampler, options: TextOptions, log: Log) -> PromptK
     if options.prompts is not None and isinstance(prompts, Texts) and len(prompts) <= MANY:
         return PromptKinds(prompts, torch.arange(count) % len(prompts), prompts.texts, "prompt")
     return PromptKinds(prompts, torch.zeros(count, dtype=torch.long), ["all"], "prompt")
-
-
-@dataclass(frozen=True)
-class PromptsWithKinds:
-    """Prompts that set their kinds in a record before each batch."""
-
-    prompt_kinds: PromptKinds
-    record: RoutingRecord
-
-    def rows(self, indices: Tensor, device: torch.device) -> Prompts:
-        """Prompts of the images of these numbers."""
-        self.record.kinds_B = self.prompt_kinds.kinds_I[indices]
-        return self.prompt_kinds.prompts.rows(indices, device)
 
 
 def captions_of(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -169,10 +170,11 @@ class RoutingRecord:
         self._inside = False
 
     @torch.no_grad()
-    def note(self, layer: int, x_BND: Tensor, routing: Routing) -> None:
-        """Add the routing of one layer."""
+    def note(self, layer: int, router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> None:
+        """Add the routing of one layer; but for the layer, the arguments of a forward hook."""
         if not self._inside:
             return
+        x_BND: Tensor = args[0] if args else next(iter(kwargs.values()))
         B, N = x_BND.shape[:2]
         sums = self.sums[layer]
         if not sums:
@@ -264,16 +266,10 @@ def record_routing(
         raise ValueError(f"time_bins is {time_bins}; it must be positive")
     record = RoutingRecord(model, time_bins, pairs, positions, kinds)
 
-    def hook_for(layer: int):  # type: ignore[no-untyped-def]
-        def hook(router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> None:
-            record.note(layer, args[0] if args else next(iter(kwargs.values())), routing)
-
-        return hook
-
     handles = [record.root.register_forward_pre_hook(record.begin, with_kwargs=True)]
     try:
         for layer, router in enumerate(record.routers):
-            handles.append(router.register_forward_hook(hook_for(layer), with_kwargs=True))
+            handles.append(router.register_forward_hook(partial(record.note, layer), with_kwargs=True))
         handles.append(record.root.register_forward_hook(record.end, always_call=True))
         yield record
     finally:

@@ -38,8 +38,8 @@ def generate_images(source: Source, settings: EvaluationConfig, options: SampleO
     Raises:
         ValueError: classes, prompts, size or settings do not fit the model, or it cannot be loaded.
     """
-    request, each = requested_prompts(options, source), options.per_class
-    classes = class_numbers(options.class_list(), source)
+    classes, each = class_numbers(options.class_list(), source), options.per_class
+    request = requested_prompts(options, source)
     sampler = load_sampler(source, settings)
     size = sampler.size_for(options.height, options.width)
     labels = None if classes is None else torch.tensor(classes).repeat_interleave(each)
