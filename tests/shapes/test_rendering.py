@@ -3,11 +3,11 @@
 import pytest
 import torch
 from shape_scenes import scenes_of
+from single_scenes import Item, Scene, sample_scenes
 
 from diffusion_moe.shapes import rendering, sampling
 from diffusion_moe.shapes.rendering import AREAS, SQUARE_HALF, coverage, palette, render
-from diffusion_moe.shapes.sampling import sample_scenes
-from diffusion_moe.shapes.scene import BACKGROUND, COLOURS, SHAPES, Item, Scene
+from diffusion_moe.shapes.scene import BACKGROUND, COLOURS, SHAPES
 
 
 def one(shape, x, y, radius, size=(32, 32)):
