@@ -111,8 +111,8 @@ def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, li
     width = [_scaled(config, factor, images) for factor in (0.25, 0.5, 1, 2)]
     name = _name_of_top_k(config)
     reachable = config.num_experts * config.topk_group // config.n_group if name == "top_k" else config.num_experts
-    counts = [n for n in (1, 2, 4, 8, 16) if n <= reachable]
-    top_k = [Point(n, replace(config, **dict[str, Any]({name: n})), images) for n in counts]
+    changes: list[dict[str, Any]] = [{name: n} for n in (1, 2, 4, 8, 16) if n <= reachable]
+    top_k = [Point(change[name], replace(config, **change), images) for change in changes]
     if len(top_k) < LEAST_POINTS:
         raise ValueError(
             f"a token can reach {reachable} experts, too few for {LEAST_POINTS} points of experts a token; "
