@@ -37,8 +37,8 @@ from .style import (
 def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Panel:
     """Experts against classes and against time, a row for each layer."""
     counts, rows, kind = sampling.counts, present(sampling), findings.kind
-    told_apart = not findings.model.text_dim or len(rows) > 1
-    title = f"Which expert serves which {f'{kind} and time' if told_apart else 'time'}"
+    by_kind = not findings.model.text_dim or len(rows) > 1
+    title = f"Which expert serves which {f'{kind} and time' if by_kind else 'time'}"
     by_class_LKE = ratio(counts.served_LSKE.sum(1), counts.tokens_LSK.sum(1)[..., None])[:, rows]
     by_time_LSE = ratio(counts.served_LSKE.sum(2), counts.tokens_LSK.sum(2)[..., None])
     if not varies(by_class_LKE) and not varies(by_time_LSE):
@@ -49,15 +49,15 @@ def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Pane
     top = max(np.nanmax(by_class_LKE[layers]), np.nanmax(by_time_LSE[layers]))
     names = column_names([findings.class_names[k] for k in rows], room=20)
     figure = new_figure(names.height + 1.3 + len(layers) * (0.3 + 0.13 * min(E, 16)))
-    panes = figure.subplots(len(layers), 1 + told_apart, squeeze=False, sharey=True, sharex="col")
+    panes = figure.subplots(len(layers), 1 + by_kind, squeeze=False, sharey=True, sharex="col")
     for layer, row in zip(layers, panes):
-        if told_apart:
+        if by_kind:
             heat_map(row[0], by_class_LKE[layer].T, vmin=0, vmax=top)
             name_columns(row[0], names, "")
         image = heat_map(row[-1], by_time_LSE[layer].T, vmin=0, vmax=top, extent=(0, 1, E - 0.5, -0.5))
         row[0].set_ylabel(f"MoE layer {layer + 1}\nexpert")
         expert_ticks(row[0], E)
-    if told_apart:
+    if by_kind:
         panes[0, 0].set_title(f"by {kind}")
         panes[-1, 0].set_xlabel(kind)
     panes[0, -1].set_title("by time")

@@ -143,7 +143,7 @@ def _check_count(images: Images) -> None:
 
 
 def _scores_path(sampler: Sampler, scorer: Scorer, given: PromptSource | None) -> Path:
-    """File of the scores: its name tells settings, extractors, references and given prompts apart."""
+    """File of the scores: its name distinguishes settings, extractors, references and given prompts."""
     weights = weights_name(sampler.source.weights)
     if isinstance(scorer, ClassifierScorer | ShapesScorer):
         own = RunFolder(sampler.source.path).evaluation

@@ -161,7 +161,7 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 def _file_name(name: str, reference: Reference) -> str:
-    """A name that tells data, size and extractor apart."""
+    """A name that distinguishes data, size and extractor."""
     assert reference.extractor is not None
     size = reference.about.get("image_size")
     parts = [Path(name).stem, *([] if size is None else ["x".join(map(str, size))])]

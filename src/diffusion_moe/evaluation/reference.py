@@ -101,7 +101,7 @@ class Reference:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Tell an `.npz` with mu and sigma from other files."""
+    """Recognise an `.npz` with mu and sigma."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {"mu.npy", "sigma.npy"} <= set(archive.namelist())

@@ -51,7 +51,7 @@ class Scorer(ABC):
         """Start of a hash of the reference; empty for a run's own data."""
 
     def name(self) -> str:
-        """A part of a file's name that tells extractors and references apart."""
+        """A part of a file's name that distinguishes extractors and references."""
         return f"{self.extractor.identity.short_name}-{self.reference_sha256[:8]}"
 
     @abstractmethod

@@ -88,7 +88,7 @@ def check_point(source: Source, point: SweepPoint) -> None:
 
 
 def _scores_path(folder: Path, point: SweepPoint, model: str, scorer: Scorer, prompts: PromptSource | None) -> Path:
-    """File of a point's scores: its name tells models, settings, extractors, references and prompts apart."""
+    """File of a point's scores: its name distinguishes models, settings, extractors, references and prompts."""
     identity = {
         "model": model,
         "weights": point.weights,

@@ -99,12 +99,12 @@ def _name(
 
 
 def weights_name(weights: Weights) -> list[str]:
-    """A part of a file's name that tells weights apart; none for the published ones."""
+    """A part of a file's name that distinguishes weights; none for the published ones."""
     return {"ema": [], "model": ["model"]}.get(weights, [f"ema{weights}"])
 
 
 def settings_name(sampler: Sampler) -> str:
-    """A part of a file's name that tells settings and training steps apart; most defaults are left out."""
+    """A part of a file's name that distinguishes settings and training steps; most defaults are left out."""
     settings, default = sampler.settings, EvaluationConfig()
     training_steps = sampler.weights_metadata.get("training_steps")
     steps = "" if settings.solver == "dopri5" else settings.steps

@@ -133,11 +133,11 @@ def make_text_encoder(output: Path, options: TextEncoderOptions, log: Log = prin
     read = {"seen": model.accuracy(seen), "held_out": model.accuracy(held_out)}
     record = {"version": VERSION, "options": asdict(options), "loss": loss, "read_right": read}
     _save(output, model, tokenizer, record)
-    said = "; ".join(
+    shares = "; ".join(
         f"of {split.replace('_', '-')} captions {share['words']:.1%} by their words, {share['mean']:.1%} by the mean"
         for split, share in read.items()
     )
-    log(f"wrote {output}: reads right {said}")
+    log(f"wrote {output}: reads right {shares}")
     return record
 
 
