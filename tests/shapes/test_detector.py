@@ -189,5 +189,5 @@ def test_specks_are_left_out():
 def test_what_is_no_image_is_refused():
     with pytest.raises(ValueError, match=r"images have the shape \(2, 1, 8, 8\); give \(images, 3, height, width\)"):
         detect(torch.zeros(2, 1, 8, 8))
-    with pytest.raises(ValueError, match="images hold values that are not finite; generate them anew"):
+    with pytest.raises(ValueError, match="images hold values that are not finite; generate them again"):
         detect(torch.full((1, 3, 8, 8), torch.nan))

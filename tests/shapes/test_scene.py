@@ -102,7 +102,7 @@ def test_a_scene_is_a_function_of_seed_split_and_number(layout):
 
 def test_a_known_scene_stays_what_it_is():
     """Data sets made by other versions hold the same scenes."""
-    scene = sample_scenes(0, "train", torch.tensor([1])).scene(0)
+    scene = scene_at(sample_scenes(0, "train", torch.tensor([1])), 0)
     assert [(item.shape, item.colour) for item in scene.items] == [("circle", "red"), ("square", "purple")]
     assert (scene.items[0].x, scene.items[0].y) == pytest.approx((0.54199, 0.22690), abs=1e-5)
     assert (scene.items[1].x, scene.items[1].y) == pytest.approx((0.16807, 0.15181), abs=1e-5)
