@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from scipy import ndimage
+from single_scenes import Item, Scene, sample_scenes, scene_at
 from torch import Tensor
 
 from diffusion_moe.pixels import image_grid
@@ -20,8 +21,8 @@ from diffusion_moe.shapes.detector import Detection, detect
 from diffusion_moe.shapes.gallery import make_gallery
 from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS, evaluation_prompts, true_scenes
 from diffusion_moe.shapes.rendering import AREAS, render
-from diffusion_moe.shapes.sampling import Scenes, arrange, sample_scenes
-from diffusion_moe.shapes.scene import Item, Scene, contents
+from diffusion_moe.shapes.sampling import Scenes, arrange
+from diffusion_moe.shapes.scene import contents
 from diffusion_moe.shapes.scorer import find_errors, score_images
 
 SIZES = (32, 64)
@@ -47,7 +48,7 @@ def spoiled(images: Tensor, blur: float, noise: float, seed: int) -> Tensor:
 def read_back(scenes: Scenes, images: Tensor) -> Tensor:
     """True for each scene of which exactly its objects are detected, with shape, colour, size and position; (S,)."""
     detected = detect(images)
-    return torch.tensor([_same(scenes.scene(s).items, found) for s, found in enumerate(detected)])
+    return torch.tensor([_same(scene_at(scenes, s).items, found) for s, found in enumerate(detected)])
 
 
 def truth(scene: Scene) -> list[Detection]:
@@ -84,7 +85,7 @@ def row(size: int, blur: float, noise: float, count: int, per_category: int) -> 
         true = true_scenes(prompts, 2)
         images = spoiled(render(true, size), blur / 32, noise, seed=2)
         right += [score.correct for score in score_images(prompts, images)]
-        detected, known = detect(images), [truth(true.scene(s)) for s in range(len(prompts))]
+        detected, known = detect(images), [truth(scene_at(true, s)) for s in range(len(prompts))]
         for category in CATEGORIES:
             members = [i for i, prompt in enumerate(prompts) if prompt.category == category]
             for i, j in product(members, members):

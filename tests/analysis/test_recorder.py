@@ -72,7 +72,7 @@ def test_counts_are_those_of_a_plain_loop(kind):
         places[expert, token % 6] += 1
         of_token[token].add(expert)
     pairs = [[sum({a, b} <= experts for experts in of_token) for b in range(4)] for a in range(4)]
-    with record_routing(layer, time_bins=1, pairs=True, places=True) as record:
+    with record_routing(layer, time_bins=1, pairs=True, positions=True) as record:
         layer(x)
         layer(x)
     counts = record.counts()
@@ -81,13 +81,13 @@ def test_counts_are_those_of_a_plain_loop(kind):
     np.testing.assert_array_equal(counts.images_SK, [[6]])
     np.testing.assert_array_equal(counts.pairs_LEE, 2 * np.array(pairs)[None])
     np.testing.assert_array_equal(counts.compute_SKP, 2 * compute[None, None])
-    np.testing.assert_array_equal(counts.places_LEP, 2 * places[None])
+    np.testing.assert_array_equal(counts.positions_LEP, 2 * places[None])
 
 
 def test_known_routing_falls_into_its_layer_time_class_expert_and_place(tiny):
     """16 tokens, four to an expert; with two experts a token each serves the tokens of its neighbour too."""
     model = known_model(tiny)
-    with record_routing(model, time_bins=4, pairs=True, places=True) as record, torch.no_grad():
+    with record_routing(model, time_bins=4, pairs=True, positions=True) as record, torch.no_grad():
         model(torch.zeros(3, 1, 8, 8), torch.tensor([0.0, 0.3, 1.0]), torch.tensor([2, 2, 10]))
         model(torch.zeros(2, 1, 8, 8), torch.tensor(0.25), torch.tensor([0, 2]))
     counts = record.counts()
@@ -104,7 +104,7 @@ def test_known_routing_falls_into_its_layer_time_class_expert_and_place(tiny):
     np.testing.assert_array_equal(counts.pairs_LEE[1], 20 * (2 * np.eye(4) + ring))
     np.testing.assert_array_equal(counts.compute_SKP, np.broadcast_to(3 * images[..., None], (4, 11, 16)))
     own = np.arange(16) % 4 == np.arange(4)[:, None]
-    np.testing.assert_array_equal(counts.places_LEP, [5 * own, 5 * (own | np.roll(own, 1, axis=0))])
+    np.testing.assert_array_equal(counts.positions_LEP, [5 * own, 5 * (own | np.roll(own, 1, axis=0))])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,7 +121,7 @@ def test_recording_changes_no_bit(tiny, kind, grad):
         return [out.sample, *gradients]
 
     plain = answer()
-    with record_routing(model, pairs=True, places=True):
+    with record_routing(model, pairs=True, positions=True):
         recorded = answer()
     assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain, answer(), strict=True))
@@ -131,7 +131,7 @@ def test_recording_changes_no_bit(tiny, kind, grad):
 def test_counts_sum_to_what_the_reports_and_usage_say(tiny, kind):
     model = some_model(tiny, kind)
     stats = SamplingStats()
-    with record_routing(model, time_bins=4, pairs=True, places=True) as record:
+    with record_routing(model, time_bins=4, pairs=True, positions=True) as record:
         generate(model, class_schedule(5, 10), 5, EvaluationConfig(batch_size=2, steps=4), stats=stats)
     counts = record.counts()
     assert counts.served_LSKE.sum() == stats.served
@@ -139,7 +139,7 @@ def test_counts_sum_to_what_the_reports_and_usage_say(tiny, kind):
     assert counts.served_LSKE.sum() / counts.tokens_LSK.sum() == pytest.approx(stats.summary()["average_capacity"])
     # Each view of the same assignments has the same sum.
     np.testing.assert_array_equal(counts.compute_SKP.sum(-1), counts.served_LSK.sum(0))
-    np.testing.assert_array_equal(counts.places_LEP.sum(-1), counts.served_LSKE.sum((1, 2)))
+    np.testing.assert_array_equal(counts.positions_LEP.sum(-1), counts.served_LSKE.sum((1, 2)))
     np.testing.assert_array_equal(np.diagonal(counts.pairs_LEE, axis1=1, axis2=2), counts.served_LSKE.sum((1, 2)))
     # Five images at each of four times, with class and without.
     np.testing.assert_array_equal(counts.images_SK.sum(1), [10] * 4)
@@ -165,28 +165,28 @@ def test_rows_that_fill_up_a_shape_are_not_counted():
 
     layer = MoEFeedForward(8, 4, RouterConfig("tc", num_experts=2))
     layer.router = Roomy(8, RouterConfig("tc", num_experts=2))
-    with record_routing(layer, time_bins=1, pairs=True, places=True) as record, torch.no_grad():
+    with record_routing(layer, time_bins=1, pairs=True, positions=True) as record, torch.no_grad():
         layer(torch.randn(1, 4, 8))
     counts = record.counts()
     np.testing.assert_array_equal(counts.served_LSKE, [[[[1, 2]]]])
     np.testing.assert_array_equal(counts.pairs_LEE, [[[1, 0], [0, 2]]])
     np.testing.assert_array_equal(counts.compute_SKP, [[[1, 1, 1, 0]]])
-    np.testing.assert_array_equal(counts.places_LEP, [[[1, 0, 0, 0], [0, 1, 1, 0]]])
+    np.testing.assert_array_equal(counts.positions_LEP, [[[1, 0, 0, 0], [0, 1, 1, 0]]])
 
 
 def test_class_tokens_are_counted_but_have_no_place(tiny):
     """From the second block on there are three more tokens before the image's sixteen."""
     options = ["--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6", "--model.class_tokens=3"]
     model = known_model(tiny, *options, "--model.class_tokens_from=2")
-    with record_routing(model, time_bins=1, places=True) as record, torch.no_grad():
+    with record_routing(model, time_bins=1, positions=True) as record, torch.no_grad():
         call(model, 2)
     counts = record.counts()
     np.testing.assert_array_equal(counts.tokens_LSK.sum((1, 2)), [2 * 16, 2 * 19])
     np.testing.assert_array_equal(counts.served_LSK.sum((1, 2)), [2 * 16, 2 * 2 * 19])
     own = np.arange(16) % 4 == np.arange(4)[:, None]
-    np.testing.assert_array_equal(counts.places_LEP[0], 2 * own)
+    np.testing.assert_array_equal(counts.positions_LEP[0], 2 * own)
     shifted = (np.arange(16) + 3) % 4 == np.arange(4)[:, None]
-    np.testing.assert_array_equal(counts.places_LEP[1], 2 * (shifted | np.roll(shifted, 1, axis=0)))
+    np.testing.assert_array_equal(counts.positions_LEP[1], 2 * (shifted | np.roll(shifted, 1, axis=0)))
 
 
 def test_time_runs_from_noise_to_data_for_ddpm_too(tiny):
@@ -247,7 +247,7 @@ def test_gradient_checkpointing_counts_no_pass_twice(tiny):
 
 def test_clear_forgets_and_memory_does_not_grow(tiny):
     model = some_model(tiny, "dsmoe")
-    with record_routing(model, pairs=True, places=True) as record, torch.no_grad():
+    with record_routing(model, pairs=True, positions=True) as record, torch.no_grad():
         call(model)
         before = [tensor.data_ptr() for sums in record.sums for tensor in sums]
         first = record.counts()
@@ -263,7 +263,7 @@ def test_clear_forgets_and_memory_does_not_grow(tiny):
 
 def test_recording_in_and_out_of_inference_mode(tiny):
     model = known_model(tiny)
-    with record_routing(model, pairs=True, places=True) as record:
+    with record_routing(model, pairs=True, positions=True) as record:
         with torch.inference_mode():
             call(model)
         call(model)
@@ -358,7 +358,7 @@ def test_recording_needs_neither_diffusers_nor_figures():
 
 def test_dense_models_have_empty_counts(tiny):
     model = make_model(read_recipe("digits", [*tiny, "--model.router=dense"]).model).eval()
-    with record_routing(model, time_bins=3, pairs=True, places=True) as record, torch.no_grad():
+    with record_routing(model, time_bins=3, pairs=True, positions=True) as record, torch.no_grad():
         call(model)
     counts = record.counts()
     assert counts.served_LSKE.shape == (0, 3, 11, 0)

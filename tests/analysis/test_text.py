@@ -59,7 +59,7 @@ def test_rows_are_kinds_of_prompts_and_no_prompt(conditioning):
     model, x = tiny_model(conditioning), torch.randn(6, 1, 8, 8)
     mask = torch.arange(4)[None] < torch.tensor([4, 2, 1, 0, 3, 0])[:, None]
     tokens = PLACES + (LENGTH if conditioning == "joint" else 0)
-    with torch.no_grad(), record_routing(model, 2, places=True, kinds=3) as record:
+    with torch.no_grad(), record_routing(model, 2, positions=True, kinds=3) as record:
         record.kinds_B = torch.tensor([0, 2, 2])  # twice: image 0 and 3 are of kind 0, ...
         model(x, torch.tensor(0.7), None, torch.randn(6, 4, WIDTH), mask)
     counts = record.counts()
@@ -94,8 +94,8 @@ def test_compute_is_told_apart_by_category(shapes_run):
     found = gathered(shapes_run, guidance_scale=2.0)
     assert found.class_names == ["single object", "two object", "counting", "colors", "position", "color attr"]
     source, asked = read_source(shapes_run), questions_in_turn(24, 0)
-    model = source.load().model
-    text = TextFeatures.together(source.load_text_encoder().encode_all([prompt.text for prompt in asked]))
+    model = load_weights(source)
+    text = TextFeatures.together(load_text_encoder(source).encode_all([prompt.text for prompt in asked]))
     settings = replace(source.settings, num_samples=24, steps=3, guidance_scale=2.0, batch_size=1)
     served, null = np.zeros((6, 4), dtype=int), np.zeros(4, dtype=int)
     with record_routing(model, 3) as record:
@@ -129,7 +129,7 @@ def test_text_tokens_are_told_apart_from_the_images(joint_run):
     parts = text_and_image(found.sampling)
     np.testing.assert_array_equal(parts["text tokens"], [TOP_K] * 3)
     np.testing.assert_array_equal(parts["image tokens"], [TOP_K] * 3)
-    assert found.sampling.counts.places_LEP.sum() + text.served_S.sum() * 2 == 2 * 24 * 3 * layers * TOP_K * (
+    assert found.sampling.counts.positions_LEP.sum() + text.served_S.sum() * 2 == 2 * 24 * 3 * layers * TOP_K * (
         PLACES + LENGTH
     )  # guidance evaluates every image twice
 

@@ -43,8 +43,8 @@ def test_points_of_equal_images_are_one():
 def test_a_file_holds_lists_and_other_settings(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text("guidance_interval: [[0, 1], '0.1:1']\nsteps: 8\nnum_samples: 20\nreference: ref.npz\n")
-    lists, arguments = read_grid(path)
-    assert arguments == ["--num_samples=20", "--reference=ref.npz"]
+    lists, others = read_grid(path)
+    assert others == {"num_samples": 20, "reference": "ref.npz"}
     points = make_points(SweepOptions(), lists, EvaluationConfig())
     assert [(p.settings.guidance_interval, p.settings.steps) for p in points] == [((0.0, 1.0), 8), ((0.1, 1.0), 8)]
     path.write_text("guidance_interval: [0.2, 0.8]\n")

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from single_scenes import sample_scenes
 
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import load_dataset
@@ -12,7 +13,6 @@ from diffusion_moe.data.order import SampledImage
 from diffusion_moe.shapes import captions
 from diffusion_moe.shapes.captions import MENTIONS, WORDS, Mention, describe
 from diffusion_moe.shapes.rendering import render
-from diffusion_moe.shapes.sampling import sample_scenes
 from diffusion_moe.shapes.scene import Content, Look, contents
 
 

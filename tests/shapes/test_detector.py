@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from shape_scenes import scenes_of
 from shapes_scorer import read_back, spoiled
+from single_scenes import Item, Scene, sample_scenes, scene_at
 
 from diffusion_moe.shapes.detector import detect, segment
 from diffusion_moe.shapes.rendering import palette, render
-from diffusion_moe.shapes.sampling import Scenes, arrange, sample_scenes
-from diffusion_moe.shapes.scene import COLOURS, SHAPES, SIZES, Item, Scene, contents
+from diffusion_moe.shapes.sampling import Scenes, arrange
+from diffusion_moe.shapes.scene import COLOURS, SHAPES, SIZES, contents
 
 
 def image_of(*items, size=32):
@@ -76,7 +77,7 @@ def test_read_back_tells_wrong_pictures_from_right_ones():
     right = sample_scenes(0, "train", torch.arange(12))
     assert read_back(right, render(right, 32)).all()
     moved = Scenes(right.shape, right.colour, right.x.roll(1, 0), right.y, right.radius)
-    rolled = scenes_of(*(right.scene(s) for s in [*range(1, 12), 0]))
+    rolled = scenes_of(*(scene_at(right, s) for s in [*range(1, 12), 0]))
     for changed in (rolled, moved):
         assert read_back(right, render(changed, 32)).float().mean() < 0.2
 
@@ -188,5 +189,5 @@ def test_specks_are_left_out():
 def test_what_is_no_image_is_refused():
     with pytest.raises(ValueError, match=r"images have the shape \(2, 1, 8, 8\); give \(images, 3, height, width\)"):
         detect(torch.zeros(2, 1, 8, 8))
-    with pytest.raises(ValueError, match="images hold values that are not finite; generate them anew"):
+    with pytest.raises(ValueError, match="images hold values that are not finite; generate them again"):
         detect(torch.full((1, 3, 8, 8), torch.nan))

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from shapes_scorer import truth
+from single_scenes import scene_at
 
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import load_dataset
@@ -43,7 +44,7 @@ def test_no_training_scene_fulfils_a_held_out_question():
     scenes = arrange(rows, 0, "any", torch.arange(len(rows)))
     asked = [question.requirement for category in CATEGORIES for question in questions(category, "held_out")]
     for s in range(len(rows)):
-        found = truth(scenes.scene(s))
+        found = truth(scene_at(scenes, s))
         assert all(find_errors(requirement, found) for requirement in asked)
 
 
@@ -53,7 +54,7 @@ def test_every_seen_question_is_fulfilled_by_training_scenes():
             rows = torch.tensor(question.rows)
             assert all(contents()[row] in seen_contents() for row in question.rows)
             scenes = arrange(rows, 0, "any", rows)
-            assert not any(find_errors(question.requirement, truth(scenes.scene(s))) for s in range(len(rows)))
+            assert not any(find_errors(question.requirement, truth(scene_at(scenes, s))) for s in range(len(rows)))
 
 
 def test_no_training_caption_is_a_held_out_prompt():
@@ -114,7 +115,7 @@ def test_true_scenes_fulfil_their_prompts():
         prompts = evaluation_prompts(2, 60, split)
         scenes = true_scenes(prompts, seed=3)
         for s, prompt in enumerate(prompts):
-            assert find_errors(prompt.requirement, truth(scenes.scene(s))) == []
+            assert find_errors(prompt.requirement, truth(scene_at(scenes, s))) == []
 
 
 def test_what_cannot_be_asked_is_refused():

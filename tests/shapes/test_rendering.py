@@ -3,11 +3,11 @@
 import pytest
 import torch
 from shape_scenes import scenes_of
+from single_scenes import Item, Scene, sample_scenes
 
 from diffusion_moe.shapes import rendering, sampling
 from diffusion_moe.shapes.rendering import AREAS, SQUARE_HALF, coverage, palette, render
-from diffusion_moe.shapes.sampling import sample_scenes
-from diffusion_moe.shapes.scene import BACKGROUND, COLOURS, SHAPES, Item, Scene
+from diffusion_moe.shapes.scene import BACKGROUND, COLOURS, SHAPES
 
 
 def one(shape, x, y, radius, size=(32, 32)):
@@ -99,10 +99,11 @@ def test_images_lie_in_range_on_their_background():
 
 
 def test_one_by_one_and_in_a_batch_are_the_same():
-    scenes = sample_scenes(5, "train", torch.arange(40))
-    together = render(scenes, 32)
+    together = render(sample_scenes(5, "train", torch.arange(40)), 32)
     for s in range(40):
-        torch.testing.assert_close(render(scenes[[s]], 32)[0], together[s], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            render(sample_scenes(5, "train", torch.tensor([s])), 32)[0], together[s], atol=1e-6, rtol=0
+        )
 
 
 def test_drawing_is_a_few_operations_whatever_the_number(monkeypatch):

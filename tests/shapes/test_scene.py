@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from shape_scenes import scenes_of
+from single_scenes import sample_scenes, scene_at
 
 from diffusion_moe.shapes.sampling import (
     EDGE,
@@ -15,7 +16,6 @@ from diffusion_moe.shapes.sampling import (
     SLOPE,
     arrange,
     sample_contents,
-    sample_scenes,
 )
 from diffusion_moe.shapes.scene import (
     COLOURS,
@@ -92,17 +92,17 @@ def test_a_scene_is_a_function_of_seed_split_and_number(layout):
     """Alone, in another order, in another batch."""
     whole = sample_scenes(3, "train", torch.arange(50), layout)
     some = sample_scenes(3, "train", torch.tensor([40, 7]), layout)
-    assert [some.scene(0), some.scene(1)] == [whole.scene(40), whole.scene(7)]
+    assert [scene_at(some, 0), scene_at(some, 1)] == [scene_at(whole, 40), scene_at(whole, 7)]
     for other in (
         sample_scenes(4, "train", torch.arange(50), layout),
         sample_scenes(3, "test", torch.arange(50), layout),
     ):
-        assert sum(other.scene(i) == whole.scene(i) for i in range(50)) == 0
+        assert sum(scene_at(other, i) == scene_at(whole, i) for i in range(50)) == 0
 
 
 def test_a_known_scene_stays_what_it_is():
     """Data sets made by other versions hold the same scenes."""
-    scene = sample_scenes(0, "train", torch.tensor([1])).scene(0)
+    scene = scene_at(sample_scenes(0, "train", torch.tensor([1])), 0)
     assert [(item.shape, item.colour) for item in scene.items] == [("circle", "red"), ("square", "purple")]
     assert (scene.items[0].x, scene.items[0].y) == pytest.approx((0.54199, 0.22690), abs=1e-5)
     assert (scene.items[1].x, scene.items[1].y) == pytest.approx((0.16807, 0.15181), abs=1e-5)
@@ -166,7 +166,9 @@ def test_the_grid_has_nine_places():
 def test_both_layouts_show_the_same_contents():
     free, grid = (sample_scenes(0, "train", torch.arange(50), layout) for layout in ("free", "grid"))
     for i in range(50):
-        looks = [[(item.shape, item.colour, item.size) for item in scenes.scene(i).items] for scenes in (free, grid)]
+        looks = [
+            [(item.shape, item.colour, item.size) for item in scene_at(scenes, i).items] for scenes in (free, grid)
+        ]
         assert looks[0] == looks[1]
 
 
@@ -174,7 +176,7 @@ def test_both_layouts_show_the_same_contents():
 def test_scenes_show_their_contents(layout):
     rows, scenes = everything(3, layout)
     for s, row in enumerate(rows):
-        content, items = contents()[row], scenes.scene(s).items
+        content, items = contents()[row], scene_at(scenes, s).items
         assert [(item.shape, item.colour, item.size) for item in items] == [
             (look.shape, look.colour, look.size) for look in content.looks
         ]
@@ -187,7 +189,7 @@ def test_scenes_show_their_contents(layout):
 
 def test_scenes_and_values_turn_into_each_other():
     scenes = sample_scenes(0, "train", torch.arange(30))
-    back = scenes_of(*(scenes.scene(s) for s in range(30)))
+    back = scenes_of(*(scene_at(scenes, s) for s in range(30)))
     for name in ("shape", "colour", "x", "y", "radius"):
         there = scenes.radius > 0
         torch.testing.assert_close(getattr(back, name)[there], getattr(scenes, name)[there])

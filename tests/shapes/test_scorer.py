@@ -4,10 +4,10 @@ import pytest
 import torch
 from shape_scenes import scenes_of
 from shapes_scorer import spoiled
+from single_scenes import Item, Scene
 
 from diffusion_moe.shapes.prompts import Prompt, RequiredObject, Requirement, evaluation_prompts, true_scenes
 from diffusion_moe.shapes.rendering import palette, render
-from diffusion_moe.shapes.scene import Item, Scene
 from diffusion_moe.shapes.scorer import score_images
 
 SIZES = pytest.mark.parametrize("size", [32, 64])

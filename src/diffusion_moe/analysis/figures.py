@@ -8,54 +8,44 @@ from .plot_experts import (
     activation_frequency,
     experts_of_classes_and_times,
     guidance_effect,
-    places_of_experts,
+    positions_of_experts,
     similarity,
     together,
 )
 from .plot_training import balance, logged_loss_by_time, loss_by_time, training_loss
 from .style import Panel, figure_style
 
-TRAINING = (training_loss, loss_by_time, logged_loss_by_time)
+TRAINING = {"loss": training_loss, "loss_by_time": loss_by_time, "loss_levels": logged_loss_by_time}
 ROUTING = {
-    "Compute": (capacity_by_time, experts_of_classes, hard_to_easy, compute_maps),
-    "Experts": (
-        experts_of_classes_and_times,
-        activation_frequency,
-        places_of_experts,
-        together,
-        similarity,
-        guidance_effect,
-    ),
+    "Compute": {
+        "capacity": capacity_by_time,
+        "classes": experts_of_classes,
+        "hard_to_easy": hard_to_easy,
+        "maps": compute_maps,
+    },
+    "Experts": {
+        "experts": experts_of_classes_and_times,
+        "frequency": activation_frequency,
+        "places": positions_of_experts,
+        "coactivation": together,
+        "similarity": similarity,
+        "guidance": guidance_effect,
+    },
 }
-PANELS = (
-    "loss",
-    "loss_by_time",
-    "loss_levels",
-    "balance",
-    "capacity",
-    "classes",
-    "hard_to_easy",
-    "maps",
-    "experts",
-    "frequency",
-    "places",
-    "coactivation",
-    "similarity",
-    "guidance",
-)
+PANELS = (*TRAINING, "balance", *(name for plots in ROUTING.values() for name in plots))
 """Names of all possible figures."""
 
 
 def panels(findings: Findings) -> dict[str, list[Panel]]:
     """The figures by section. A panel without a figure has the reason; panels that no run could show are left out."""
+    sampling, sections = findings.sampling, dict[str, list[Panel]]()
     with figure_style():
-        sections: dict[str, list[Panel]] = {}
         if findings.loss:
-            sections["Training"] = [plot(findings) for plot in TRAINING]
-            sections["Training"] += [balance(findings)] if findings.sampling is not None else []
-        if findings.sampling is not None:
+            sections["Training"] = [plot(findings)._replace(name=name) for name, plot in TRAINING.items()]
+            sections["Training"] += [balance(findings)._replace(name="balance")] if sampling is not None else []
+        if sampling is not None:
             for section, plots in ROUTING.items():
-                sections[section] = [plot(findings, findings.sampling) for plot in plots]
-    for name, some in sections.items():
-        sections[name] = [panel for panel in some if panel.figure or panel.caption]
-    return {name: some for name, some in sections.items() if some}
+                sections[section] = [plot(findings, sampling)._replace(name=name) for name, plot in plots.items()]
+    for section, some in sections.items():
+        sections[section] = [panel for panel in some if panel.figure or panel.caption]
+    return {section: some for section, some in sections.items() if some}

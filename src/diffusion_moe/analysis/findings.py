@@ -6,7 +6,6 @@ image, I example images.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +23,12 @@ from ..models import Backbone
 from ..moe import MoEFeedForward, routers_of
 from ..pixels import to_uint8
 from ..run_folder import RunFolder
-from ..sampling.generate import SamplingStats, check_solver, generate_batches, sampling_metadata
-from ..sampling.loading import best_device, load_decoder, load_weights
+from ..sampling.generate import SamplingStats
+from ..sampling.loading import best_device, load_weights
+from ..sampling.sampler import Sampler, load_sampler, with_progress
 from ..sampling.source import Source, read_source
 from .losses import Curves, HeldOut, held_out_loss, held_out_rows, read_curves
-from .prompt_kinds import PromptKinds, PromptsWithKinds, captions_of, prompt_kinds_of
+from .prompt_kinds import PromptKinds, captions_of, prompt_kinds_of
 from .recorder import RoutingCounts, record_routing
 from .routing_metrics import cosines, evenly_spaced, expert_maps
 
@@ -38,6 +38,7 @@ EXAMPLES = 6
 """Images shown one by one."""
 TIME_BINS = 20
 """Bins of time; fewer where the solver takes fewer steps."""
+NO_IMAGES = "Images are not shown, as the VAE cannot be loaded: {}."
 PLURALS = {"class": "classes", "category": "categories", "prompt": "prompts"}
 
 
@@ -150,58 +151,45 @@ def gather_findings(
     Raises:
         ValueError: the settings do not fit the model, weights are damaged, or a run cannot be compared.
     """
-    check_solver(source.config, settings)
-    settings = replace(settings, acceleration="none")  # hooks do not run in compiled models and captured graphs
-    asked = asked or TextOptions()
-    prompt_kinds = prompt_kinds_of(source, settings, asked, log)
+    asked, missing = asked or TextOptions(), list[str]()
     others = [_comparable(source, path) for path in compare]
-    model, vae, no_vae = _load(source)
-    recipe = RunFolder(source.path).read_recipe() if RunFolder(source.path).recipe.is_file() else None
+    settings = replace(settings, acceleration="none")  # hooks do not run in compiled models and captured graphs
+    sampler = load_sampler(source, settings, lambda reason: missing.append(NO_IMAGES.format(reason)))
+    prompt_kinds = prompt_kinds_of(sampler, asked, log)
+    recipe = source.recipe
     dataset, problem = _held_out_data(recipe)
-    curves, held_out = _losses_of_runs([source, *others], model, recipe, dataset, settings.seed, asked.text_encoder)
+    curves, held_out = _losses_of_runs(sampler, others, dataset, asked.text_encoder)
     names = list(source.class_names) or (dataset.class_names if dataset is not None else [])
     if len(names) != source.config.num_classes:
         names = [str(k) for k in range(source.config.num_classes)]
     names = names if prompt_kinds is None else prompt_kinds.names
-    has_routers = bool(routers_of(model))
+    has_routers = bool(routers_of(sampler.model))
     return Findings(
         name=source.path.resolve().name,
         model=source.config,
-        origin=source.weights_metadata(),
+        origin=sampler.weights_metadata,
         class_names=names or ["all"],
-        sampling=_sample(model, vae, settings, log, prompt_kinds) if has_routers else None,
-        weights=_weights(model) if has_routers else None,
+        sampling=_sample(sampler, log, prompt_kinds) if has_routers else None,
+        weights=_weights(sampler.model) if has_routers else None,
         curves=curves,
         held_out=held_out,
         data="" if recipe is None else " ".join(filter(None, (recipe.data.kind, recipe.data.path))),
         loss="" if recipe is None else recipe.diffusion.loss or recipe.model.prediction,
-        missing=tuple(filter(None, (problem, no_vae))),
+        missing=tuple(filter(None, (problem, *missing))),
         kind="class" if prompt_kinds is None else prompt_kinds.kind,
     )
 
 
-def _load(source: Source) -> tuple[Backbone, Any, str]:
-    """The model, the VAE (None if there is none) and the reason why it cannot be loaded."""
-    model = load_weights(source).to(best_device())
-    try:
-        vae = load_decoder(source)
-    except ValueError as error:
-        return model, None, f"Images are not shown, as the VAE cannot be loaded: {error}."
-    return model, None if vae is None else vae.to(best_device()), ""
-
-
 def _comparable(source: Source, path: Path) -> Source:
     """A run, whose losses must be comparable with those of `source`."""
-    own, other = RunFolder(source.path), RunFolder(path)
-    if not own.recipe.is_file():
+    if source.recipe is None:
         raise ValueError(f"compare is given, but {source.path} is not a run and has no loss; remove compare")
-    mine, theirs = own.read_recipe(), other.read_recipe()
-
-    for name, value in _loss_settings(mine).items():
-        if _loss_settings(theirs)[name] != value:
+    theirs = _loss_settings(RunFolder(path).read_recipe())
+    for name, value in _loss_settings(source.recipe).items():
+        if theirs[name] != value:
             raise ValueError(
-                f"{path} has {name} {_loss_settings(theirs)[name]} and {source.path} {value}, so their losses do not "
-                "compare; remove it from --compare"
+                f"{path} has {name} {theirs[name]} and {source.path} {value}, so their losses do not compare; remove "
+                "it from --compare"
             )
     return read_source(path)
 
@@ -233,29 +221,24 @@ def _held_out_data(recipe: Recipe | None) -> tuple[ImageDataset | None, str]:
 
 
 def _losses_of_runs(
-    sources: Sequence[Source],
-    model: Backbone,
-    recipe: Recipe | None,
-    dataset: ImageDataset | None,
-    seed: int,
-    text_encoder: str | None,
+    sampler: Sampler, others: Sequence[Source], dataset: ImageDataset | None, text_encoder: str | None
 ) -> tuple[list[Curves], list[HeldOut]]:
-    """Curves and held-out losses of the run itself, whose model is given, and of the others."""
-    if recipe is None:
-        return [], []
-    curves, held_out = [], []
-    for i, (source, name) in enumerate(zip(sources, distinct_names([source.path for source in sources]))):
-        run = RunFolder(source.path)
-        training = run.read_recipe().training
-        about = f"{name}: {training.batch_size} images a step, seed {training.seed}"
-        found = read_curves(run.metrics, name, about, recipe.model.process == "ddpm")
+    """Curves and held-out losses of the run of the sampler, and of the others; empty if it is not of a run."""
+    curves, held_out, seed = [], [], sampler.settings.seed
+    sources = [sampler.source, *others]
+    for source, name in zip(sources, distinct_names([source.path for source in sources])):
+        recipe, is_own = source.recipe, source is sampler.source
+        if recipe is None:
+            continue
+        about = f"{name}: {recipe.training.batch_size} images a step, seed {recipe.training.seed}"
+        found = read_curves(RunFolder(source.path).metrics, name, about, recipe.model.process == "ddpm")
         if found is not None:
             curves.append(found)
         if dataset is not None:
-            own = model if i == 0 else load_weights(source).to(best_device())
+            model = sampler.model if is_own else load_weights(source).to(best_device())
             steps = source.weights_metadata().get("training_steps")
-            text = captions_of(source, dataset, held_out_rows(dataset), text_encoder if i == 0 else None)
-            held_out.append(held_out_loss(own, run.read_recipe(), dataset, name, steps, seed, text))
+            text = captions_of(source, dataset, held_out_rows(dataset), text_encoder if is_own else None)
+            held_out.append(held_out_loss(model, recipe, dataset, name, steps, seed, text))
     return curves, held_out
 
 
@@ -279,30 +262,27 @@ def class_choice(count: int, num_classes: int) -> Tensor | None:
     )
 
 
-def _sample(
-    model: Backbone, vae: Any, settings: EvaluationConfig, log: Log, prompt_kinds: PromptKinds | None
-) -> Sampling:
+def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sampling:
+    config, settings = sampler.source.config, sampler.settings
     count, kinds = settings.num_samples, 1 if prompt_kinds is None else len(prompt_kinds.names)
-    K = max(kinds, model.settings.num_classes)
+    K = max(kinds, config.num_classes)
     # Groups of whole rounds of classes where there are enough images for that.
     size = K * (count // (GROUPS * K)) or -(-count // GROUPS)
     settings = replace(settings, batch_size=min(size, settings.batch_size))
-    labels, stats = class_choice(count, model.settings.num_classes), SamplingStats()
+    undecoded = replace(sampler, settings=settings, vae=None)
+    labels, stats = class_choice(count, config.num_classes), SamplingStats()
     total: RoutingCounts | None = None
     groups: list[list[np.ndarray]] = []
-    done, last_log = 0, time.monotonic()
-    with record_routing(model, min(TIME_BINS, settings.steps), pairs=True, places=True, kinds=kinds) as record:
-        prompts = None if prompt_kinds is None else PromptsWithKinds(prompt_kinds, record)
-        for batch in generate_batches(model, labels, count, settings, stats=stats, prompts=prompts):
+    with record_routing(
+        sampler.model, min(TIME_BINS, settings.steps), pairs=True, positions=True, kinds=kinds
+    ) as record:
+        prompts = None if prompt_kinds is None else replace(prompt_kinds, record=record)
+        for _ in with_progress(undecoded.batches(count, labels, prompts, stats=stats), count, log, "recorded"):
             counts = record.counts()
             record.clear()
             total = counts if total is None else total.plus(counts)
             served_SK, tokens_SK = counts.served_LSK.sum(0)[:, :K], counts.tokens_LSK.sum(0)[:, :K]
             groups.append([served_SK.sum(1), tokens_SK.sum(1), served_SK.sum(0), tokens_SK.sum(0)])
-            done += len(batch)
-            if time.monotonic() - last_log > 10 and done < count:
-                log(f"recorded {done} of {count} images")
-                last_log = time.monotonic()
     assert total is not None
     guided = bool(total.tokens_LSK[:, :, K:].any())
     return Sampling(
@@ -315,19 +295,19 @@ def _sample(
         total.tokens_LSK[:, :, K] if guided else None,
         int(total.images_SK.sum()),
         Groups(*map(np.stack, zip(*groups))),
-        _examples(model, vae, settings, prompt_kinds),
+        _examples(sampler, prompt_kinds),
         {
             "num_samples": count,
-            "num_classes": _classes_drawn(labels, prompt_kinds),
+            "num_classes": _classes_sampled(labels, prompt_kinds),
             "batch_size": settings.batch_size,
             **({} if prompt_kinds is None else prompt_kinds.prompts.metadata()),
-            **sampling_metadata(settings, stats),
+            **undecoded.metadata(stats),
         },
-        _text_tokens(model.settings, total, K),
+        _text_tokens(config, total, K),
     )
 
 
-def _classes_drawn(labels: Tensor | None, prompt_kinds: PromptKinds | None) -> int:
+def _classes_sampled(labels: Tensor | None, prompt_kinds: PromptKinds | None) -> int:
     """Number of classes or kinds of prompts with images; 0 where all are of one kind."""
     if prompt_kinds is not None:
         return len(prompt_kinds.kinds_I.unique()) if len(prompt_kinds.names) > 1 else 0
@@ -343,24 +323,21 @@ def _text_tokens(config: ModelConfig, total: RoutingCounts, kinds: int) -> TextT
     return TextTokens(total.others_SK[:, :kinds].sum(1), tokens_S)
 
 
-def _examples(model: Backbone, vae: Any, settings: EvaluationConfig, prompt_kinds: PromptKinds | None) -> Examples:
+def _examples(sampler: Sampler, prompt_kinds: PromptKinds | None) -> Examples:
     """A few images, sampled one by one, so that each has its own map."""
-    config, count = model.settings, min(EXAMPLES, settings.num_samples)
-    classes = class_choice(EXAMPLES, config.num_classes)
-    if config.num_classes and config.num_classes < EXAMPLES:
-        classes = torch.arange(config.num_classes)
+    config, settings = sampler.source.config, replace(sampler.settings, batch_size=1)
+    sampler, count = replace(sampler, settings=settings), min(EXAMPLES, settings.num_samples)
+    classes = class_choice(min(EXAMPLES, config.num_classes or EXAMPLES), config.num_classes)
     labels = list(range(EXAMPLES)) if classes is None else classes.tolist()
     kinds, texts = 1, list[str]()
     if prompt_kinds is not None:
         kinds, texts = len(prompt_kinds.names), prompt_kinds.texts(count)
         labels = prompt_kinds.kinds_I[:count].tolist() if kinds > 1 else list(range(count))
-    shows = config.in_channels in (1, 3) or vae is not None
+    shows = config.in_channels in (1, 3) or sampler.vae is not None
     pictures, maps = [], []
-    settings = replace(settings, batch_size=1)
-    with record_routing(model, min(TIME_BINS, settings.steps), places=True, kinds=kinds) as record:
-        prompts = None if prompt_kinds is None else PromptsWithKinds(prompt_kinds, record)
-        decoder = vae if shows else None
-        for i, image in enumerate(generate_batches(model, classes, len(labels), settings, decoder, prompts=prompts)):
+    with record_routing(sampler.model, min(TIME_BINS, settings.steps), positions=True, kinds=kinds) as record:
+        prompts = None if prompt_kinds is None else replace(prompt_kinds, record=record)
+        for i, image in enumerate(sampler.batches(len(labels), classes, prompts)):
             counts, row = record.counts(), labels[i] if classes is not None or kinds > 1 else 0
             record.clear()
             assert counts.compute_SKP is not None

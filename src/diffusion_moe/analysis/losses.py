@@ -120,19 +120,17 @@ def held_out_loss(
         text: features of their captions, for a model with text.
     """
     batch = dataset.read(held_out_rows(dataset))
-    images, labels = batch.images, batch.labels
-    columns = []
+    images, device, columns = batch.images, model.device, []
     for s in range(HELD_OUT_BINS):
         losses = []
         for rows in torch.arange(len(images)).split(PASS):
-            noise = normal(seed, "held_out", s, rows, tuple(images.shape[1:]))
-            classes = labels[rows] if recipe.model.num_classes else None
-            prompts = None if text is None else text.rows(rows).to(model.device)
-            losses.append(
-                _losses(model, recipe, images[rows], noise, classes, prompts, (s + 0.5) / HELD_OUT_BINS).cpu()
-            )
+            noise = normal(seed, "held_out", s, rows, tuple(images.shape[1:])).to(device)
+            classes = batch.labels[rows].to(device) if recipe.model.num_classes else None
+            prompt = {} if text is None else text.rows(rows).to(device).arguments(recipe.model.text_pooled_dim > 0)
+            time = (s + 0.5) / HELD_OUT_BINS
+            losses.append(_losses(model, recipe, images[rows].to(device), noise, classes, prompt, time).cpu())
         columns.append(torch.cat(losses))
-    return HeldOut(run, seed, torch.stack(columns, dim=1).double().numpy(), labels.numpy(), training_steps)
+    return HeldOut(run, seed, torch.stack(columns, dim=1).double().numpy(), batch.labels.numpy(), training_steps)
 
 
 def _losses(
@@ -141,13 +139,10 @@ def _losses(
     images: Tensor,
     noise: Tensor,
     labels: Tensor | None,
-    text: TextFeatures | None,
+    prompt: dict[str, Tensor | None],
     time: float,
 ) -> Tensor:
-    """Loss of each image at one time in [0, 1], (B,)."""
-    images, noise = images.to(model.device), noise.to(model.device)
-    labels = None if labels is None else labels.to(model.device)
-    prompt = {} if text is None else text.arguments(recipe.model.text_pooled_dim > 0)
+    """Loss of each image at one time in [0, 1], (B,); prompt: the model's arguments for text."""
     if recipe.model.process == "ddpm":
         schedule = linear_schedule()
         step_B = torch.full((len(images),), round((1 - time) * len(schedule)), device=model.device)

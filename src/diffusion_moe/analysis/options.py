@@ -15,7 +15,7 @@ class AnalyzeOptions(TextOptions):
     output: Path | None = None
     """Folder for report.html, the figures and their data; figures/ inside the folder unless given."""
     compare: str | None = None
-    """Runs whose losses are drawn beside, as runs/a,runs/b; they must have the same data and loss."""
+    """Runs whose losses are plotted too, as runs/a,runs/b; they must have the same data and loss."""
 
     def compared(self) -> list[Path]:
         """The runs one by one."""

@@ -23,6 +23,7 @@ from .style import (
     layer_ticks,
     legend_above,
     name_columns,
+    new_axes,
     new_figure,
     shorten,
     write_numbers,
@@ -34,16 +35,15 @@ EXTREMES, SHOWN_TIMES = 10, 6
 
 def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
     """Experts a token on average, against time."""
-    name, title = "capacity", "Average capacity against time"
+    title = "Average capacity against time"
     counts, groups = sampling.counts, sampling.groups
     capacity_LS = ratio(counts.served_LSK.sum(2), counts.tokens_LSK.sum(2))
     parts = text_and_image(sampling)
     if not varies(capacity_LS) and not any(varies(part_S) for part_S in parts.values()):
-        return Panel(name, title, constant(findings, fixed(capacity_LS) + "at every time, in every layer"))
+        return Panel(title, constant(findings, fixed(capacity_LS) + "at every time, in every layer"))
     S = capacity_LS.shape[1]
     times_S = (np.arange(S) + 0.5) / S
-    figure = new_figure(3.4)
-    axes = figure.subplots()
+    figure, axes = new_axes(3.4)
     for i, layer in enumerate(evenly_spaced(len(capacity_LS), SHOWN_LAYERS)):
         label = f"MoE layer {layer + 1}"
         axes.plot(times_S, capacity_LS[layer], color=LINES[i], ls=DASHES[i], linewidth=1.1, label=label)
@@ -64,7 +64,7 @@ def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
         f"over {len(groups.served_RS)} groups of images. {text_note(findings, sampling)}"
         f"{sampling_note(findings, sampling)}"
     )
-    return Panel(name, title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def text_and_image(sampling: Sampling) -> dict[str, np.ndarray]:
@@ -84,7 +84,7 @@ def experts_of_classes(findings: Findings, sampling: Sampling) -> Panel:
     kind, rows, counts = findings.kind, present(sampling), sampling.counts
     title = f"Experts activated per {kind} across MoE layers"
     if findings.model.text_dim and len(rows) < 2:
-        return Panel("classes", title, "")
+        return Panel(title, "")
     served_LKE = counts.served_LSKE.sum(1)[:, rows]
     capacity_LK = ratio(served_LKE.sum(2), counts.tokens_LSK.sum(1)[:, rows])
     L, K = capacity_LK.shape
@@ -93,7 +93,7 @@ def experts_of_classes(findings: Findings, sampling: Sampling) -> Panel:
     maps = [(label, values_LK) for label, values_LK in both.items() if varies(values_LK)]
     if not maps:
         what = f"every {kind} gets {capacity_LK.mean():.4g} experts a token in every layer, and all experts equally"
-        return Panel("classes", title, constant(findings, what))
+        return Panel(title, constant(findings, what))
     notes = [
         "Effective experts: the number of equally busy experts with the same entropy of assignments, from 1 (all "
         f"tokens of the {kind} meet one expert) to {findings.model.num_experts}."
@@ -111,12 +111,12 @@ def experts_of_classes(findings: Findings, sampling: Sampling) -> Panel:
             write_numbers(axes, values_LK, image)
     name_columns(axes, names, kind)
     caption = " ".join([*notes, sampling_note(findings, sampling)])
-    return Panel("classes", title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def hard_to_easy(findings: Findings, sampling: Sampling) -> Panel:
     """Classes sorted by compute, or by loss where the rule fixes the compute."""
-    name, title = "hard_to_easy", f"{findings.kinds.capitalize()} from hard to easy"
+    title = f"{findings.kinds.capitalize()} from hard to easy"
     groups, rows = sampling.groups, present(sampling)
     compute = estimate(groups.served_RK[:, rows], groups.tokens_RK[:, rows])
     differs = varies(compute.mean)
@@ -132,7 +132,7 @@ def hard_to_easy(findings: Findings, sampling: Sampling) -> Panel:
         own = held_out_note(findings, findings.held_out[:1])
         notes.append(f"Loss is averaged over times, with one standard error over images: {own}")
     if len(rows) < 2 or not parts:
-        return Panel(name, title, _nothing_to_compare(findings) if len(rows) < 2 else notes[0])
+        return Panel(title, _nothing_to_compare(findings) if len(rows) < 2 else notes[0])
     order = np.argsort(-np.nan_to_num(parts[0][1].mean), kind="stable")
     if len(order) > MANY:
         order = np.concatenate((order[:EXTREMES], order[-EXTREMES:]))
@@ -148,7 +148,7 @@ def hard_to_easy(findings: Findings, sampling: Sampling) -> Panel:
         axes.set_ylabel(label)
         axes.grid(True, axis="y")
     name_columns(axes, names, f"{findings.kind}, most {'compute' if differs else 'loss'} first")
-    return Panel(name, title, " ".join([*notes, sampling_note(findings, sampling)]), figure)
+    return Panel(title, " ".join([*notes, sampling_note(findings, sampling)]), figure)
 
 
 def _nothing_to_compare(findings: Findings) -> str:
@@ -159,11 +159,11 @@ def _nothing_to_compare(findings: Findings) -> str:
 
 def compute_maps(findings: Findings, sampling: Sampling) -> Panel:
     """Experts of each token of some images at some times."""
-    name, title = "maps", "Compute over the image"
+    title = "Compute over the image"
     examples = sampling.examples
     count, S, P = examples.compute_ISP.shape
     if not varies(examples.compute_ISP):
-        return Panel(name, title, constant(findings, fixed(examples.compute_ISP) + "at every position of the image"))
+        return Panel(title, constant(findings, fixed(examples.compute_ISP) + "at every position of the image"))
     side = round(P**0.5)
     known = [s for s in range(S) if np.isfinite(examples.compute_ISP[:, s]).all()]
     times = [known[i] for i in evenly_spaced(len(known), SHOWN_TIMES)]
@@ -198,7 +198,7 @@ def compute_maps(findings: Findings, sampling: Sampling) -> Panel:
         f"{findings.condition}; t is the start of a bin of width {1 / S:.2g}. {texts}{text_note(findings, sampling)}"
         f"{examples_note(findings, sampling)}"
     )
-    return Panel(name, title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def gap_of(side: int) -> int:

@@ -28,6 +28,7 @@ from .style import (
     layer_ticks,
     legend_above,
     name_columns,
+    new_axes,
     new_figure,
     write_numbers,
 )
@@ -36,27 +37,27 @@ from .style import (
 def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Panel:
     """Experts against classes and against time, a row for each layer."""
     counts, rows, kind = sampling.counts, present(sampling), findings.kind
-    told_apart = not findings.model.text_dim or len(rows) > 1
-    title = f"Which expert serves which {f'{kind} and time' if told_apart else 'time'}"
+    by_kind = not findings.model.text_dim or len(rows) > 1
+    title = f"Which expert serves which {f'{kind} and time' if by_kind else 'time'}"
     by_class_LKE = ratio(counts.served_LSKE.sum(1), counts.tokens_LSK.sum(1)[..., None])[:, rows]
     by_time_LSE = ratio(counts.served_LSKE.sum(2), counts.tokens_LSK.sum(2)[..., None])
     if not varies(by_class_LKE) and not varies(by_time_LSE):
         nothing = f"every expert serves as many tokens of every {kind} and time"
-        return Panel("experts", title, constant(findings, nothing))
+        return Panel(title, constant(findings, nothing))
     layers = evenly_spaced(len(by_class_LKE), SHOWN_LAYERS)
     E = findings.model.num_experts
     top = max(np.nanmax(by_class_LKE[layers]), np.nanmax(by_time_LSE[layers]))
     names = column_names([findings.class_names[k] for k in rows], room=20)
     figure = new_figure(names.height + 1.3 + len(layers) * (0.3 + 0.13 * min(E, 16)))
-    panes = figure.subplots(len(layers), 1 + told_apart, squeeze=False, sharey=True, sharex="col")
+    panes = figure.subplots(len(layers), 1 + by_kind, squeeze=False, sharey=True, sharex="col")
     for layer, row in zip(layers, panes):
-        if told_apart:
+        if by_kind:
             heat_map(row[0], by_class_LKE[layer].T, vmin=0, vmax=top)
             name_columns(row[0], names, "")
         image = heat_map(row[-1], by_time_LSE[layer].T, vmin=0, vmax=top, extent=(0, 1, E - 0.5, -0.5))
         row[0].set_ylabel(f"MoE layer {layer + 1}\nexpert")
         expert_ticks(row[0], E)
-    if told_apart:
+    if by_kind:
         panes[0, 0].set_title(f"by {kind}")
         panes[-1, 0].set_xlabel(kind)
     panes[0, -1].set_title("by time")
@@ -64,7 +65,7 @@ def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Pane
     color_scale(figure, image, panes, "times a token is served by the expert")
     notes = text_note(findings, sampling) + sampling_note(findings, sampling)
     caption = f"How often a token meets each expert.{_shown(layers, sampling)} {notes}"
-    return Panel("experts", title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
@@ -72,9 +73,8 @@ def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
     load_LE = shares(sampling.counts.served_LSKE.sum((1, 2))) * findings.model.num_experts
     title, (L, E) = "Expert activation frequency per layer", load_LE.shape
     if not varies(load_LE):
-        return Panel("frequency", title, constant(findings, "all experts of a layer serve as many tokens"))
-    figure = new_figure(0.95 + 0.24 * min(L, 24))
-    axes = figure.subplots()
+        return Panel(title, constant(findings, "all experts of a layer serve as many tokens"))
+    figure, axes = new_axes(0.95 + 0.24 * min(L, 24))
     image = heat_map(axes, load_LE, cmap=DIVERGING, norm=TwoSlopeNorm(1.0, 0.0, max(2.0, load_LE.max())))
     figure.colorbar(image, ax=axes, pad=0.01)
     axes.set(title="load / even load", xlabel="expert", ylabel="MoE layer")
@@ -86,22 +86,21 @@ def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
         f"Share of the layer's assignments that each expert got, times {E}: 1 is an even load, 0 a dead expert. "
         f"{sampling_note(findings, sampling)}"
     )
-    return Panel("frequency", title, caption, figure)
+    return Panel(title, caption, figure)
 
 
-def places_of_experts(findings: Findings, sampling: Sampling) -> Panel:
+def positions_of_experts(findings: Findings, sampling: Sampling) -> Panel:
     """Positions in the image that each expert serves."""
-    places_LEP = sampling.counts.places_LEP
-    assert places_LEP is not None
-    E, side = findings.model.num_experts, round(places_LEP.shape[2] ** 0.5)
+    positions_LEP = sampling.counts.positions_LEP
+    assert positions_LEP is not None
+    E, side = findings.model.num_experts, round(positions_LEP.shape[2] ** 0.5)
     columns = min(E, 8)
     lines = -(-E // columns)
-    layers = evenly_spaced(len(places_LEP), max(2, min(SHOWN_LAYERS, 12 // lines)))
+    layers = evenly_spaced(len(positions_LEP), max(2, min(SHOWN_LAYERS, 12 // lines)))
     tiles = np.full((len(layers), lines * columns, side, side, 1), np.nan)
-    tiles[:, :E] = (places_LEP[layers] / sampling.evaluations).reshape(-1, E, side, side, 1)
+    tiles[:, :E] = (positions_LEP[layers] / sampling.evaluations).reshape(-1, E, side, side, 1)
     picture = mosaic(tiles.reshape(-1, columns, side, side, 1))[..., 0]
-    figure = new_figure(1.05 + 3.75 * picture.shape[0] / picture.shape[1])
-    axes = figure.subplots()
+    figure, axes = new_axes(1.05 + 3.75 * picture.shape[0] / picture.shape[1])
     image = heat_map(axes, picture, aspect="equal", vmin=0)
     axes.set_xticks(tile_centres(side, columns), [str(e) for e in range(columns)])
     starts = [f"layer {layer + 1}" if line == 0 else f"+{line * columns}" for layer in layers for line in range(lines)]
@@ -114,16 +113,16 @@ def places_of_experts(findings: Findings, sampling: Sampling) -> Panel:
         f"{findings.condition} included."
         f"{_shown(layers, sampling)} {sampling_note(findings, sampling)}"
     )
-    return Panel("places", "Where in the image each expert works", caption, figure)
+    return Panel("Where in the image each expert works", caption, figure)
 
 
 def together(findings: Findings, sampling: Sampling) -> Panel:
     """Pairs of experts that serve the same tokens."""
-    name, title = "coactivation", "Experts that serve the same tokens"
+    title = "Experts that serve the same tokens"
     pairs_LEE = sampling.counts.pairs_LEE
     assert pairs_LEE is not None
     if not pairs_LEE[:, ~np.eye(pairs_LEE.shape[1], dtype=bool)].any():
-        return Panel(name, title, "No token was served by more than one expert.")
+        return Panel(title, "No token was served by more than one expert.")
     values_LEE = coactivation(pairs_LEE)
     layers = evenly_spaced(len(values_LEE), SHOWN_LAYERS)
     limits = (0.0, float(np.nanmax(values_LEE)))
@@ -134,7 +133,7 @@ def together(findings: Findings, sampling: Sampling) -> Panel:
         "Of the tokens that the row's expert served, the share that the column's expert served too; over all pairs "
         f"{np.nanmean(values_LEE):.2g} on average.{_shown(layers, sampling)} {sampling_note(findings, sampling)}"
     )
-    return Panel(name, title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def similarity(findings: Findings, sampling: Sampling) -> Panel:
@@ -152,21 +151,21 @@ def similarity(findings: Findings, sampling: Sampling) -> Panel:
         "values), which does not depend on the order of hidden units. Below: cosine of the router's vectors. 1 is a "
         f"duplicate, 0 unrelated.{_shown(layers, sampling)} Of {weights_note(findings)}."
     )
-    return Panel("similarity", "Similarity of the experts' weights", caption, figure)
+    return Panel("Similarity of the experts' weights", caption, figure)
 
 
 def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
     """Routing of the same images with and without their class or prompt."""
     what = findings.condition
-    name, title = "guidance", f"Routing with and without the {what}"
+    title = f"Routing with and without the {what}"
     null_LSE, null_tokens_LS = sampling.null_served_LSE, sampling.null_tokens_LS
     if null_LSE is None or null_tokens_LS is None:
-        return Panel(name, title, f"The images were drawn without guidance, so the model never ran without the {what}.")
+        return Panel(title, f"The images were sampled without guidance, so the model never ran without the {what}.")
     counts = sampling.counts
     with_LSE = counts.served_LSKE.sum(2)
     distance_LS = total_variation(shares(with_LSE), shares(null_LSE))
     if not np.nanmax(distance_LS):
-        return Panel(name, title, constant(findings, f"every expert serves as many tokens with the {what} as without"))
+        return Panel(title, constant(findings, f"every expert serves as many tokens with the {what} as without"))
     change_LSE = ratio(with_LSE, counts.tokens_LSK.sum(2)[..., None]) - ratio(null_LSE, null_tokens_LS[..., None])
     L, S, E = change_LSE.shape
     layers = evenly_spaced(L, SHOWN_LAYERS)
@@ -194,7 +193,7 @@ def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
         f"t. Below: which experts serve more tokens with the {what} (orange) or without (blue)."
         f"{_shown(layers, sampling)} {sampling_note(findings, sampling)}"
     )
-    return Panel(name, title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def _squares(

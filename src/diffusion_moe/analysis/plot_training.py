@@ -12,7 +12,7 @@ from .figure_notes import held_out_note
 from .findings import Findings
 from .losses import Curves
 from .routing_metrics import evenly_spaced, moving_average
-from .style import DASHES, LINES, Panel, legend_above, new_figure
+from .style import DASHES, LINES, Panel, legend_above, new_axes, new_figure
 
 SHOWN_LAYERS = 6
 """Most MoE layers in a figure with a part for each."""
@@ -22,9 +22,8 @@ def training_loss(findings: Findings) -> Panel:
     """Logged and smoothed loss of every run."""
     title = "Training loss"
     if not any(np.isfinite(curves.loss_W).any() for curves in findings.curves):
-        return Panel("loss", title, "No training loss was logged beside the model (metrics.jsonl).")
-    figure = new_figure(3.4)
-    axes = figure.subplots()
+        return Panel(title, "No training loss was logged beside the model (metrics.jsonl).")
+    figure, axes = new_axes(3.4)
     smoothed = [_smoothed(axes, curves, curves.loss_W, i, curves.run) for i, curves in enumerate(findings.curves)]
     low = min(values.min() for values in smoothed)
     high = max(np.nanquantile(curves.loss_W, 0.98) for curves in findings.curves)
@@ -37,19 +36,18 @@ def training_loss(findings: Findings) -> Panel:
     caption = (
         "Loss of the model in training (not of the averaged weights), "
         f"{'caption' if findings.model.text_dim else 'label'} dropout included: thin as logged, thick "
-        "the mean of the last twentieth of the logged steps. The highest 2 % may lie above the figure. "
+        "the mean of the last twentieth of the logged steps. The highest 2 % may be above the figure. "
         f"{'; '.join(curves.about for curves in findings.curves)}."
     )
-    return Panel("loss", title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def loss_by_time(findings: Findings) -> Panel:
     """Held-out loss of the trained model at each noise level."""
     title = "Held-out loss at each noise level"
     if not findings.held_out:
-        return Panel("loss_by_time", title, " ".join(findings.missing))
-    figure = new_figure(3.0)
-    axes = figure.subplots()
+        return Panel(title, " ".join(findings.missing))
+    figure, axes = new_axes(3.0)
     for i, run in enumerate(findings.held_out):
         color = LINES[i % len(LINES)]
         mean, error = run.loss_IS.mean(0), run.loss_IS.std(0, ddof=1) / np.sqrt(len(run.loss_IS))
@@ -65,7 +63,7 @@ def loss_by_time(findings: Findings) -> Panel:
         "Training loss of the averaged model by time, mean over images with a band of one standard error over images. "
         f"{paired}{held_out_note(findings, findings.held_out)}"
     )
-    return Panel("loss_by_time", title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def logged_loss_by_time(findings: Findings) -> Panel:
@@ -73,7 +71,7 @@ def logged_loss_by_time(findings: Findings) -> Panel:
     title = "Training loss by noise level"
     curves = [curves for curves in findings.curves if curves.loss_WS.shape[1]]
     if not curves:
-        return Panel("loss_levels", title, "")
+        return Panel(title, "")
     figure = new_figure(2.9 * len(curves))
     for axes, run in zip(np.atleast_1d(figure.subplots(len(curves), sharex=True)), curves):
         bins = run.loss_WS.shape[1]
@@ -83,19 +81,16 @@ def logged_loss_by_time(findings: Findings) -> Panel:
         axes.grid(True)
         legend_above(axes)
     axes.set_xlabel("training step")
-    return Panel(
-        "loss_levels", title, f"As logged, smoothed; t = 0 is noise. {'; '.join(run.about for run in curves)}.", figure
-    )
+    return Panel(title, f"As logged, smoothed; t = 0 is noise. {'; '.join(run.about for run in curves)}.", figure)
 
 
 def balance(findings: Findings) -> Panel:
     """Load balance of the experts in each logged training batch."""
-    name, title = "balance", "Load balance over training"
+    title = "Load balance over training"
     curves = [c for c in findings.curves if np.isfinite(c.imbalance_W).any() or np.isfinite(c.imbalance_WL).any()]
     if not curves:
-        return Panel(name, title, "No imbalance was logged.")
-    figure = new_figure(2.8)
-    axes = figure.subplots()
+        return Panel(title, "No imbalance was logged.")
+    figure, axes = new_axes(2.8)
     own = curves[0]
     if len(curves) == 1 and own.imbalance_WL.shape[1]:
         for i, layer in enumerate(evenly_spaced(own.imbalance_WL.shape[1], SHOWN_LAYERS)):
@@ -114,7 +109,7 @@ def balance(findings: Findings) -> Panel:
         f"as logged, thick smoothed{'' if own.imbalance_WL.shape[1] else ', averaged over MoE layers'}. "
         f"{'; '.join(run.about for run in curves)}."
     )
-    return Panel(name, title, caption, figure)
+    return Panel(title, caption, figure)
 
 
 def _smoothed(axes: Axes, run: Curves, values_W: np.ndarray, i: int, label: str) -> np.ndarray:

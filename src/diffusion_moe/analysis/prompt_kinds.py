@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import EvaluationConfig
 from ..data import ImageDataset
 from ..data.captions import CachedCaptions
 from ..evaluation.options import TextOptions
-from ..evaluation.prompts import Once, PromptSource, Texts, check_text_options, held_out_captions
+from ..evaluation.prompts import Once, PromptSource, Texts, check_text_options, text_prompts
 from ..evaluation.shapes_scorer import CATEGORIES, Questions, questions_in_turn
 from ..log import Log
-from ..run_folder import RunFolder
 from ..sampling.generate import Prompts
 from ..sampling.loading import load_text_encoder
-from ..sampling.prompts import read_prompts
+from ..sampling.sampler import Sampler
 from ..sampling.source import Source
 from ..text import TextFeatures
 from .recorder import RoutingRecord
 from .style import MANY
 
 
-class PromptKinds(NamedTuple):
+@dataclass(frozen=True)
+class PromptKinds:
     """A prompt for each image."""
 
     prompts: PromptSource
@@ -35,6 +33,14 @@ class PromptKinds(NamedTuple):
     """Names of the kinds."""
     kind: str
     """Meaning of a kind: category or prompt."""
+    record: RoutingRecord | None = None
+    """Set the kinds of a batch in this record when its prompts are taken."""
+
+    def rows(self, indices: Tensor, device: torch.device) -> Prompts:
+        """Prompts of the images of these numbers."""
+        if self.record is not None:
+            self.record.kinds_B = self.kinds_I[indices]
+        return self.prompts.rows(indices, device)
 
     def texts(self, count: int) -> list[str]:
         """Prompts of the first images; empty where only their features are stored."""
@@ -43,7 +49,7 @@ class PromptKinds(NamedTuple):
         return [self.prompts.texts[i % len(self.prompts)] for i in range(count)]
 
 
-def prompt_kinds_of(source: Source, settings: EvaluationConfig, options: TextOptions, log: Log) -> PromptKinds | None:
+def prompt_kinds_of(sampler: Sampler, options: TextOptions, log: Log) -> PromptKinds | None:
     """The prompts of an analysis: those of a file, a run's held-out captions, or questions about coloured shapes.
 
     Kinds are the categories of shapes or the prompts of a short file; otherwise all prompts are of one kind.
@@ -54,37 +60,20 @@ def prompt_kinds_of(source: Source, settings: EvaluationConfig, options: TextOpt
     Raises:
         ValueError: there are none, they cannot be read or encoded, or options do not fit.
     """
+    source, count = sampler.source, sampler.settings.num_samples
     check_text_options(source, options)
     if not source.config.text_dim:
         return None
-    count, warn, run = settings.num_samples, Once(log), RunFolder(source.path)
-    if options.prompts is not None:
-        texts = read_prompts(None, options.prompts)
-        shown = Texts(texts, str(options.prompts), load_text_encoder(source, options.text_encoder, warn))
-        if len(texts) <= MANY:
-            return PromptKinds(shown, torch.arange(count) % len(texts), list(texts), "prompt")
-        return PromptKinds(shown, torch.zeros(count, dtype=torch.long), ["all"], "prompt")
-    if run.recipe.is_file() and run.read_recipe().data.kind == "shapes":
-        asked = questions_in_turn(count, settings.seed)
-        encoder = load_text_encoder(source, options.text_encoder, warn)
+    if options.prompts is None and source.recipe is not None and source.recipe.data.kind == "shapes":
+        asked = questions_in_turn(count, sampler.settings.seed)
+        encoder = load_text_encoder(source, options.text_encoder, Once(log))
         questions = Questions(asked, "coloured shapes, their categories in turn", encoder)
         kinds = torch.tensor([CATEGORIES.index(prompt.category) for prompt in asked])
         return PromptKinds(questions, kinds, [name.replace("_", " ") for name in CATEGORIES], "category")
-    captions = held_out_captions(source, count, options.text_encoder, warn)
-    return PromptKinds(captions, torch.zeros(count, dtype=torch.long), ["all"], "prompt")
-
-
-@dataclass(frozen=True)
-class PromptsWithKinds:
-    """Prompts that set their kinds in a record before each batch."""
-
-    prompt_kinds: PromptKinds
-    record: RoutingRecord
-
-    def rows(self, places: Tensor, device: torch.device) -> Prompts:
-        """Prompts of the images of these numbers."""
-        self.record.kinds_B = self.prompt_kinds.kinds_I[places]
-        return self.prompt_kinds.prompts.rows(places, device)
+    prompts = text_prompts(sampler, options, log)
+    if options.prompts is not None and isinstance(prompts, Texts) and len(prompts) <= MANY:
+        return PromptKinds(prompts, torch.arange(count) % len(prompts), prompts.texts, "prompt")
+    return PromptKinds(prompts, torch.zeros(count, dtype=torch.long), ["all"], "prompt")
 
 
 def captions_of(
@@ -99,5 +88,5 @@ def captions_of(
         return None
     if isinstance(dataset.texts, CachedCaptions):
         return dataset.first_texts(torch.tensor(rows))
-    encoder = load_text_encoder(source, text_encoder, Once(lambda line: None))
+    encoder = load_text_encoder(source, text_encoder, lambda line: None)
     return TextFeatures.together(encoder.encode_all([dataset.captions(row)[0] for row in rows]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,12 +45,12 @@ class RoutingCounts(NamedTuple):
     pairs_LEE: np.ndarray | None = None
     """Tokens that both experts served; on the diagonal those of one expert. Needs `pairs`."""
     compute_SKP: np.ndarray | None = None
-    """Assignments of the token at position p (row by row), summed over layers. Needs `places`."""
-    places_LEP: np.ndarray | None = None
-    """Assignments of the tokens at position p, summed over times and classes. Needs `places`."""
+    """Assignments of the token at position p (row by row), summed over layers. Needs `positions`."""
+    positions_LEP: np.ndarray | None = None
+    """Assignments of the tokens at position p, summed over times and classes. Needs `positions`."""
     others_SK: np.ndarray | None = None
     """Assignments of the tokens before those of the image (its text's, class tokens), summed over layers. Needs
-    `places`."""
+    `positions`."""
 
     @property
     def served_LSK(self) -> np.ndarray:
@@ -61,23 +62,11 @@ class RoutingCounts(NamedTuple):
         return RoutingCounts(*(None if a is None or b is None else a + b for a, b in zip(self, other)))  # type: ignore[arg-type]
 
 
-class LayerSums(NamedTuple):
-    """Running sums of one layer, on its device; see `RoutingCounts`."""
-
-    served_RE: Tensor
-    """Rows are pairs of bin and class, s * K + k."""
-    tokens_R: Tensor
-    pairs_EE: Tensor | None
-    compute_RQ: Tensor | None
-    """Column 0 is for text and class tokens, the others are positions."""
-    places_EQ: Tensor | None
-
-
 class RoutingRecord:
     """Running counts of routing. Made by `record_routing`."""
 
-    def __init__(self, model: nn.Module, time_bins: int, pairs: bool, places: bool, kinds: int = 1) -> None:
-        self.time_bins, self.pairs, self.places = time_bins, pairs, places
+    def __init__(self, model: nn.Module, time_bins: int, pairs: bool, positions: bool, kinds: int = 1) -> None:
+        self.time_bins, self.pairs, self.positions = time_bins, pairs, positions
         self.routers = routers_of(model)
         experts = {router.config.num_experts for router in self.routers}
         if len(experts) > 1:
@@ -87,7 +76,7 @@ class RoutingRecord:
         self.root = next((module for module in model.modules() if _settings(module)), model)
         settings = _settings(self.root)
         self.rows = 1
-        self.num_places: int | None = None
+        self.num_positions: int | None = None
         """None until the first pass, then all tokens of an image."""
         self.takes_prompts = settings is not None and settings.text_dim > 0 and settings.num_classes == 0
         if kinds != 1 and not self.takes_prompts:
@@ -98,13 +87,14 @@ class RoutingRecord:
         if settings is not None:
             of_classes = max(1, settings.num_classes + int(settings.null_class and settings.num_classes > 0))
             self.rows = kinds + 1 if self.takes_prompts else of_classes
-            self.num_places = (settings.sample_size // settings.patch_size) ** 2
+            self.num_positions = (settings.sample_size // settings.patch_size) ** 2
         self.is_ddpm = settings is not None and settings.process == "ddpm"
         self.clear()
 
     def clear(self) -> None:
         """Reset all counts."""
-        self.sums: list[LayerSums | None] = [None] * len(self.routers)
+        self.sums: list[dict[str, Tensor]] = [{} for _ in self.routers]
+        """Running sums of each layer; empty before its first pass."""
         self.images_R: Tensor | None = None
         self.passes = 0
         """Calls of the model."""
@@ -117,7 +107,7 @@ class RoutingRecord:
         Raises:
             ValueError: no pass of the model or of one of its routers was recorded.
         """
-        silent = [f"MoE layer {layer + 1}" for layer, sums in enumerate(self.sums) if sums is None]
+        silent = [f"MoE layer {layer + 1}" for layer, sums in enumerate(self.sums) if not sums]
         if not self.passes or silent:
             raise ValueError(
                 f"no pass of {silent[0] if self.passes else 'the model'} was recorded; call the model while recording, "
@@ -128,7 +118,7 @@ class RoutingRecord:
 
         def stacked(name: str) -> np.ndarray:
             # The zeros give a model without routers its shapes.
-            return torch.stack([getattr(layer, name).cpu() for layer in [*self.sums, zeros]])[:L].numpy()
+            return torch.stack([layer[name].cpu() for layer in [*self.sums, zeros]])[:L].numpy()
 
         images_R = torch.zeros(S * K, dtype=torch.long) if self.images_R is None else self.images_R.cpu().clone()
         return RoutingCounts(
@@ -136,9 +126,9 @@ class RoutingRecord:
             tokens_LSK=stacked("tokens_R").reshape(L, S, K),
             images_SK=images_R.numpy().reshape(S, K),
             pairs_LEE=stacked("pairs_EE") if self.pairs else None,
-            compute_SKP=stacked("compute_RQ").sum(0).reshape(S, K, -1)[..., 1:] if self.places else None,
-            places_LEP=stacked("places_EQ")[..., 1:] if self.places else None,
-            others_SK=stacked("compute_RQ").sum(0).reshape(S, K, -1)[..., 0] if self.places else None,
+            compute_SKP=stacked("compute_RQ").sum(0).reshape(S, K, -1)[..., 1:] if self.positions else None,
+            positions_LEP=stacked("positions_EQ")[..., 1:] if self.positions else None,
+            others_SK=stacked("compute_RQ").sum(0).reshape(S, K, -1)[..., 0] if self.positions else None,
         )
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,14 +170,15 @@ class RoutingRecord:
         self._inside = False
 
     @torch.no_grad()
-    def note(self, layer: int, x_BND: Tensor, routing: Routing) -> None:
-        """Add the routing of one layer."""
+    def note(self, layer: int, router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> None:
+        """Add the routing of one layer; but for the layer, the arguments of a forward hook."""
         if not self._inside:
             return
+        x_BND: Tensor = args[0] if args else next(iter(kwargs.values()))
         B, N = x_BND.shape[:2]
         sums = self.sums[layer]
-        if sums is None:
-            self.num_places = self.num_places or N
+        if not sums:
+            self.num_positions = self.num_positions or N
             with torch.inference_mode(False):
                 sums = self.sums[layer] = self._zeros(x_BND.device)
         row_B = self._row_B
@@ -195,33 +186,30 @@ class RoutingRecord:
             row_B = torch.zeros(B, dtype=torch.long, device=x_BND.device)
             if layer == 0:
                 self._count_images(row_B)
-        row_B = row_B.to(sums.tokens_R.device, non_blocking=True)  # layers may be on several devices
+        row_B = row_B.to(sums["tokens_R"].device, non_blocking=True)  # layers may be on several devices
         expert_A, image_A = routing.expert_A(), routing.token_A // N
         times_A = served_of(routing)
-        sums.served_RE.index_add_(0, row_B, tally(image_A, expert_A, B, self.num_experts, times_A))
-        sums.tokens_R.index_add_(0, row_B, torch.full_like(row_B, N))
-        if sums.pairs_EE is not None:
-            sums.pairs_EE.add_(pairs_of(routing.token_A, expert_A, B * N, self.num_experts, times_A))
-        if sums.compute_RQ is not None and sums.places_EQ is not None:
-            width = sums.compute_RQ.shape[1]
+        sums["served_RE"].index_add_(0, row_B, tally(image_A, expert_A, B, self.num_experts, times_A))
+        sums["tokens_R"].index_add_(0, row_B, torch.full_like(row_B, N))
+        if self.pairs:
+            sums["pairs_EE"].add_(pairs_of(routing.token_A, expert_A, B * N, self.num_experts, times_A))
+        if self.positions:
+            width = sums["compute_RQ"].shape[1]
             # Text and class tokens come first and share column 0.
             column_A = (routing.token_A - image_A * N - (N - width)).clamp(min=0)
-            sums.compute_RQ.index_add_(0, row_B, tally(image_A, column_A, B, width, times_A))
-            sums.places_EQ.add_(tally(expert_A, column_A, self.num_experts, width, times_A))
+            sums["compute_RQ"].index_add_(0, row_B, tally(image_A, column_A, B, width, times_A))
+            sums["positions_EQ"].add_(tally(expert_A, column_A, self.num_experts, width, times_A))
 
-    def _zeros(self, device: torch.device) -> LayerSums:
-        R, E, Q = self.time_bins * self.rows, self.num_experts, (self.num_places or 0) + 1
+    def _zeros(self, device: torch.device) -> dict[str, Tensor]:
+        """Sums of a layer; see `RoutingCounts`.
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.long, device=device)
-
-        return LayerSums(
-            zeros(R, E),
-            zeros(R),
-            zeros(E, E) if self.pairs else None,
-            zeros(R, Q) if self.places else None,
-            zeros(E, Q) if self.places else None,
-        )
+        R are pairs of bin and class, s * K + k; of Q, column 0 is for text and class tokens, the others are positions.
+        """
+        R, E, Q = self.time_bins * self.rows, self.num_experts, (self.num_positions or 0) + 1
+        shapes: dict[str, tuple[int, ...]] = {"served_RE": (R, E), "tokens_R": (R,)}
+        shapes |= {"pairs_EE": (E, E)} if self.pairs else {}
+        shapes |= {"compute_RQ": (R, Q), "positions_EQ": (E, Q)} if self.positions else {}
+        return {name: torch.zeros(shape, dtype=torch.long, device=device) for name, shape in shapes.items()}
 
 
 def served_of(routing: Routing) -> Tensor:
@@ -249,7 +237,7 @@ def pairs_of(token_A: Tensor, expert_A: Tensor, num_tokens: int, num_experts: in
 
 @contextmanager
 def record_routing(
-    model: nn.Module, time_bins: int = 20, pairs: bool = False, places: bool = False, kinds: int = 1
+    model: nn.Module, time_bins: int = 20, pairs: bool = False, positions: bool = False, kinds: int = 1
 ) -> Iterator[RoutingRecord]:
     """Count what the routers of `model` do inside the block.
 
@@ -260,7 +248,7 @@ def record_routing(
         model: a model or a layer.
         time_bins: number of equal bins of t from 0 (noise) to 1 (data).
         pairs: also count which experts serve the same tokens (one matmul of (E, T) and (T, E) a layer).
-        places: also count the positions of the served tokens in the image.
+        positions: also count the positions of the served tokens in the image.
         kinds: number of kinds of prompts of a model with text; set `kinds_B` of the record before each pass.
 
     Raises:
@@ -276,18 +264,12 @@ def record_routing(
         raise ValueError(f"record_routing got a {type(model).__name__}; give a model, such as a pipeline's transformer")
     if time_bins < 1:
         raise ValueError(f"time_bins is {time_bins}; it must be positive")
-    record = RoutingRecord(model, time_bins, pairs, places, kinds)
-
-    def hook_for(layer: int):  # type: ignore[no-untyped-def]
-        def hook(router: Router, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> None:
-            record.note(layer, args[0] if args else next(iter(kwargs.values())), routing)
-
-        return hook
+    record = RoutingRecord(model, time_bins, pairs, positions, kinds)
 
     handles = [record.root.register_forward_pre_hook(record.begin, with_kwargs=True)]
     try:
         for layer, router in enumerate(record.routers):
-            handles.append(router.register_forward_hook(hook_for(layer), with_kwargs=True))
+            handles.append(router.register_forward_hook(partial(record.note, layer), with_kwargs=True))
         handles.append(record.root.register_forward_hook(record.end, always_call=True))
         yield record
     finally:

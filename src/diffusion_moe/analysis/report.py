@@ -49,8 +49,8 @@ def _summary(findings: Findings) -> str:
     layers = len(findings.sampling.counts.tokens_LSK)
     many = f"{layers} MoE layer{'s' * (layers != 1)} of {model.num_experts} experts, {model.router} routing"
     shared = f", a shared expert ({model.shared})" if model.shared in ("gelu", "swiglu") else ""
-    drawn = sampling_note(findings, findings.sampling)
-    return f"{blocks}; {many}{shared}. What the routers did while drawing {drawn}"
+    note = sampling_note(findings, findings.sampling)
+    return f"{blocks}; {many}{shared}. What the routers did while sampling {note}"
 
 
 def _numbers(findings: Findings, sampling: Sampling) -> str:
@@ -67,7 +67,7 @@ def _numbers(findings: Findings, sampling: Sampling) -> str:
         "dead experts (below 1 % of an even load)": f"{len(dead)} of {share_LE.size}",
         "pairs of duplicates (cosine above 0.9)": str(len(duplicates)),
     }
-    rows = []
+    rows, others_EE = [], ~np.eye(share_LE.shape[1], dtype=bool)
     for layer in range(len(share_LE)):
         cells = [
             str(layer + 1),
@@ -76,7 +76,7 @@ def _numbers(findings: Findings, sampling: Sampling) -> str:
             f"{effective_experts(share_LE)[layer]:.2f}",
             _list(str(e) for at, e in dead if at == layer),
             _list(f"{a} and {b}" for at, a, b in duplicates if at == layer),
-            f"{np.nanmax(_off_diagonal(weights.experts_LEE[layer]), initial=-1):.2f}",
+            f"{np.nanmax(weights.experts_LEE[layer][others_EE], initial=-1):.2f}",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     heads = ["MoE layer", "experts a token", "busiest / mean", "effective experts"]
@@ -111,10 +111,6 @@ def _text_numbers(sampling: Sampling) -> dict[str, str]:
     }
 
 
-def _off_diagonal(values_EE: np.ndarray) -> np.ndarray:
-    return values_EE[~np.eye(len(values_EE), dtype=bool)]
-
-
 def _list(items) -> str:  # type: ignore[no-untyped-def]
     return ", ".join(items) or "none"
 
@@ -138,6 +134,6 @@ def _data(files: Sequence[str]) -> str:
         return ""
     listed = ", ".join(f"<code>{escape(file)}</code>" for file in files)
     return (
-        '<section><h2 id="data">Data</h2>\n<p class="soft">Beside this file lie the figures as PNG and SVG and the '
+        '<section><h2 id="data">Data</h2>\n<p class="soft">Next to this file are the figures as PNG and SVG and the '
         f"numbers behind them: {listed}. docs/analysis.md explains their columns.</p></section>"
     )

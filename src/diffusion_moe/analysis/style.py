@@ -61,12 +61,12 @@ DIVERGING = LinearSegmentedColormap.from_list(
 class Panel(NamedTuple):
     """One figure of a report, or why there is none."""
 
-    name: str
-    """Name of its files and anchor in the report."""
     title: str
     caption: str
     """Contents, units and number of images; without a figure, the reason."""
     figure: Figure | None = None
+    name: str = ""
+    """Name of its files and anchor in the report; see `figures.panels`."""
 
 
 @contextmanager
@@ -80,6 +80,12 @@ def figure_style() -> Iterator[None]:
 def new_figure(height: float) -> Figure:
     """An empty figure, height in inches."""
     return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def new_axes(height: float) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, height in inches."""
+    figure = new_figure(height)
+    return figure, figure.subplots()
 
 
 def to_png(figure: Figure) -> bytes:
@@ -150,9 +156,9 @@ class Names(NamedTuple):
 
 def column_names(names: Sequence[str], room: int = 30) -> Names:
     """Shortened names of columns, or of some of many, for a room of so many letters."""
-    places = range(0, len(names), 1 if len(names) <= MANY else -(-len(names) // 8))
-    short = [shorten(names[i]) for i in places]
-    return Names(places, short, 90 if sum(map(len, short)) + len(short) > room else 0)
+    positions = range(0, len(names), 1 if len(names) <= MANY else -(-len(names) // 8))
+    short = [shorten(names[i]) for i in positions]
+    return Names(positions, short, 90 if sum(map(len, short)) + len(short) > room else 0)
 
 
 def name_columns(axes: Axes, names: Names, what: str) -> None:
@@ -172,14 +178,14 @@ def expert_ticks(axes: Axes, experts: int, axis: str = "y", room: int = 16) -> N
     step = 1
     while experts > room * step:
         step *= 2
-    places = range(0, experts, step)
-    getattr(axes, f"set_{axis}ticks")(places, [str(e) for e in places])
+    ticks = range(0, experts, step)
+    getattr(axes, f"set_{axis}ticks")(ticks, [str(e) for e in ticks])
 
 
 def layer_ticks(axes: Axes, layers: int) -> None:
     """MoE layers by number from 1, as rows; at most twelve."""
-    places = range(0, layers, -(-layers // 12))
-    axes.set_yticks(places, [str(layer + 1) for layer in places])
+    ticks = range(0, layers, -(-layers // 12))
+    axes.set_yticks(ticks, [str(layer + 1) for layer in ticks])
 
 
 def write_numbers(axes: Axes, values: np.ndarray, image: Any) -> None:

@@ -30,7 +30,7 @@ def tables(findings: Findings) -> dict[str, Columns]:
             _flat(run=np.full(len(c.steps_W), c.run), step=c.steps_W, loss=c.loss_W, imbalance=c.imbalance_W)
             for c in findings.curves
         ]
-        found["curves"] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found["curves"] = _joined(parts)
     if findings.held_out:
         parts = []
         for run in findings.held_out:
@@ -38,13 +38,13 @@ def tables(findings: Findings) -> dict[str, Columns]:
             label = np.broadcast_to(run.labels_I[:, None], image.shape)
             names = np.full(image.shape, run.run)
             parts.append(_flat(run=names, image=image, label=label, t=run.times_S[s], loss=run.loss_IS))
-        found["held_out"] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found["held_out"] = _joined(parts)
     return found
 
 
 def _routing_tables(findings: Findings, sampling: Sampling) -> dict[str, Columns]:
     counts, found = sampling.counts, dict[str, Columns]()
-    assert counts.pairs_LEE is not None and counts.places_LEP is not None
+    assert counts.pairs_LEE is not None and counts.positions_LEP is not None
     served_LSKE, tokens_LSK = counts.served_LSKE, counts.tokens_LSK
     if sampling.null_served_LSE is not None and sampling.null_tokens_LS is not None:
         served_LSKE = np.concatenate((served_LSKE, sampling.null_served_LSE[:, :, None]), axis=2)
@@ -62,15 +62,20 @@ def _routing_tables(findings: Findings, sampling: Sampling) -> dict[str, Columns
     }
     layer, a, b = _indices(counts.pairs_LEE.shape)
     found["pairs"] = _flat(layer=layer + 1, expert=a, other=b, tokens=counts.pairs_LEE)
-    side = round(counts.places_LEP.shape[2] ** 0.5)
-    layer, e, p = _indices(counts.places_LEP.shape)
-    found["places"] = _flat(layer=layer + 1, expert=e, row=p // side, column=p % side, served=counts.places_LEP)
+    side = round(counts.positions_LEP.shape[2] ** 0.5)
+    layer, e, p = _indices(counts.positions_LEP.shape)
+    found["places"] = _flat(layer=layer + 1, expert=e, row=p // side, column=p % side, served=counts.positions_LEP)
     examples = sampling.examples
     i, s, p = _indices(examples.compute_ISP.shape)
     label = np.array(examples.classes_I)[i] if len(findings.class_names) > 1 else np.full(i.shape, -1)
     S = examples.compute_ISP.shape[1]
     maps = _flat(image=i, label=label, t=s / S, row=p // side, column=p % side, experts=examples.compute_ISP)
     return found | {"maps": maps}
+
+
+def _joined(parts: list[Columns]) -> Columns:
+    """Tables of equal columns, one below the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _indices(shape: tuple[int, ...]) -> list[np.ndarray]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -53,18 +54,11 @@ def peak_bytes(run: Run, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    level = highest = 0
-    for event in _allocations(profile):
-        level += event
-        highest = max(highest, level)
-    return highest
-
-
-def _allocations(profile: Any) -> Iterator[int]:
-    """Bytes allocated (positive) and freed (negative), in order."""
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        yield event.nbytes()
+    found: Any = profile.profiler
+    events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    # Bytes allocated are positive, bytes freed negative.
+    return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 @dataclass(frozen=True)

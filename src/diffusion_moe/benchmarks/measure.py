@@ -63,7 +63,9 @@ def interleaved(runs: Sequence[Run], seconds: float, device: torch.device) -> li
         if i and time.perf_counter() - begin > seconds:
             break
         estimates = [_timed(run, device) for run in runs]
-    repeats = [_repeats(estimate, device) for estimate in estimates]
+    # On a GPU a run is queued several times, so that the device or the host is timed, whichever is slower.
+    on_gpu = device.type == "cuda"
+    repeats = [min(100, math.ceil(SHORTEST / max(e, 1e-6))) if on_gpu else 1 for e in estimates]
     taken: list[list[float]] = [[] for _ in runs]
     least = 5 if sum(estimates) < seconds / 2 else 3
     begin = time.perf_counter()
@@ -71,11 +73,6 @@ def interleaved(runs: Sequence[Run], seconds: float, device: torch.device) -> li
         for run, repeat, record in zip(runs, repeats, taken):
             record.append(_timed(run, device, repeat))
     return [Times.of(record) for record in taken]
-
-
-def _repeats(estimate: float, device: torch.device) -> int:
-    """Times that a run is queued in one timing, so that the device or the host is timed, whichever is slower."""
-    return min(100, math.ceil(SHORTEST / max(estimate, 1e-6))) if device.type == "cuda" else 1
 
 
 def _timed(run: Run, device: torch.device, repeats: int = 1) -> float:

@@ -111,8 +111,8 @@ def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, li
     width = [_scaled(config, factor, images) for factor in (0.25, 0.5, 1, 2)]
     name = _name_of_top_k(config)
     reachable = config.num_experts * config.topk_group // config.n_group if name == "top_k" else config.num_experts
-    counts = [n for n in (1, 2, 4, 8, 16) if n <= reachable]
-    top_k = [Point(n, _changed(config, {name: n}), images) for n in counts]
+    changes: list[dict[str, Any]] = [{name: n} for n in (1, 2, 4, 8, 16) if n <= reachable]
+    top_k = [Point(change[name], replace(config, **change), images) for change in changes]
     if len(top_k) < LEAST_POINTS:
         raise ValueError(
             f"a token can reach {reachable} experts, too few for {LEAST_POINTS} points of experts a token; "
@@ -123,14 +123,10 @@ def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, li
 
 def _scaled(config: ModelConfig, factor: float, images: int) -> Point:
     """All widths times a factor, rounded to multiples of UNIT."""
-    widths = {name: getattr(config, name) for name in ("hidden_size", "expert_dim", "shared_dim")}
+    widths: dict[str, Any] = {name: getattr(config, name) for name in ("hidden_size", "expert_dim", "shared_dim")}
     if factor != 1:
         widths = {name: width and UNIT * max(1, round(factor * width / UNIT)) for name, width in widths.items()}
-    return Point(widths["hidden_size"], _changed(config, widths), images)
-
-
-def _changed(config: ModelConfig, fields: dict[str, Any]) -> ModelConfig:
-    return replace(config, **fields)
+    return Point(widths["hidden_size"], replace(config, **widths), images)
 
 
 def _name_of_top_k(config: ModelConfig) -> str:

@@ -1,1 +1,1 @@
-"""Generating images, and judging them against real ones."""
+"""Scores of images against real ones."""

@@ -50,10 +50,10 @@ def prompts_for(sampler: Sampler, options: EvaluateOptions | SweepOptions, log: 
     Raises:
         ValueError: there are none, they cannot be read or encoded, or options do not fit.
     """
+    own = _own_data(sampler.source, options)
     check_text_options(sampler.source, options)
     if not sampler.source.config.text_dim:
         return None
-    own = _own_data(sampler.source, options)
     if own is not None and own.kind == "shapes":
         return shape_questions(sampler, options, log)
     return text_prompts(sampler, options, log)
@@ -91,12 +91,12 @@ def score_model(
             result["batch_size"] = settings.batch_size
         if prompts is not None:
             result |= prompts.metadata()
-        path.parent.mkdir(parents=True, exist_ok=True)
         gallery = scorer.gallery(features)
         if gallery is not None:
             with replace_atomically(_gallery_path(path)) as file:
                 gallery.save(file, format="PNG")
-        return _write(result, path)
+        write_atomically(path, json.dumps(result, indent=2) + "\n")
+        return result
 
 
 def evaluate_images(source: Path, options: ImagesOptions, log: Log) -> Path | None:
@@ -119,11 +119,12 @@ def evaluate_images(source: Path, options: ImagesOptions, log: Log) -> Path | No
             raise ValueError(f"num_samples is {options.num_samples}, but {source} holds {images.count} images")
         images.count = options.num_samples
     _check_count(images)
-    path = options.output or source.with_name(f"{source.stem}.{_short_name(scorer)}.json")
+    path = options.output or source.with_name(f"{source.stem}.{scorer.name()}.json")
     with extract_features(images, scorer.extractor, options.batch_size, path.parent, log) as features:
         if features is None:
             return None
-        result = _write(scorer.scores(features, None) | {"images": str(source)}, path)
+        result = scorer.scores(features, None) | {"images": str(source)}
+        write_atomically(path, json.dumps(result, indent=2) + "\n")
     log_scores(result, scorer, log)
     log(f"wrote {path}")
     return path
@@ -141,19 +142,13 @@ def _check_count(images: Images) -> None:
         raise ValueError(f"scores need more than {NEIGHBOURS} images; {images.name} gives {images.count}")
 
 
-def _write(result: Result, path: Path) -> Result:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(result, indent=2) + "\n")
-    return result
-
-
 def _scores_path(sampler: Sampler, scorer: Scorer, given: PromptSource | None) -> Path:
-    """File of the scores: its name tells settings, extractors, references and given prompts apart."""
+    """File of the scores: its name distinguishes settings, extractors, references and given prompts."""
     weights = weights_name(sampler.source.weights)
     if isinstance(scorer, ClassifierScorer | ShapesScorer):
         own = RunFolder(sampler.source.path).evaluation
         return own.with_stem("-".join([own.stem, *weights]))
-    parts = [_short_name(scorer), f"n{sampler.settings.num_samples}", *weights]
+    parts = [scorer.name(), f"n{sampler.settings.num_samples}", *weights]
     parts += [] if given is None else [f"prompts{given.sha256[:8]}"]
     return sampler.source.path / FOLDER / f"{'-'.join([*parts, settings_name(sampler)])}.json"
 
@@ -161,7 +156,3 @@ def _scores_path(sampler: Sampler, scorer: Scorer, given: PromptSource | None) -
 def _gallery_path(scores: Path) -> Path:
     """File of the images beside scores: prompts.png beside a run's own, else the scores' name with .png."""
     return scores.with_name("prompts.png") if scores.name == EVALUATION else scores.with_suffix(".png")
-
-
-def _short_name(scorer: Scorer) -> str:
-    return f"{scorer.extractor.identity.name.rstrip('/').split('/')[-1]}-{scorer.reference_sha256[:8]}"

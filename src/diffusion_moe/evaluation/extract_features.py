@@ -88,16 +88,13 @@ def extract_features(
     Raises:
         ValueError: an image or a part cannot be read.
     """
-    folder = from_main(_progress_folder(images, extractor, batch_size, parent) if is_main() else None)
     parts = parts_of(images.count, batch_size)
-    missing = from_main([part for part in parts if not _is_whole(folder, part)] if is_main() else None)
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "about.json", json.dumps({"images": images.name, "count": images.count}) + "\n")
-        if len(missing) < len(parts):
-            log(f"resuming: {images.count - sum(map(len, missing))} of {images.count} images are done")
-    barrier()
-    progress = ProgressLog(images.count, images.count - sum(map(len, missing)), log)
+    begun = _begin(images, extractor, batch_size, parent, parts) if is_main() else None
+    folder, missing = from_main(begun)
+    done = images.count - sum(map(len, missing))
+    if done and is_main():
+        log(f"resuming: {done} of {images.count} images are done")
+    progress = ProgressLog(images.count, done, log)
     for part in missing[rank() :: world_size()]:
         _extract_part(images, extractor, part, batch_size, folder)
         if is_main():
@@ -114,8 +111,10 @@ def parts_of(count: int, batch_size: int) -> list[range]:
     return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _progress_folder(images: Images, extractor: Extractor, batch_size: int, parent: Path) -> Path:
-    """Folder of the parts, under a name that other work does not share."""
+def _begin(
+    images: Images, extractor: Extractor, batch_size: int, parent: Path, parts: list[range]
+) -> tuple[Path, list[range]]:
+    """Folder of the parts, under a name that other work does not share, and the parts that it lacks."""
     identity = {
         "images": images.identity(),
         "count": images.count,
@@ -123,7 +122,10 @@ def _progress_folder(images: Images, extractor: Extractor, batch_size: int, pare
         "batch_size": batch_size,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return parent / f".progress-{digest}"
+    folder = parent / f".progress-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "about.json", json.dumps({"images": images.name, "count": images.count}) + "\n")
+    return folder, [part for part in parts if not _is_whole(folder, part)]
 
 
 def _extract_part(images: Images, extractor: Extractor, part: range, batch_size: int, folder: Path) -> None:

@@ -27,6 +27,11 @@ class ExtractorIdentity:
     feature: str
     """The layer whose output is taken."""
 
+    @property
+    def short_name(self) -> str:
+        """The name without the folders or the owner before it."""
+        return self.name.rstrip("/").split("/")[-1]
+
     def check(self, other: ExtractorIdentity, where: str) -> None:
         """Raise a ValueError for features, stored in `where`, that do not compare; the name alone does not matter."""
         mine, theirs = asdict(self), asdict(other)

@@ -32,9 +32,13 @@ class Inception(Extractor):
 
     def __init__(self, file: Path | None = None) -> None:
         module, download = _torch_fidelity()
-        content = _read(file or _downloaded(download))
+        file = file or _downloaded(download)
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot read the Inception weights {file}: {error.strerror}") from error
         digest = hashlib.sha256(content).hexdigest()
-        self.module = _load(module, content, file or "the downloaded file")
+        self.module = _load(module, content, file)
         self.published = digest == PUBLISHED_SHA256
         self.identity = ExtractorIdentity(
             INCEPTION, digest[:HASH_DIGITS], "bilinear as TensorFlow 1 to 299", "pool_3 and mixed_6/conv[:7]"
@@ -93,14 +97,7 @@ def _downloaded(url: str) -> Path:
     return path
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read the Inception weights {file}: {error.strerror}") from error
-
-
-def _load(module: type[nn.Module], content: bytes, name: Path | str) -> nn.Module:
+def _load(module: type[nn.Module], content: bytes, name: Path) -> nn.Module:
     """The network with the file's weights. torch-fidelity itself would unpickle whatever the file holds."""
     try:
         with warnings.catch_warnings():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,56 +111,39 @@ def _with_published_moments(path: Path, options: StatsOptions, log: Log) -> Refe
     return replace(reference, about=about, extractor=extractor.identity, features_RD=kept)
 
 
-@dataclass
-class PartialStatistics:
-    """Statistics of the images that one process reads."""
-
-    sums: dict[str, FeatureSums]
-    """By `pool` and, of Inception, `spatial`."""
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    """Features by image number."""
-    digests: dict[int, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def empty(cls, features: dict[str, Tensor]) -> PartialStatistics:
-        """No images yet, with sums of the widths of these features."""
-        return cls({key: FeatureSums.of(features[key][:0]) for key in ("pool", "spatial") if key in features})
-
-    def add(self, features: dict[str, Tensor], digests: Tensor, first: int, wanted: set[int]) -> None:
-        """Add images from number `first` on, and keep the features of wanted ones."""
-        for key in self.sums:
-            self.sums[key] += FeatureSums.of(features[key])
-        for i, digest in enumerate(digests, first):
-            self.digests[i] = digest
-            if i in wanted:
-                self.kept[i] = features["pool"][i - first].clone()
-
-
 def _measure(
     images: Images, extractor: Extractor, metadata: dict[str, Any], options: StatsOptions, log: Log
 ) -> Reference:
     """Moments of all images, features of some. A process reads every n-th part; the sums are added over processes."""
     wanted = set(evenly(images.count, options.num_features))
-    own = PartialStatistics.empty(extractor(next(images.read(range(1), 1, SamplingStats()))))
+    first_image = extractor(next(images.read(range(1), 1, SamplingStats())))  # for the widths of its features
+    sums = {key: FeatureSums.of(first_image[key][:0]) for key in ("pool", "spatial") if key in first_image}
+    own_features: dict[int, Tensor] = {}
+    own_digests: dict[int, Tensor] = {}
     parts, progress = parts_of(images.count, options.batch_size), ProgressLog(images.count, 0, log)
     for part in parts[rank() :: world_size()]:
-        first = part.start
+        numbers = iter(part)
         for batch in images.read(part, options.batch_size, SamplingStats()):
-            own.add(extractor(batch), digests_of(batch), first, wanted)
-            first += len(batch)
+            features = extractor(batch)
+            for key in sums:
+                sums[key] += FeatureSums.of(features[key])
+            for digest, row, i in zip(digests_of(batch), features["pool"], numbers):
+                own_digests[i] = digest
+                if i in wanted:
+                    own_features[i] = row.clone()
         progress.update(min(part.start * world_size() + len(part), images.count))
-    moments = {key: sums.over_processes().moments() for key, sums in own.sums.items()}
-    kept, digests = _gathered(own.kept), _gathered(own.digests)
+    moments = {key: own.over_processes().moments() for key, own in sums.items()}
+    kept, digests = _gathered(own_features), _gathered(own_digests)
     about = {
         "num_images": images.count,
         "image_size": list(images.size),
         "data": metadata,
         "images_sha256": digest_of_all(torch.stack(digests)) if digests else "",
     }
-    features = torch.stack(kept) if kept else None
+    kept_RD = torch.stack(kept) if kept else None
     classifier = dict(extractor.module.state_dict()) if extractor.identity.name == CLASSIFIER else {}
     pool, spatial = moments["pool"], moments.get("spatial")
-    return Reference(images.name, pool, spatial, features, extractor.identity, about, classifier)
+    return Reference(images.name, pool, spatial, kept_RD, extractor.identity, about, classifier)
 
 
 def _gathered(own: dict[int, Tensor]) -> list[Tensor]:
@@ -178,9 +161,8 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 def _file_name(name: str, reference: Reference) -> str:
-    """A name that tells data, size and extractor apart."""
+    """A name that distinguishes data, size and extractor."""
     assert reference.extractor is not None
     size = reference.about.get("image_size")
     parts = [Path(name).stem, *([] if size is None else ["x".join(map(str, size))])]
-    extractor = reference.extractor.name.rstrip("/").split("/")[-1]
-    return "-".join([*parts, extractor, reference.extractor.weights[:8]]) + ".npz"
+    return "-".join([*parts, reference.extractor.short_name, reference.extractor.weights[:8]]) + ".npz"

@@ -45,7 +45,7 @@ class EvaluateOptions(WeightsOptions, TextOptions, ReferenceOptions):
     """How a model's images are scored."""
 
     output: Path | None = None
-    """The JSON file of the scores; in the folder, under a name that tells settings apart, unless given."""
+    """The JSON file of the scores; in the folder, under a name that distinguishes settings, unless given."""
 
 
 @dataclass(frozen=True)

@@ -115,24 +115,15 @@ def check_text_options(source: Source, options: TextOptions) -> None:
 
 
 def text_prompts(sampler: Sampler, options: TextOptions, log: Log) -> PromptSource:
-    """The prompts of a file, or a run's held-out captions.
+    """The prompts of a file, or the first caption of each of a run's held-out images, a prompt an image at most.
 
     Raises:
         ValueError: there are none, or they cannot be read or encoded.
     """
     source, warn = sampler.source, Once(log)
-    if options.prompts is None:
-        return held_out_captions(source, sampler.settings.num_samples, options.text_encoder, warn)
-    texts = read_prompts(None, options.prompts)
-    return Texts(texts, str(options.prompts), load_text_encoder(source, options.text_encoder, warn))
-
-
-def held_out_captions(source: Source, count: int, text_encoder: str | None, log: Log) -> Texts | Cached:
-    """The first caption of each of a run's held-out images, at most `count`.
-
-    Raises:
-        ValueError: the folder is no run, nothing is held out, or the captions cannot be read or encoded.
-    """
+    if options.prompts is not None:
+        texts = read_prompts(None, options.prompts)
+        return Texts(texts, str(options.prompts), load_text_encoder(source, options.text_encoder, warn))
     remedy = "give --prompts FILE, a prompt a line"
     if source.recipe is None:
         raise ValueError(f"{source.path} is no run, so it has no captions of its own; {remedy}")
@@ -144,22 +135,19 @@ def held_out_captions(source: Source, count: int, text_encoder: str | None, log:
     except ValueError as error:
         raise ValueError(f"the run's captions cannot be read: {error}; or {remedy}") from error
     origin = "held-out captions of " + " ".join(filter(None, (data.kind, data.path)))
-    indices = range(min(count, len(dataset)))
-    if isinstance(dataset.texts, CachedCaptions):
-        _check_cache(source, dataset.texts, text_encoder)
-        return Cached(dataset.texts, len(indices), origin)
-    texts = [dataset.captions(index)[0] for index in indices]
-    return Texts(texts, origin, load_text_encoder(source, text_encoder, log))
-
-
-def _check_cache(source: Source, captions: CachedCaptions, text_encoder: str | None) -> None:
-    if text_encoder is not None:
+    count = min(sampler.settings.num_samples, len(dataset))
+    if not isinstance(dataset.texts, CachedCaptions):
+        captions = [dataset.captions(index)[0] for index in range(count)]
+        return Texts(captions, origin, load_text_encoder(source, options.text_encoder, warn))
+    cached = dataset.texts
+    if options.text_encoder is not None:
         raise ValueError(
-            f"text_encoder is {text_encoder}, but the captions of {captions.folder} are encoded; remove the option, or "
-            "give --prompts FILE"
+            f"text_encoder is {options.text_encoder}, but the captions of {cached.folder} are encoded; remove the "
+            "option, or give --prompts FILE"
         )
-    if source.text_space is not None and captions.space.sha256 != source.text_space.sha256:
+    if source.text_space is not None and cached.space.sha256 != source.text_space.sha256:
         raise ValueError(
-            f"the captions of {captions.folder} are of another text encoder than the model of {source.path}; encode "
+            f"the captions of {cached.folder} are of another text encoder than the model of {source.path}; encode "
             "them again, or give --prompts FILE"
         )
+    return Cached(cached, count, origin)

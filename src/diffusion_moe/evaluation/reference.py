@@ -101,7 +101,7 @@ class Reference:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Tell an `.npz` with mu and sigma from other files."""
+    """Recognise an `.npz` with mu and sigma."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
@@ -130,10 +130,11 @@ def read_reference(path: Path) -> Reference:
         )
     if "about" in arrays:
         return _ours(path, arrays)
-    pool, spatial = _moments(path, arrays, ""), _moments(path, arrays, "_s") if "mu_s" in arrays else None
-    _check_width(path, pool, POOL_WIDTH)
-    if spatial is not None:
-        _check_width(path, spatial, SPATIAL_WIDTH)
+    pool, spatial = _moments(path, arrays)
+    for moments, width in ((pool, POOL_WIDTH), (spatial, SPATIAL_WIDTH)):
+        if moments is not None and len(moments.mean_D) != width:
+            found = len(moments.mean_D)
+            raise ValueError(f"{path} has {found} features; published statistics of Inception have {width}")
     about, digest = {"made_by": "not said in the file"}, _digest(arrays)[:HASH_DIGITS]
     return Reference(str(path), pool, spatial, about=about, sha256=digest, images=path if has_images else None)
 
@@ -141,16 +142,16 @@ def read_reference(path: Path) -> Reference:
 def _ours(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
     expected = str(arrays.pop("sha256", ""))
     if _digest(arrays) != expected:
-        raise ValueError(f"{path} is damaged: its content does not have its SHA-256; make it again")
+        raise ValueError(f"{path} is damaged: its content does not have its SHA-256; run `diffusion-moe stats` again")
     try:
         about = json.loads(str(arrays["about"]))
         extractor = ExtractorIdentity(**about.pop("extractor"))
         version = about.pop("format")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not name its extractor ({error}); make it again") from error
+        raise ValueError(f"{path} does not name its extractor ({error}); run `diffusion-moe stats` again") from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}; this version reads {FORMAT}")
-    pool, spatial = _moments(path, arrays, ""), _moments(path, arrays, "_s") if "mu_s" in arrays else None
+    pool, spatial = _moments(path, arrays)
     features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
     classifier = {
         name.removeprefix(CLASSIFIER_PREFIX): torch.from_numpy(array)
@@ -160,7 +161,12 @@ def _ours(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
     return Reference(str(path), pool, spatial, features, extractor, about, classifier, expected[:HASH_DIGITS])
 
 
-def _moments(path: Path, arrays: dict[str, np.ndarray], ending: str) -> Moments:
+def _moments(path: Path, arrays: dict[str, np.ndarray]) -> tuple[Moments, Moments | None]:
+    """Moments of the pooled features, and of the spatial ones if there are any."""
+    return _moments_of(path, arrays, ""), _moments_of(path, arrays, "_s") if "mu_s" in arrays else None
+
+
+def _moments_of(path: Path, arrays: dict[str, np.ndarray], ending: str) -> Moments:
     try:
         mean, covariance = (arrays[name + ending].astype(np.float64) for name in ("mu", "sigma"))
     except (KeyError, ValueError) as error:
@@ -170,11 +176,6 @@ def _moments(path: Path, arrays: dict[str, np.ndarray], ending: str) -> Moments:
             f"{path}: mu{ending} is {mean.shape} and sigma{ending} {covariance.shape}; they do not fit together"
         )
     return Moments(torch.from_numpy(mean), torch.from_numpy(covariance))
-
-
-def _check_width(path: Path, moments: Moments, width: int) -> None:
-    if len(moments.mean_D) != width:
-        raise ValueError(f"{path} has {len(moments.mean_D)} features; published statistics of Inception have {width}")
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:

@@ -50,6 +50,10 @@ class Scorer(ABC):
     def reference_sha256(self) -> str:
         """Start of a hash of the reference; empty for a run's own data."""
 
+    def name(self) -> str:
+        """A part of a file's name that distinguishes extractors and references."""
+        return f"{self.extractor.identity.short_name}-{self.reference_sha256[:8]}"
+
     @abstractmethod
     def scores(self, features: Features, labels: Tensor | None) -> Result:
         """The scores, and what they depend on.

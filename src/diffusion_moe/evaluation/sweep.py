@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,7 @@ COSTS = ("function_evaluations", "average_capacity", "seconds_per_image")
 RECORDED = ("num_samples", "seed", "ema_decay", "training_steps", "images_sha256")
 
 
-@dataclass(frozen=True)
-class ScoredPoint:
-    """A point of the grid and its scores."""
-
-    point: SweepPoint
-    result: Result
-
-
-def sweep(source: Source, points: Sequence[SweepPoint], options: SweepOptions, log: Log) -> list[ScoredPoint]:
+def sweep(source: Source, points: Sequence[SweepPoint], options: SweepOptions, log: Log) -> list[Result]:
     """Score every point that is not scored yet, then write the table, `sweep.csv` and figures.
 
     Returns:
@@ -76,7 +68,7 @@ def sweep(source: Source, points: Sequence[SweepPoint], options: SweepOptions, l
             result = score_model(sampler, scorer, path, log, prompts)
         if is_main():
             assert result is not None
-            scored.append(ScoredPoint(point, result))
+            scored.append(result)
     if is_main():
         _report(scored, folder, log)
     return scored
@@ -96,7 +88,7 @@ def check_point(source: Source, point: SweepPoint) -> None:
 
 
 def _scores_path(folder: Path, point: SweepPoint, model: str, scorer: Scorer, prompts: PromptSource | None) -> Path:
-    """File of a point's scores: its name tells models, settings, extractors, references and prompts apart."""
+    """File of a point's scores: its name distinguishes models, settings, extractors, references and prompts."""
     identity = {
         "model": model,
         "weights": point.weights,
@@ -116,21 +108,21 @@ def _read(path: Path) -> Result | None:
         return None
 
 
-def _report(scored: list[ScoredPoint], folder: Path, log: Log) -> None:
-    for line in table(scored):
+def _report(results: list[Result], folder: Path, log: Log) -> None:
+    rows = [row(result) for result in results]
+    for line in table(rows):
         log(line)
-    common = summary(scored[0].result).split("; ")
+    common = summary(results[0]).split("; ")
     log(f"all: {common[0]}; {common[-1]}")
-    for warning in dict.fromkeys(line for point in scored for line in point.result["warnings"]):
+    for warning in dict.fromkeys(line for result in results for line in result["warnings"]):
         log(f"warning: {warning}")
-    write_atomically(folder / "sweep.csv", to_csv(scored))
-    for path in [folder / "sweep.csv", *plot_sweep([point.result for point in scored], folder)]:
+    write_atomically(folder / "sweep.csv", to_csv(rows))
+    for path in [folder / "sweep.csv", *plot_sweep(results, folder)]:
         log(f"wrote {path}")
 
 
-def row(scored: ScoredPoint) -> dict[str, Any]:
+def row(result: Result) -> dict[str, Any]:
     """One line of the table: settings, costs, scores, and what they depend on."""
-    result = scored.result
     values = {key: result.get(key) for key in (*AXES, *COSTS)}
     values |= {key: number_of(result[key]) for key in SCORES if key in result}
     values |= {key: result.get(key) for key in RECORDED}
@@ -144,9 +136,8 @@ def row(scored: ScoredPoint) -> dict[str, Any]:
     }
 
 
-def to_csv(scored: list[ScoredPoint]) -> str:
+def to_csv(rows: list[dict[str, Any]]) -> str:
     """All rows with a header."""
-    rows = [row(point) for point in scored]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -154,9 +145,8 @@ def to_csv(scored: list[ScoredPoint]) -> str:
     return text.getvalue()
 
 
-def table(scored: list[ScoredPoint]) -> list[str]:
+def table(rows: list[dict[str, Any]]) -> list[str]:
     """The settings that vary, the costs and the scores, as lines of equal width."""
-    rows = [row(point) for point in scored]
     varying = [key for key in AXES if len({str(values[key]) for values in rows}) > 1] or ["guidance_scale"]
     keys = [*varying, *COSTS, *(key for key in SCORES if key in rows[0])]
     keys = [key for key in keys if any(values[key] is not None for values in rows)]

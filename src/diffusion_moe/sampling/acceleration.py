@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,27 +49,19 @@ def accelerated(model: Backbone, settings: EvaluationConfig) -> Network:
     """
     device = model.device
     check_acceleration(model.settings, settings, device)
-    network: Network = _with_text(model)
+    cast: Callable[[], AbstractContextManager[Any]] = nullcontext
     if choose_precision(settings.precision, device).precision == "bf16":
+        # Without autocast's cache of casts: a captured graph must contain them.
+        cast = partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
 
-        def network(x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
-            # Without autocast's cache of casts: a captured graph must contain them.
-            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-                return _with_text(model)(x, t, labels, text)
+    def network(x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
+        prompt = {} if text is None else text.arguments(model.settings.text_pooled_dim > 0)
+        with cast():
+            return model(x, t, labels, **prompt)
 
     if settings.acceleration == "compile":
         model.compile_blocks()
     return Replayed(network) if settings.acceleration == "graph" else network
-
-
-def _with_text(model: Backbone) -> Network:
-    """The model as a function of its four inputs."""
-
-    def network(x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
-        prompt = {} if text is None else text.arguments(model.settings.text_pooled_dim > 0)
-        return model(x, t, labels, **prompt)
-
-    return network
 
 
 @dataclass(frozen=True)

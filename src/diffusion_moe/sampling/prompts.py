@@ -1,24 +1,20 @@
-"""Prompts as a user gives them, and sizes in pixels."""
+"""Prompts as a user gives them."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..config import ModelConfig
 from ..log import Log
 from ..text import TextFeatures
-from .generate import Prompts, vae_scale_factor
+from .generate import Prompts
 from .loading import load_text_encoder
 from .options import SampleOptions
 from .source import Source
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 @dataclass(frozen=True)
@@ -85,22 +81,3 @@ def read_prompts(prompt: str | None, file: Path | None) -> tuple[str, ...]:
     if not lines:
         raise ValueError(f"prompts {file} holds no line; write one prompt a line")
     return lines
-
-
-def model_size(
-    size: tuple[int | None, int | None], config: ModelConfig, vae: AutoencoderKL | None
-) -> tuple[int, int] | None:
-    """Height and width in the model's space for an image's in pixels; None: the model's own.
-
-    Raises:
-        ValueError: the patches do not fill them.
-    """
-    if size == (None, None):
-        return None
-    factor = vae_scale_factor(vae)
-    multiple, own = factor * config.patch_size, factor * config.sample_size
-    height, width = (own if side is None else side for side in size)
-    for name, side in (("height", height), ("width", width)):
-        if side < multiple or side % multiple:
-            raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple}")
-    return height // factor, width // factor

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,14 @@ from ..pixels import image_grid, to_uint8
 from ..run_folder import write_atomically
 from .generate import SamplingStats
 from .options import ENDINGS, SampleOptions, Weights
-from .prompts import PromptRequest, model_size, requested_prompts
-from .sampler import Sampler, load_sampler
+from .prompts import PromptRequest, requested_prompts
+from .sampler import Sampler, load_sampler, with_progress
 from .source import Source
 
 MANY_CLASSES, A_FEW = 20, 8
 """Of more classes than the first number, as many as the second are sampled, unless options say otherwise."""
 GRID_PIXELS = 800
 """Grids of small images are enlarged to about this side."""
-LOG_EVERY = 10.0
-"""Seconds between lines of progress."""
 
 
 def generate_images(source: Source, settings: EvaluationConfig, options: SampleOptions, log: Log = print) -> Path:
@@ -41,16 +38,16 @@ def generate_images(source: Source, settings: EvaluationConfig, options: SampleO
     Raises:
         ValueError: classes, prompts, size or settings do not fit the model, or it cannot be loaded.
     """
-    request, each = requested_prompts(options, source), options.per_class
-    classes = class_numbers(options.class_list(), source)
+    classes, each = class_numbers(options.class_list(), source), options.per_class
+    request = requested_prompts(options, source)
     sampler = load_sampler(source, settings)
-    size = model_size((options.height, options.width), source.config, sampler.vae)
+    size = sampler.size_for(options.height, options.width)
     labels = None if classes is None else torch.tensor(classes).repeat_interleave(each)
     prompts = None if request is None else request.encode(source, each, log)
     rows = 1 if classes is None else len(classes)
     count, stats = each * (rows if request is None else len(request.prompts)), SamplingStats()
     batches = sampler.batches(count, labels, prompts, size=size, stats=stats)
-    images = torch.cat(list(_with_progress(batches, count, log)))
+    images = torch.cat(list(with_progress(batches, count, log, "sampled")))
     ending = ENDINGS[options.format]
     name = _name(sampler, options, classes, request, None if size is None else images.shape[-2:])
     path = options.output or source.path / "samples" / f"{options.format}-{name}{ending}"
@@ -61,17 +58,6 @@ def generate_images(source: Source, settings: EvaluationConfig, options: SampleO
     metadata |= sampler.metadata(stats)
     write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(metadata) + "\n")
     return path
-
-
-def _with_progress(batches: Iterator[Tensor], count: int, log: Log) -> Iterator[Tensor]:
-    """The same batches, with a line now and then."""
-    done, logged = 0, time.monotonic()
-    for batch in batches:
-        done += len(batch)
-        if time.monotonic() - logged > LOG_EVERY and done < count:
-            log(f"sampled {done} of {count} images")
-            logged = time.monotonic()
-        yield batch
 
 
 def _write(
@@ -113,12 +99,12 @@ def _name(
 
 
 def weights_name(weights: Weights) -> list[str]:
-    """A part of a file's name that tells weights apart; none for the published ones."""
+    """A part of a file's name that distinguishes weights; none for the published ones."""
     return {"ema": [], "model": ["model"]}.get(weights, [f"ema{weights}"])
 
 
 def settings_name(sampler: Sampler) -> str:
-    """A part of a file's name that tells settings and training steps apart; most defaults are left out."""
+    """A part of a file's name that distinguishes settings and training steps; most defaults are left out."""
     settings, default = sampler.settings, EvaluationConfig()
     training_steps = sampler.weights_metadata.get("training_steps")
     steps = "" if settings.solver == "dopri5" else settings.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig
+from ..log import Log
 from ..models import Backbone
 from .acceleration import Network, accelerated
 from .generate import PromptRows, SamplingStats, check_solver, generate_batches, sampling_metadata, vae_scale_factor
@@ -19,6 +21,9 @@ from .source import Source
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+LOG_EVERY = 10.0
+"""Seconds between lines of progress."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +46,22 @@ class Sampler:
         """Height and width of its images in pixels."""
         side = self.source.config.sample_size * vae_scale_factor(self.vae)
         return side, side
+
+    def size_for(self, height: int | None, width: int | None) -> tuple[int, int] | None:
+        """Height and width in the model's space for an image's in pixels; None: the model's own.
+
+        Raises:
+            ValueError: the patches do not fill them.
+        """
+        if height is None and width is None:
+            return None
+        factor = vae_scale_factor(self.vae)
+        multiple = factor * self.source.config.patch_size
+        sides = [own if side is None else side for side, own in zip((height, width), self.image_size)]
+        for name, side in zip(("height", "width"), sides):
+            if side < multiple or side % multiple:
+                raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple}")
+        return sides[0] // factor, sides[1] // factor
 
     def batches(
         self,
@@ -71,15 +92,36 @@ class Sampler:
         return accelerated(self.model, self.settings)
 
 
-def load_sampler(source: Source, settings: EvaluationConfig | None = None) -> Sampler:
+def load_sampler(source: Source, settings: EvaluationConfig | None = None, without_vae: Log | None = None) -> Sampler:
     """Check that model and settings (None: the source's) fit, then load the weights and the VAE.
+
+    Args:
+        without_vae: called with the reason if the VAE cannot be loaded; latents are then not decoded. None: an error.
 
     Raises:
         ValueError: solver or guidance do not fit the model, latents lack a VAE, or weights are missing or damaged.
     """
     settings = settings or source.settings
     check_solver(source.config, settings)
-    source.check_images()
+    if without_vae is None:
+        source.check_images()
     metadata, device = source.weights_metadata(), best_device()
-    model, vae = load_weights(source).to(device), load_decoder(source)
+    model, vae = load_weights(source).to(device), None
+    try:
+        vae = load_decoder(source)
+    except ValueError as error:
+        if without_vae is None:
+            raise
+        without_vae(str(error))
     return Sampler(source, model, settings, None if vae is None else vae.to(device), metadata)
+
+
+def with_progress(batches: Iterator[Tensor], count: int, log: Log, verb: str) -> Iterator[Tensor]:
+    """The same batches of `count` images, with a line such as "sampled 16 of 80 images" now and then."""
+    done, logged = 0, time.monotonic()
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        if time.monotonic() - logged > LOG_EVERY and done < count:
+            log(f"{verb} {done} of {count} images")
+            logged = time.monotonic()

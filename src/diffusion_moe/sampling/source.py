@@ -101,7 +101,7 @@ class Source:
 
 
 def is_model(path: Path) -> bool:
-    """Tell a run, a pipeline folder or a model's folder from others."""
+    """Recognise a run, a pipeline folder or a model's folder."""
     return any((path / name).is_file() for name in ("recipe.yaml", "model_index.json", "config.json"))
 
 

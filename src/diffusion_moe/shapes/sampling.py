@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import ShapesLayout
 from ..randomness import uniforms
-from .scene import COLOURS, LARGE_FROM, MAX_COUNT, SHAPES, SIZES, Item, Scene, contents, held_out
+from .scene import COLOURS, LARGE_FROM, MAX_COUNT, SHAPES, SIZES, contents, held_out
 
 EDGE, GAP = 1 / 32, 0.07
 """Least distance of an object's box to the image's edge and to another box, as a share of the side."""
@@ -36,18 +36,12 @@ class Scenes:
     colour: Tensor
     """Index into COLOURS, int64."""
     x: Tensor
-    """Shares of the side, as for `Item`, float32."""
+    """Position of the centroid as a share of the image's side, float32; y runs downwards, and radius is a share too."""
     y: Tensor
     radius: Tensor
 
     def __len__(self) -> int:
         return len(self.shape)
-
-    def scene(self, index: int) -> Scene:
-        """One scene as a value."""
-        colours = list(COLOURS)
-        rows = zip(*(getattr(self, name)[index].tolist() for name in ("shape", "colour", "x", "y", "radius")))
-        return Scene(tuple(Item(SHAPES[shape], colours[colour], x, y, r) for shape, colour, x, y, r in rows if r > 0))
 
 
 @dataclass(frozen=True)
@@ -148,12 +142,6 @@ def arrange(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: Shape
     x, y = torch.where(turned, y, x), torch.where(turned, x, y)
     empty = radius == 0
     return Scenes(shape, table.colour[rows], x.masked_fill(empty, 0), y.masked_fill(empty, 0), radius)
-
-
-def sample_scenes(seed: int, split: str, numbers: Tensor, layout: ShapesLayout = "free") -> Scenes:
-    """Scenes of a split by number, int64, (S,): a function of (seed, split, number), with nothing that is held out."""
-    stream = f"shapes/{split}"
-    return arrange(sample_contents(seed, stream, numbers), seed, stream, numbers, layout)
 
 
 def _slots(count: Tensor, u: Tensor) -> Tensor:

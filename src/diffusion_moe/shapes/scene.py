@@ -94,29 +94,6 @@ class Content:
         return "pair" if self.relation else "count"
 
 
-@dataclass(frozen=True)
-class Item:
-    """One object of a scene; lengths are shares of the image's side, y runs downwards."""
-
-    shape: Shape
-    colour: Colour
-    x: float
-    """Position of the centroid."""
-    y: float
-    radius: float
-
-    @property
-    def size(self) -> Size:
-        return size_of(self.radius)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Objects on the plain background; they do not touch."""
-
-    items: tuple[Item, ...]
-
-
 def size_of(radius: float) -> Size:
     """The word for a radius."""
     return "large" if radius >= LARGE_FROM else "small"

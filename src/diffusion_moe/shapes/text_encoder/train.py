@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,17 +100,12 @@ class FactReader(nn.Module):
     @torch.no_grad()
     def accuracy(self, batch: Batch) -> dict[str, float]:
         """Shares of captions whose facts are all predicted correctly, from the words and from the mean."""
-        read = self(batch)
-        right = {
-            name: _right(torch.stack([logits.argmax(dim=-1) for logits in found], dim=-1), truth)
-            for name, found, truth in (("words", read.words, batch.facts_BLF), ("mean", read.whole, batch.objects_BF))
-        }
-        return {name: right_B.float().mean().item() for name, right_B in right.items()}
-
-
-def _right(read: Tensor, truth: Tensor) -> Tensor:
-    """True for captions whose facts are all predicted correctly, (B,)."""
-    return ((read == truth) | (truth == IGNORED)).flatten(1).all(dim=1)
+        read, shares = self(batch), {}
+        for name, logits, truth in (("words", read.words, batch.facts_BLF), ("mean", read.whole, batch.objects_BF)):
+            found = torch.stack([fact.argmax(dim=-1) for fact in logits], dim=-1)
+            right_B = ((found == truth) | (truth == IGNORED)).flatten(1).all(dim=1)
+            shares[name] = right_B.float().mean().item()
+        return shares
 
 
 def make_text_encoder(output: Path, options: TextEncoderOptions, log: Log = print) -> dict[str, Any]:
@@ -130,7 +124,8 @@ def make_text_encoder(output: Path, options: TextEncoderOptions, log: Log = prin
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = make_tokenizer(WORDS)
-    with _seeded(options.seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(options.seed, "text/encoder"))
         model = FactReader(tokenizer, options)
         loss = train(model, tokenizer, options, log)
     seen = to_batch(tokenizer, training_examples(options.seed, options.steps + 1, SEEN, masked=0.0))
@@ -138,11 +133,11 @@ def make_text_encoder(output: Path, options: TextEncoderOptions, log: Log = prin
     read = {"seen": model.accuracy(seen), "held_out": model.accuracy(held_out)}
     record = {"version": VERSION, "options": asdict(options), "loss": loss, "read_right": read}
     _save(output, model, tokenizer, record)
-    said = "; ".join(
+    shares = "; ".join(
         f"of {split.replace('_', '-')} captions {share['words']:.1%} by their words, {share['mean']:.1%} by the mean"
         for split, share in read.items()
     )
-    log(f"wrote {output}: reads right {said}")
+    log(f"wrote {output}: reads right {shares}")
     return record
 
 
@@ -204,10 +199,3 @@ def _save(output: Path, model: FactReader, tokenizer: PreTrainedTokenizerFast, r
     if output.is_dir():
         output.rmdir()  # it is empty
     partial.rename(output)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "text/encoder"))
-        yield
