@@ -39,6 +39,12 @@ def refuse_old_name(name: str, prefix: str = "") -> None:
     raise ValueError(f"{prefix}{old} is now {prefix}{new}{values}; rename it")
 
 
+def old_names(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a model by their old names, each with its new one."""
+    renamed = [(old.removeprefix("model."), new.removeprefix("model.")) for old, new in RENAMED.items()]
+    return [f"{old} (now {new})" for old, new in renamed if old in settings]
+
+
 def current_names(settings: Mapping[str, Any], section: str = "model") -> dict[str, Any]:
     """A section's values, or a saved model's config, that the version before may have written, under today's names."""
     current = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import TEXT_FIELDS, ModelConfig
-from ..config.renamed import RENAMED
+from ..config.renamed import old_names
 from ..moe import GroupedExperts, RoutingReport
 from ..nn.attention import CrossAttention
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
@@ -39,10 +39,6 @@ class DiTOutput(NamedTuple):
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields in order."""
         return tuple(self)
-
-
-Grid = tuple[int, int]
-"""Rows and columns of an image's tokens."""
 
 
 class Embedded(NamedTuple):
@@ -72,6 +68,7 @@ class Backbone(nn.Module):
 
     kind: ClassVar[str]
     """Value of `ModelConfig.backbone`."""
+    _is_made = False
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]  # noqa: RUF012 - the names and types are diffusers'
     _repeated_blocks = ["DiTBlock"]  # noqa: RUF012
@@ -106,12 +103,14 @@ class Backbone(nn.Module):
         if config.class_tokens:
             self.class_positions = nn.Parameter(torch.empty(config.class_tokens, D))
             nn.init.normal_(self.class_positions, std=0.02)
+        self._is_made = True
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or len(Backbone.__bases__) == len(HOMES):
+            # torch asks for the names of parameters and buffers before it registers them.
+            if name.startswith("_") or not self._is_made or len(Backbone.__bases__) == len(HOMES):
                 raise
         import_bases()
         return getattr(self, name)
@@ -140,8 +139,8 @@ class Backbone(nn.Module):
         model, info = super().from_pretrained(name_or_path, output_loading_info=True, **options)  # type: ignore[misc]
         if info["missing_keys"]:  # diffusers would only warn, and leave buffers at zero
             raise ValueError(
-                f"{name_or_path} has no {', '.join(sorted(info['missing_keys'])[:3])}; it is incomplete or was saved by "
-                "an earlier version: save, convert or train it again with this version"
+                f"{name_or_path} has no {', '.join(sorted(info['missing_keys'])[:3])}; it is incomplete or of "
+                "an earlier version; save, convert or train it again with this version"
             )
         return (model, info) if with_info else model
 
@@ -159,12 +158,10 @@ class Backbone(nn.Module):
             ValueError: an earlier version wrote the config.
         """
         import_bases()
-        names = [(old.removeprefix("model."), new.removeprefix("model.")) for old, new in RENAMED.items()]
-        renamed = ", ".join(f"{old} (now {new})" for old, new in names if old in config)
-        if renamed:
+        if old := old_names(config):
             raise ValueError(
-                f"the model was saved by an earlier version: its config.json has {renamed}; convert or train it again "
-                "with this version"
+                f"the model was saved by an earlier version: its config.json has {', '.join(old)}; convert or train it "
+                "again with this version"
             )
         return super().from_config(config, **options)  # type: ignore[misc]
 
@@ -186,15 +183,14 @@ class Backbone(nn.Module):
         return make_norm("layernorm", self.settings.hidden_size)
 
     def register_positions(self) -> None:
-        """Register the fixed tables. The added one is saved: the EMA of reference checkpoints differs slightly from the
-        formula."""
+        """Register the fixed tables."""
         config = self.settings
         side = config.sample_size // config.patch_size
         if config.rotary_axes:
             rotary = self.rotary_for(side, side)
             self.register_buffer("rotary_cos", rotary.cos_NI, persistent=False)
             self.register_buffer("rotary_sin", rotary.sin_NI, persistent=False)
-        if config.adds_sincos:
+        if config.adds_sincos:  # saved, as the EMA of reference checkpoints differs slightly from the formula
             self.register_buffer("pos_embed", sincos_table(side, side, config.hidden_size))
         self.other_sincos: dict[tuple[int, int, torch.device], Tensor] = {}
         self.other_rotary: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -202,9 +198,8 @@ class Backbone(nn.Module):
     @property
     def still_tokens(self) -> int:
         """Maximum number of tokens before those of the image; rotary positions do not rotate them."""
-        config = self.settings
-        joint = config.text_dim and config.text_conditioning == "joint"
-        return config.class_tokens + (config.text_length if joint else 0)
+        c = self.settings
+        return c.class_tokens + (c.text_length if c.text_dim and c.text_conditioning == "joint" else 0)
 
     def rotary_for(self, rows: int, columns: int) -> Rotary:
         """Rotation angles of a grid of tokens, with as many unrotated tokens before them as there can be."""
@@ -275,14 +270,14 @@ class Backbone(nn.Module):
         if (text is None) != (self.text_embedder is None):
             raise ValueError(
                 f"encoder_hidden_states are {'missing' if text is None else 'given'}, but the model has text_dim "
-                f"{config.text_dim}; pass them exactly when it is not 0 (for no prompt, a mask that is false everywhere)"
+                f"{config.text_dim}; pass them exactly when it is not 0 (no prompt: a mask of false)"
             )
         if height % config.patch_size or width % config.patch_size or not height or not width:
             raise ValueError(
                 f"the image is {height} x {width}; both must be positive multiples of patch_size {config.patch_size}"
             )
 
-    def grid(self, hidden_states: Tensor) -> Grid:
+    def grid(self, hidden_states: Tensor) -> tuple[int, int]:
         """Rows and columns of an image's tokens."""
         P = self.settings.patch_size
         return hidden_states.shape[-2] // P, hidden_states.shape[-1] // P
@@ -297,7 +292,7 @@ class Backbone(nn.Module):
             self.other_sincos[key] = table.to(self.pos_embed.device)
         return self.other_sincos[key]
 
-    def rotary(self, still_tokens: int = 0, grid: Grid | None = None) -> Rotary | None:
+    def rotary(self, still_tokens: int = 0, grid: tuple[int, int] | None = None) -> Rotary | None:
         """Rotation angles of a sequence.
 
         Args:
@@ -376,11 +371,11 @@ class Backbone(nn.Module):
         x, condition, label, text, still = self.embed(
             hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, pooled_projections
         )
-        reports, grid = list[RoutingReport](), self.grid(hidden_states)
+        reports: list[RoutingReport] = []
+        grid = self.grid(hidden_states)
         rotary = self.rotary(still, grid)
         for index, block in enumerate(self.blocks):
-            if self.settings.class_tokens and index == self.settings.class_tokens_from:
-                assert label is not None
+            if label is not None and self.settings.class_tokens and index == self.settings.class_tokens_from:
                 x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
                 still += self.settings.class_tokens
                 rotary = self.rotary(still, grid)
