@@ -318,7 +318,7 @@ def test_latents_are_decoded_by_the_vae(shift):
 def test_a_latent_model_without_vae_says_what_to_do():
     pipe = make_pipe(make_model(in_channels=4))
     assert draw(pipe, 0, num_inference_steps=2).shape == (1, 4, 8, 8)
-    with pytest.raises(ValueError, match="needs a vae, as the model draws latents; give one"):
+    with pytest.raises(ValueError, match="needs a vae, as the model generates latents; give one"):
         pipe(0, num_inference_steps=2)
     pipe.register_modules(vae=make_vae())
     assert pipe(0, num_inference_steps=2).images[0].size == (16, 16)
