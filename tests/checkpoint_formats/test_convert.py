@@ -316,7 +316,7 @@ def damage(file: Path, how: str) -> None:
         ("empty", "is empty, so it is no checkpoint; fetch or save it again"),
         ("lacks", "lacks t_embedder.mlp.0.bias"),
         ("shape", "of shape (7,), but its architecture expects (32,)"),
-        ("no ema", "has no ema weights; choose with --weights from what is there: model"),
+        ("no ema", "has no ema weights; choose with --weights from model"),
         ("list", "holds a value of type list, no dictionary of tensors; save the model's state_dict()"),
         ("text", "is a text file, no checkpoint; give a file that torch.save or safetensors wrote"),
     ],

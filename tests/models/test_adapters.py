@@ -51,7 +51,7 @@ def test_targets_are_ends_of_names():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["attn.qvk"], "init.lora_targets has attn.qvk, the end of no layer's name; take attn.qkv"),
+        (["attn.qvk"], "init.lora_targets has attn.qvk, but no layer's name ends in it; choose from attn.qkv"),
         (["kv"], "has kv, the end of no"),
         (["experts.w_inn"], "mlp.experts.w_in"),
         (["y_embedder"], "name at least one layer"),
@@ -64,7 +64,7 @@ def test_a_wrong_target_is_told_with_near_names(names, message):
 
 
 def test_an_unconditional_model_has_no_label_table():
-    with pytest.raises(ValueError, match="has y_embedder, the end of no layer's name"):
+    with pytest.raises(ValueError, match="has y_embedder, but no layer's name ends in it"):
         targets_of(small_model(num_classes=0), ["attn.qkv", "y_embedder"])
 
 
