@@ -164,7 +164,7 @@ def _settings(
 
 
 def _find_config(source: str, path: Path) -> str | None:
-    """YAML file of the checkpoint, or the only one in its folder or the parent folder, or the recipe of a known hub id."""
+    """YAML file of the checkpoint, or the only one in its folder or the parent folder, or a known hub id's recipe."""
     beside = path.with_suffix(".yaml")
     if beside.is_file():
         return str(beside)

@@ -230,7 +230,8 @@ class Backbone(nn.Module):
             if isinstance(module, CrossAttention):
                 nn.init.zeros_(module.proj.weight)
             elif isinstance(module, DiTBlock | FinalLayer):
-                nn.init.zeros_(module.adaln[1].weight)
+                for parameter in module.adaln.parameters():
+                    nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def embed(
