@@ -9,6 +9,27 @@ from ..config import ModelConfig, Process, names_where, unread_by
 
 Settings = dict[str, Any]
 
+# Our fields by the reference names, where the values are equal.
+COMMON_NAMES = {
+    "input_size": "sample_size",
+    **{name: name for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")},
+    "num_classes": "num_classes",
+}
+LATENT_NAMES = COMMON_NAMES | {"learn_sigma": "learn_sigma", "head_dim": "head_dim"}
+JIT_NAMES = COMMON_NAMES | {
+    "bottleneck_dim": "bottleneck_dim",
+    "in_context_len": "class_tokens",
+    "in_context_start": "class_tokens_from",
+    "proj_drop": "dropout",
+    "attn_drop": "attention_dropout",
+}
+DSMOE_NAMES = {
+    **{name: name for name in ("num_experts", "n_group", "topk_group", "routed_scaling_factor")},
+    "moe_intermediate_size": "expert_dim",
+    "num_experts_per_tok": "top_k",
+}
+ROPE = {"none": "sincos", "1d": "rope1d", "2d": "rope2d"}
+
 # Defaults of the reference constructors; every key they know and that shapes the model.
 LATENT = {
     "input_size": 32,
@@ -60,47 +81,13 @@ MOE: dict[str, Settings] = {
     "tc": POOLED | {"n_shared_experts": None},
     "ec": POOLED,
     "diffmoe": POOLED,
-    "dsmoe": {
-        "num_experts": REQUIRED,
-        "moe_intermediate_size": REQUIRED,
-        "n_group": REQUIRED,
-        "topk_group": REQUIRED,
-        "num_experts_per_tok": REQUIRED,
-        "routed_scaling_factor": REQUIRED,
-        "use_shared_expert": REQUIRED,
-        "interleave": True,
-        "skip_first2": False,
-    },
+    "dsmoe": dict.fromkeys((*DSMOE_NAMES, "use_shared_expert"), REQUIRED) | {"interleave": True, "skip_first2": False},
 }
 MOE["jit"] = MOE["dsmoe"] | {"proj_drop": 0.0}
 
 # Keys of reference files that do not change the model.
 IDLE_PARAMS = {"init_MoeMLP", "use_capacity_schedule", "CapacityPred_loss_weight", "use_flash_attn", "pretraining_tp"}
 IDLE_MOE = {"hidden_size", "init_MoeMLP", "capacity", "skip_last2", "capacity_schedule"}
-
-# Our fields by the reference names, where the values are equal.
-COMMON_NAMES = {
-    "input_size": "sample_size",
-    **{name: name for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")},
-    "num_classes": "num_classes",
-}
-LATENT_NAMES = COMMON_NAMES | {"learn_sigma": "learn_sigma", "head_dim": "head_dim"}
-JIT_NAMES = COMMON_NAMES | {
-    "bottleneck_dim": "bottleneck_dim",
-    "in_context_len": "class_tokens",
-    "in_context_start": "class_tokens_from",
-    "proj_drop": "dropout",
-    "attn_drop": "attention_dropout",
-}
-DSMOE_NAMES = {
-    "num_experts": "num_experts",
-    "moe_intermediate_size": "expert_dim",
-    "n_group": "n_group",
-    "topk_group": "topk_group",
-    "num_experts_per_tok": "top_k",
-    "routed_scaling_factor": "routed_scaling_factor",
-}
-ROPE = {"none": "sincos", "1d": "rope1d", "2d": "rope2d"}
 
 
 def read_settings(
