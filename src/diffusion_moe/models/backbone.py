@@ -137,7 +137,7 @@ class Backbone(nn.Module):
         import_bases()
         with_info = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(name_or_path, output_loading_info=True, **options)  # type: ignore[misc]
-        if info["missing_keys"]:  # diffusers would only warn, and leave buffers at zero
+        if info.get("missing_keys"):  # diffusers would only warn, and leave buffers at zero
             raise ValueError(
                 f"{name_or_path} has no {', '.join(sorted(info['missing_keys'])[:3])}; it is incomplete or of "
                 "an earlier version; save, convert or train it again with this version"
