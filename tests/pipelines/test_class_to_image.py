@@ -287,7 +287,7 @@ def test_arguments_that_do_not_fit(options, message):
 def test_guidance_that_the_model_cannot_give():
     with pytest.raises(ValueError, match="no null class"):
         make_pipe(make_model(null_class=False))(1, guidance_scale=2.0)
-    with pytest.raises(ValueError, match="a ddpm model has steps, no times"):
+    with pytest.raises(ValueError, match="not supported for models of process ddpm"):
         make_pipe(make_model(**DDPM))(1, guidance_scale=2.0, guidance_interval=(0.0, 0.5), output_type="latent")
 
 
