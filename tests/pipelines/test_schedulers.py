@@ -147,7 +147,7 @@ def test_default_schedulers():
         (
             DPMSolverMultistepScheduler(variance_type="learned_range"),
             {"process": "ddpm", "learn_sigma": True},
-            "no use for variance_type='learned_range'; make it with variance_type=None",
+            "not support variance_type='learned_range'; make it with variance_type=None",
         ),
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "config") else None,
