@@ -96,18 +96,16 @@ def test_models_are_those_of_diffusers_whichever_is_imported_first(module, first
     )
 
 
-def test_every_public_name_of_diffusers_bases_is_known():
-    """So that asking for one loads diffusers."""
-    from importlib import import_module
+@pytest.mark.parametrize("name", ["save_pretrained", "add_adapter", "set_attention_backend", "dtype"])
+def test_asking_a_model_for_a_name_of_diffusers_loads_it(name):
+    code = f"from diffusion_moe import DiT; model = {MODEL}; assert 'diffusers' not in sys.modules"
+    assert "diffusers" in loaded_by(f"{code}; model.{name}")
 
-    from torch import nn
 
-    from diffusion_moe.models.backbone import Backbone
-    from diffusion_moe.models.diffusers_bases import ATTRIBUTES, HOMES
-
-    bases = [getattr(import_module(home), name) for name, home in HOMES.items()]
-    public = {name for base in bases for name in dir(base) if not name.startswith("_")} - set(dir(nn.Module))
-    assert public == ATTRIBUTES | (public & vars(Backbone).keys())
+def test_a_model_lacks_names_that_nobody_has():
+    code = f"from diffusion_moe import DiT; model = {MODEL}; assert not hasattr(model, '_nothing')"
+    assert "diffusers" not in loaded_by(code)
+    assert "diffusers" in loaded_by(f"{code}; assert not hasattr(model, 'nothing')")
 
 
 def test_public_names_are_there_and_others_are_not():

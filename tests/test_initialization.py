@@ -234,7 +234,7 @@ MISTAKES = {
     "unfinished": (["--init.from_checkpoint={unfinished}"], "has no trained model yet"),
     "no model": (
         ["--init.from_checkpoint={empty}"],
-        "holds no checkpoint file; give a file or folder of one that ends in .pt",
+        "holds no checkpoint file; give a file, or a folder with a file, that ends in .pt",
     ),
     "contradiction": (["--model.depth=6"], "model.depth is 6, but that of"),
     "pattern": (['--init.freeze=["block.*"]'], "did you mean blocks"),

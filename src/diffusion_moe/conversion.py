@@ -26,7 +26,7 @@ IMAGENET_NAMES = Path(__file__).parent / "data" / "names" / "imagenet.txt"
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """The layout to write, and how the source is read."""
+    """Format to write, and how to read the source."""
 
     output: Path
     """Folder of the pipeline; with --to published a file that ends in .pt, .pth or .safetensors."""
@@ -54,6 +54,10 @@ class ConvertOptions:
 def to_pipeline(source: str, options: ConvertOptions) -> str:
     """Write a folder that `DiffusionPipeline.from_pretrained` loads.
 
+    Args:
+        source: a reference checkpoint, a folder that contains one, a hub id, or a folder of this library.
+        options: options of the command.
+
     Returns:
         One line for the user.
 
@@ -69,11 +73,11 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         _refuse(options, ("config", "format", "file"), "a folder of this library")
         _refuse_weights(options)
         ours = read_source(Path(source))
-        model, record = load_weights(ours), ours.weights_metadata() | {"source": source}
+        model, metadata = load_weights(ours), ours.weights_metadata() | {"source": source}
         vae = load_decoder(dataclasses.replace(ours, vae=options.vae or ours.vae))
         names = list(ours.class_names) or _run_names(Path(source))
     else:
-        model, record = read_reference_checkpoint(
+        model, metadata = read_reference_checkpoint(
             source, options.config, options.weights, options.format, options.file, options.trust_pickle
         )
         names, vae = [], None if options.vae is None else load_vae(options.vae)
@@ -84,25 +88,25 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
     if names and len(names) != model.settings.num_classes:
         raise ValueError(f"there are {len(names)} class names, but the model has {model.settings.num_classes} classes")
     encoder = None
-    if model.settings.text_dim:  # no published file has one
+    if model.settings.text_dim:  # never true of a reference checkpoint
         encoder = load_text_encoder(ours, options.text_encoder)
     elif options.text_encoder is not None:
         raise ValueError(f"--text_encoder is {options.text_encoder}, but the model takes no text; remove it")
-    save_pipeline(model.cpu(), None if vae is None else vae.cpu(), names, record, output, encoder)
+    save_pipeline(model.cpu(), None if vae is None else vae.cpu(), names, metadata, output, encoder)
     latents = model.settings.in_channels not in (1, 3) and vae is None
     hint = "; it generates latents: convert with --vae to get images" if latents else ""
-    return f"wrote {output} ({record.get('format', 'diffusion-moe')}, {record.get('weights', 'ema')} weights){hint}"
+    return f"wrote {output} ({metadata.get('format', 'diffusion-moe')}, {metadata.get('weights', 'ema')} weights){hint}"
 
 
 def save_pipeline(
     model: Backbone,
     vae: AutoencoderKL | None,
     class_names: list[str],
-    record: dict[str, Any],
+    metadata: dict[str, Any],
     folder: Path,
     encoder: TextEncoder | None = None,
 ) -> None:
-    """Write a pipeline folder, whole or not at all, with the metadata of its source."""
+    """Write a pipeline folder, complete or not at all, with the metadata of its source."""
     from .pipelines.schedulers import default_scheduler
 
     scheduler = default_scheduler(model.settings)
@@ -119,22 +123,25 @@ def save_pipeline(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
-    (partial / CONVERSION).write_text(json.dumps(record, indent=2) + "\n")
+    (partial / CONVERSION).write_text(json.dumps(metadata, indent=2) + "\n")
     if folder.is_dir():
         folder.rmdir()  # empty, or `to_pipeline` would have refused it
     partial.rename(folder)
 
 
 def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
-    """Write a reference checkpoint from a run, a converted folder or a model's folder.
+    """Write a reference checkpoint of a run, a pipeline folder or a model folder.
+
+    Args:
+        source: the folder.
+        options: options of the command.
 
     Returns:
         One line for the user.
 
     Raises:
-        ValueError: the source is none of these, or the published code has no such model.
+        ValueError: the folder is none of these, or the reference code has no such model.
     """
-
     from .checkpoint_formats import write_reference_checkpoint
 
     _refuse(options, ("config", "file", "vae", "class_names"), "--to published")
@@ -166,7 +173,7 @@ def _refuse(options: ConvertOptions, names: tuple[str, ...], what: str) -> None:
 def _refuse_weights(options: ConvertOptions) -> None:
     if options.weights != "ema" or options.trust_pickle:
         given = f"--weights is {options.weights}" if options.weights != "ema" else "--trust-pickle is given"
-        raise ValueError(f"{given}, but a folder of this library has one set of weights, unpickled; remove it")
+        raise ValueError(f"{given}, which is not supported for a folder of this library; remove it")
 
 
 def _run_names(path: Path) -> list[str]:

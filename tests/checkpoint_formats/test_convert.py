@@ -238,7 +238,7 @@ def test_the_hub_is_read_through_its_cache(capsys, tmp_path, dsmoe, monkeypatch)
     model = DiffusionPipeline.from_pretrained(tmp_path / "out").transformer
     assert torch.equal(sample_of(model, 8, 4), sample_of(expected, 8, 4))
     status, _, error = convert(capsys, "someone/else", "--output", tmp_path / "other")
-    assert status == 2 and "cannot be had from the hub" in error
+    assert status == 2 and "cannot be downloaded from the hub" in error
 
 
 def test_a_vae_and_class_names_are_saved_along(capsys, tmp_path, dsmoe):
@@ -316,7 +316,7 @@ def damage(file: Path, how: str) -> None:
         ("empty", "is empty, so it is no checkpoint; fetch or save it again"),
         ("lacks", "lacks t_embedder.mlp.0.bias"),
         ("shape", "of shape (7,), but its architecture expects (32,)"),
-        ("no ema", "has no ema weights; choose with --weights from what is there: model"),
+        ("no ema", "has no ema weights; choose with --weights from model"),
         ("list", "holds a value of type list, no dictionary of tensors; save the model's state_dict()"),
         ("text", "is a text file, no checkpoint; give a file that torch.save or safetensors wrote"),
     ],

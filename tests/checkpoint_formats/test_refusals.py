@@ -149,7 +149,7 @@ def test_what_is_trusted_may_need_code_that_is_not_here(tmp_path, monkeypatch):
 def test_a_folder_without_a_checkpoint(tmp_path):
     (tmp_path / "notes.txt").write_text("none here")
     with pytest.raises(
-        ValueError, match=r"holds no checkpoint file; give a file or folder of one that ends in .pt, .pth"
+        ValueError, match=r"holds no checkpoint file; give a file, or a folder with a file, that ends in .pt, .pth"
     ):
         find_file(str(tmp_path))
     with pytest.raises(ValueError, match=r"holds no checkpoint file other.pt; give"):

@@ -290,7 +290,7 @@ def test_weights_that_are_not_averaged_can_be_scored(capsys, run_folder, classif
     averaged = json.loads((tmp_path / "averaged.json").read_text())
     assert raw["images_sha256"] != averaged["images_sha256"]
     status, _, err = run(capsys, "evaluate", run_folder / "model", "--reference", classifier_reference, *options)
-    assert status == 2 and "has no checkpoint, so its weights are known as published only" in err
+    assert status == 2 and "has no checkpoint, only EMA weights" in err
 
 
 def test_data_too_large_for_a_classifier_needs_statistics(capsys, run_folder, monkeypatch):

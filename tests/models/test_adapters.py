@@ -51,8 +51,8 @@ def test_targets_are_ends_of_names():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["attn.qvk"], "init.lora_targets has attn.qvk, the end of no layer's name; take attn.qkv"),
-        (["kv"], "has kv, the end of no"),
+        (["attn.qvk"], "init.lora_targets has attn.qvk, but no layer's name ends in it; choose from attn.qkv"),
+        (["kv"], "has kv, but no layer"),
         (["experts.w_inn"], "mlp.experts.w_in"),
         (["y_embedder"], "name at least one layer"),
     ],
@@ -64,7 +64,7 @@ def test_a_wrong_target_is_told_with_near_names(names, message):
 
 
 def test_an_unconditional_model_has_no_label_table():
-    with pytest.raises(ValueError, match="has y_embedder, the end of no layer's name"):
+    with pytest.raises(ValueError, match="has y_embedder, but no layer's name ends in it"):
         targets_of(small_model(num_classes=0), ["attn.qkv", "y_embedder"])
 
 
@@ -123,7 +123,7 @@ def test_damaged_or_foreign_adapters_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="cannot read adapters from"):
         load_lora(small_model(), tmp_path)
     save_adapters(adapted_model(), tmp_path)
-    with pytest.raises(ValueError, match="of another model") as caught:
+    with pytest.raises(ValueError, match="for another model") as caught:
         load_lora(small_model(hidden_size=64), tmp_path)
     assert "\n" not in str(caught.value)
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)  # without diffusers' note

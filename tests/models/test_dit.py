@@ -4,14 +4,17 @@ import copy
 import dataclasses
 import inspect
 import json
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusion_moe import DiT
+from diffusion_moe import DiT, JiT
 from diffusion_moe.config import TEXT_FIELDS, ModelConfig
 from diffusion_moe.counts import is_moe_block
+from diffusion_moe.models import load_model
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
 
 ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
@@ -329,3 +332,44 @@ def test_a_model_of_an_earlier_version_is_refused_with_the_settings_that_were_re
         ValueError, match=r"earlier version.*num_groups \(now n_group\), interleave \(now moe_layer_freq\)"
     ):
         DiT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("router", ["dsmoe", "tc"])
+def test_a_model_without_its_correction_bias_is_refused_rather_than_balanced_from_zero(router, tmp_path):
+    """The buffer had another name in version 0.1, whose config.json may have been edited."""
+    model = make_model(router=router, balance="bias")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    assert any(name.endswith("e_score_correction_bias") for name in state)
+    save_file({name.replace("e_score_correction_bias", "correction"): value for name, value in state.items()}, file)
+    for load in (DiT.from_pretrained, load_model):
+        with pytest.raises(ValueError, match=r"no blocks\.1\.mlp\.router\.e_score_correction_bias.*earlier version"):
+            load(tmp_path)
+    save_file(state, file)
+    loaded, info = DiT.from_pretrained(tmp_path, output_loading_info=True)
+    name = "blocks.1.mlp.router.e_score_correction_bias"
+    assert not info["missing_keys"] and torch.equal(loaded.state_dict()[name], state[name])
+
+
+def test_the_output_is_read_as_those_of_diffusers_are():
+    model = make_model()
+    out, plain = model(*batch(model)), model(*batch(model), return_dict=False)
+    assert out[0] is out.sample is out["sample"] is out.to_tuple()[0]
+    assert out[1] is out["routing"] and out[:1] == (out.sample,)
+    assert type(plain) is tuple is type(out.to_tuple()) and len(plain) == 2
+    with pytest.raises(AttributeError, match="nothing"):
+        out["nothing"]
+
+
+@pytest.mark.parametrize("kind", [DiT, JiT])
+def test_a_model_is_pickled_and_compiled_whole(kind):
+    torch._dynamo.reset()
+    own = {"prediction": "x", "bottleneck_dim": 8, "class_tokens": 2, "class_tokens_from": 1} if kind is JiT else {}
+    model = kind(**SMALL | own).eval()
+    nn.init.normal_(model.final_layer.linear.weight)
+    images, times, labels = batch(model)
+    expected = model(images, times, labels).sample
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images, times, labels).sample, expected)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(images, times, labels).sample, expected) and expected.std() > 0.1

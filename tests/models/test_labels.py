@@ -60,7 +60,7 @@ def test_what_is_no_class_is_one_line(text, message):
 def test_numbers_out_of_range_name_what_is_near_and_names_may_be_unknown():
     with pytest.raises(ValueError, match=r"^class 100 is out of range; .* 0 to 1; did you mean 1000\?$"):
         read("100", ["1000", "x"])
-    with pytest.raises(ValueError, match=r"'tench', for the classes have no names here .* a number from 0 to 9$"):
+    with pytest.raises(ValueError, match=r"'tench', because the classes have no names here .* a number from 0 to 9$"):
         read("tench", [], 10)
     assert read("7", [], 10) == 7
     with pytest.raises(ValueError, match="class 7 is out of range"):

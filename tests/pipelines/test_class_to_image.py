@@ -1,16 +1,20 @@
 """The pipeline against hand-written samplers: guidance, labels, noise, latents, callbacks."""
 
+import dataclasses
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from diffusion_moe import ClassToImagePipeline, DiT, JiT, default_scheduler
+from diffusion_moe import ClassToImagePipeline, DiT, JiT, TextToImagePipeline, default_scheduler
 from diffusion_moe.diffusion import ddpm
 from diffusion_moe.diffusion.guidance import inside
 from diffusion_moe.diffusion.solvers import even_times
 from diffusion_moe.moe import routers_of
+from diffusion_moe.pipelines.request import Request
 
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5, "hidden_size": 32, "depth": 2,
@@ -283,7 +287,7 @@ def test_arguments_that_do_not_fit(options, message):
 def test_guidance_that_the_model_cannot_give():
     with pytest.raises(ValueError, match="no null class"):
         make_pipe(make_model(null_class=False))(1, guidance_scale=2.0)
-    with pytest.raises(ValueError, match="a ddpm model has steps, no times"):
+    with pytest.raises(ValueError, match="not supported for models of process ddpm"):
         make_pipe(make_model(**DDPM))(1, guidance_scale=2.0, guidance_interval=(0.0, 0.5), output_type="latent")
 
 
@@ -318,7 +322,7 @@ def test_latents_are_decoded_by_the_vae(shift):
 def test_a_latent_model_without_vae_says_what_to_do():
     pipe = make_pipe(make_model(in_channels=4))
     assert draw(pipe, 0, num_inference_steps=2).shape == (1, 4, 8, 8)
-    with pytest.raises(ValueError, match="needs a vae, as the model draws latents; give one"):
+    with pytest.raises(ValueError, match="needs a vae, as the model generates latents; give one"):
         pipe(0, num_inference_steps=2)
     pipe.register_modules(vae=make_vae())
     assert pipe(0, num_inference_steps=2).images[0].size == (16, 16)
@@ -408,3 +412,20 @@ def test_a_scheduler_set_later_is_checked_when_called():
     pipe.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match="DDIMScheduler does not fit"):
         pipe(0)
+
+
+@pytest.mark.parametrize(("kind", "guidance_scale"), [(ClassToImagePipeline, 1.0), (TextToImagePipeline, 4.0)])
+def test_help_shows_and_explains_every_option(kind, guidance_scale):
+    parameters = inspect.signature(kind.__call__).parameters
+    shared = {field.name: field.default for field in dataclasses.fields(Request)} | {"guidance_scale": guidance_scale}
+    assert {name: parameters[name].default for name in shared} == shared
+    assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    assert all(f"    {name}: " in kind.__call__.__doc__ for name in parameters if name != "self")
+
+
+def test_unknown_options_and_options_by_position_are_refused():
+    pipe = make_pipe()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        pipe([1], steps=3)
+    with pytest.raises(TypeError, match="positional"):
+        pipe([1], 3)

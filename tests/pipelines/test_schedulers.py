@@ -119,8 +119,8 @@ def test_default_schedulers():
 @pytest.mark.parametrize(
     ("scheduler", "settings", "message"),
     [
-        (DDIMScheduler(), {}, "DDIMScheduler does not fit: it steps another process.*FlowMatchEulerDiscreteScheduler"),
-        (EulerDiscreteScheduler(), {}, "EulerDiscreteScheduler does not fit: it steps another process"),
+        (DDIMScheduler(), {}, "DDIMScheduler does not fit: it is for another process.*FlowMatchEulerDiscreteScheduler"),
+        (EulerDiscreteScheduler(), {}, "EulerDiscreteScheduler does not fit: it is for another process"),
         (DPMSolverMultistepScheduler(), {}, "DPMSolverMultistepScheduler .*prediction_type='flow_prediction'"),
         (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), {}, "use_flow_sigmas=True"),
         (
@@ -133,7 +133,7 @@ def test_default_schedulers():
             {"noise_scale": 2.0},
             "noise_scale is 2.0",
         ),
-        (FlowMatchEulerDiscreteScheduler(), {"process": "ddpm"}, "steps another process.* DDIMScheduler, DDPMSched"),
+        (FlowMatchEulerDiscreteScheduler(), {"process": "ddpm"}, "is for another process.* DDIMScheduler, DDPMSched"),
         (DDIMScheduler(prediction_type="v_prediction"), {"process": "ddpm"}, "'epsilon', not 'v_prediction'"),
         (DDIMScheduler(beta_schedule="scaled_linear"), {"process": "ddpm"}, "1000 betas from 0.0001 to 0.02"),
         (DDIMScheduler(rescale_betas_zero_snr=True), {"process": "ddpm"}, "1000 betas"),
@@ -147,7 +147,7 @@ def test_default_schedulers():
         (
             DPMSolverMultistepScheduler(variance_type="learned_range"),
             {"process": "ddpm", "learn_sigma": True},
-            "no use for variance_type='learned_range'; make it with variance_type=None",
+            "not support variance_type='learned_range'; make it with variance_type=None",
         ),
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "config") else None,

@@ -1,4 +1,4 @@
-"""Reference checkpoints (files of the papers' code) to models, and back, as the command `convert` does it."""
+"""Conversion of reference checkpoints (files of the papers' code) to models, and back."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .settings import Settings, check_writable, read_settings, write_settings
 
 
 class Converted(NamedTuple):
-    """A reference model as ours."""
+    """A reference checkpoint as a model of this library."""
 
     model: Backbone
     """In eval mode, on the CPU."""
     record: dict[str, Any]
-    """Where it came from."""
+    """Metadata of the file."""
 
 
 def read_reference_checkpoint(
@@ -41,12 +41,16 @@ def read_reference_checkpoint(
     """Read a reference checkpoint.
 
     Args:
-        source: its file, a folder that holds it, or a hub id. config: the YAML it was trained with, or a recipe of ours
-            (a file, or a shipped one's name); None: found beside it, known from its hub id or its own arguments, or
-            told from its shapes. kind: row of `FORMATS`; None: told from config and names. file: which one of a folder.
+        source: its file, a folder that contains it, or a hub id.
+        config: the YAML file it was trained with, or a recipe (a file, or the name of a shipped one); None: found in
+            its folder, known from its hub id or its own arguments, or inferred from its shapes.
+        weights: the set of weights to read.
+        kind: key of `FORMATS`; None: inferred from config and names.
+        file: name of the file in the folder.
+        trust_pickle: read a file with more than tensors, which can run any code.
 
     Raises:
-        ValueError: one line that says what does not fit.
+        ValueError: the file cannot be read or does not fit its architecture.
     """
     path = find_file(source, file)
     checkpoint = read_checkpoint(path, weights, trust_pickle)
@@ -58,9 +62,9 @@ def read_reference_checkpoint(
     try:
         kind, settings = _settings(source, path, checkpoint, config, kind or detected)
         architecture = ModelConfig(**settings | _threshold_decay(checkpoint.state))
-    except (TypeError, AttributeError, KeyError, IndexError) as error:  # a number for a mapping, and the like
-        raise ValueError(f"the architecture of {path} makes no sense: {error}; give it with --config") from error
-    with torch.device("meta"):  # no memory beside the file's and that of what it becomes
+    except (TypeError, AttributeError, KeyError, IndexError) as error:  # such as a number instead of a mapping
+        raise ValueError(f"the architecture of {path} cannot be read: {error}; give it with --config") from error
+    with torch.device("meta"):  # its tensors are replaced by those of the file
         model = make_model(architecture)
     model.register_positions()
     converted = from_reference(make_layout(kind, architecture), checkpoint.state)
@@ -75,7 +79,7 @@ def read_reference_checkpoint(
 
 
 def _threshold_decay(state: Mapping[str, Tensor]) -> Settings:
-    """DiffMoE's checkpoints carry the decay of their thresholds, in float32."""
+    """The decay of the thresholds, which DiffMoE's checkpoints contain in float32."""
     value = next((float(value) for name, value in state.items() if name.endswith(".ema_decay")), None)
     if value is None:
         return {}
@@ -84,7 +88,12 @@ def _threshold_decay(state: Mapping[str, Tensor]) -> Settings:
 
 
 def write_reference_checkpoint(model: Backbone, path: Path, kind: str | None = None) -> str:
-    """Write a model as a reference checkpoint, with a YAML file of its architecture beside it where the code reads one.
+    """Write a model as a reference checkpoint, and a YAML file of its architecture if the reference code reads one.
+
+    Args:
+        model: the model.
+        path: the file to write.
+        kind: key of `FORMATS`; None: chosen by the model's backbone and router.
 
     Returns:
         The format.
@@ -100,9 +109,9 @@ def write_reference_checkpoint(model: Backbone, path: Path, kind: str | None = N
         raise ValueError(f"the format is {kind!r}; choose one of {', '.join(FORMATS)}")
     params, moe = write_settings(kind, config) if kind in TARGETS or kind == "jit" else ({}, None)
     state = to_reference(make_layout(kind, config), model.state_dict())
-    if kind in UNSAID:
-        unsaid = {name: getattr(config, name) for name in UNSAID[kind]}
-        check_writable(kind, config, ModelConfig(**infer_settings(kind, state) | unsaid))
+    if kind in NOT_IN_SHAPES:
+        not_in_shapes = {name: getattr(config, name) for name in NOT_IN_SHAPES[kind]}
+        check_writable(kind, config, ModelConfig(**infer_settings(kind, state) | not_in_shapes))
     write_checkpoint(path, kind, state)
     if kind in TARGETS:
         section = {"ckpt": None, "target": TARGETS[kind], "params": params | ({"MoE_config": moe} if moe else {})}
@@ -111,8 +120,8 @@ def write_reference_checkpoint(model: Backbone, path: Path, kind: str | None = N
     return kind
 
 
-UNSAID: dict[str, tuple[str, ...]] = {"dit": (), "sit": (), "dit-moe": ("process", "prediction", "top_k")}
-"""Formats told from their shapes, and what no shape of theirs tells."""
+NOT_IN_SHAPES: dict[str, tuple[str, ...]] = {"dit": (), "sit": (), "dit-moe": ("process", "prediction", "top_k")}
+"""Formats whose settings are inferred from shapes, and the settings that no shape shows."""
 TARGETS = {
     "dense": "models.models_DiT.DiT",
     "tc": "models.models_TCDiT.DiT",
@@ -139,21 +148,23 @@ def _settings(
         if kind is None and settings["router"] == "dense":
             kind = "dense"
         if kind is None:
-            raise ValueError(f"the format of {path} cannot be told from its names; give it with --format")
+            raise ValueError(f"the format of {path} cannot be inferred from its names; give it with --format")
         return kind, settings
     if kind == "jit":
         return kind, _from_jit_arguments(path, checkpoint.arguments)
-    if kind in UNSAID:
+    if kind in NOT_IN_SHAPES:
         return kind, infer_settings(kind, checkpoint.state)
     if kind is None:
         raise ValueError(
             f"{path} has the names of a dense DiT, which several formats share; give --format dit or sit, or --config"
         )
-    raise ValueError(f"{path} does not say its architecture; give the YAML it was trained with, or a recipe: --config")
+    raise ValueError(
+        f"{path} does not contain its architecture; give the YAML file it was trained with, or a recipe, with --config"
+    )
 
 
 def _find_config(source: str, path: Path) -> str | None:
-    """A YAML file beside the checkpoint (or its only one a folder higher), or the recipe of a known hub id."""
+    """YAML file of the checkpoint, or the only one in its folder or the parent folder, or a known hub id's recipe."""
     beside = path.with_suffix(".yaml")
     if beside.is_file():
         return str(beside)
@@ -189,7 +200,7 @@ def _from_yaml(config: str, content: Mapping[str, Any], kind: str | None) -> tup
 
 
 def _from_jit_arguments(path: Path, arguments: Mapping[str, Any]) -> Settings:
-    """JiT's checkpoints carry the arguments of the training command."""
+    """Settings from the arguments of the training command, which JiT's checkpoints contain."""
     name = str(arguments.get("model", ""))
     recipe = re.sub(r"^jit-(\w)/(\d+)-e", r"jitmoe-\1-\2-e", name.lower()).replace("/", "-")
     if recipe not in recipe_names():
@@ -207,7 +218,7 @@ def _from_jit_arguments(path: Path, arguments: Mapping[str, Any]) -> Settings:
 
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1408: 16}
-"""Attention heads of the sizes S, B, L, XL and G, which no shape tells."""
+"""Attention heads by width, of the sizes S, B, L, XL and G; no shape shows them."""
 
 
 def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
@@ -223,7 +234,9 @@ def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
     except (KeyError, ValueError) as error:
         raise ValueError(f"the checkpoint is no {FORMATS[kind]}: it lacks {error}") from error
     if dim not in HEADS:
-        raise ValueError(f"the checkpoint is {dim} wide, no reference size; give its architecture with --config")
+        raise ValueError(
+            f"the checkpoint has width {dim}, which is no reference size; give its architecture with --config"
+        )
     blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
     settings: Settings = {
         "process": "flow" if kind == "sit" else "ddpm",
@@ -244,7 +257,7 @@ def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
     experts = {name.split(".")[4] for name in state if name.startswith("blocks.0.moe.experts.")}
     return settings | {
         "router": "tc",
-        "top_k": 2,  # of all reference models; it cannot be seen from a shape
+        "top_k": 2,  # in all reference models; no shape shows it
         "num_experts": len(experts),
         "expert_dim": len(state["blocks.0.moe.experts.0.up_proj.weight"]),
         "shared": "swiglu",

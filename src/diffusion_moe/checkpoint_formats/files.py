@@ -1,4 +1,4 @@
-"""Published checkpoint files: finding, reading without trusting, and writing."""
+"""Files of reference checkpoints: finding, reading without running code, and writing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .refusals import refusal
 Weights = Literal["ema", "ema2", "model"]
 ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt")
 KEYS: dict[str, tuple[str, ...]] = {"ema": ("ema", "model_ema1"), "ema2": ("model_ema2",), "model": ("model",)}
-"""Where reference files keep each set of weights."""
+"""Keys of each set of weights in reference files."""
 SAVE = "save the model's state_dict() with torch.save"
 FORBIDDEN = ("Unsupported global", "unsupported GLOBAL")
-"""What torch.load says of classes and functions that are not tensors'."""
+"""Beginnings of torch.load's errors on classes and functions that it does not trust."""
 WRAPPERS = ("module.", "_orig_mod.", "net.")
-"""What DistributedDataParallel, torch.compile and JiT's denoiser put before every name."""
+"""Prefixes of every name from DistributedDataParallel, torch.compile and JiT's denoiser."""
 
 
 class Checkpoint(NamedTuple):
@@ -32,16 +32,17 @@ class Checkpoint(NamedTuple):
 
     state: State
     weights: str
-    """Key the weights were under; "all" if the file holds nothing else."""
+    """Key of the weights; "all" if the file has nothing else."""
     arguments: dict[str, Any]
-    """Arguments of the training command, if they were saved."""
+    """Arguments of the training command; empty if they were not saved."""
 
 
 def find_file(source: str, name: str | None = None) -> Path:
-    """The checkpoint file of a path, a folder that holds one, or a hub id (which is downloaded, with its YAML files).
+    """Path of a checkpoint file.
 
     Args:
-        name: which file of the folder or repository.
+        source: the file, a folder that contains it, or a hub id, which is downloaded with its YAML files.
+        name: name of the file in the folder or repository.
 
     Raises:
         ValueError: there is none, or there are several.
@@ -55,7 +56,9 @@ def find_file(source: str, name: str | None = None) -> Path:
     files = sorted(file for file in folder.rglob(name or "*") if file.suffix in ENDINGS and file.is_file())
     if not files:
         which = "no checkpoint file" if name is None else f"no checkpoint file {name}"
-        raise ValueError(f"{source} holds {which}; give a file or folder of one that ends in {', '.join(ENDINGS)}")
+        raise ValueError(
+            f"{source} holds {which}; give a file, or a folder with a file, that ends in {', '.join(ENDINGS)}"
+        )
     if len(files) != 1:
         found = ", ".join(str(file.relative_to(folder)) for file in files[:8])
         raise ValueError(f"{source} holds {len(files)} checkpoint files ({found}); name one of them with --file")
@@ -73,11 +76,16 @@ def _download(source: str, name: str | None) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"there is no folder {source}, and it cannot be had from the hub: {reason}") from error
+        raise ValueError(f"there is no folder {source}, and it cannot be downloaded from the hub: {reason}") from error
 
 
 def read_checkpoint(path: Path, weights: Weights = "ema", trust_pickle: bool = False) -> Checkpoint:
     """Read one set of weights.
+
+    Args:
+        path: the file.
+        weights: the set.
+        trust_pickle: read a file with more than tensors, which can run any code.
 
     Raises:
         ValueError: the file is damaged, lacks these weights, or needs pickle and is not trusted.
@@ -87,7 +95,7 @@ def read_checkpoint(path: Path, weights: Weights = "ema", trust_pickle: bool = F
         raise ValueError(f"{path} holds a value of type {type(content).__name__}, no dictionary of tensors; {SAVE}")
     if _is_state(content):
         if weights == "ema2":
-            raise ValueError(f"{path} holds one set of weights; leave out --weights {weights}")
+            raise ValueError(f"{path} holds one set of weights; remove --weights {weights}")
         return Checkpoint(_unwrapped(content), "all", {})
     key = next((key for key in KEYS[weights] if key in content), None)
     if key is None:
@@ -95,9 +103,7 @@ def read_checkpoint(path: Path, weights: Weights = "ema", trust_pickle: bool = F
         if not there:
             found = ", ".join(str(name) for name in list(content)[:5])
             raise ValueError(f"{path} holds {f'no weights, only {found[:100]}' if found else 'nothing'}; {SAVE}")
-        raise ValueError(
-            f"{path} has no {weights} weights; choose with --weights from what is there: {', '.join(there)}"
-        )
+        raise ValueError(f"{path} has no {weights} weights; choose with --weights from {', '.join(there)}")
     state, arguments = content[key], content.get("args", {})
     if not _is_state(state):
         raise ValueError(f"{path}: {key} is no dictionary of tensors; {SAVE}")
@@ -109,14 +115,14 @@ def _read(path: Path, trust_pickle: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Mapped, not read: the weights asked for may be a quarter of a file with optimizer and averages.
-        mapped = zipfile.is_zipfile(path)  # not so in torch's format before 1.6
-        # Published files keep their arguments in a Namespace.
+        # Mapped, not read: the weights may be a quarter of a file with optimizer and EMA.
+        mapped = zipfile.is_zipfile(path)  # torch's format since 1.6
+        # Reference files contain their arguments as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of formats that are refused below
+            warnings.simplefilter("ignore")  # about formats that are refused below
             return torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=mapped)
-    except Exception as error:  # bytes that are no checkpoint can make torch raise anything
-        if not trust_pickle and any(told in str(error) for told in FORBIDDEN):
+    except Exception as error:  # torch may raise anything for a file that is no checkpoint
+        if not trust_pickle and any(text in str(error) for text in FORBIDDEN):
             raise ValueError(
                 f"{path} holds more than tensors, and reading it could run code; add --trust-pickle if you trust its "
                 "author"
@@ -125,7 +131,7 @@ def _read(path: Path, trust_pickle: bool) -> Any:
 
 
 def _is_state(content: Any) -> bool:
-    """Whether something is a dictionary of tensors by name."""
+    """True for a dictionary of tensors by name."""
     return (
         isinstance(content, Mapping)
         and len(content) > 0
@@ -142,9 +148,9 @@ def _unwrapped(state: Mapping[str, Tensor]) -> State:
 
 
 def write_checkpoint(path: Path, kind: str, state: State) -> None:
-    """Write weights as the reference code of a format reads them; a `.safetensors` file holds the bare tensors.
+    """Write weights as the reference code of a format reads them; a `.safetensors` file has the tensors alone.
 
-    The one set of weights stands for all that the code looks for.
+    The same weights are written under every key that the code reads.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

@@ -24,10 +24,10 @@ FORMATS: dict[str, str] = {
     "sit": "willisma/SiT",
     "dit-moe": "feizc/DiT-MoE",
 }
-"""What each format is called, and whose it is."""
+"""Description of each format."""
 
 Table = dict[str, str | tuple[str, ...]]
-"""Our name to theirs, or to the names of the parts joined."""
+"""Reference names by our names; several for a tensor that is joined from parts."""
 
 
 def _both(ours: str, theirs: str) -> Table:
@@ -52,7 +52,7 @@ OPTIONAL: dict[str, Table] = {
     "rmsnorm": {"norm1.weight": "norm1.weight", "norm2.weight": "norm2.weight"},
 }
 
-# A feed-forward network by the names of its layers; a plus joins two of ours that are one of theirs.
+# Layers of a feed-forward network by naming style. A plus joins two of our tensors that are one reference tensor.
 FEED_FORWARD: dict[str, Table] = {
     "fc": {**_both("up_proj", "fc1"), **_both("down_proj", "fc2")},
     "proj": {f"{name}.weight": f"{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
@@ -82,7 +82,7 @@ ROUTER: dict[str, Table] = {
 
 
 def make_layout(kind: str, config: ModelConfig) -> Layout:
-    """The names of one format for one architecture."""
+    """Table of names of one format for one architecture."""
     is_jit = kind == "jit"
     rows = [_row(ours, theirs) for ours, theirs in ENDS.items() if config.num_classes or ours != "y_embedder.weight"]
     rows += JIT_ENDS if is_jit else LATENT_ENDS
@@ -93,17 +93,17 @@ def make_layout(kind: str, config: ModelConfig) -> Layout:
     if is_jit and config.norm == "rmsnorm":
         rows.append(_row("final_layer.norm.weight", "final_layer.norm_final.weight"))
     constants: dict[str, torch.Tensor] = {}
-    their_rows: dict[str, int] = {}
+    reference_rows: dict[str, int] = {}
     for n in range(config.depth):
         rows += _block_rows(kind, config, n)
         for part, heads in zip("qkv", (config.num_heads, config.num_kv_heads, config.num_kv_heads)):
             if heads is not None:
                 sizes = dict.fromkeys(("weight", "bias"), heads * config.head_width)
-                their_rows |= {f"blocks.{n}.attn.{part}_proj.{name}": size for name, size in sizes.items()}
+                reference_rows |= {f"blocks.{n}.attn.{part}_proj.{name}": size for name, size in sizes.items()}
         if config.router == "diffmoe" and is_moe_block(config, n):
             constants[f"blocks.{n}.mlp.ema_decay"] = torch.tensor([config.threshold_decay])
     patch = (config.in_channels, config.patch_size, config.patch_size)
-    return Layout(rows, config.num_experts, patch, their_rows, constants)
+    return Layout(rows, config.num_experts, patch, reference_rows, constants)
 
 
 LATENT_ENDS = [
@@ -130,15 +130,15 @@ def _block_rows(kind: str, config: ModelConfig, n: int) -> list[Row]:
     rows += _rows(ROUTER[config.router], ours, theirs)
     if config.shared in ("gelu", "swiglu"):
         rows += _rows(FEED_FORWARD[_dialect(kind, config.shared)], f"{ours}shared.", f"{theirs}shared_experts.")
-    place = f"{theirs}experts.{'blocks.' if kind in ('dsmoe', 'jit') else ''}{{e}}."
+    prefix = f"{theirs}experts.{'blocks.' if kind in ('dsmoe', 'jit') else ''}{{e}}."
     for name, parts in EXPERTS[_dialect(kind, config.expert_activation)].items():
         form: Form = "experts" if name.startswith("w_") else "expert_biases"
-        rows.append(_row(name, parts, f"{ours}experts.", place, form))
+        rows.append(_row(name, parts, f"{ours}experts.", prefix, form))
     return rows
 
 
 def _dialect(kind: str, activation: str) -> str:
-    """What a feed-forward network's layers are called."""
+    """Naming style of a feed-forward network's layers."""
     return "w12" if kind == "jit" else {"swiglu": "proj", "gelu": "fc", "silu": "fc"}[activation]
 
 
@@ -147,13 +147,13 @@ def _rows(table: Table, ours: str, theirs: str) -> list[Row]:
 
 
 def _row(
-    ours: str, theirs: str | tuple[str, ...], our_place: str = "", their_place: str = "", form: Form = "same"
+    ours: str, theirs: str | tuple[str, ...], our_prefix: str = "", their_prefix: str = "", form: Form = "same"
 ) -> Row:
     parts = (theirs,) if isinstance(theirs, str) else theirs
-    return Row(tuple(our_place + name for name in ours.split("+")), tuple(their_place + name for name in parts), form)
+    return Row(tuple(our_prefix + name for name in ours.split("+")), tuple(their_prefix + name for name in parts), form)
 
 
-# Names that only one format has, the telling ones first.
+# Ends of names by which a format is detected; the first that is found counts.
 SIGNS: dict[str, str] = {
     "x_embedder.proj1.weight": "jit",
     ".moe.gate.weight": "dit-moe",

@@ -1,4 +1,4 @@
-"""How one state dict becomes another: rows of names, read in both directions.
+"""Renaming and reshaping of state dicts by a table of names, which is read in both directions.
 
 Linear layers hold matrices of (outputs, inputs), so that joining two of them joins their rows. Stacked experts are
 (E, inputs, outputs) here and a module each in the reference formats.
@@ -15,18 +15,23 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 Form = Literal["same", "patch", "pointwise", "lead", "experts", "expert_biases"]
-"""same: as it is. patch: a convolution (D, C, P, P) there, a matrix (D, C * P * P) here. pointwise: the same of P = 1.
-lead: an axis of length 1 first there. experts: matrices of many modules there, one stack of transposed matrices here.
-expert_biases: the same of vectors.
+"""Difference of shape between the reference format and ours.
+
+same: none.
+patch: a convolution (D, C, P, P) there, a matrix (D, C * P * P) here.
+pointwise: the same with P = 1.
+lead: a first axis of length 1 there.
+experts: a matrix per module there, one stack of transposed matrices here.
+expert_biases: the same with vectors.
 """
 
 
 class Row(NamedTuple):
-    """One or several tensors here that hold the same numbers as one or several there, joined along their rows."""
+    """Our tensors and the reference tensors with the same values, both joined along their first axis."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    """Names; for the forms of experts with {e} for the expert's number."""
+    """Reference names; with {e} for the expert's index in the forms of experts."""
     form: Form = "same"
 
 
@@ -38,24 +43,24 @@ class Layout:
     num_experts: int = 0
     patch: tuple[int, ...] = ()
     """C, P, P of the patch embedding."""
-    their_rows: dict[str, int] = field(default_factory=dict)
-    """Rows of the parts of a joined matrix there, where they are not all equal."""
+    reference_rows: dict[str, int] = field(default_factory=dict)
+    """Rows of each part of a joined reference matrix, if they differ."""
     constants: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors there that are settings here."""
+    """Reference tensors that are settings here."""
 
     def reference_names(self) -> set[str]:
         """Names of the reference state dict."""
         return {name for row in self.rows for name in self.expanded(row)} | set(self.constants)
 
     def expanded(self, row: Row) -> list[str]:
-        """Reference names of a row, with every expert's number filled in."""
+        """Reference names of a row, with every expert's index filled in."""
         if row.form not in ("experts", "expert_biases"):
             return list(row.theirs)
         return [name.format(e=e) for e in range(self.num_experts) for name in row.theirs]
 
 
 def from_reference(layout: Layout, state: Mapping[str, Tensor]) -> State:
-    """Reference tensors as ours.
+    """Convert reference tensors to ours.
 
     Raises:
         ValueError: names are missing or unknown; the message lists them.
@@ -69,22 +74,22 @@ def from_reference(layout: Layout, state: Mapping[str, Tensor]) -> State:
     for row in layout.rows:
         try:
             joined = _join_theirs(layout, row, state)
-        except RuntimeError as error:  # parts of unlike shapes
+        except RuntimeError as error:  # parts of different shapes
             raise ValueError(f"the checkpoint's {row.theirs[0]} has a shape that does not fit: {error}") from error
         out |= zip(row.ours, joined.chunk(len(row.ours)))
     return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
 def to_reference(layout: Layout, state: Mapping[str, Tensor]) -> State:
-    """Our tensors as the reference ones.
+    """Convert our tensors to reference tensors.
 
     Raises:
-        ValueError: some of our tensors have no place in the format.
+        ValueError: the format lacks some of our tensors.
     """
-    placed = {name for row in layout.rows for name in row.ours}
-    homeless = sorted(state.keys() - placed)
-    if homeless:
-        raise ValueError(f"the reference format has no place for {_some(homeless)}")
+    known = {name for row in layout.rows for name in row.ours}
+    unknown = sorted(state.keys() - known)
+    if unknown:
+        raise ValueError(f"the reference format has no tensors for {_some(unknown)}")
     out = dict(layout.constants)
     for row in layout.rows:
         out |= _split_ours(layout, row, torch.cat([state[name] for name in row.ours]))
@@ -115,7 +120,7 @@ def _split_ours(layout: Layout, row: Row, joined: Tensor) -> State:
         joined = joined[None]
     if len(row.theirs) == 1:
         return {row.theirs[0]: joined}
-    sizes = [layout.their_rows.get(name, len(joined) // len(row.theirs)) for name in row.theirs]
+    sizes = [layout.reference_rows.get(name, len(joined) // len(row.theirs)) for name in row.theirs]
     return dict(zip(row.theirs, joined.split(sizes)))
 
 

@@ -1,4 +1,4 @@
-"""What a file is that cannot be read as a checkpoint, in plain words, told by its first bytes."""
+"""Messages on files that cannot be read as a checkpoint, by their first bytes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ AGAIN = "fetch or save it again"
 IMAGES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 ZIP, GIT_LFS = b"PK", b"version https://git-lfs"
 OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How files of torch.save began before 1.6: with a number of torch's, pickled."""
+"""First bytes of files of torch.save before 1.6: a pickled number."""
 TORCH_ADVICE = "weights_only"
-"""In what torch.load says where it would have the user run code."""
+"""Word in torch.load's errors that advise the user to run code."""
 HEAD_BYTES = 4096
 
 
 def refusal(path: Path, error: Exception) -> str:
-    """One line: what is wrong with a file, and what to do.
+    """Message on one line: what is wrong with a file, and the remedy.
 
     Args:
-        error: what reading it raised.
+        path: the file.
+        error: the exception that reading it raised.
     """
     try:
         with path.open("rb") as file:
@@ -78,7 +79,7 @@ def _of_zip(path: Path, error: Exception) -> str:
 
 
 def _unreadable(error: Exception) -> str:
-    """What to say of a file that looks as torch.save writes them."""
+    """Message on a file that torch.save seems to have written."""
     reason = " ".join(str(error).split()).split(". ")[0][:200]
     if isinstance(error, ImportError | AttributeError):
         return f"needs code that is not here ({reason}); save its tensors alone where that code is"
@@ -86,7 +87,7 @@ def _unreadable(error: Exception) -> str:
 
 
 def _header_of_safetensors(head: bytes) -> int | None:
-    """Length of the header, if there may be one: eight bytes of length, then JSON."""
+    """Length of the header if the file may have one: eight bytes of length, then JSON."""
     return int.from_bytes(head[:8], "little") if head[8:9] == b"{" else None
 
 
@@ -99,9 +100,9 @@ def _is_text(head: bytes) -> bool:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether it can be read to its end as a pickle; nothing of it is run."""
+    """True if the file is a pickle to its end; no code of it is run."""
     try:
         with path.open("rb") as file:
             return sum(1 for _ in pickletools.genops(file)) > 1
-    except Exception:  # whatever the bytes made it stumble over
+    except Exception:  # pickletools may raise anything
         return False

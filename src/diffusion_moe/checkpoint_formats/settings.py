@@ -9,6 +9,27 @@ from ..config import ModelConfig, Process, names_where, unread_by
 
 Settings = dict[str, Any]
 
+# Our fields by the reference names, where the values are equal.
+COMMON_NAMES = {
+    "input_size": "sample_size",
+    **{name: name for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")},
+    "num_classes": "num_classes",
+}
+LATENT_NAMES = COMMON_NAMES | {"learn_sigma": "learn_sigma", "head_dim": "head_dim"}
+JIT_NAMES = COMMON_NAMES | {
+    "bottleneck_dim": "bottleneck_dim",
+    "in_context_len": "class_tokens",
+    "in_context_start": "class_tokens_from",
+    "proj_drop": "dropout",
+    "attn_drop": "attention_dropout",
+}
+DSMOE_NAMES = {
+    **{name: name for name in ("num_experts", "n_group", "topk_group", "routed_scaling_factor")},
+    "moe_intermediate_size": "expert_dim",
+    "num_experts_per_tok": "top_k",
+}
+ROPE = {"none": "sincos", "1d": "rope1d", "2d": "rope2d"}
+
 # Defaults of the reference constructors; every key they know and that shapes the model.
 LATENT = {
     "input_size": 32,
@@ -60,25 +81,13 @@ MOE: dict[str, Settings] = {
     "tc": POOLED | {"n_shared_experts": None},
     "ec": POOLED,
     "diffmoe": POOLED,
-    "dsmoe": {
-        "num_experts": REQUIRED,
-        "moe_intermediate_size": REQUIRED,
-        "n_group": REQUIRED,
-        "topk_group": REQUIRED,
-        "num_experts_per_tok": REQUIRED,
-        "routed_scaling_factor": REQUIRED,
-        "use_shared_expert": REQUIRED,
-        "interleave": True,
-        "skip_first2": False,
-    },
+    "dsmoe": dict.fromkeys((*DSMOE_NAMES, "use_shared_expert"), REQUIRED) | {"interleave": True, "skip_first2": False},
 }
 MOE["jit"] = MOE["dsmoe"] | {"proj_drop": 0.0}
 
-# Keys of reference files that leave the model as it is.
+# Keys of reference files that do not change the model.
 IDLE_PARAMS = {"init_MoeMLP", "use_capacity_schedule", "CapacityPred_loss_weight", "use_flash_attn", "pretraining_tp"}
 IDLE_MOE = {"hidden_size", "init_MoeMLP", "capacity", "skip_last2", "capacity_schedule"}
-
-ROPE = {"none": "sincos", "1d": "rope1d", "2d": "rope2d"}
 
 
 def read_settings(
@@ -87,8 +96,10 @@ def read_settings(
     """Fields of `ModelConfig` for a model of the reference code.
 
     Args:
-        kind: "dense", "tc", "ec", "diffmoe", "dsmoe" or "jit". params: arguments of the reference constructor.
-        moe: its MoE_config. process: what it was trained for, which the constructor does not know.
+        kind: "dense", "tc", "ec", "diffmoe", "dsmoe" or "jit".
+        params: arguments of the reference constructor.
+        moe: its MoE_config.
+        process: process it was trained for, which is no argument of the constructor.
 
     Raises:
         ValueError: a key is missing or unknown, or has a value that the reference code does not take.
@@ -113,25 +124,28 @@ def _complete(given: Mapping[str, Any], known: Settings, idle: set[str], where: 
     return {name: given.get(name, default) for name, default in known.items()}
 
 
+def _ours(names: Mapping[str, str], values: Settings) -> Settings:
+    return {ours: values[theirs] for theirs, ours in names.items()}
+
+
+def _theirs(names: Mapping[str, str], config: ModelConfig) -> Settings:
+    return {theirs: getattr(config, ours) for theirs, ours in names.items()}
+
+
 def _latent(p: Settings) -> Settings:
     swiglu = bool(p["use_swiglu"])
     return {
         "backbone": "dit",
-        "sample_size": p["input_size"],
-        **{name: p[name] for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads")},
-        "head_dim": p["head_dim"],
-        "num_classes": p["num_classes"],
+        **_ours(LATENT_NAMES, p),
         "null_class": p["class_dropout_prob"] > 0,
-        "learn_sigma": p["learn_sigma"],
         "position": "sincos",
-        "mlp_ratio": p["mlp_ratio"],
         "mlp_activation": "swiglu" if swiglu else "gelu",
         "mlp_bias": not swiglu,
     }
 
 
 def _pooled(kind: str, p: Settings, m: Settings) -> Settings:
-    """TC-DiT, EC-DiT and DiffMoE."""
+    """Settings of TC-DiT, EC-DiT and DiffMoE."""
     swiglu, shared = bool(p["use_swiglu"]), m["n_shared_experts"] or 0
     settings = {
         "router": kind,
@@ -146,7 +160,7 @@ def _pooled(kind: str, p: Settings, m: Settings) -> Settings:
         settings |= {"capacity": m["capacity"]}
     if kind == "diffmoe":
         settings |= {"capacity_loss_weight": p["CapacityPred_loss_weight"]}
-        if shared:  # one of eight widths, whatever the count
+        if shared:  # one shared expert of width 8 D, whatever the count
             settings |= {"shared": "gelu", "shared_dim": 8 * p["hidden_size"], "shared_bias": True}
     elif shared:
         settings |= {"shared": "swiglu", "shared_dim": shared * p["hidden_size"], "shared_bias": False}
@@ -173,13 +187,9 @@ def _dsmoe(p: Settings, m: Settings) -> Settings:
 
 def _grouped(m: Settings) -> Settings:
     return {
+        **_ours(DSMOE_NAMES, m),
         "router": "dsmoe",
-        "expert_dim": m["moe_intermediate_size"],
         "expert_activation": "swiglu",
-        "top_k": m["num_experts_per_tok"],
-        "n_group": m["n_group"],
-        "topk_group": m["topk_group"],
-        "routed_scaling_factor": m["routed_scaling_factor"],
         "shared": "swiglu" if m["use_shared_expert"] else "identity",
     }
 
@@ -188,21 +198,15 @@ def _jit(p: Settings, moe: Mapping[str, Any] | None) -> Settings:
     settings = {
         "backbone": "jit",
         "prediction": "x",
-        "sample_size": p["input_size"],
-        **{name: p[name] for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")},
-        "bottleneck_dim": p["bottleneck_dim"],
-        "class_tokens": p["in_context_len"],
+        **_ours(JIT_NAMES, p),
         "class_tokens_from": p["in_context_start"] if p["in_context_len"] else 0,
         "qk_norm": True,
         "norm": "rmsnorm",
         "position": "sincos+rope2d",
         "rotary_pairs": "neighbours",
-        "mlp_ratio": p["mlp_ratio"],
         "mlp_dim": int(int(p["hidden_size"] * p["mlp_ratio"]) * 2 / 3),
         "mlp_activation": "swiglu",
         "mlp_bias": True,
-        "dropout": p["proj_drop"],
-        "attention_dropout": p["attn_drop"],
         "router": "dense",
     }
     if moe is None:
@@ -212,7 +216,6 @@ def _jit(p: Settings, moe: Mapping[str, Any] | None) -> Settings:
         return settings
     return settings | {
         **_grouped(m),
-        "num_experts": m["num_experts"],
         "expert_bias": True,
         "shared_bias": True,
         "expert_dropout": m["proj_drop"],
@@ -225,78 +228,63 @@ def write_settings(kind: str, config: ModelConfig) -> tuple[Settings, Settings |
     Raises:
         ValueError: the reference code has no such model; the message names the settings that differ.
     """
-    c = config
-    p: Settings = {"input_size": c.sample_size, "num_classes": c.num_classes}
-    p |= {name: getattr(c, name) for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads")}
-    p["mlp_ratio"] = c.mlp_ratio
     if kind == "jit":
-        p |= {"bottleneck_dim": c.bottleneck_dim, "in_context_len": c.class_tokens}
-        p |= {"in_context_start": c.class_tokens_from, "proj_drop": c.dropout, "attn_drop": c.attention_dropout}
+        p, m = _theirs(JIT_NAMES, config), None
+        if config.router == "dsmoe":
+            m = _dsmoe_moe(config) | {"proj_drop": config.expert_dropout}
     else:
-        p |= {"learn_sigma": c.learn_sigma, "class_dropout_prob": 0.1 if c.null_class else 0.0, "head_dim": c.head_dim}
-        p["use_swiglu"] = c.mlp_activation == "swiglu"
-    m: Settings | None = None
+        p = _theirs(LATENT_NAMES, config)
+        p["class_dropout_prob"] = 0.1 if config.null_class else 0.0
+        p["use_swiglu"] = config.mlp_activation == "swiglu"
+        m = _pooled_moe(kind, config) if kind in ("tc", "ec", "diffmoe") else None
+    if kind == "diffmoe":
+        p["CapacityPred_loss_weight"] = config.capacity_loss_weight
     if kind == "dsmoe":
-        p |= {"rope_type": {ours: theirs for theirs, ours in ROPE.items()}.get(c.position), "norm_type": c.norm}
-        p |= {"use_sinks": c.attention_sinks, "sliding_window": c.sliding_window, "enable_gqa": bool(c.num_kv_heads)}
-    elif kind == "diffmoe":
-        p["CapacityPred_loss_weight"] = c.capacity_loss_weight
-    if kind == "dsmoe" or (kind == "jit" and c.router == "dsmoe"):
-        m = {"num_experts": c.num_experts, "hidden_size": c.hidden_size, "moe_intermediate_size": c.expert_dim}
-        m |= {"n_group": c.n_group, "topk_group": c.topk_group, "num_experts_per_tok": c.top_k}
-        m |= {"routed_scaling_factor": c.routed_scaling_factor, "use_shared_expert": c.shared == "swiglu"}
-        m |= {"interleave": c.moe_layer_freq == 2, "init_MoeMLP": False, "skip_first2": c.first_k_dense or False}
-        m |= {"proj_drop": c.expert_dropout} if kind == "jit" else {"capacity": 1, "skip_last2": False}
-    elif kind != "dense" and kind != "jit":
-        shared = 0 if c.shared == "none" else (c.shared_dim or c.expert_dim) // c.hidden_size
-        m = {"num_experts": c.num_experts, "capacity": c.top_k if kind == "tc" else c.capacity}
-        m |= {"n_shared_experts": shared or (None if kind == "tc" else 0), "interleave": c.moe_layer_freq == 2}
-        m |= {"init_MoeMLP": False}
+        p |= {
+            "rope_type": {ours: theirs for theirs, ours in ROPE.items()}.get(config.position),
+            "norm_type": config.norm,
+            "use_sinks": config.attention_sinks,
+            "sliding_window": config.sliding_window,
+            "enable_gqa": bool(config.num_kv_heads),
+        }
+        m = _dsmoe_moe(config) | {"capacity": 1, "skip_last2": False}
     check_writable(kind, config, ModelConfig(**read_settings(kind, p, m, config.process)))
     return p, m
 
 
-# What only our training or inference reads, so that the reference code may lack it.
-FREE = {
-    "inference_pool",
-    "threshold_decay",
-    "balance",
-    "balance_weight",
-    "balance_rate",
-    "capacity_loss_weight",
-    "min_gap",
-    "noise_scale",
-}
-UNREAD = {
-    "dense": {"num_experts", "expert_dim", "expert_activation", "expert_bias", "shared", "shared_dim", "shared_bias"}
-    | {
-        "top_k",
-        "capacity",
-        "n_group",
-        "topk_group",
-        "routed_scaling_factor",
-        "moe_layer_freq",
-        "first_k_dense",
-        "expert_dropout",
-    },
-    "tc": {"capacity", "n_group", "topk_group", "routed_scaling_factor"},
-    "ec": {"top_k", "n_group", "topk_group", "routed_scaling_factor"},
-    "diffmoe": {"top_k", "n_group", "topk_group", "routed_scaling_factor"},
-    "dsmoe": {"capacity"},
-}
-"""Settings that a routing rule does not read."""
+def _dsmoe_moe(config: ModelConfig) -> Settings:
+    return _theirs(DSMOE_NAMES, config) | {
+        "hidden_size": config.hidden_size,
+        "use_shared_expert": config.shared == "swiglu",
+        "interleave": config.moe_layer_freq == 2,
+        "init_MoeMLP": False,
+        "skip_first2": config.first_k_dense or False,
+    }
+
+
+def _pooled_moe(kind: str, config: ModelConfig) -> Settings:
+    shared = 0 if config.shared == "none" else (config.shared_dim or config.expert_dim) // config.hidden_size
+    return {
+        "num_experts": config.num_experts,
+        "capacity": config.top_k if kind == "tc" else config.capacity,
+        "n_shared_experts": shared or (None if kind == "tc" else 0),
+        "interleave": config.moe_layer_freq == 2,
+        "init_MoeMLP": False,
+    }
 
 
 def check_writable(kind: str, config: ModelConfig, again: ModelConfig) -> None:
-    """Refuse a model that would be read again as another.
+    """Refuse a model that the reference code lacks, so that it would be read again as another.
 
     Args:
-        again: what reading gives.
+        kind: format, for the message.
+        config: the model.
+        again: the settings that reading gives.
 
     Raises:
         ValueError: names the settings that differ.
     """
-    # The published code may lack what only our training or inference reads.
+    # The reference code may lack what only our training or inference reads.
     free = names_where(ModelConfig, reference=False) | unread_by(config.router)
     names = [name for name in vars(config) if name not in free]
     differ = [name for name in names if _effective(config, name) != _effective(again, name)]
@@ -306,16 +294,15 @@ def check_writable(kind: str, config: ModelConfig, again: ModelConfig) -> None:
 
 
 def _effective(config: ModelConfig, name: str) -> Any:
-    """The value a setting comes to, where null stands for another's."""
-    value = getattr(config, name)
+    """The value of a setting, or of the setting that replaces it where it is null."""
     if name == "mlp_dim":
         return config.mlp_width
-    if name == "mlp_ratio":
-        return None  # mlp_dim says it
+    if name == "mlp_ratio":  # mlp_dim has its effect
+        return None
     if name == "head_dim":
         return config.head_width
+    if name in ("shared_dim", "shared_bias") and config.shared not in ("gelu", "swiglu"):
+        return None
     if name == "shared_dim":
-        return (value or config.expert_dim) if config.shared in ("gelu", "swiglu") else None
-    if name == "shared_bias":
-        return value if config.shared in ("gelu", "swiglu") else None
-    return value
+        return config.shared_dim or config.expert_dim
+    return getattr(config, name)

@@ -29,6 +29,12 @@ def new_name(name: str) -> str | None:
     return None if new is None else f"{dashes}{new}{note}"
 
 
+def old_names(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a model by their old names, each with its new one."""
+    renamed = [(old.removeprefix("model."), new.removeprefix("model.")) for old, new in RENAMED.items()]
+    return [f"{old} (now {new})" for old, new in renamed if old in settings]
+
+
 def current_names(settings: Mapping[str, Any], section: str = "model") -> dict[str, Any]:
     """A section's values, or a saved model's config, that the version before may have written, under today's names."""
     current = {}

@@ -16,21 +16,21 @@ __all__ = ["BACKBONES", "Backbone", "DiT", "DiTOutput", "JiT", "load_model", "ma
 
 
 def make_model(config: ModelConfig) -> Backbone:
-    """A fresh model."""
+    """A newly initialised model."""
     return BACKBONES[config.backbone](**{name: value for name, value in vars(config).items() if name != "backbone"})
 
 
 def load_model(folder: Path) -> Backbone:
-    """A saved model of either backbone, in eval mode on the CPU.
+    """Load a saved model of either backbone, in eval mode on the CPU.
 
     Raises:
-        ValueError: the folder holds no model of this library, or it is damaged.
+        ValueError: the folder is no model of this library, or it is damaged.
     """
     classes = {backbone.__name__: backbone for backbone in BACKBONES.values()}
     try:
         name = json.loads((folder / "config.json").read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder} holds no readable config.json, so it is no model") from error
+        raise ValueError(f"{folder} has no readable config.json, so it is no model") from error
     if name not in classes:
         raise ValueError(f"{folder} holds a model of class {name}; this library reads {', '.join(classes)}")
     try:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: put into a model, merged, saved, and loaded again."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft: adding, merging, saving and loading."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from ..moe import GroupedExperts
 from .backbone import Backbone
 
 LABEL_TABLE = "y_embedder"
-"""As a target: the label table, which is trained whole."""
+"""Name of the label table, which as a target is trained as a whole."""
 WEIGHTS, TABLE = "pytorch_lora_weights.safetensors", "label_table.safetensors"
-"""Files of a folder of adapters: diffusers' name for theirs, and ours for the label table."""
+"""Files of a folder of adapters: the adapters, as diffusers names them, and the label table."""
 METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps the configuration."""
+"""Key of the configuration in the metadata of the file, as in diffusers."""
 
 
 class Targets(NamedTuple):
-    """What gets adapters."""
+    """Parts of a model to train with adapters."""
 
     layers: list[str]
     """Ends of names of linear layers."""
     stacks: list[str]
     """Ends of names of stacked weights of experts."""
     label_table: bool
-    """Whether the label table is trained whole."""
+    """Train the label table as a whole."""
 
 
 def targets_of(model: nn.Module, names: Sequence[str]) -> Targets:
-    """Which layers some names stand for: each a name or the end of some, as `attn.qkv`.
+    """Layers and weights whose names end in the given names, such as `attn.qkv`.
 
     Raises:
-        ValueError: a name stands for nothing.
+        ValueError: no name of the model ends in one of the names.
     """
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     experts = [name for name, module in model.named_modules() if isinstance(module, GroupedExperts)]
@@ -54,18 +54,23 @@ def targets_of(model: nn.Module, names: Sequence[str]) -> Targets:
         elif not (name == LABEL_TABLE and targets.label_table):
             known = sorted({_in_block(full) for full in (*layers, *stacks, LABEL_TABLE)})
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-            raise ValueError(f"init.lora_targets has {name}, the end of no layer's name; take {', '.join(near)}")
+            raise ValueError(
+                f"init.lora_targets has {name}, but no layer's name ends in it; choose from {', '.join(near)}"
+            )
     return targets
 
 
 def add_adapters(model: Backbone, rank: int, alpha: float | None, names: Sequence[str]) -> None:
-    """Put fresh adapters into a model, which then alone learn; they start as nothing.
+    """Add new adapters to a model and freeze all else. They change nothing until they are trained.
 
     Args:
-        alpha: adapters are multiplied by alpha / rank; None: by 1. names: see `targets_of`.
+        model: the model.
+        rank: rank of the adapters.
+        alpha: adapters are multiplied by alpha / rank; None: by 1.
+        names: targets; see `targets_of`.
 
     Raises:
-        ValueError: a name stands for nothing, or peft is not installed.
+        ValueError: no name of the model ends in one of the names, or peft is not installed.
     """
     try:
         from peft import LoraConfig
@@ -88,7 +93,7 @@ def add_adapters(model: Backbone, rank: int, alpha: float | None, names: Sequenc
 
 
 def merged(model: Backbone) -> Backbone:
-    """A copy with its adapters added to its weights, and no adapters."""
+    """A copy of the model with its adapters merged into its weights."""
     whole = copy.deepcopy(model)
     whole.fuse_lora()
     whole.unload_lora()
@@ -96,7 +101,7 @@ def merged(model: Backbone) -> Backbone:
 
 
 def save_adapters(model: Backbone, folder: Path, label_table: bool = False) -> None:
-    """Write a model's adapters, and its label table where that was trained too."""
+    """Write a model's adapters, and its label table if that was trained too."""
     model.save_lora_adapter(folder)
     if label_table:
         table = model.get_submodule(LABEL_TABLE).state_dict()
@@ -104,10 +109,10 @@ def save_adapters(model: Backbone, folder: Path, label_table: bool = False) -> N
 
 
 def load_lora(model: Backbone, folder: Path | str) -> None:
-    """Put saved adapters into the model that they were trained on; also those of experts, and a label table.
+    """Load saved adapters, also those of experts, and a label table into the model that they were trained on.
 
     Raises:
-        ValueError: there are none in the folder, or they are of another model.
+        ValueError: the folder has no readable adapters, or they are for another model.
 
     Example:
         >>> model = DiT.from_pretrained("base")
@@ -133,10 +138,10 @@ def load_lora(model: Backbone, folder: Path | str) -> None:
         unknown = set_peft_model_state_dict(model, state).unexpected_keys  # type: ignore[attr-defined]
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"the adapters in {path} are of another model: {' '.join(str(error).split())[:200]}"
+            f"the adapters in {path} are for another model: {' '.join(str(error).split())[:200]}"
         ) from error
     if unknown:
-        raise ValueError(f"the adapters in {path} are of another model: it has no {unknown[0]}")
+        raise ValueError(f"the adapters in {path} are for another model: it has no {unknown[0]}")
 
 
 def _ends(names: Sequence[str], end: str) -> bool:
@@ -144,5 +149,5 @@ def _ends(names: Sequence[str], end: str) -> bool:
 
 
 def _in_block(name: str) -> str:
-    """A name without the number of its block."""
+    """The name without the number of its block."""
     return name.split(".", 2)[2] if name.startswith("blocks.") else name

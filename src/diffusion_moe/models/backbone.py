@@ -1,11 +1,10 @@
-"""What the backbones share: conditioning, blocks, output, and their life as diffusers models.
+"""The backbone of DiT and JiT: conditioning, positions, blocks, output, and the methods of a diffusers model.
 
 Shape suffixes: B images, N tokens of one image, D width, C channels, H and W pixels.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -15,23 +14,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import TEXT_FIELDS, ModelConfig
+from ..config.renamed import old_names
 from ..moe import GroupedExperts, RoutingReport
 from ..nn.attention import CrossAttention
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
 from .block import DiTBlock, FinalLayer
-from .diffusers_bases import ATTRIBUTES, HOMES, add_all_bases, add_loaded_bases
+from .diffusers_bases import HOMES, add_bases_when_imported, import_bases, takes_settings
 from .text import TextEmbedder, TextTokens
 
 
 class DiTOutput(NamedTuple):
-    """Output of a model. As diffusers' outputs, it can also be indexed by name."""
+    """Output of a model. Like the outputs of diffusers, it can be indexed by position and by name."""
 
     sample: Tensor
-    """The prediction (and, with learn_sigma, as many channels more), (B, C, H, W)."""
+    """Prediction, (B, C, H, W); with learn_sigma (B, 2C, H, W)."""
     routing: tuple[RoutingReport, ...] = ()
-    """What each MoE layer's router learned, in the order of the layers."""
+    """Report of each MoE layer's router, in the order of the layers."""
 
     def __getitem__(self, key: Any) -> Any:
         return getattr(self, key) if isinstance(key, str) else tuple(self)[key]
@@ -39,19 +39,6 @@ class DiTOutput(NamedTuple):
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields in order."""
         return tuple(self)
-
-
-RENAMED = {
-    "num_groups": "n_group",
-    "top_groups": "topk_group",
-    "routed_scale": "routed_scaling_factor",
-    "interleave": "moe_layer_freq",
-    "skip_first": "first_k_dense",
-}
-"""Settings by their names in models of an earlier version, whose routers also kept their bias under another name."""
-
-Grid = tuple[int, int]
-"""Rows and columns of an image's tokens."""
 
 
 class Embedded(NamedTuple):
@@ -64,29 +51,16 @@ class Embedded(NamedTuple):
     label: Tensor | None
     """The class alone, (B, D); None for a model without classes."""
     text: tuple[TextTokens, ...]
-    """What the blocks attend to; empty without text, and where its tokens are among `tokens`."""
+    """Text for cross-attention; empty without it."""
     text_tokens: int
-    """How many of `tokens` are the text's; they come first."""
-
-
-def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
-    """Give an `__init__(self, **settings)` the fields of `ModelConfig` as its signature, which diffusers reads."""
-    fields = ModelConfig.__dataclass_fields__.values()
-    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    parameters += [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields
-        if field.name != "backbone"
-    ]
-    init.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return init
+    """Number of text tokens at the front of `tokens`; 0 unless text and image form one sequence."""
 
 
 class Backbone(nn.Module):
-    """Embed, add positions, apply the blocks, project back. Subclasses say how patches become tokens.
+    """Embed, add positions, apply the blocks, project back. Subclasses make the patch embedder.
 
-    It becomes a diffusers model (ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin) as soon as diffusers is
-    loaded; until then, asking for anything of theirs loads it.
+    It is a diffusers model (ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin) as soon as diffusers is loaded.
+    Asking a model for a public name that it lacks loads diffusers.
 
     Attributes:
         settings: the fields of `ModelConfig` with their values.
@@ -94,6 +68,7 @@ class Backbone(nn.Module):
 
     kind: ClassVar[str]
     """Value of `ModelConfig.backbone`."""
+    _is_made = False
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]  # noqa: RUF012 - the names and types are diffusers'
     _repeated_blocks = ["DiTBlock"]  # noqa: RUF012
@@ -102,7 +77,7 @@ class Backbone(nn.Module):
 
     @takes_settings
     def __init__(self, **settings: Any) -> None:
-        """Make the modules and draw their weights.
+        """Make the modules and initialise their weights.
 
         Raises:
             ValueError: the settings contradict each other.
@@ -125,12 +100,20 @@ class Backbone(nn.Module):
         self.register_positions()
         self.gradient_checkpointing = False
         self.reset_parameters()
+        if config.class_tokens:
+            self.class_positions = nn.Parameter(torch.empty(config.class_tokens, D))
+            nn.init.normal_(self.class_positions, std=0.02)
+        self._is_made = True
 
     def __getattr__(self, name: str) -> Any:
-        if name in ATTRIBUTES and len(Backbone.__bases__) < len(HOMES):
-            add_all_bases(Backbone)
-            return getattr(self, name)
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # torch asks for the names of parameters and buffers before it registers them.
+            if name.startswith("_") or not self._is_made or len(Backbone.__bases__) == len(HOMES):
+                raise
+        import_bases()
+        return getattr(self, name)
 
     @property
     def device(self) -> torch.device:
@@ -146,14 +129,25 @@ class Backbone(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike | None, **options: Any) -> Any:
-        """Load a model from a folder or the hub: `diffusers.ModelMixin.from_pretrained`."""
-        add_all_bases(Backbone)
-        return super().from_pretrained(name_or_path, **options)  # type: ignore[misc]
+        """Load a model from a folder or the hub: `diffusers.ModelMixin.from_pretrained`.
+
+        Raises:
+            ValueError: the files lack weights or were saved by an earlier version.
+        """
+        import_bases()
+        with_info = options.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name_or_path, output_loading_info=True, **options)  # type: ignore[misc]
+        if info.get("missing_keys"):  # diffusers would only warn, and leave buffers at zero
+            raise ValueError(
+                f"{name_or_path} has no {', '.join(sorted(info['missing_keys'])[:3])}; it is incomplete or of "
+                "an earlier version; save, convert or train it again with this version"
+            )
+        return (model, info) if with_info else model
 
     @classmethod
     def load_config(cls, name_or_path: str | os.PathLike, **options: Any) -> Any:
         """Read config.json: `diffusers.ConfigMixin.load_config`."""
-        add_all_bases(Backbone)
+        import_bases()
         return super().load_config(name_or_path, **options)  # type: ignore[misc]
 
     @classmethod
@@ -161,11 +155,10 @@ class Backbone(nn.Module):
         """Make a fresh model from the content of config.json: `diffusers.ConfigMixin.from_config`.
 
         Raises:
-            ValueError: the model is of an earlier version.
+            ValueError: an earlier version wrote the config.
         """
-        add_all_bases(Backbone)
-        old = [f"{name} (now {RENAMED[name]})" for name in RENAMED if name in config]
-        if old:
+        import_bases()
+        if old := old_names(config):
             raise ValueError(
                 f"the model was saved by an earlier version: its config.json has {', '.join(old)}; convert or train it "
                 "again with this version"
@@ -182,41 +175,40 @@ class Backbone(nn.Module):
         self.gradient_checkpointing = True
 
     def make_patch_embedder(self) -> nn.Module:
-        """From the numbers of a patch (B, N, C * P * P) to tokens (B, N, D)."""
+        """A module from patches (B, N, C * P * P) to tokens (B, N, D)."""
         raise NotImplementedError
 
     def make_final_norm(self) -> nn.Module:
-        """The norm before the output projection."""
+        """Norm before the output projection."""
         return make_norm("layernorm", self.settings.hidden_size)
 
     def register_positions(self) -> None:
-        """Fixed tables. The added one is saved: in the published checkpoints averaging moved it slightly."""
+        """Register the fixed tables."""
         config = self.settings
         side = config.sample_size // config.patch_size
         if config.rotary_axes:
             rotary = self.rotary_for(side, side)
             self.register_buffer("rotary_cos", rotary.cos_NI, persistent=False)
             self.register_buffer("rotary_sin", rotary.sin_NI, persistent=False)
-        if config.adds_sincos:
+        if config.adds_sincos:  # saved, as the EMA of reference checkpoints differs slightly from the formula
             self.register_buffer("pos_embed", sincos_table(side, side, config.hidden_size))
         self.other_sincos: dict[tuple[int, int, torch.device], Tensor] = {}
         self.other_rotary: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     @property
     def still_tokens(self) -> int:
-        """Most tokens before those of the image; rotary positions do not turn them."""
-        config = self.settings
-        joint = config.text_dim and config.text_conditioning == "joint"
-        return config.class_tokens + (config.text_length if joint else 0)
+        """Maximum number of tokens before those of the image; rotary positions do not rotate them."""
+        c = self.settings
+        return c.class_tokens + (c.text_length if c.text_dim and c.text_conditioning == "joint" else 0)
 
     def rotary_for(self, rows: int, columns: int) -> Rotary:
-        """Rotation angles of a grid of tokens: those of a larger one begin with those of a smaller one."""
+        """Rotation angles of a grid of tokens, with as many unrotated tokens before them as there can be."""
         c = self.settings
         return rotary_table(rows, columns, c.head_width, c.rotary_axes, c.rotary_pairs, self.still_tokens)
 
     @property
     def null_class(self) -> int | None:
-        """The label that means no class; None if there is none."""
+        """Label for no class; None if the model has none."""
         return self.settings.num_classes if self.settings.num_classes and self.settings.null_class else None
 
     def reset_parameters(self) -> None:
@@ -234,11 +226,12 @@ class Backbone(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.weight, std=0.02)
-        for cross in [module for module in self.modules() if isinstance(module, CrossAttention)]:
-            nn.init.zeros_(cross.proj.weight)
-        for adaln in [module.adaln for module in self.modules() if isinstance(module, DiTBlock | FinalLayer)]:
-            for parameter in adaln.parameters():
-                nn.init.zeros_(parameter)
+        for module in self.modules():
+            if isinstance(module, CrossAttention):
+                nn.init.zeros_(module.proj.weight)
+            elif isinstance(module, DiTBlock | FinalLayer):
+                for parameter in module.adaln.parameters():
+                    nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def embed(
@@ -250,12 +243,7 @@ class Backbone(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         pooled_projections: Tensor | None = None,
     ) -> Embedded:
-        """Tokens with added positions, and what modulates the blocks.
-
-        Raises:
-            ValueError: labels or text given to a model without, or missing for a model with them; a size that patches
-                do not fill; features that are not the model's.
-        """
+        """Tokens with added positions, and the conditioning of the blocks. Arguments and errors as for `forward`."""
         self._check_inputs(hidden_states, class_labels, encoder_hidden_states)
         x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
         if self.settings.adds_sincos:
@@ -283,32 +271,33 @@ class Backbone(nn.Module):
         if (text is None) != (self.text_embedder is None):
             raise ValueError(
                 f"encoder_hidden_states are {'missing' if text is None else 'given'}, but the model has text_dim "
-                f"{config.text_dim}; pass them exactly when it is not 0 (no prompt: a mask without a true place)"
+                f"{config.text_dim}; pass them exactly when it is not 0 (no prompt: a mask of false)"
             )
         if height % config.patch_size or width % config.patch_size or not height or not width:
             raise ValueError(
                 f"the image is {height} x {width}; both must be positive multiples of patch_size {config.patch_size}"
             )
 
-    def grid(self, hidden_states: Tensor) -> Grid:
+    def grid(self, hidden_states: Tensor) -> tuple[int, int]:
         """Rows and columns of an image's tokens."""
         P = self.settings.patch_size
         return hidden_states.shape[-2] // P, hidden_states.shape[-1] // P
 
     def sincos(self, rows: int, columns: int) -> Tensor:
-        """The added table for a grid: the model's own for its own size, else the formula's."""
+        """Sine-cosine table of a grid: the saved one for the model's own size, else computed and kept."""
         if rows * columns == len(self.pos_embed) and rows == columns:
             return self.pos_embed
-        place = (rows, columns, self.pos_embed.device)
-        if place not in self.other_sincos:
+        key = (rows, columns, self.pos_embed.device)
+        if key not in self.other_sincos:
             table = sincos_table(rows, columns, self.settings.hidden_size)
-            self.other_sincos[place] = table.to(self.pos_embed.device)
-        return self.other_sincos[place]
+            self.other_sincos[key] = table.to(self.pos_embed.device)
+        return self.other_sincos[key]
 
-    def rotary(self, still_tokens: int = 0, grid: Grid | None = None) -> Rotary | None:
-        """Rotation angles for a sequence that starts with so many tokens that are not turned.
+    def rotary(self, still_tokens: int = 0, grid: tuple[int, int] | None = None) -> Rotary | None:
+        """Rotation angles of a sequence.
 
         Args:
+            still_tokens: tokens before those of the image, which are not rotated.
             grid: rows and columns of the image's tokens; None: those of `sample_size`.
         """
         config = self.settings
@@ -316,11 +305,11 @@ class Backbone(nn.Module):
             return None
         side, cos_NI, sin_NI = config.sample_size // config.patch_size, self.rotary_cos, self.rotary_sin
         if grid is not None and grid != (side, side):
-            place = (*grid, cos_NI.device)
-            if place not in self.other_rotary:
+            key = (*grid, cos_NI.device)
+            if key not in self.other_rotary:
                 table = self.rotary_for(*grid)
-                self.other_rotary[place] = table.cos_NI.to(cos_NI.device), table.sin_NI.to(cos_NI.device)
-            cos_NI, sin_NI = self.other_rotary[place]
+                self.other_rotary[key] = table.cos_NI.to(cos_NI.device), table.sin_NI.to(cos_NI.device)
+            cos_NI, sin_NI = self.other_rotary[key]
         skip = self.still_tokens - still_tokens
         return Rotary(cos_NI[skip:], sin_NI[skip:], config.rotary_axes, config.rotary_pairs)
 
@@ -330,8 +319,8 @@ class Backbone(nn.Module):
         compute_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        """Keep weights in a narrow dtype and widen them for each use: diffusers', and the stacked experts besides."""
-        add_all_bases(Backbone)
+        """Store weights in low precision and cast them for each use, as diffusers does; also those of the experts."""
+        import_bases()
         from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 
         compute_dtype = compute_dtype or self.dtype
@@ -340,9 +329,9 @@ class Backbone(nn.Module):
             apply_layerwise_casting_hook(experts, storage_dtype, compute_dtype, options.get("non_blocking", False))
 
     def compile_blocks(self, backend: str = "inductor", fullgraph: bool = True) -> None:
-        """Compile every block by `torch.compile`, once. Blocks of a kind share their code.
+        """Compile every block by `torch.compile`; compiled blocks stay as they are. Blocks of a kind share their code.
 
-        The second batch size a block meets makes its code good for any; routing state changes nothing.
+        A second batch size compiles again, for every batch size; a change of routing state does not.
         """
         for block in self.blocks:
             if block._compiled_call_impl is None:
@@ -355,21 +344,55 @@ class Backbone(nn.Module):
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
-    def to_output(
-        self, x_BND: Tensor, condition_BD: Tensor, reports: list[RoutingReport], size: torch.Size, return_dict: bool
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        return_dict: bool = True,
     ) -> DiTOutput | tuple[Tensor, tuple[RoutingReport, ...]]:
-        """The last tokens as an image of the size of the input."""
-        sample = unpatchify(self.final_layer(x_BND, condition_BD), self.settings.patch_size, size[-2], size[-1])
-        if not return_dict:
-            return sample, tuple(reports)
-        return DiTOutput(sample=sample, routing=tuple(reports))
+        """Predict the velocity, the clean image or the noise, as `prediction` says.
+
+        Args:
+            hidden_states: noisy images or latents, (B, C, H, W); H and W are multiples of patch_size.
+            timestep: t in [0, 1] (0 is noise), or with `process: ddpm` the step from 0 (data) to 999, (B,) or a scalar.
+            class_labels: classes, or `null_class` for none, int64, (B,); None for a model without classes.
+            encoder_hidden_states: features of the text encoder, (B, L, text_dim); None for a model without text.
+            encoder_attention_mask: true at tokens, bool, (B, L); None: everywhere. A row of false is no prompt.
+            pooled_projections: pooled feature of the text encoder, (B, text_pooled_dim); None for a model without it.
+            return_dict: return a `DiTOutput`; false: a plain tuple of the same.
+
+        Raises:
+            ValueError: labels or text that the model does not take or that are missing; a size that is no multiple of
+                patch_size; features of another shape than the model's.
+        """
+        x, condition, label, text, still = self.embed(
+            hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, pooled_projections
+        )
+        reports: list[RoutingReport] = []
+        grid = self.grid(hidden_states)
+        rotary = self.rotary(still, grid)
+        for index, block in enumerate(self.blocks):
+            if label is not None and self.settings.class_tokens and index == self.settings.class_tokens_from:
+                x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
+                still += self.settings.class_tokens
+                rotary = self.rotary(still, grid)
+            x, report = self.run_block(block, x, condition, rotary, *text)
+            if report is not None:
+                reports.append(report)
+        patches = self.final_layer(x[:, still:], condition)
+        output = DiTOutput(unpatchify(patches, self.settings.patch_size, *hidden_states.shape[-2:]), tuple(reports))
+        return output if return_dict else output.to_tuple()
 
 
 def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
-    """Apply a block and keep its inputs alone."""
+    """Apply a block, store only its inputs, and recompute it in the backward pass."""
     return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
 
-add_loaded_bases(Backbone)
+add_bases_when_imported(Backbone)
 if "DIFFUSERS_ATTN_BACKEND" in os.environ:
-    add_all_bases(Backbone)
+    import_bases()

@@ -17,11 +17,11 @@ from .text import TextTokens
 
 
 class BlockOutput(NamedTuple):
-    """Tokens after a block, and the report of its router."""
+    """Output of a block."""
 
     hidden_states: Tensor
     report: RoutingReport | None
-    """None for a dense block."""
+    """Report of the router; None for a dense block."""
 
 
 class DiTBlock(nn.Module):
@@ -73,7 +73,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and projection to pixels."""
+    """Modulated norm and projection to the values of a patch."""
 
     def __init__(self, dim: int, out_features: int, norm: nn.Module) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Classes as users give them: by name first, then by number; one reading for the command and the pipelines.
+"""Classes by name or number, as users give them to the command and to the pipelines.
 
-`#2` is always class number 2, and `name:2` always the class named 2.
+A text is a name, or else a number. `#2` is always class number 2, and `name:2` always the class named 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NAME = "name:"
 
 
 def by_name(names: Mapping[int, str]) -> dict[str, tuple[int, ...]]:
-    """Numbers of the classes that a name may mean, by name: the whole text of a class and each synonym in it.
+    """Numbers of the classes that each name may mean. Names are the whole text of a class and each synonym in it.
 
     Args:
         names: text of each class by its number, synonyms separated by commas.
@@ -27,15 +27,15 @@ def by_name(names: Mapping[int, str]) -> dict[str, tuple[int, ...]]:
 
 
 def class_number(text: str, known: Mapping[str, tuple[int, ...]], count: int) -> int:
-    """The class that a text means, from 0 to count - 1.
+    """Number of the class that a text means, from 0 to count - 1.
 
     Args:
         text: a name, a number, `#` and a number, or `name:` and a name.
-        known: see `by_name`.
-        count: how many classes there are.
+        known: class numbers by name; see `by_name`.
+        count: number of classes.
 
     Raises:
-        ValueError: there is no such class, or the text may mean several; one line says what to give instead.
+        ValueError: no class or several have this name; the message says what to give instead.
     """
     text = text.strip()
     if NUMBER.fullmatch(text.removeprefix("#")) and text.startswith("#"):
@@ -60,9 +60,11 @@ def class_number(text: str, known: Mapping[str, tuple[int, ...]], count: int) ->
 
 
 def checked(number: int, count: int, near: str = "") -> int:
-    """The number itself.
+    """The number, if it is in range.
 
     Args:
+        number: number of a class.
+        count: number of classes.
         near: names that may have been meant, for the message.
 
     Raises:
@@ -78,7 +80,7 @@ def checked(number: int, count: int, near: str = "") -> int:
 def _no_class(name: str, known: Mapping[str, tuple[int, ...]], count: int) -> str:
     numbers = f"give a number from 0 to {count - 1}"
     if not known:
-        return f"there is no class {name!r}, for the classes have no names here (no id2label); {numbers}"
+        return f"there is no class {name!r}, because the classes have no names here (no id2label); {numbers}"
     return f"there is no class {name!r}; {_near(name, known) or numbers}"
 
 

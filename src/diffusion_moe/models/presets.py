@@ -1,4 +1,4 @@
-"""Published architectures by name: the `model` sections of the shipped recipes."""
+"""Architectures of the papers by name: the `model` sections of the shipped recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a text encoder's features to what the blocks take in.
+"""Embedding of a text encoder's features, for cross-attention and for adaLN.
 
 Shape suffixes: B images, L tokens of a text, W width of the encoder's features, P width of its pooled one, D width.
 """
@@ -16,28 +16,28 @@ from ..nn.norm import EPS
 
 
 class TextTokens(NamedTuple):
-    """A text as the blocks see it."""
+    """Tokens of a text for the blocks."""
 
     tokens: Tensor
     """(B, L, D)."""
     mask: Tensor
-    """Which places hold tokens, bool, (B, L); at least one of each text."""
+    """True at tokens, bool, (B, L); at least one in each text."""
 
 
 class EmbeddedText(NamedTuple):
-    """What `TextEmbedder` answers."""
+    """Output of `TextEmbedder`."""
 
     text: TextTokens
     pooled: Tensor
-    """For adaLN, beside time, (B, D)."""
+    """Vector added to the time embedding for adaLN, (B, D)."""
 
 
 class TextEmbedder(nn.Module):
-    """Features of texts, normalised, to tokens of the model's width, and one vector a text for adaLN.
+    """Projection of text features to tokens of the model's width, and to one vector per text for adaLN.
 
-    A text without a single token is no prompt: the null prompt takes its place, a learned sequence, or (text_null:
-    empty) buffers that `set_null` fills with the features of the empty prompt. In one sequence with the image
-    (text_conditioning: joint) the null prompt also fills the places behind a prompt, so that all hold real tokens.
+    A text without a token is no prompt and is replaced by the null prompt: a learned sequence, or (text_null: empty)
+    buffers that `set_null` fills with the features of the empty prompt. In one sequence with the image
+    (text_conditioning: joint) the null prompt also fills the positions after a prompt, which are attended to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -62,16 +62,16 @@ class TextEmbedder(nn.Module):
         self.reset_null()
 
     def reset_null(self) -> None:
-        """Draw the learned null prompt; a given one stays."""
+        """Initialise the learned null prompt; one set by `set_null` is kept."""
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter)
 
     @torch.no_grad()
     def set_null(self, features_LW: Tensor, pooled_P: Tensor | None) -> None:
-        """Take the empty prompt's features for the null prompt (text_null: empty).
+        """Set the null prompt to the features of the empty prompt (text_null: empty).
 
         Raises:
-            ValueError: no tokens, more than the model reads, or not of its widths.
+            ValueError: no tokens, more than text_length, or features of another width than the model's.
         """
         config, (L, W) = self.config, features_LW.shape
         if config.text_dim != W or L not in range(1, config.text_length + 1):
@@ -91,10 +91,12 @@ class TextEmbedder(nn.Module):
         """Embed texts of up to `text_length` tokens.
 
         Args:
-            mask_BL: true (or not 0) where there is a token; None: everywhere.
+            features_BLW: features of the text encoder.
+            mask_BL: true (or not 0) at tokens; None: everywhere.
+            pooled_BP: pooled features; None for a model without them.
 
         Raises:
-            ValueError: shapes that are not the model's, or a pooled feature missing or too many.
+            ValueError: shapes that do not fit the model, or a pooled feature that is missing or not supported.
         """
         mask_BL = self._checked(features_BLW, mask_BL, pooled_BP)
         dtype, room = self.null_text.dtype, self.config.text_length - features_BLW.shape[1]
@@ -116,7 +118,7 @@ class TextEmbedder(nn.Module):
         return EmbeddedText(TextTokens(self.mlp(x_BLW), mask_BL), self.pool(pooled))
 
     def _checked(self, features_BLW: Tensor, mask_BL: Tensor | None, pooled_BP: Tensor | None) -> Tensor:
-        """The mask, bool."""
+        """Check the inputs and return the mask, bool."""
         config, (B, L, W) = self.config, features_BLW.shape
         if config.text_dim != W or config.text_length < L:
             raise ValueError(

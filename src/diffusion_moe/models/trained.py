@@ -1,4 +1,4 @@
-"""The weights of a run's newest checkpoint, which are not averaged; a run's folder publishes its average only."""
+"""Last weights of a run, from its newest checkpoint; the model folders of a run have EMA weights only."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from .adapters import add_adapters, merged
 
 
 def newest_checkpoint(run: RunFolder, option: str) -> Path:
-    """The folder of a run's newest checkpoint.
+    """Folder of a run's newest checkpoint.
 
     Args:
-        option: what asks for it, for the message.
+        run: the run.
+        option: name of the option that asks for it, for the message.
 
     Raises:
         ValueError: there is none.
     """
     found = checkpoints_in(run.checkpoints)
     if not found:
-        raise ValueError(
-            f"{option} is model, but {run.path} has no checkpoint, so its weights are known as published only; set "
-            f"{option} to ema"
-        )
+        raise ValueError(f"{option} is model, but {run.path} has no checkpoint, only EMA weights; set {option} to ema")
     return found[0]
 
 
 def last_weights(run: RunFolder, option: str) -> Backbone:
-    """The model of a run's newest checkpoint, adapters merged, in eval mode on the CPU.
+    """Load the model of a run's newest checkpoint, with adapters merged, in eval mode on the CPU.
 
     Args:
-        option: what asks for it, for the message.
+        run: the run.
+        option: name of the option that asks for it, for the message.
 
     Raises:
         ValueError: there is no run or no checkpoint, it is damaged, or peft is not installed for a run of adapters.

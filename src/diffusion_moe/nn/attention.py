@@ -1,22 +1,23 @@
-"""Attention over the tokens of one image, and from them to those of a text.
+"""Attention layers: over the tokens of one image, and from these to the tokens of a text.
 
 Shape suffixes: B images, N tokens of an image, L tokens of a text, D width, H heads, I head width.
 """
 
 from __future__ import annotations
 
-import sys
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..import_hooks import when_imported
 from .norm import HeadNorm
 from .position import Rotary, apply_rotary
 
 MASKED_BACKENDS = (None, "native")
-"""Backends of diffusers that heed the mask of sinks and windows."""
+"""diffusers' attention backends that take the mask of sinks and windows."""
 
 
 def native_attention(
@@ -28,29 +29,49 @@ def native_attention(
     return y_BHNI.transpose(1, 2)
 
 
-def use_loaded_diffusers() -> None:
-    """Join `SelfAttention` to diffusers' attention layers and backends, as far as diffusers is loaded."""
-    layers: Any
-    backends: Any
-    layers, backends = (sys.modules.get(f"diffusers.models.{name}") for name in ("attention", "attention_dispatch"))
-    if hasattr(layers, "AttentionModuleMixin"):
-        SelfAttention.__bases__ = (nn.Module, layers.AttentionModuleMixin)
-    if hasattr(backends, "dispatch_attention_fn"):
-        AttentionProcessor.attend = staticmethod(backends.dispatch_attention_fn)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention; queries, keys and values have biases. `set_attention_backend` is diffusers'.
+class Heads(nn.Module):
+    """Heads of an attention layer: projections into them and out of them, and their norms.
 
     Args:
         dim: D.
         num_heads: H.
-        num_kv_heads: key and value heads; fewer than H is grouped-query attention.
+        num_kv_heads: key and value heads; None: H; fewer than H is grouped-query attention.
         qk_norm: RMSNorm with learned scale on each head of queries and keys.
         head_dim: I; None: D / H.
+        dropout: dropout after the output projection, in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.head_dim = head_dim or dim // num_heads
+        self.make_input_projections(dim)
+        self.proj = nn.Linear(num_heads * self.head_dim, dim)
+        self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def make_input_projections(self, dim: int) -> None:
+        """Make the linear layers of queries, keys and values."""
+        raise NotImplementedError
+
+
+class SelfAttention(Heads):
+    """Attention over the tokens of an image. Queries, keys and values have biases.
+
+    diffusers' `set_attention_backend` chooses the kernel. For the arguments not listed here see `Heads`.
+
+    Args:
         sinks: add a learned logit to the softmax of each head; its share of the attention has value zero.
         window: attend only if |i - j| < window for token indices i and j; 0: everywhere.
-        dropout: dropout after the output projection, in training.
         attention_dropout: dropout of the attention weights, in training.
     """
 
@@ -69,24 +90,20 @@ class SelfAttention(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_dim = head_dim or dim // num_heads
+        super().__init__(dim, num_heads, num_kv_heads, qk_norm, head_dim, dropout)
         self.window, self.attention_dropout = window, attention_dropout
-        self.qkv = nn.Linear(dim, (num_heads + 2 * self.num_kv_heads) * self.head_dim)
-        self.proj = nn.Linear(num_heads * self.head_dim, dim)
-        self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
-        self.dropout = nn.Dropout(dropout)
         self.processor = AttentionProcessor()
 
+    def make_input_projections(self, dim: int) -> None:
+        self.qkv = nn.Linear(dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
+
     def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """Attend over all tokens of an image."""
         return self.processor(self, x_BND, rotary)
 
     def project(self, x_BND: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, I), keys and values (B, kv heads, N, I); qkv holds all queries, all keys, all values."""
+        """Queries (B, H, N, I), keys and values (B, kv heads, N, I)."""
+        # Rows of qkv: all queries, then all keys, then all values.
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv_BHNI = self.qkv(x_BND).unflatten(-1, (heads + 2 * kv_heads, self.head_dim)).transpose(1, 2)
         q, k, v = qkv_BHNI.split((heads, kv_heads, kv_heads), dim=1)
@@ -120,7 +137,7 @@ class SelfAttention(nn.Module):
 
 
 class AttentionProcessor:
-    """Attention of a `SelfAttention` by the backend that diffusers' `set_attention_backend` chose."""
+    """Computation of `SelfAttention`, by the backend that diffusers' `set_attention_backend` chose."""
 
     _attention_backend: str | None = None
     _parallel_config: Any = None
@@ -148,30 +165,12 @@ class AttentionProcessor:
         return attention.dropout(attention.proj(y_BNHI.flatten(2)))
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of an image to those of a text, with PyTorch's kernels, which take a mask.
+class CrossAttention(Heads):
+    """Attention from the tokens of an image to those of a text, with PyTorch's kernels, which take a mask."""
 
-    Arguments as for `SelfAttention`.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        qk_norm: bool = False,
-        head_dim: int | None = None,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_dim = head_dim or dim // num_heads
-        self.q = nn.Linear(dim, num_heads * self.head_dim)
+    def make_input_projections(self, dim: int) -> None:
+        self.q = nn.Linear(dim, self.num_heads * self.head_dim)
         self.kv = nn.Linear(dim, 2 * self.num_kv_heads * self.head_dim)
-        self.proj = nn.Linear(num_heads * self.head_dim, dim)
-        self.q_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor, text_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Attend where the mask is true; each text needs at least one true value."""
@@ -187,3 +186,15 @@ class CrossAttention(nn.Module):
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return self.dropout(self.proj(y_BHNI.transpose(1, 2).flatten(2)))
+
+
+def _use_attention_layers(module: ModuleType) -> None:
+    SelfAttention.__bases__ = (Heads, module.AttentionModuleMixin)
+
+
+def _use_attention_backends(module: ModuleType) -> None:
+    AttentionProcessor.attend = staticmethod(module.dispatch_attention_fn)
+
+
+when_imported("diffusers.models.attention", _use_attention_layers)
+when_imported("diffusers.models.attention_dispatch", _use_attention_backends)

@@ -13,7 +13,7 @@ EPS = 1e-6
 def make_norm(kind: Literal["layernorm", "rmsnorm"], dim: int) -> nn.Module:
     """A norm over the last axis, eps 1e-6: LayerNorm without parameters, or RMSNorm with a learned scale.
 
-    adaLN gives scale and shift; the published models with RMSNorm learn its scale too.
+    adaLN gives scale and shift; the papers' models with RMSNorm learn its scale too.
     """
     return nn.LayerNorm(dim, elementwise_affine=False, eps=EPS) if kind == "layernorm" else nn.RMSNorm(dim, eps=EPS)
 

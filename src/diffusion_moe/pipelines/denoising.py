@@ -1,4 +1,4 @@
-"""What our pipelines share: noise, the scheduler's loop with guidance, and decoding.
+"""The base of our pipelines: noise, the scheduler's loop with guidance, and decoding.
 
 Shape suffixes: B images, C channels, H and W pixels of the model's own space (latents, or the image itself).
 """
@@ -6,9 +6,8 @@ Shape suffixes: B images, C channels, H and W pixels of the model's own space (l
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,40 +26,28 @@ from ..diffusion.guidance import inside
 from ..diffusion.prediction import convert
 from ..models import Backbone
 from ..moe import scale_thresholds
+from .request import Request
 from .schedulers import check_scheduler, wants_variance
 
-StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 Conditions = dict[str, Tensor | None]
-"""Arguments of the model's forward beside image and time, a row an image."""
+"""Arguments of the model's forward besides image and time; the first axis is the image."""
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a call asks for, whatever the condition."""
-
-    steps: int
-    guidance_scale: float
-    guidance_interval: tuple[float, float]
-    guidance_channels: int | None
-    height: int | None
-    width: int | None
-    generator: torch.Generator | list[torch.Generator] | None
-    latents: Tensor | None
-    threshold_scale: float
-    output_type: str
-    callback: StepCallback | PipelineCallback | MultiPipelineCallbacks | None
-    callback_inputs: Sequence[str]
-
-
 class DenoisingPipeline(DiffusionPipeline):
-    """A transformer, a scheduler that fits it, and perhaps a VAE."""
+    """A transformer, a scheduler that fits it, and an optional VAE."""
 
     _optional_components = ["vae"]  # noqa: RUF012 - the names and types are diffusers'
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def set_up(self, transformer: Backbone, scheduler: SchedulerMixin, vae: AutoencoderKL | None, **more: Any) -> None:
         """Register the components.
+
+        Args:
+            transformer: a DiT or JiT.
+            scheduler: a scheduler that fits it.
+            vae: the decoder of its latents, if any.
+            more: further components by name.
 
         Raises:
             ValueError: the scheduler or the vae does not fit the transformer.
@@ -77,71 +64,79 @@ class DenoisingPipeline(DiffusionPipeline):
         return self.transformer.settings
 
     @property
-    def draws_pixels(self) -> bool:
-        """Whether the transformer's output is the image itself."""
+    def generates_pixels(self) -> bool:
+        """True if the transformer's output is the image itself."""
         return self.vae is None and self.settings.in_channels in (1, 3)
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance of the steps to come; a callback may set `_guidance_scale`."""
+        """Guidance scale of the next steps; a callback may set `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def interrupt(self) -> bool:
-        """Whether the steps to come are left out; a callback may set `_interrupt`."""
+        """True to skip the next steps; a callback may set `_interrupt`."""
         return self._interrupt
 
     @property
-    def shrinks_by(self) -> int:
-        """Pixels of the image, on a side, to one of the model's space."""
+    def downscaling(self) -> int:
+        """Ratio of the image's height to that of its latents."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def check_request(self, request: Request) -> Sequence[str]:
-        """Whether a call can be served; the names of the tensors its callback is given.
+        """Check a call.
+
+        Returns:
+            Names of the tensors that the callback gets.
 
         Raises:
-            ValueError: arguments that do not fit the model or each other; each says what would.
+            ValueError: arguments that do not fit the model or each other; the message says what would.
         """
         check_scheduler(self.scheduler, self.settings)
         check_vae(self.vae, self.settings)
         self._check_guidance(request.guidance_scale, request.guidance_interval, request.guidance_channels)
         self._check_output_type(request.output_type)
-        inputs = request.callback_inputs
-        if isinstance(request.callback, PipelineCallback | MultiPipelineCallbacks):
-            inputs = request.callback.tensor_inputs
-        if unknown := set(inputs) - set(self._callback_tensor_inputs):
+        callback, inputs = request.callback_on_step_end, request.callback_on_step_end_tensor_inputs
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            inputs = callback.tensor_inputs
+        unknown = set(inputs) - set(self._callback_tensor_inputs)
+        if unknown:
             raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
         return inputs
 
     def denoise(
         self, count: int, conditions: Conditions, null: Conditions | None, request: Request, return_dict: bool
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw `count` images.
+        """Generate images.
 
         Args:
-            conditions: what they show. null: what guidance compares with; None: nothing.
+            count: number of images.
+            conditions: conditions of the images.
+            null: conditions that guidance leads away from; None: the model has none.
+            request: options of the call.
+            return_dict: return an `ImagePipelineOutput`; false: a tuple.
         """
-        settings, callback_inputs = self.settings, self.check_request(request)
+        callback, callback_inputs = request.callback_on_step_end, self.check_request(request)
         self._guidance_scale, self._interrupt = request.guidance_scale, False
         x = self._noise(count, request)
         step_options = self._step_options(request.generator)
-        channels = request.guidance_channels or settings.in_channels
+        channels = request.guidance_channels or self.settings.in_channels
         with self._inference(request.threshold_scale):
-            for i, step in enumerate(self.progress_bar(self._timesteps(request.steps))):
+            for i, step in enumerate(self.progress_bar(self._timesteps(request.num_inference_steps))):
                 if self.interrupt:
                     continue
                 output = self._scheduler_input(x, i, step, conditions, null, channels, request.guidance_interval)
                 x = self.scheduler.step(output, step, x, **step_options, return_dict=False)[0]
-                if request.callback is not None:
+                if callback is not None:
                     tensors = {"latents": x} if callback_inputs else {}
-                    x = request.callback(self, i, step, tensors).get("latents", x)  # type: ignore[operator]
+                    x = callback(self, i, step, tensors).get("latents", x)  # type: ignore[operator]
         output_type = request.output_type
         images = self.image_processor.postprocess(x if output_type == "latent" else self.decode(x), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The images of latents, (B, channels, H, W), in [-1, 1] by convention; pixels are already that."""
+        """Images, (B, channels, H, W), in [-1, 1], of latents; pixels are returned as they are."""
         if self.vae is None:
             return latents
         latents = LatentScaling.of_vae(self.vae.config).unscaled(latents)
@@ -156,27 +151,27 @@ class DenoisingPipeline(DiffusionPipeline):
         if scale == 1:
             return
         if not self.settings.guidable:
-            raise ValueError(f"guidance_scale is {scale}, but the model has no null class; leave it at 1")
+            raise ValueError(f"guidance_scale is {scale}, but the model has no null class; set it to 1")
         if self.settings.process == "ddpm" and tuple(interval) != (0.0, 1.0):
             raise ValueError(
-                f"guidance_interval is {interval}, but a ddpm model has steps, no times; leave it at (0, 1)"
+                f"guidance_interval is {interval}, which is not supported for models of process ddpm; remove it"
             )
 
     def _check_output_type(self, output_type: str) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
-        if output_type != "latent" and self.vae is None and not self.draws_pixels:
+        if output_type != "latent" and self.vae is None and not self.generates_pixels:
             raise ValueError(
-                f"output_type {output_type!r} needs a vae, as the model draws latents; give one "
+                f"output_type {output_type!r} needs a vae, as the model generates latents; give one "
                 "(pipe.register_modules(vae=AutoencoderKL.from_pretrained(...))) or output_type='latent'"
             )
 
     def _noise(self, count: int, request: Request) -> Tensor:
-        """Where the scheduler starts, float32: the noise of the model's process."""
+        """Initial noise of the scheduler, float32, with the standard deviation of the model's process."""
         settings, latents, generator = self.settings, request.latents, request.generator
         shape = (count, settings.in_channels, *self._size(request.height, request.width))
         if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"generator is a list of {len(generator)} for {count} images; give one an image")
+            raise ValueError(f"generator is a list of {len(generator)} for {count} images; give one per image")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
@@ -185,18 +180,18 @@ class DenoisingPipeline(DiffusionPipeline):
         return scale * latents.to(self._execution_device, torch.float32)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width in the model's space, of an image's in pixels."""
-        multiple = self.shrinks_by * self.settings.patch_size
+        """Height and width in the model's space, from those of an image in pixels."""
+        multiple = self.downscaling * self.settings.patch_size
         sides = []
         for name, side in (("height", height), ("width", width)):
-            side = self.settings.sample_size * self.shrinks_by if side is None else side
+            side = self.settings.sample_size * self.downscaling if side is None else side
             if side < multiple or side % multiple:
                 raise ValueError(f"{name} is {side}; it must be a positive multiple of {multiple}")
-            sides.append(side // self.shrinks_by)
+            sides.append(side // self.downscaling)
         return sides[0], sides[1]
 
     def _timesteps(self, steps: int) -> Tensor:
-        """Prepare the scheduler; Euler's steps are made equal before its own shift."""
+        """Timesteps of the prepared scheduler; Euler's steps are equal before its own shift."""
         if steps < 1:
             raise ValueError(f"num_inference_steps is {steps}; it must be positive")
         even = {}
@@ -211,7 +206,7 @@ class DenoisingPipeline(DiffusionPipeline):
 
     @contextmanager
     def _inference(self, threshold_scale: float) -> Iterator[None]:
-        """The transformer in eval mode (routers of kind diffmoe pool the batch otherwise) and its thresholds scaled."""
+        """Context with the transformer in eval mode and its thresholds scaled."""
         scale_thresholds(self.transformer, threshold_scale)
         training = self.transformer.training
         self.transformer.eval()
@@ -231,46 +226,46 @@ class DenoisingPipeline(DiffusionPipeline):
         channels: int,
         interval: tuple[float, float],
     ) -> Tensor:
-        """What the scheduler takes at its i-th step: epsilon and perhaps its variance, or dx/dsigma, float32."""
+        """Input of the scheduler at its i-th step: epsilon, with its variance if wanted, or dx/dsigma, float32."""
         settings, C = self.settings, self.settings.in_channels
         guides = self.guidance_scale != 1
         if settings.process == "ddpm":
             output = self._predict(x, step, conditions, null if guides else None, channels)
             return output if wants_variance(self.scheduler) else output[:, :C]
-        # Not from the timestep, which some schedulers round: sigma is 1 - t.
+        # t is 1 - sigma. Some schedulers round their timesteps, so these are not used.
         t = 1 - self.scheduler.sigmas[i].to(x.device, torch.float32)
-        # Rounded, as 1 - sigma misses ends such as 0.1, which steps of equal t meet, by the last bits.
+        # Rounded, because 1 - sigma differs in the last bits from an end such as 0.1.
         guides = guides and inside(t.round(decimals=6), interval)
         output = self._predict(x, t, conditions, null if guides else None, channels)
         return -convert(output[:, :C], x, t, settings.prediction, "velocity", settings.min_gap)
 
     def _predict(self, x: Tensor, t: Tensor, conditions: Conditions, null: Conditions | None, channels: int) -> Tensor:
-        """What the transformer answers, with guidance of the first channels, float32, (B, C or 2C, H, W)."""
+        """Output of the transformer, with guidance of the first channels, float32, (B, C or 2C, H, W)."""
 
-        def answer(x: Tensor, conditions: Conditions) -> Tensor:
+        def output_of(x: Tensor, conditions: Conditions) -> Tensor:
             return self.transformer(x.to(self.transformer.dtype), t, **conditions, return_dict=False)[0].float()
 
         if null is None:
-            return answer(x, conditions)
-        # Where routing pools the batch, a doubled one would mix the two.
+            return output_of(x, conditions)
+        # A router that pools the batch would mix the two halves of a doubled batch.
         if self.settings.pools_batch:
-            without, output = answer(x, null), answer(x, conditions)
+            without, output = output_of(x, null), output_of(x, conditions)
         else:
             pairs = {name: (null[name], conditions[name]) for name in conditions}
             both = {name: None if a is None or b is None else torch.cat((a, b)) for name, (a, b) in pairs.items()}
-            without, output = answer(torch.cat((x, x)), both).chunk(2)
+            without, output = output_of(torch.cat((x, x)), both).chunk(2)
         guided_part = torch.lerp(without[:, :channels], output[:, :channels], self.guidance_scale)
         return torch.cat((guided_part, output[:, channels:]), dim=1)
 
 
 def check_vae(vae: AutoencoderKL | None, settings: ModelConfig) -> None:
-    """Refuse a vae of other latents.
+    """Refuse a vae whose latents have another number of channels than the transformer's.
 
     Raises:
-        ValueError: it has another number of channels than the transformer.
+        ValueError: the numbers differ.
     """
     if vae is not None and vae.config.latent_channels != settings.in_channels:
         raise ValueError(
             f"the vae has {vae.config.latent_channels} latent channels, but the transformer {settings.in_channels}; "
-            "take the vae whose latents it was trained on"
+            "use the vae whose latents it was trained on"
         )

@@ -1,4 +1,4 @@
-"""Which schedulers of diffusers fit a model, and the one it gets by default."""
+"""The schedulers of diffusers that fit a model, and its default one."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ FITTING: dict[Process, tuple[type, ...]] = {
     ),
     "ddpm": (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler),
 }
-"""The classes that the pipeline is tested with."""
+"""Classes that the pipelines are tested with, by the model's process."""
 
 
 def default_scheduler(settings: ModelConfig) -> SchedulerMixin:
-    """The scheduler a model is saved with.
+    """Scheduler that a model is saved with.
 
-    Flow models get Euler's method in equal steps. DDPM models get DDIM: deterministic, good in few steps, and it needs
-    no variance, so that one choice serves models with and without learned variance. It starts at the noisiest step
-    ("trailing") and does not clip: latents are not bound to [-1, 1], nor did the papers clip.
+    Flow models get Euler's method in equal steps. DDPM models get DDIM, which is deterministic, good in few steps, and
+    independent of a learned variance. It starts at the noisiest step ("trailing") and does not clip, as in the papers.
     """
     if settings.process == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=1.0)
@@ -52,13 +51,13 @@ def default_scheduler(settings: ModelConfig) -> SchedulerMixin:
 
 
 def check_scheduler(scheduler: SchedulerMixin, settings: ModelConfig) -> None:
-    """Refuse a scheduler whose answer would be wrong.
+    """Refuse a scheduler whose result would be wrong.
 
     Raises:
         ValueError: names the class, what is wrong with it, and the classes that fit.
     """
     fitting = FITTING[settings.process]
-    problem = _problem(scheduler, settings) if isinstance(scheduler, fitting) else "steps another process"
+    problem = _problem(scheduler, settings) if isinstance(scheduler, fitting) else "is for another process"
     if problem:
         raise ValueError(
             f"{type(scheduler).__name__} does not fit: it {problem}. A model of process {settings.process} takes "
@@ -67,7 +66,7 @@ def check_scheduler(scheduler: SchedulerMixin, settings: ModelConfig) -> None:
 
 
 def _problem(scheduler: SchedulerMixin, settings: ModelConfig) -> str:
-    """What is wrong with a scheduler of a fitting class; empty if nothing is."""
+    """Problem of a scheduler of a fitting class; empty if there is none."""
     config = scheduler.config
     if settings.process == "ddpm":
         return _ddpm_problem(scheduler, settings)
@@ -92,12 +91,12 @@ def _ddpm_problem(scheduler: SchedulerMixin, settings: ModelConfig) -> str:
     variance = config.get("variance_type") or "fixed"
     if variance.startswith("learned"):
         if not isinstance(scheduler, DDPMScheduler):
-            return f"has no use for variance_type={variance!r}; make it with variance_type=None"
+            return f"does not support variance_type={variance!r}; make it with variance_type=None"
         if variance != "learned_range" or not settings.learn_sigma:
             return f"has variance_type={variance!r}, which the model does not predict (learn_sigma learns a range)"
     return ""
 
 
 def wants_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler takes the learned variance beside epsilon."""
+    """True if the scheduler takes the learned variance together with epsilon."""
     return scheduler.config.get("variance_type") == "learned_range"
