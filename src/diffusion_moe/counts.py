@@ -56,7 +56,7 @@ def model_flops(config: ModelConfig) -> Flops:
     """Count the matmuls of a model in training, where DiffMoE's experts take their share of the one image's tokens."""
     outside, blocks = 0, [0] * config.depth
     for name, shape in parameter_shapes(config).items():
-        flops = 2 * _matmul_rows(config, name) * math.prod(shape[1:] if is_expert_matrix(name) else shape)
+        flops = 2 * matmul_rows(config, name) * math.prod(shape[1:] if is_expert_matrix(name) else shape)
         if name.startswith("blocks."):
             blocks[block_index(name)] += flops
         else:
@@ -69,7 +69,7 @@ def model_flops(config: ModelConfig) -> Flops:
     return Flops(outside, tuple(blocks))
 
 
-def _matmul_rows(config: ModelConfig, name: str) -> int:
+def matmul_rows(config: ModelConfig, name: str) -> int:
     """Rows of one image that are multiplied by a parameter; 0 if it is no matrix of a matmul."""
     if is_expert_matrix(name):
         return num_assignments(config, block_index(name))

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import ParallelConfig, Recipe
 from ..counts import Size, images_per_process, model_size, num_image_tokens
 from ..training.layout_checks import check_adapters, check_parallel
+from .activations import kept_activations
 from .compute import Compute, compute_of
 from .memory import Memory, Tensors, received_bytes
 from .options import PlanOptions
@@ -100,9 +101,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     world = _product(layouts[0])
     images = images_per_process(training.batch_size, training.accumulation, world)
     tensors = Tensors(recipe)
-    from .activations import trace_saved  # needs torch, as nothing else here does
-
-    kept = trace_saved(recipe, images, spread=world > 1).kept(training.recompute)
+    kept = kept_activations(recipe, images, sharded=world > 1).total(training.recompute)
     received = received_bytes(recipe, images)
     found = []
     for layout in layouts:
