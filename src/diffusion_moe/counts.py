@@ -124,6 +124,12 @@ def is_moe_block(config: ModelConfig, index: int) -> bool:
     return config.rule is not None and index >= config.first_k_dense and (index + 1) % config.moe_layer_freq == 0
 
 
+def in_middle_half(config: ModelConfig, index: int) -> bool:
+    """True for the blocks that have dropout, as in JiT."""
+    quarter = config.depth // 4
+    return quarter <= index < 3 * quarter
+
+
 def has_cross_attention(config: ModelConfig) -> bool:
     """True where the blocks attend to a text beside their own tokens."""
     return config.text_dim > 0 and config.text_conditioning == "cross"

@@ -16,6 +16,7 @@ from ..counts import (
     TIME_FREQUENCIES,
     block_index,
     has_cross_attention,
+    in_middle_half,
     is_expert_matrix,
     is_moe_block,
     matmul_rows,
@@ -83,11 +84,12 @@ class ForwardPass:
         self.sharded = sharded
         self.shapes = parameter_shapes(recipe.model)
 
-    def cast(self, *names: str) -> int:
-        """Weights that autocast casts and keeps; where blocks are sharded, theirs are gathered in low precision."""
-        if self.low == FLOAT32 or (self.sharded and names[0].startswith("blocks.")):
+    def cast(self, *prefixes: str) -> int:
+        """Matrices that autocast casts and keeps; where blocks are sharded, theirs are gathered in low precision."""
+        if self.low == FLOAT32 or (self.sharded and prefixes[0].startswith("blocks.")):
             return 0
-        return sum(self.low * math.prod(self.shapes[name]) for name in names)
+        matrices = [shape for name, shape in self.shapes.items() if name.startswith(prefixes) and len(shape) > 1]
+        return sum(self.low * math.prod(shape) for shape in matrices)
 
     # Outside of the blocks
 
@@ -99,8 +101,8 @@ class ForwardPass:
         if config.backbone == "jit":
             assert config.bottleneck_dim is not None
             kept += self.low * B * num_image_tokens(config) * config.bottleneck_dim
-            kept += self.cast("x_embedder.proj2.weight")
-        kept += self.low * B * (TIME_FREQUENCIES + 2 * D) + self.cast("t_embedder.mlp.2.weight")
+            kept += self.cast("x_embedder.proj2.")
+        kept += self.low * B * (TIME_FREQUENCIES + 2 * D) + self.cast("t_embedder.mlp.2.")
         kept += INT64 * B if config.num_classes else 0
         kept += self.text_embedder() if config.text_dim else 0
         loss = FLOAT32 * patches * (1 + config.learn_sigma)
@@ -110,7 +112,7 @@ class ForwardPass:
         config, B, D, W, low = self.config, self.images, self.config.hidden_size, self.config.text_dim, self.low
         rows, pooled = B * config.text_length, config.text_pooled_dim
         kept = low * (rows * (W + 2 * D) + B * ((pooled or W) + 2 * D))
-        kept += self.cast("text_embedder.mlp.2.weight", "text_embedder.pool.2.weight")
+        kept += self.cast("text_embedder.mlp.2.", "text_embedder.pool.2.")
         if config.text_null == "empty":
             return kept  # nothing before the first layers learns
         joint = config.text_conditioning == "joint"
@@ -120,13 +122,13 @@ class ForwardPass:
             pool = B if joint else 0  # another mask
         else:
             pool = FLOAT32 * (rows + B)  # the mean's weights and their sum
-        return kept + masks + norm + pool + self.cast("text_embedder.mlp.0.weight", "text_embedder.pool.0.weight")
+        return kept + masks + norm + pool + self.cast("text_embedder.mlp.0.", "text_embedder.pool.0.")
 
     def final_layer(self) -> int:
         config, B, D, low = self.config, self.images, self.config.hidden_size, self.low
         T = B * num_image_tokens(config)
         kept = low * (2 * B * D + 2 * T * D)  # condition, scale, normed and modulated tokens
-        kept += self.cast("final_layer.adaln.1.weight", "final_layer.linear.weight")
+        kept += self.cast("final_layer.")
         rms = config.backbone == "jit" and config.norm == "rmsnorm"
         if rms and low < FLOAT32:
             return kept + self.norm(T, rms=True)
@@ -159,7 +161,7 @@ class ForwardPass:
         config, B, D, low = self.config, self.images, self.config.hidden_size, self.low
         name, T = f"blocks.{index}", B * num_tokens(config, index)
         rms = config.norm == "rmsnorm"
-        kept = low * 7 * B * D + self.cast(f"{name}.adaln.1.weight")  # condition, then shifts, scales and gates
+        kept = low * 7 * B * D + self.cast(f"{name}.adaln.")  # condition, then shifts, scales and gates
         # Twice: norm, scale, normed tokens, result before the gate.
         kept += 2 * (self.norm(T, rms) + low * (B * D + 2 * T * D))
         kept += self.attention(f"{name}.attn", index)
@@ -168,15 +170,14 @@ class ForwardPass:
         if is_moe_block(config, index):
             return kept + self.moe_layer(f"{name}.mlp", T, num_assignments(config, index, B))
         dropout = bool(config.dropout) and in_middle_half(config, index)
-        names = ("gate_proj", "up_proj", "down_proj") if config.mlp_activation == "swiglu" else ("up_proj", "down_proj")
-        return kept + low * T * D + self.feed_forward(f"{name}.mlp", T, config.mlp_width, names, dropout)
+        return kept + low * T * D + self.feed_forward(f"{name}.mlp", T, config.mlp_activation, dropout)
 
     def attention(self, name: str, index: int) -> int:
         """Self-attention."""
         config, B, N, low = self.config, self.images, num_tokens(self.config, index), self.low
         H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
         in_middle = in_middle_half(config, index)
-        kept = low * T * config.hidden_size + self.cast(f"{name}.qkv.weight", f"{name}.proj.weight")
+        kept = low * T * config.hidden_size + self.cast(f"{name}.")
         kept += low * T * config.hidden_size if config.dropout and in_middle else 0
         if config.qk_norm:
             kept += self.head_norm(T * H) + self.head_norm(T * K)
@@ -201,8 +202,7 @@ class ForwardPass:
         config, B, N, low = self.config, self.images, num_tokens(self.config, index), self.low
         H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
         L = config.text_length
-        kept = low * T * config.hidden_size
-        kept += self.cast(f"{name}.q.weight", f"{name}.kv.weight", f"{name}.proj.weight")
+        kept = low * T * config.hidden_size + self.cast(f"{name}.")
         kept += low * T * config.hidden_size if config.dropout and in_middle_half(config, index) else 0
         kept += low * (2 * T * H * I + B * L * 2 * K * I + B * L) + FLOAT32 * T * H
         if config.qk_norm:
@@ -232,10 +232,8 @@ class ForwardPass:
         dropout = bool(config.expert_dropout)
         kept += self.dropped_experts(name, A) if dropout else self.experts(name, T, A)
         if config.shared in ("gelu", "swiglu"):
-            width = config.shared_dim or config.expert_dim
-            names = ("gate_proj", "up_proj", "down_proj") if config.shared == "swiglu" else ("up_proj", "down_proj")
             if not self.recomputes_experts:
-                kept += self.feed_forward(f"{name}.shared", T, width, names, dropout)
+                kept += self.feed_forward(f"{name}.shared", T, config.shared, dropout)
         elif dropout and low < FLOAT32:
             kept -= low * T * D
         return kept
@@ -251,7 +249,7 @@ class ForwardPass:
         if not self.recomputes_experts:
             kept += self.low * A * columns
         if A < KEEP_CAST_BELOW * E:
-            kept += self.cast(f"{name}.experts.w_in", f"{name}.experts.w_out")
+            kept += self.cast(f"{name}.experts.w_")
         if config.expert_bias:
             kept += INT64 * A + FLOAT32 * T * E
         return kept
@@ -263,14 +261,12 @@ class ForwardPass:
         kept = low * A * (2 * D + columns + (3 if columns > F else 2) * F)
         kept += A * (INT64 + FLOAT32) + FLOAT32 * A * D + FLOAT32 * config.num_experts
         kept += 2 * INT64 * A if config.expert_bias else 0
-        return kept + self.cast(f"{name}.experts.w_in", f"{name}.experts.w_out")
+        return kept + self.cast(f"{name}.experts.w_")
 
-    def feed_forward(self, name: str, T: int, F: int, layers: tuple[str, ...], dropout: bool) -> int:
+    def feed_forward(self, name: str, T: int, activation: str, dropout: bool) -> int:
         """A dense feed-forward layer without its input: the first projection, or with dropout each operator's input."""
-        if not dropout:
-            return self.low * T * F * (len(layers) - 1)
-        kept = self.low * T * F * (5 if len(layers) == 3 else 3)
-        return kept + self.cast(*(f"{name}.{layer}.weight" for layer in layers))
+        hidden, gated = self.low * T * self.shapes[f"{name}.up_proj.weight"][0], activation == "swiglu"
+        return hidden * (5 if gated else 3) + self.cast(f"{name}.") if dropout else hidden * (2 if gated else 1)
 
     def adapters(self, init: InitConfig) -> Iterator[tuple[str, int]]:
         """Each layer with an adapter, and at most what is kept more because of that."""
@@ -289,9 +285,3 @@ class ForwardPass:
                 if self.low < FLOAT32:  # peft casts the input to float32, autocast casts it again
                     kept += (FLOAT32 + self.low) * rows * inputs + self.low * rank * (inputs + outputs)
                 yield layer, kept
-
-
-def in_middle_half(config: ModelConfig, index: int) -> bool:
-    """True for the blocks that have dropout, as in JiT."""
-    quarter = config.depth // 4
-    return quarter <= index < 3 * quarter

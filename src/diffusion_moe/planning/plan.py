@@ -55,6 +55,11 @@ class Plan:
         return fitting[0] if fitting else min(self.layouts, key=lambda layout: layout.memory.total)
 
     @property
+    def bounds_activations(self) -> bool:
+        """True where the activations are an upper bound: with frozen weights and adapters autograd keeps less."""
+        return bool(self.recipe.init.freeze) or self.recipe.init.lora_rank is not None
+
+    @property
     def images_per_process(self) -> int:
         """Images of a process in a micro-batch."""
         return self.recipe.training.batch_size // (self.world * self.recipe.training.accumulation)

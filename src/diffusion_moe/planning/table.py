@@ -41,7 +41,8 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     log("memory of a process")
     for field, label in MEMORY.items():
         if value := getattr(layout.memory, field):
-            row(label, _bytes(value))
+            at_most = ", at most" if field == "activations" and plan.bounds_activations else ""
+            row(label, _bytes(value) + at_most)
     row("together", f"{_bytes(layout.memory.total)} of {options.memory_gb:g} GB{'' if layout.fits else ': too much'}")
     log("on the disk")
     row("a checkpoint", _bytes(plan.checkpoint_bytes))
