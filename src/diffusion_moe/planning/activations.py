@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..config import InitConfig, ModelConfig, Recipe
+from ..config import InitConfig, Recipe
 from ..counts import (
     TIME_FREQUENCIES,
     block_index,
@@ -212,9 +212,9 @@ class ForwardPass:
 
     def head_norm(self, rows: int) -> int:
         """RMSNorm of heads, in float32; in low precision also its input in float32 and its cast weight."""
-        I = self.config.head_width  # noqa: E741
-        kept = FLOAT32 * rows * (I + 1)
-        return kept if self.low == FLOAT32 else kept + FLOAT32 * rows * I + self.low * I
+        width = self.config.head_width
+        kept = FLOAT32 * rows * (width + 1)
+        return kept if self.low == FLOAT32 else kept + FLOAT32 * rows * width + self.low * width
 
     def other_layout(self, T: int, N: int) -> int:
         """After a norm of heads, attention's result has another layout than its projection's input."""
