@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from activation_trace import blank_inputs
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from model_configs import model_configs
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion_moe.config import ModelConfig, read_recipe, recipe_names
+from diffusion_moe.config import read_recipe, recipe_names
 from diffusion_moe.counts import (
     buffer_bytes,
     buffer_shapes,
@@ -17,7 +18,6 @@ from diffusion_moe.counts import (
 )
 from diffusion_moe.models import make_model
 from diffusion_moe.moe import GroupedExperts
-from diffusion_moe.planning.activations import blank_inputs
 
 
 def check_counts(config):
@@ -51,54 +51,7 @@ def test_of_shipped_recipes(name):
     check_counts(read_recipe(name).model)
 
 
-@st.composite
-def configs(draw):
-    """Settings that change shapes or matmuls, with every routing rule and backbone."""
-    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
-    chosen = {
-        "backbone": pick("dit", "jit"),
-        "in_channels": pick(1, 3),
-        "learn_sigma": pick(True, False),
-        "depth": pick(1, 4),
-        "num_kv_heads": pick(None, 2, 1),
-        "head_dim": pick(None, 12),
-        "qk_norm": pick(True, False),
-        "attention_sinks": pick(True, False),
-        "norm": pick("layernorm", "rmsnorm"),
-        "position": pick("sincos", "rope1d", "rope2d", "sincos+rope2d"),
-        "mlp_activation": pick("gelu", "silu", "swiglu"),
-        "mlp_bias": pick(True, False),
-        "mlp_dim": pick(None, 20),
-        "dropout": pick(0.0, 0.1),
-        "num_classes": pick(0, 7),
-        "null_class": pick(True, False),
-        "router": pick("dense", "tc", "ec", "diffmoe", "dsmoe"),
-        "num_experts": pick(4, 8),
-        "expert_dim": pick(16, 24),
-        "expert_activation": pick("gelu", "swiglu"),
-        "expert_bias": pick(True, False),
-        "expert_dropout": pick(0.0, 0.1),
-        "top_k": pick(1, 3),
-        "capacity": pick(0.1, 1.0, 1.3),
-        "shared": pick("none", "identity", "gelu", "swiglu"),
-        "shared_dim": pick(None, 20),
-        "shared_bias": pick(True, False),
-        "balance": pick("none", "aux", "bias"),
-        "moe_layer_freq": pick(1, 2),
-        "first_k_dense": pick(0, 2),
-    }
-    if pick(True, False):
-        chosen |= {"text_dim": 12, "text_length": 5, "text_pooled_dim": pick(0, 6)}
-        chosen |= {"text_null": pick("learned", "empty"), "text_conditioning": pick("cross", "joint")}
-    if chosen.get("text_conditioning") != "joint":
-        chosen["sliding_window"] = pick(0, 3)
-    if chosen["backbone"] == "jit":
-        chosen |= {"bottleneck_dim": 6, "class_tokens_from": pick(0, chosen["depth"] - 1)}
-        chosen["class_tokens"] = pick(0, 3) if chosen["num_classes"] else 0
-    return ModelConfig(sample_size=8, hidden_size=32, num_heads=4, **chosen)
-
-
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(configs())
+@given(model_configs())
 def test_of_any_settings(config):
     check_counts(config)

@@ -43,14 +43,12 @@ def test_counting_and_listing_recipes_loads_no_torch():
     assert not loaded & {"torch", *LIBRARIES}
 
 
-def test_plans_load_torch_for_activations_alone():
-    assert "torch" not in loaded_by("import diffusion_moe.planning.plan, diffusion_moe.planning.table")
-    plan = "main(['plan', 'digits'])"
+def test_plans_load_no_torch():
     loaded = loaded_by(
-        f"import os; from diffusion_moe.cli import main; sys.stdout = open(os.devnull, 'w'); {plan}; "
-        "sys.stdout = sys.__stdout__"
+        "import os; from diffusion_moe.cli import main; sys.stdout = open(os.devnull, 'w'); "
+        "assert main(['plan', 'dsmoe-l-e48', '--world=8']) == 0; sys.stdout = sys.__stdout__"
     )
-    assert not loaded & LIBRARIES
+    assert "yaml" in loaded and not loaded & {"torch", *LIBRARIES}
 
 
 def test_the_first_training_step_loads_nothing_that_it_does_not_use(tiny, tmp_path):

@@ -56,7 +56,7 @@ def model_flops(config: ModelConfig) -> Flops:
     """Count the matmuls of a model in training, where DiffMoE's experts take their share of the one image's tokens."""
     outside, blocks = 0, [0] * config.depth
     for name, shape in parameter_shapes(config).items():
-        flops = 2 * _matmul_rows(config, name) * math.prod(shape[1:] if is_expert_matrix(name) else shape)
+        flops = 2 * matmul_rows(config, name) * math.prod(shape[1:] if is_expert_matrix(name) else shape)
         if name.startswith("blocks."):
             blocks[block_index(name)] += flops
         else:
@@ -69,7 +69,7 @@ def model_flops(config: ModelConfig) -> Flops:
     return Flops(outside, tuple(blocks))
 
 
-def _matmul_rows(config: ModelConfig, name: str) -> int:
+def matmul_rows(config: ModelConfig, name: str) -> int:
     """Rows of one image that are multiplied by a parameter; 0 if it is no matrix of a matmul."""
     if is_expert_matrix(name):
         return num_assignments(config, block_index(name))
@@ -122,6 +122,12 @@ def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
 def is_moe_block(config: ModelConfig, index: int) -> bool:
     """Whether block `index` is an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
     return config.rule is not None and index >= config.first_k_dense and (index + 1) % config.moe_layer_freq == 0
+
+
+def in_middle_half(config: ModelConfig, index: int) -> bool:
+    """True for the blocks that have dropout, as in JiT."""
+    quarter = config.depth // 4
+    return quarter <= index < 3 * quarter
 
 
 def has_cross_attention(config: ModelConfig) -> bool:

@@ -89,6 +89,14 @@ class RoutingRule:
         """Shapes of a router's parameters by name, for tokens of width `dim`."""
         return {"weight": (settings.num_experts, dim)}
 
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        """Bytes that autograd keeps of a router in training beside its input, for so many tokens and assignments.
+
+        A rule that is not among the library's own is taken to keep its scores and the indices of its choices.
+        """
+        return 4 * tokens * settings.num_experts + 16 * rows
+
     @staticmethod
     def has_fixed_weight(settings: RoutingSettings) -> bool:
         """True where the weights of a token's experts sum to `initial_weight` whatever the logits."""
@@ -108,6 +116,11 @@ class TokenChoiceRule(RoutingRule):
     @staticmethod
     def experts_per_token(settings: RoutingSettings) -> float:
         return settings.top_k
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        loads = 4 * settings.num_experts if settings.balance == "aux" else 0
+        return super().kept_bytes(settings, dim, tokens, rows) + loads
 
     @staticmethod
     def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
@@ -138,6 +151,12 @@ class DSMoERule(TokenChoiceRule):
         # Weights are normalised over the K; a single expert has its sigmoid, 0.5 at logit 0.
         return settings.routed_scaling_factor * (1.0 if settings.top_k > 1 else 0.5)
 
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        experts = settings.num_experts
+        shares = 4 * (tokens * experts + tokens + experts) if settings.balance == "aux" else 0
+        return 20 * rows + shares  # scores, experts and rows of the choices
+
     @staticmethod
     def has_fixed_weight(settings: RoutingSettings) -> bool:
         return settings.top_k > 1
@@ -151,6 +170,10 @@ class ExpertChoiceRule(RoutingRule):
     """EC-DiT: each expert takes the best tokens of each image."""
 
     reads = frozenset({"capacity"})
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        return 4 * tokens * settings.num_experts + 8 * rows
 
     @staticmethod
     def experts_per_token(settings: RoutingSettings) -> float:
@@ -179,6 +202,11 @@ class DiffMoERule(ExpertChoiceRule):
     @classmethod
     def num_assignments(cls, settings: RoutingSettings, tokens: int, images: int = 1) -> int:
         return settings.num_experts * cls.expert_capacity(settings, images * tokens)
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        # Scores, the predictor's hidden layer, its logits and their targets.
+        return 4 * tokens * (3 * settings.num_experts + dim)
 
     @staticmethod
     def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:

@@ -6,17 +6,14 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+from activation_trace import blank_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion_moe.benchmarks.counting import saved_bytes
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.models import make_model
-from diffusion_moe.moe import recompute_experts
-from diffusion_moe.moe.precision import use_cpu_matmul
-from diffusion_moe.planning.activations import blank_inputs, trace_saved
 from diffusion_moe.planning.compute import compute_of
 from diffusion_moe.planning.memory import Tensors, received_bytes
 from diffusion_moe.planning.options import PlanOptions
@@ -120,42 +117,6 @@ def test_a_process_of_many_holds_its_part(spread, tiny, fake_processes):
     for name, size in real.items():  # FSDP2 rounds parts up in a buffer of its own
         assert size <= planned[name] <= 1.05 * size, name
     assert planned["gathered"] > 0
-
-
-def check_kept(options, precision="fp32", recompute="none"):
-    recipe = read_recipe("digits", [*options, f"--training.precision={precision}", f"--training.recompute={recompute}"])
-    model = make_model(recipe.model).train()
-    recompute_experts(model, recompute == "experts")
-
-    def forward():
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), use_cpu_matmul("low_precision"):
-            out = model(*blank_inputs(recipe.model, 3))
-        return (out.sample.float() - 1).square().mean()
-
-    traced = trace_saved(recipe, 3)
-    real = saved_bytes(forward, [*model.parameters(), *model.buffers()])
-    assert traced.outside + sum(traced.blocks) == real
-    if recompute == "blocks":
-        assert traced.kept("blocks") == traced.outside + traced.inputs + max(traced.blocks) < real
-
-
-def test_what_autograd_keeps_is_traced_without_memory(options):
-    check_kept(options)
-
-
-@pytest.mark.parametrize(("precision", "recompute"), [("bf16", "none"), ("bf16", "experts"), ("fp32", "blocks")])
-@pytest.mark.parametrize("router", ["dsmoe", "diffmoe"])
-def test_what_autograd_keeps_in_each_way_to_compute(router, precision, recompute, tiny):
-    check_kept([*tiny, f"--model.router={router}"], precision, recompute)
-
-
-def test_recomputing_keeps_less(tiny):
-    recipe = read_recipe("digits", tiny)
-    again = read_recipe("digits", [*tiny, "--training.recompute=experts"])
-    rows, hidden = 16 * recipe.model.top_k, 2 * recipe.model.expert_dim
-    shared = 16 * 2 * recipe.model.expert_dim
-    less = trace_saved(recipe, 3).kept("none") - trace_saved(again, 3).kept("experts")
-    assert less == 3 * 4 * (rows * hidden + shared)  # the one mixture's hidden layers, float32
 
 
 def test_rows_received_from_other_processes(tiny):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..counts import is_moe_block
+from ..counts import in_middle_half, is_moe_block
 from ..moe import FeedForward, MoEFeedForward, MoEOutput, RouterConfig, RoutingReport
 from ..nn.attention import CrossAttention, SelfAttention
 from ..nn.norm import make_norm, modulate
@@ -100,9 +100,3 @@ def make_moe(config: ModelConfig) -> MoEFeedForward:
         shared_bias=config.shared_bias,
         dropout=config.expert_dropout,
     )
-
-
-def in_middle_half(config: ModelConfig, index: int) -> bool:
-    """True for the blocks that have dropout, as in JiT."""
-    quarter = config.depth // 4
-    return quarter <= index < 3 * quarter

@@ -1,126 +1,287 @@
-"""Bytes that autograd keeps of a forward pass, traced with tensors that have shapes and no memory.
+"""Bytes that autograd keeps of a forward pass, by formula: no torch, no model is built.
 
-It is the only part of a plan that needs torch.
+Tests compare each part with what autograd keeps of a real forward pass on a CPU, to the byte. Names: B images, N tokens
+of one image, T = B * N, L text tokens, D width, H heads, K key and value heads, I head width, F hidden width, A
+assignments, E experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from ..config import InitConfig, Recipe
+from ..counts import (
+    TIME_FREQUENCIES,
+    block_index,
+    has_cross_attention,
+    in_middle_half,
+    is_expert_matrix,
+    is_moe_block,
+    matmul_rows,
+    num_assignments,
+    num_image_tokens,
+    num_tokens,
+    parameter_shapes,
+)
+from ..routing_rules import TokenChoiceRule
+from .memory import trained_parameters
 
-from ..config import ModelConfig, Recipe
-from ..models import Backbone
-from ..moe import recompute_experts
-from ..moe.precision import use_cpu_matmul
-from ..training.initialization import make_trainable
-from ..training.parallelize import computes_in_float32
+FLOAT32, INT64 = 4, 8
+"""Bytes of an element."""
+KEEP_CAST_BELOW = 512
+"""Rows an expert below which the experts keep their cast weights (`moe.expert_autograd`)."""
 
 
-@dataclass
-class Saved:
+@dataclass(frozen=True)
+class Kept:
     """Bytes that are kept for the backward pass, without weights and their state."""
 
-    outside: int = 0
+    outside: int
     """Embedders, output layer and loss."""
-    blocks: list[int] = field(default_factory=list)
+    blocks: tuple[int, ...]
     """Each block."""
-    inputs: int = 0
+    inputs: int
     """Inputs of all blocks, which are all that is kept if blocks are recomputed."""
 
-    def kept(self, recompute: str) -> int:
+    def total(self, recompute: str) -> int:
         """Bytes at the end of the forward pass; with `recompute: blocks`, those of one block while it is recomputed."""
         if recompute == "blocks":
             return self.outside + self.inputs + max(self.blocks)
         return self.outside + sum(self.blocks)
 
 
-def trace_saved(recipe: Recipe, images: int, spread: bool = False) -> Saved:
-    """Trace one micro-batch of so many images, without allocating any memory; kernels are a CPU's.
+def kept_activations(recipe: Recipe, images: int, sharded: bool = False) -> Kept:
+    """Count what autograd keeps of one micro-batch of so many images.
+
+    With frozen weights or adapters the result is an upper bound, because autograd keeps nothing for frozen weights.
 
     Args:
-        spread: several processes, where FSDP2 gathers each block's weights in the dtype of the matmuls and frees them
+        sharded: several processes, where FSDP2 gathers each block's weights in the dtype of the matmuls and frees them
             afterwards, so that no casts are kept.
     """
-    with FakeTensorMode(), use_cpu_matmul("low_precision"):  # bfloat16 matmuls, as on a GPU
-        model = make_trainable(recipe).train()
-        recompute_experts(model, recipe.training.recompute == "experts")
-        if spread and recipe.training.precision == "bf16":
-            _narrow(model)
-        return _saved_of(model, recipe, images)
+    counted = ForwardPass(recipe, images, sharded)
+    outside = counted.outside()
+    blocks = [counted.block(index) for index in range(recipe.model.depth)]
+    blocks[0] += counted.shared_by_blocks()
+    for layer, kept in counted.adapters(recipe.init):
+        if layer.startswith("blocks."):
+            blocks[block_index(layer)] += kept
+        else:
+            outside += kept
+    return Kept(outside, tuple(blocks), counted.block_inputs())
 
 
-def _saved_of(model: Backbone, recipe: Recipe, images: int) -> Saved:
-    saved = Saved()
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    with _counted(model, saved, own):
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.training.precision == "bf16"):
-            out = model(*blank_inputs(recipe.model, images))
-        _ = (out.sample.float() - 1).square().mean()
-    return saved
+class ForwardPass:
+    """Kept bytes of each part of a forward pass."""
 
+    def __init__(self, recipe: Recipe, images: int, sharded: bool) -> None:
+        self.config, self.images = recipe.model, images
+        self.recomputes_experts = recipe.training.recompute == "experts"
+        self.low = 2 if recipe.training.precision == "bf16" else FLOAT32
+        """Bytes of an element of ordinary activations."""
+        self.sharded = sharded
+        self.shapes = parameter_shapes(recipe.model)
 
-@contextmanager
-def _counted(model: Backbone, saved: Saved, own: set[int]) -> Iterator[None]:
-    """Add up what autograd packs, every storage once, by the block that runs."""
-    seen, block_inputs, kept = set(own), set(own), []
-    saved.blocks, running = [0] * len(model.blocks), -1
+    def cast(self, *prefixes: str) -> int:
+        """Matrices that autocast casts and keeps; where blocks are sharded, theirs are gathered in low precision."""
+        if self.low == FLOAT32 or (self.sharded and prefixes[0].startswith("blocks.")):
+            return 0
+        matrices = [shape for name, shape in self.shapes.items() if name.startswith(prefixes) and len(shape) > 1]
+        return sum(self.low * math.prod(shape) for shape in matrices)
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)  # so that no storage's identity is given out twice
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            if running < 0:
-                saved.outside += storage.nbytes()
-            else:
-                saved.blocks[running] += storage.nbytes()
-        return tensor
+    # Outside of the blocks
 
-    def enter(block: nn.Module, inputs: tuple[object, ...]) -> None:
-        nonlocal running
-        running += 1
-        for tensor in [value for value in inputs if isinstance(value, Tensor)]:
-            kept.append(tensor)
-            storage = tensor.untyped_storage()
-            if storage._cdata not in block_inputs:
-                block_inputs.add(storage._cdata)
-                saved.inputs += storage.nbytes()
+    def outside(self) -> int:
+        """Embedders, output layer and loss."""
+        config, B, D = self.config, self.images, self.config.hidden_size
+        patches = B * num_image_tokens(config) * config.in_channels * config.patch_size**2
+        kept = self.low * patches
+        if config.backbone == "jit":
+            assert config.bottleneck_dim is not None
+            kept += self.low * B * num_image_tokens(config) * config.bottleneck_dim
+            kept += self.cast("x_embedder.proj2.")
+        kept += self.low * B * (TIME_FREQUENCIES + 2 * D) + self.cast("t_embedder.mlp.2.")
+        kept += INT64 * B if config.num_classes else 0
+        kept += self.text_embedder() if config.text_dim else 0
+        loss = FLOAT32 * patches * (1 + config.learn_sigma)
+        return kept + self.final_layer() + loss
 
-    def leave(*_: object) -> None:
-        nonlocal running
-        if running == len(model.blocks) - 1:
-            running = -1
+    def text_embedder(self) -> int:
+        config, B, D, W, low = self.config, self.images, self.config.hidden_size, self.config.text_dim, self.low
+        rows, pooled = B * config.text_length, config.text_pooled_dim
+        kept = low * (rows * (W + 2 * D) + B * ((pooled or W) + 2 * D))
+        kept += self.cast("text_embedder.mlp.2.", "text_embedder.pool.2.")
+        if config.text_null == "empty":
+            return kept  # nothing before the first layers learns
+        joint = config.text_conditioning == "joint"
+        masks = rows if joint else B  # where the null prompt is
+        norm = FLOAT32 * rows * (W + 2)
+        if pooled:
+            pool = B if joint else 0  # another mask
+        else:
+            pool = FLOAT32 * (rows + B)  # the mean's weights and their sum
+        return kept + masks + norm + pool + self.cast("text_embedder.mlp.0.", "text_embedder.pool.0.")
 
-    hooks = [block.register_forward_pre_hook(enter) for block in model.blocks]
-    hooks.append(model.blocks[-1].register_forward_hook(leave))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def final_layer(self) -> int:
+        config, B, D, low = self.config, self.images, self.config.hidden_size, self.low
+        T = B * num_image_tokens(config)
+        kept = low * (2 * B * D + 2 * T * D)  # condition, scale, normed and modulated tokens
+        kept += self.cast("final_layer.")
+        rms = config.backbone == "jit" and config.norm == "rmsnorm"
+        if rms and low < FLOAT32:
+            return kept + self.norm(T, rms=True)
+        # The norm keeps the tokens of text and class too, because it gets a part of one tensor.
+        others = num_tokens(config, config.depth - 1) - num_image_tokens(config)
+        return kept + self.norm(T, rms) + low * B * others * D
 
+    def norm(self, tokens: int, rms: bool) -> int:
+        """Norm over D: its input, and mean and inverse deviation, or for RMSNorm all in float32 with its result."""
+        D = self.config.hidden_size
+        return FLOAT32 * tokens * (2 * D + 1) if rms else self.low * tokens * (D + 2)
 
-def _narrow(model: Backbone) -> None:
-    """Give the blocks' weights the dtype in which FSDP2 gathers them."""
-    modules = [module for block in model.blocks for module in block.modules()]
-    wide = {id(parameter) for module in modules if computes_in_float32(module) for parameter in module.parameters()}
-    for module in modules:
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in wide:
-                setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16), parameter.requires_grad))
+    # Blocks
 
+    def block_inputs(self) -> int:
+        """Tokens of each block, and what all share: the condition, and the text with its mask."""
+        config = self.config
+        tokens = self.images * sum(num_tokens(config, index) for index in range(config.depth))
+        mask = self.images * config.text_length if has_cross_attention(config) else 0
+        return self.low * tokens * config.hidden_size + self.shared_by_blocks() + mask
 
-def blank_inputs(config: ModelConfig, images: int) -> tuple[Tensor | None, ...]:
-    """The arguments of a model's `forward` in their order: zeros, and texts of the greatest length."""
-    x = torch.zeros(images, config.in_channels, config.sample_size, config.sample_size)
-    t = torch.zeros(images, dtype=torch.long if config.process == "ddpm" else torch.float32)
-    labels = torch.zeros(images, dtype=torch.long) if config.num_classes else None
-    text = torch.zeros(images, config.text_length, config.text_dim) if config.text_dim else None
-    pooled = torch.zeros(images, config.text_pooled_dim) if config.text_pooled_dim else None
-    return x, t, labels, text, None, pooled
+    def shared_by_blocks(self) -> int:
+        """The condition, in float32 with a table of classes, and the text."""
+        config, D = self.config, self.config.hidden_size
+        text = self.low * self.images * config.text_length * D if has_cross_attention(config) else 0
+        return (FLOAT32 if config.num_classes else self.low) * self.images * D + text
+
+    def block(self, index: int) -> int:
+        """Block `index`, without what it shares with others."""
+        config, B, D, low = self.config, self.images, self.config.hidden_size, self.low
+        name, T = f"blocks.{index}", B * num_tokens(config, index)
+        rms = config.norm == "rmsnorm"
+        kept = low * 7 * B * D + self.cast(f"{name}.adaln.")  # condition, then shifts, scales and gates
+        # Twice: norm, scale, normed tokens, result before the gate.
+        kept += 2 * (self.norm(T, rms) + low * (B * D + 2 * T * D))
+        kept += self.attention(f"{name}.attn", index)
+        if has_cross_attention(config):
+            kept += self.norm(T, rms) + self.cross_attention(f"{name}.cross_attn", index)
+        if is_moe_block(config, index):
+            return kept + self.moe_layer(f"{name}.mlp", T, num_assignments(config, index, B))
+        dropout = bool(config.dropout) and in_middle_half(config, index)
+        return kept + low * T * D + self.feed_forward(f"{name}.mlp", T, config.mlp_activation, dropout)
+
+    def attention(self, name: str, index: int) -> int:
+        """Self-attention."""
+        config, B, N, low = self.config, self.images, num_tokens(self.config, index), self.low
+        H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
+        in_middle = in_middle_half(config, index)
+        kept = low * T * config.hidden_size + self.cast(f"{name}.")
+        kept += low * T * config.hidden_size if config.dropout and in_middle else 0
+        if config.qk_norm:
+            kept += self.head_norm(T * H) + self.head_norm(T * K)
+        attention_dropout = config.attention_dropout and in_middle
+        projected = low * T * (H + 2 * K) * I
+        if config.attention_sinks or attention_dropout:  # torch's plain kernel, in float32
+            M = N + config.attention_sinks
+            kept += FLOAT32 * B * H * (N + M) * I + low * T * H * I  # queries, keys and result
+            kept += FLOAT32 * B * H * N * M * (3 if attention_dropout else 1)  # attention weights
+            has_views = low == FLOAT32 and K == H and not config.attention_sinks and 1 in (B, H)
+            kept += 0 if has_views else FLOAT32 * B * H * M * I  # values
+            return kept + (projected if has_views or (config.qk_norm and low == FLOAT32) else 0)
+        kept += projected + low * T * H * I + FLOAT32 * T * H  # with the result and the sums of exponentials
+        if config.qk_norm or config.rotary_axes:
+            kept += low * T * (H + K) * I
+        if config.sliding_window:
+            kept += low * H * N * N
+        return kept + self.other_layout(T, N)
+
+    def cross_attention(self, name: str, index: int) -> int:
+        """Attention to the text."""
+        config, B, N, low = self.config, self.images, num_tokens(self.config, index), self.low
+        H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
+        L = config.text_length
+        kept = low * T * config.hidden_size + self.cast(f"{name}.")
+        kept += low * T * config.hidden_size if config.dropout and in_middle_half(config, index) else 0
+        kept += low * (2 * T * H * I + B * L * 2 * K * I + B * L) + FLOAT32 * T * H
+        if config.qk_norm:
+            kept += self.head_norm(T * H) + self.head_norm(B * L * K) + low * B * L * K * I
+            kept += low * T * H * I if low == FLOAT32 else 0
+        return kept + self.other_layout(T, N)
+
+    def head_norm(self, rows: int) -> int:
+        """RMSNorm of heads, in float32; in low precision also its input in float32 and its cast weight."""
+        width = self.config.head_width
+        kept = FLOAT32 * rows * (width + 1)
+        return kept if self.low == FLOAT32 else kept + FLOAT32 * rows * width + self.low * width
+
+    def other_layout(self, T: int, N: int) -> int:
+        """After a norm of heads, attention's result has another layout than its projection's input."""
+        config = self.config
+        if config.qk_norm and config.num_heads > 1 and N > 1:
+            return self.low * T * config.num_heads * config.head_width
+        return 0
+
+    def moe_layer(self, name: str, T: int, A: int) -> int:
+        """Router, experts and shared expert."""
+        config, D, low = self.config, self.config.hidden_size, self.low
+        assert config.rule is not None
+        kept = low * T * D + (FLOAT32 * T * D if low < FLOAT32 else 0)  # the input; routers read it in float32
+        kept += config.rule.kept_bytes(config, D, T, A)
+        dropout = bool(config.expert_dropout)
+        kept += self.dropped_experts(name, A) if dropout else self.experts(name, T, A)
+        if config.shared in ("gelu", "swiglu"):
+            if not self.recomputes_experts:
+                kept += self.feed_forward(f"{name}.shared", T, config.shared, dropout)
+        elif dropout and low < FLOAT32:
+            kept -= low * T * D
+        return kept
+
+    def experts(self, name: str, T: int, A: int) -> int:
+        """Experts: weights and tokens of rows, first rows of tokens, and the first matmul's result."""
+        config, E = self.config, self.config.num_experts
+        columns = self.shapes[f"{name}.experts.w_in"][2]
+        assert config.rule is not None
+        kept = A * (FLOAT32 + INT64) + INT64 * T
+        if not issubclass(config.rule, TokenChoiceRule):  # whose router keeps the rows of tokens too
+            kept += INT64 * A
+        if not self.recomputes_experts:
+            kept += self.low * A * columns
+        if A < KEEP_CAST_BELOW * E:
+            kept += self.cast(f"{name}.experts.w_")
+        if config.expert_bias:
+            kept += INT64 * A + FLOAT32 * T * E
+        return kept
+
+    def dropped_experts(self, name: str, A: int) -> int:
+        """Experts with dropout, which autograd differentiates operator by operator."""
+        config, D, F, low = self.config, self.config.hidden_size, self.config.expert_dim, self.low
+        columns = self.shapes[f"{name}.experts.w_in"][2]
+        kept = low * A * (2 * D + columns + (3 if columns > F else 2) * F)
+        kept += A * (INT64 + FLOAT32) + FLOAT32 * A * D + FLOAT32 * config.num_experts
+        kept += 2 * INT64 * A if config.expert_bias else 0
+        return kept + self.cast(f"{name}.experts.w_")
+
+    def feed_forward(self, name: str, T: int, activation: str, dropout: bool) -> int:
+        """A dense feed-forward layer without its input: the first projection, or with dropout each operator's input."""
+        hidden, gated = self.low * T * self.shapes[f"{name}.up_proj.weight"][0], activation == "swiglu"
+        return hidden * (5 if gated else 3) + self.cast(f"{name}.") if dropout else hidden * (2 if gated else 1)
+
+    def adapters(self, init: InitConfig) -> Iterator[tuple[str, int]]:
+        """Each layer with an adapter, and at most what is kept more because of that."""
+        for p in trained_parameters(self.config, init):
+            layer, found, _ = p.name.partition(".lora_A.")
+            if found and is_expert_matrix(layer):
+                experts, inputs, outputs = self.shapes[layer]
+                merged = FLOAT32 * experts * inputs * outputs
+                yield layer, merged + self.low * p.shape[0] * (inputs + outputs)  # and casts of the adapter
+            elif found:
+                rank, rows = p.shape[0], self.images * matmul_rows(self.config, f"{layer}.weight")
+                outputs, inputs = self.shapes[f"{layer}.weight"]
+                kept = self.low * rows * rank
+                if ".mlp." in layer:  # each operator of the network keeps its input
+                    kept += self.low * rows * (inputs + outputs)
+                if self.low < FLOAT32:  # peft casts the input to float32, autocast casts it again
+                    kept += (FLOAT32 + self.low) * rows * inputs + self.low * rank * (inputs + outputs)
+                yield layer, kept

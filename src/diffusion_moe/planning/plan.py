@@ -9,6 +9,7 @@ from typing import Any
 from ..config import ParallelConfig, Recipe
 from ..counts import Size, images_per_process, model_size, num_image_tokens
 from ..training.layout_checks import check_adapters, check_parallel
+from .activations import kept_activations
 from .compute import Compute, compute_of
 from .memory import Memory, Tensors, received_bytes
 from .options import PlanOptions
@@ -52,6 +53,11 @@ class Plan:
         """The first layout that fits; if none does, the one that takes the least."""
         fitting = [layout for layout in self.layouts if layout.fits]
         return fitting[0] if fitting else min(self.layouts, key=lambda layout: layout.memory.total)
+
+    @property
+    def bounds_activations(self) -> bool:
+        """True where the activations are an upper bound: with frozen weights and adapters autograd keeps less."""
+        return bool(self.recipe.init.freeze) or self.recipe.init.lora_rank is not None
 
     @property
     def images_per_process(self) -> int:
@@ -100,9 +106,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     world = _product(layouts[0])
     images = images_per_process(training.batch_size, training.accumulation, world)
     tensors = Tensors(recipe)
-    from .activations import trace_saved  # needs torch, as nothing else here does
-
-    kept = trace_saved(recipe, images, spread=world > 1).kept(training.recompute)
+    kept = kept_activations(recipe, images, sharded=world > 1).total(training.recompute)
     received = received_bytes(recipe, images)
     found = []
     for layout in layouts:

@@ -35,17 +35,18 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     log("a step")
     row("images", f"{training.batch_size:,}, {plan.images_per_process:,} at a time on each process")
     row("tokens", f"{training.batch_size * plan.tokens_per_image:,}, {plan.tokens_per_image:,} an image")
-    row("forward and backward", f"{_flops(compute.forward)} + {_flops(compute.backward)}")
+    row("forward and backward", f"{_short(compute.forward)}FLOP + {_short(compute.backward)}FLOP")
     if compute.recompute:
-        row("recomputed", _flops(compute.recompute))
+        row("recomputed", f"{_short(compute.recompute)}FLOP")
     log("memory of a process")
     for field, label in MEMORY.items():
         if value := getattr(layout.memory, field):
-            row(label, _bytes(value))
-    row("together", f"{_bytes(layout.memory.total)} of {options.memory_gb:g} GB{'' if layout.fits else ': too much'}")
+            at_most = ", at most" if field == "activations" and plan.bounds_activations else ""
+            row(label, f"{_short(value)}B{at_most}")
+    row("together", f"{_short(layout.memory.total)}B of {options.memory_gb:g} GB{'' if layout.fits else ': too much'}")
     log("on the disk")
-    row("a checkpoint", _bytes(plan.checkpoint_bytes))
-    row("the EMA model", _bytes(plan.model_bytes))
+    row("a checkpoint", f"{_short(plan.checkpoint_bytes)}B")
+    row("the EMA model", f"{_short(plan.model_bytes)}B")
     log("the run")
     images = training.steps * training.batch_size
     row("steps", f"{training.steps:,}")
@@ -70,7 +71,9 @@ def _print_layouts(plan: Plan, options: PlanOptions, log: Log) -> None:
     for layout in shown:
         parallel = layout.parallel
         mark = ("fits" if layout.fits else "too much") + (", suggested" if layout is plan.chosen else "")
-        sizes = f"{parallel.replicate:9} {parallel.shard:6} {parallel.experts:8} {_bytes(layout.memory.total):>10}"
+        sizes = (
+            f"{parallel.replicate:9} {parallel.shard:6} {parallel.experts:8} {_short(layout.memory.total) + 'B':>10}"
+        )
         log(f"  {sizes}   {mark}")
     if len(plan.layouts) > len(shown):
         log(f"  and {len(plan.layouts) - len(shown)} more (--json lists all)")
@@ -92,24 +95,11 @@ def _layout(layout: Layout) -> str:
     return f", replicate {parallel.replicate} x shard {parallel.shard} x experts {parallel.experts}"
 
 
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.{2 if count < 10 * size else 1}f} {unit}"
-    return f"{count / 1e3:.1f} kB"
-
-
-def _flops(count: int) -> str:
-    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e9:.3g} GFLOP"
-
-
 def _short(count: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
+    """Three digits, and the prefix of a unit."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {prefix}"
     return f"{count:.3g}"
 
 
