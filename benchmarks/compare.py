@@ -148,12 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_compiled_products()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     choices = get_args(What)
-    first = ("|".join(choices), "what to time")
+    first = ("subject", f"what to time: {', '.join(choices)}")
     line = CommandLine("compare.py", __doc__ or "", (CompareOptions,), first=first, program="python benchmarks/")
     try:
         given = parse(line, sys.argv[1:] if arguments is None else arguments)
         if given.first not in choices:
-            raise ValueError(f"what to time is {given.first}; expected one of {', '.join(choices)}")
+            raise ValueError(f"the subject is {given.first}; choose one of {', '.join(choices)}")
         for record in compare(given.first, given.options(CompareOptions)):  # type: ignore[arg-type]
             print(json.dumps(record), flush=True)
     except ValueError as error:

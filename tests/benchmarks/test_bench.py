@@ -29,11 +29,11 @@ def test_layer_lines_hold_what_was_measured(capsys):
     assert records[1]["flops"] == 3 * forward
 
 
-@pytest.mark.parametrize(("asked", "dtype"), [("narrow", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize(("asked", "dtype"), [("low_precision", "bfloat16"), ("float32", "float32")])
 @pytest.mark.parametrize("what", ["layer", "matmuls"])
 def test_lines_hold_the_dtype_of_matmuls(what, asked, dtype, capsys, monkeypatch):
     """And the machine's ceiling is that of this dtype."""
-    monkeypatch.setenv("DIFFUSION_MOE_CPU_PRODUCTS", asked)
+    monkeypatch.setenv("DIFFUSION_MOE_CPU_MATMUL", asked)
     ceiling = ceilings(torch.device("cpu"), getattr(torch, dtype)).matmul_flops
     for record in bench(capsys, what, *QUICK, "--dtype=bfloat16"):
         assert (record["dtype"], record["matmul_dtype"]) == ("bfloat16", dtype)
@@ -41,10 +41,10 @@ def test_lines_hold_the_dtype_of_matmuls(what, asked, dtype, capsys, monkeypatch
 
 
 def test_an_unknown_dtype_of_matmuls_is_one_line(capsys, monkeypatch):
-    monkeypatch.setenv("DIFFUSION_MOE_CPU_PRODUCTS", "fp32")
+    monkeypatch.setenv("DIFFUSION_MOE_CPU_MATMUL", "fp32")
     assert main(["bench", "layer", *QUICK, "--dtype=bfloat16"]) != 0
     printed = capsys.readouterr().err
-    assert printed == "diffusion-moe: DIFFUSION_MOE_CPU_PRODUCTS is 'fp32'; choose auto, narrow, float32\n"
+    assert printed == "diffusion-moe: DIFFUSION_MOE_CPU_MATMUL is 'fp32'; choose auto, low_precision, float32\n"
 
 
 @pytest.mark.parametrize("what", ["step", "sample"])
@@ -77,7 +77,7 @@ def test_matmuls_and_growth_are_lines_too(capsys, what, lines):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["bench"], "the thing to time is missing"),
+        (["bench"], "the subject is missing"),
         (["bench", "layr"], "layr"),
         (["bench", "products"], "bench products is now called matmuls; use diffusion-moe bench matmuls"),
         (["bench", "layer", "--recipe=dit-s"], "recipe dit-s has no experts"),

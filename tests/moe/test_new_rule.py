@@ -107,7 +107,7 @@ def test_bench_multiplies_the_rows_of_the_rule(trained, capsys):
     """16 images of 16 tokens, 3 experts a token: 768 rows for 4 experts."""
     recipe = f"--recipe={trained / 'recipe.yaml'}"
     capsys.readouterr()
-    assert main(["bench", "products", recipe, "--tokens=256", "--seconds=1e-3", "--dtype=float32"]) == 0
+    assert main(["bench", "matmuls", recipe, "--tokens=256", "--seconds=1e-3", "--dtype=float32"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["rows_an_expert"] for line in lines} == {192}
 

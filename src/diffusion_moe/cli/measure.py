@@ -27,10 +27,12 @@ def bench(arguments: Sequence[str]) -> int:
     """Time the layer, a training step, sampling, matmuls, or the growth of cost: one JSON line a measurement."""
     check_old_words(arguments)
     choices = get_args(What)
-    line = CommandLine("bench", bench.__doc__ or "", (BenchOptions,), first=("|".join(choices), "what to time"))
+    line = CommandLine(
+        "bench", bench.__doc__ or "", (BenchOptions,), first=("subject", f"what to time: {', '.join(choices)}")
+    )
     given = parse(line, arguments)
     if given.first not in choices:
-        raise ValueError(f"what to time is {given.first}; expected one of {', '.join(choices)}")
+        raise ValueError(f"the subject is {given.first}; choose one of {', '.join(choices)}")
     options = given.options(BenchOptions)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to standard error at every start
     from ..benchmarks.cases import measure

@@ -268,25 +268,8 @@ class ModelConfig:
     def _check_experts(self) -> None:
         for name in ("expert_dim", "moe_layer_freq"):
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("top_k", "capacity"):
-            require(
-                getattr(self, name) <= self.num_experts,
-                f"model.{name} is {getattr(self, name)}, more than model.num_experts {self.num_experts}",
-            )
-        if self.rule is not None and "n_group" in self.rule.reads:
-            require(
-                self.n_group > 0 and self.num_experts % self.n_group == 0,
-                f"model.num_experts {self.num_experts} is not divisible by model.n_group {self.n_group}",
-            )
-            require(
-                0 < self.topk_group <= self.n_group,
-                f"model.topk_group is {self.topk_group}; choose 1 to model.n_group {self.n_group}",
-            )
-            reachable = self.topk_group * self.num_experts // self.n_group
-            require(
-                self.top_k <= reachable,
-                f"model.top_k is {self.top_k}, but model.topk_group {self.topk_group} leaves {reachable} experts",
-            )
+        if self.rule is not None:
+            self.rule.check(self, "model.")
 
 
 TEXT_FIELDS = names_where(ModelConfig, group="text")
