@@ -1,9 +1,14 @@
 """What importing costs."""
 
+import ast
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
+
+import diffusion_moe
 
 HEAVY = {"diffusers", "datasets", "sklearn", "matplotlib", "yaml", "rich", "safetensors", "PIL"}
 
@@ -55,6 +60,8 @@ def test_the_first_training_step_loads_nothing_that_it_does_not_use(tiny, tmp_pa
     options = [*tiny, "--training.steps=1", "--training.device=cpu", f"--output_dir={tmp_path}"]
     code = f"""
 import sys
+from collections import Counter
+from pathlib import Path
 import diffusion_moe.training.loop as loop
 from diffusion_moe.cli import main
 
@@ -112,3 +119,15 @@ def test_public_names_are_there_and_others_are_not():
     assert all(hasattr(diffusion_moe, name) for name in diffusion_moe.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Dit'"):
         diffusion_moe.Dit  # noqa: B018
+
+
+def test_a_class_name_means_one_class():
+    """Readers and searches find one definition; private classes are their file's own."""
+    package = Path(diffusion_moe.__file__).parent
+    names = [
+        node.name
+        for file in package.rglob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert [name for name, count in Counter(names).items() if count > 1] == []

@@ -64,7 +64,7 @@ class Groups(NamedTuple):
     tokens_RK: np.ndarray
 
 
-class TextTokens(NamedTuple):
+class TextTokenCounts(NamedTuple):
     """Counts of routed text tokens, summed over layers, in evaluations with a prompt."""
 
     served_S: np.ndarray
@@ -86,7 +86,7 @@ class Sampling(NamedTuple):
     about: dict[str, Any]
     """How the images were sampled: `sampling_metadata`, num_samples, batch_size, the number of classes, and where
     prompts are from."""
-    text: TextTokens | None = None
+    text: TextTokenCounts | None = None
     """For a model whose text and image are one sequence."""
 
 
@@ -314,13 +314,13 @@ def _classes_sampled(labels: Tensor | None, prompt_kinds: PromptKinds | None) ->
     return 0 if labels is None else len(labels.unique())
 
 
-def _text_tokens(config: ModelConfig, total: RoutingCounts, kinds: int) -> TextTokens | None:
+def _text_tokens(config: ModelConfig, total: RoutingCounts, kinds: int) -> TextTokenCounts | None:
     """Counts of text tokens, if they are routed."""
     if not config.text_dim or config.text_conditioning != "joint":
         return None
     assert total.others_SK is not None
     tokens_S = total.images_SK[:, :kinds].sum(1) * config.text_length * len(total.tokens_LSK)
-    return TextTokens(total.others_SK[:, :kinds].sum(1), tokens_S)
+    return TextTokenCounts(total.others_SK[:, :kinds].sum(1), tokens_S)
 
 
 def _examples(sampler: Sampler, prompt_kinds: PromptKinds | None) -> Examples:

@@ -19,7 +19,7 @@ ROOM = 0.9
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProcessLayout:
     """One way to distribute a run over processes, and the memory of each."""
 
     parallel: ParallelConfig
@@ -43,13 +43,13 @@ class Plan:
     """Tensors of a checkpoint."""
     model_bytes: int
     """Tensors of the model that the run exports, and of each further EMA."""
-    layouts: tuple[Layout, ...]
+    layouts: tuple[ProcessLayout, ...]
     """The recipe's own, or all possible ones; those with the least communication first."""
     seconds: float
     """To the recipe's last step, at the given utilisation."""
 
     @property
-    def chosen(self) -> Layout:
+    def chosen(self) -> ProcessLayout:
         """The first layout that fits; if none does, the one that takes the least."""
         fitting = [layout for layout in self.layouts if layout.fits]
         return fitting[0] if fitting else min(self.layouts, key=lambda layout: layout.memory.total)
@@ -88,7 +88,7 @@ class Plan:
         }
 
 
-def _layout_record(layout: Layout) -> dict[str, Any]:
+def _layout_record(layout: ProcessLayout) -> dict[str, Any]:
     parallel = {name: getattr(layout.parallel, name) for name in ("replicate", "shard", "experts")}
     memory = dataclasses.asdict(layout.memory) | {"total": layout.memory.total}
     return parallel | {"memory_bytes": memory, "fits": layout.fits}
@@ -111,7 +111,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     found = []
     for layout in layouts:
         memory = tensors.memory(layout, kept + (received if layout.experts > 1 else 0))
-        found.append(Layout(layout, memory, memory.total <= ROOM * 1e9 * options.memory_gb))
+        found.append(ProcessLayout(layout, memory, memory.total <= ROOM * 1e9 * options.memory_gb))
     compute = compute_of(recipe)
     speed = 1e12 * options.peak_tflops * options.utilisation * world
     return Plan(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..log import Log
 from .options import PlanOptions
-from .plan import Layout, Plan
+from .plan import Plan, ProcessLayout
 
 SHOWN = 12
 """Layouts that are listed."""
@@ -90,7 +90,7 @@ def _processes(world: int) -> str:
     return "1 process" if world == 1 else f"{world} processes"
 
 
-def _layout(layout: Layout) -> str:
+def _layout(layout: ProcessLayout) -> str:
     parallel = layout.parallel
     return f", replicate {parallel.replicate} x shard {parallel.shard} x experts {parallel.experts}"
 

@@ -38,7 +38,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Report:
+class ShapesReport:
     """Scores of one model."""
 
     tallies: dict[Category, dict[Split, Tally]]
@@ -62,7 +62,7 @@ class Report:
         return means | {"n": len(self.scores), "categories": categories}
 
 
-def make_report(prompts: Sequence[Prompt], images: Tensor, seed: int = 0) -> Report:
+def make_report(prompts: Sequence[Prompt], images: Tensor, seed: int = 0) -> ShapesReport:
     """Score images, one for each prompt.
 
     Args:
@@ -91,7 +91,7 @@ def make_report(prompts: Sequence[Prompt], images: Tensor, seed: int = 0) -> Rep
                     chance=fmean(not find_errors(r, found) for r, found in product(asked, pool)),
                     true=fmean(not find_errors(r, true[i]) for i, r in zip(some, asked)),
                 )
-    return Report(tallies, tuple(scores))
+    return ShapesReport(tallies, tuple(scores))
 
 
 @lru_cache(maxsize=len(CATEGORIES))  # a sweep asks for the same at every point
@@ -112,7 +112,7 @@ def _pooled(tallies: Sequence[Tally]) -> dict[str, float]:
 
 
 def as_table(values: Mapping[str, Any]) -> str:
-    """The values of `Report.as_dict` as a Markdown table."""
+    """The values of `ShapesReport.as_dict` as a Markdown table."""
     rows = ["| category | split | n | score | chance | true images |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     parts = [(name, split, row) for name, splits in values["categories"].items() for split, row in splits.items()]
     parts += [("mean", part, values[part] | {"n": ""}) for part in ("overall", *SPLITS) if part in values]

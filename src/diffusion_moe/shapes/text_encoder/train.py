@@ -36,7 +36,7 @@ SEEN = 500
 """Number of seen captions for the accuracy."""
 
 
-class Batch(NamedTuple):
+class FactBatch(NamedTuple):
     """A batch of captions."""
 
     input_ids: Tensor
@@ -79,7 +79,7 @@ class FactReader(nn.Module):
         self.of_words = nn.ModuleList(nn.Linear(options.width, count) for count in classes)
         self.of_whole = nn.ModuleList(nn.Linear(options.width, count + 1) for count in OBJECTS * classes)
 
-    def forward(self, batch: Batch) -> Predictions:
+    def forward(self, batch: FactBatch) -> Predictions:
         """Predictions from every word and from their mean."""
         out = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         x_BLW = out.last_hidden_state
@@ -88,7 +88,7 @@ class FactReader(nn.Module):
         mean_BW = (F.layer_norm(x_BLW, x_BLW.shape[-1:]) * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
         return Predictions([reader(x_BLW) for reader in self.of_words], [reader(mean_BW) for reader in self.of_whole])
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: FactBatch) -> Tensor:
         """Cross-entropy in nats, summed over the facts of an object, mean over objects; of words and whole together."""
         read = self(batch)
         pairs = [*zip(read.words, batch.facts_BLF.unbind(-1)), *zip(read.whole, batch.objects_BF.unbind(-1))]
@@ -98,7 +98,7 @@ class FactReader(nn.Module):
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def accuracy(self, batch: Batch) -> dict[str, float]:
+    def accuracy(self, batch: FactBatch) -> dict[str, float]:
         """Shares of captions whose facts are all predicted correctly, from the words and from the mean."""
         read, shares = self(batch), {}
         for name, logits, truth in (("words", read.words, batch.facts_BLF), ("mean", read.whole, batch.objects_BF)):
@@ -167,14 +167,14 @@ def rate(step: int, steps: int) -> float:
     return min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * max(step - warmup, 0) / max(steps - warmup, 1)))
 
 
-def to_batch(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> Batch:
+def to_batch(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> FactBatch:
     """Tokenize captions and pad their facts."""
     tokens = tokenizer(texts(examples), padding=True, return_tensors="pt")
     facts_BLF = torch.full((*tokens["input_ids"].shape, len(FACTS)), IGNORED)
     for row, example in zip(facts_BLF, examples):
         row[: len(example.words)] = torch.tensor(example.facts)
     objects_BF = torch.tensor([example.objects for example in examples])
-    return Batch(tokens["input_ids"], tokens["attention_mask"], facts_BLF, objects_BF)
+    return FactBatch(tokens["input_ids"], tokens["attention_mask"], facts_BLF, objects_BF)
 
 
 def _finished(output: Path, options: TextEncoderOptions) -> dict[str, Any] | None:
