@@ -249,11 +249,11 @@ def test_clear_forgets_and_memory_does_not_grow(tiny):
     model = some_model(tiny, "dsmoe")
     with record_routing(model, pairs=True, positions=True) as record, torch.no_grad():
         call(model)
-        before = [tensor.data_ptr() for sums in record.sums for tensor in sums]
+        before = [tensor.data_ptr() for sums in record.sums for tensor in sums.values()]
         first = record.counts()
         for _ in range(3):
             call(model)
-        assert [tensor.data_ptr() for sums in record.sums for tensor in sums] == before
+        assert [tensor.data_ptr() for sums in record.sums for tensor in sums.values()] == before
         assert record.counts().images_SK.sum() == 12
         assert first.images_SK.sum() == 3  # what was read stays as it was
         record.clear()
@@ -295,7 +295,7 @@ WAITING = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "uniqu
 """Operators that need a number on the host, or bring one there."""
 
 
-@pytest.mark.parametrize("options", [{}, {"pairs": True, "places": True}])
+@pytest.mark.parametrize("options", [{}, {"pairs": True, "positions": True}])
 def test_recording_adds_a_few_small_operators_and_none_that_waits(options):
     layer = MoEFeedForward(32, 16, RouterConfig("dsmoe", num_experts=8, top_k=2))
     x = torch.randn(2, 16, 32)

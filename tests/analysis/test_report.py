@@ -165,7 +165,7 @@ def test_where_there_is_nothing_to_see_the_page_says_why(report_of):
     _, page = report_of("ec")
     assert "With ec routing all experts of a layer serve as many tokens" in page.text
     _, page = report_of("class-free")
-    assert "drawn without guidance" in page.text
+    assert "sampled without guidance" in page.text
     assert "The model has no classes to compare." in page.text
 
 
