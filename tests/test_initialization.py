@@ -238,7 +238,7 @@ MISTAKES = {
     ),
     "contradiction": (["--model.depth=6"], "model.depth is 6, but that of"),
     "pattern": (['--init.freeze=["block.*"]'], "did you mean blocks"),
-    "target": (["--init.lora_rank=2", "--init.lora_targets=[attn.q]"], "take attn.qkv"),
+    "target": (["--init.lora_rank=2", "--init.lora_targets=[attn.q]"], "choose from attn.qkv"),
     "experts already": (["--init.upcycle"], "already has experts"),
     "classes": (["--model.num_classes=7"], "the data has 10 classes"),
     "a field": (["--init.from_chekpoint=x"], "did you mean --init.from_checkpoint"),

@@ -322,15 +322,28 @@ def test_compiled_blocks_serve_every_batch_size_and_routing_state(router):
         torch.testing.assert_close(compiled.grad, plain.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_a_model_of_an_earlier_version_is_refused_with_the_settings_that_were_renamed(tmp_path):
-    make_model().save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
+def test_a_model_folder_of_version_0_1_is_loaded_with_its_biases_or_refused(tmp_path):
+    """By the command it is loaded; diffusers alone would drop the settings it does not know."""
+    model = make_model(num_classes=3, moe_layer_freq=1, first_k_dense=1, n_group=2, topk_group=1)
+    for router in routers_of(model):
+        router.e_score_correction_bias.uniform_()
+    model.save_pretrained(tmp_path)
+    path, file = tmp_path / "config.json", tmp_path / "diffusion_pytorch_model.safetensors"
     config = json.loads(path.read_text())
-    config |= {"num_groups": config.pop("n_group"), "interleave": config.pop("moe_layer_freq") == 2}
+    names = {"n_group": "num_groups", "topk_group": "top_groups", "routed_scaling_factor": "routed_scale"}
+    names["first_k_dense"] = "skip_first"
+    for new, old in names.items():
+        config[old] = config.pop(new)
+    config["interleave"] = config.pop("moe_layer_freq") == 2
     path.write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=r"earlier version.*num_groups \(now n_group\), interleave \(now moe_layer_freq\)"
-    ):
+    state = load_file(file)
+    save_file({name.replace("e_score_correction_bias", "correction"): value for name, value in state.items()}, file)
+    loaded = load_model(tmp_path)
+    assert loaded.settings == model.settings
+    assert {name: value.tolist() for name, value in loaded.state_dict().items()} == {
+        name: value.tolist() for name, value in model.state_dict().items()
+    }
+    with pytest.raises(ValueError, match=r"earlier version.*num_groups \(now n_group\).*`diffusion-moe convert`"):
         DiT.from_pretrained(tmp_path)
 
 

@@ -56,20 +56,6 @@ def test_a_restored_state_continues_bit_for_bit(recipe, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_checkpoint_of_the_version_before_says_so(tiny, tmp_path, monkeypatch):
-    """Its buffer of correction biases had another name."""
-    state = make_state(read_recipe("digits", tiny), CPU)
-    tensors = state_tensors(state)
-    assert any(name.endswith(".router.e_score_correction_bias") for name in tensors)
-    old = {name.replace("e_score_correction_bias", "correction"): tensor for name, tensor in tensors.items()}
-    monkeypatch.setattr("diffusion_moe.training.checkpoint.state_tensors", lambda state: old)
-    path = save_checkpoint(tmp_path, state, keep=1)
-    monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="the version before wrote it, which this one cannot resume") as error:
-        load_checkpoint(path, state)
-    assert "\n" not in str(error.value)
-
-
 def test_the_newest_are_kept_and_leftovers_go(recipe, tmp_path):
     state = make_state(recipe, CPU)
     (tmp_path / "step-00000001.partial").mkdir()

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..config import ModelConfig
+from ..config.renamed import current_names, old_names
 from .backbone import Backbone, DiTOutput
 from .dit import DiT
 from .jit import JiT
@@ -28,12 +31,26 @@ def load_model(folder: Path) -> Backbone:
     """
     classes = {backbone.__name__: backbone for backbone in BACKBONES.values()}
     try:
-        name = json.loads((folder / "config.json").read_text()).get("_class_name")
+        config = json.loads((folder / "config.json").read_text())
+        name = config.get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder} has no readable config.json, so it is no model") from error
     if name not in classes:
         raise ValueError(f"{folder} holds a model of class {name}; this library reads {', '.join(classes)}")
     try:
+        if old_names(config):
+            return _load_earlier(classes[name], config, folder).eval()
         return classes[name].from_pretrained(folder).eval()
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
+
+
+def _load_earlier(model_class: type[Backbone], config: dict[str, Any], folder: Path) -> Backbone:
+    """Load a model that version 0.1 saved, whose settings and correction biases had other names."""
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    model = model_class(**current_names(settings))
+    state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    model.load_state_dict(
+        {name.replace(".router.correction", ".router.e_score_correction_bias"): state[name] for name in state}
+    )
+    return model

@@ -160,8 +160,8 @@ class Backbone(nn.Module):
         import_bases()
         if old := old_names(config):
             raise ValueError(
-                f"the model was saved by an earlier version: its config.json has {', '.join(old)}; convert or train it "
-                "again with this version"
+                f"the model was saved by an earlier version: its config.json has {', '.join(old)}; bring it up to "
+                "date with `diffusion-moe convert`"
             )
         return super().from_config(config, **options)  # type: ignore[misc]
 
