@@ -2,16 +2,12 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from geneval import Required, missing, read_prompts, sample_all, write_images
+from PIL import Image
 
 LINES = [
     {"tag": "single_object", "include": [{"class": "lamp", "count": 1}], "prompt": "a photo of a lamp"},

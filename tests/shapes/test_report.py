@@ -144,5 +144,5 @@ def test_the_page_shows_what_there_is(tmp_path, monkeypatch):
     (tmp_path / "geneval" / "prompts").mkdir(parents=True)
     line = {"tag": "colors", "prompt": "a red cup", "include": [{"class": "cup", "count": 1, "color": "red"}]}
     (tmp_path / "geneval" / "prompts" / "evaluation_metadata.jsonl").write_text(json.dumps(line))
-    exec(geneval, names | {"draw": lambda text, number: torch.zeros(4, 3, 8, 8)})
+    exec(geneval, names | {"sample": lambda text, number: torch.zeros(4, 3, 8, 8)})
     assert (tmp_path / "images" / "00000" / "samples" / "0003.png").is_file()

@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         if arguments[0] not in VERBS:
-            raise ValueError(unknown_name(arguments[0], list(VERBS)).replace("no", "no verb", 1))
+            raise ValueError(
+                unknown_name(arguments[0], list(VERBS)).replace("no", "no verb", 1).replace("--help all", "--help")
+            )
         if VERBS[arguments[0]].computes:
             keep_freed_memory()
             keep_compiled_products()
