@@ -51,7 +51,7 @@ def test_of_shipped_recipes(name):
     check_counts(read_recipe(name).model)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(model_configs())
 def test_of_any_settings(config):
     check_counts(config)

@@ -86,7 +86,12 @@ except Stop:
     assert "torch" in loaded and not loaded & LIBRARIES
 
 
-@pytest.mark.parametrize("module", ["models.modeling_utils", "loaders.peft", "models.attention", "configuration_utils"])
+OTHER_MODULES = ["loaders.peft", "models.attention", "configuration_utils"]
+
+
+@pytest.mark.parametrize(
+    "module", ["models.modeling_utils", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_MODULES)]
+)
 @pytest.mark.parametrize("first", ["diffusers", "diffusion_moe"])
 def test_models_are_those_of_diffusers_whichever_is_imported_first(module, first):
     """Also a model that was made before diffusers was loaded."""
@@ -101,7 +106,13 @@ def test_models_are_those_of_diffusers_whichever_is_imported_first(module, first
     )
 
 
-@pytest.mark.parametrize("name", ["save_pretrained", "add_adapter", "set_attention_backend", "dtype"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "save_pretrained",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("add_adapter", "set_attention_backend", "dtype")),
+    ],
+)
 def test_asking_a_model_for_a_name_of_diffusers_loads_it(name):
     code = f"from diffusion_moe import DiT; model = {MODEL}; assert 'diffusers' not in sys.modules"
     assert "diffusers" in loaded_by(f"{code}; model.{name}")

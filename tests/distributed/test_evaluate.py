@@ -39,7 +39,8 @@ def scores(path):
     return {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds_per_image"}
 
 
-@pytest.mark.parametrize(("run", "count"), [("run_folder", 45), pytest.param("shapes_run", 48, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "count"), [("run_folder", 45), ("shapes_run", 48)])
 def test_a_killed_evaluation_is_finished_by_two_processes_bit_for_bit(run, count, tmp_path, request, start):
     folder = request.getfixturevalue(run)
     options = ["evaluate", folder, f"--num_samples={count}", "--batch_size=5", "--steps=2", "--output"]

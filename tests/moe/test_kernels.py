@@ -13,11 +13,17 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 HOPPER = 90
 
 
-def test_under_the_interpreter():
+KERNELS = Path(__file__).parent / "kernels"
+
+
+@pytest.mark.parametrize(
+    "files", [("test_combine.py", "test_router.py"), pytest.param((".",), id="all", marks=pytest.mark.slow)]
+)
+def test_under_the_interpreter(files):
     """`tests/moe/kernels` in a process of its own: the interpreter is chosen when triton is first imported."""
     options = ["-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(Path(__file__).parent / "kernels")],
+        [sys.executable, "-m", "pytest", *options, *(str(KERNELS / file) for file in files)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

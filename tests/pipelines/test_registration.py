@@ -58,8 +58,14 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "imports",
-    ["import diffusion_moe, diffusers", "import diffusers; diffusers.DiffusionPipeline; import diffusion_moe"],
-    ids=["ours first", "theirs first"],
+    [
+        pytest.param("import diffusion_moe, diffusers", id="ours first"),
+        pytest.param(
+            "import diffusers; diffusers.DiffusionPipeline; import diffusion_moe",
+            id="theirs first",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_a_fresh_process_draws_the_same_bits(saved, imports, tmp_path):
     folder, expected = saved

@@ -60,7 +60,7 @@ def test_casts_of_experts_with_many_rows_are_not_kept(tiny):
     assert many - few == per_image - casts  # 4 experts have 512 rows or more of 4 images
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(model_configs(), st.sampled_from(WAYS), st.integers(1, 3), st.booleans())
 def test_of_any_settings(model, way, images, sharded):
     recipe = read_recipe("digits", ["--diffusion.class_dropout=0"])

@@ -66,7 +66,9 @@ def test_a_limit_is_for_thresholds():
         limit_capacity(make_model("diffmoe"), -1)
 
 
-@pytest.mark.parametrize("router", ["dense", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize(
+    "router", ["dsmoe", pytest.param("dense", marks=pytest.mark.slow), pytest.param("diffmoe", marks=pytest.mark.slow)]
+)
 def test_compiled_blocks_draw_the_same_images(router, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(DiT.compile_blocks, "__defaults__", ("aot_eager", True))

@@ -79,6 +79,7 @@ def test_what_auto_computes_is_what_it_says(tiny, tmp_path, fast, monkeypatch):
 
 
 def test_verbs_that_sample_say_and_record_the_precision(tiny, tmp_path, capsys, fast, monkeypatch):
+    monkeypatch.setattr("diffusion_moe.evaluation.classifier.EPOCHS", 1)
     folder = str(tmp_path / "run")
     assert main(["train", "digits", *tiny, "--training.steps=1", "--output_dir", folder]) == 0
     sample = ["sample", folder, "--steps=2", "--per_class=1", f"--output={tmp_path / 'x.png'}"]
