@@ -36,7 +36,7 @@ def keep_freed_memory() -> bool:
 def keep_compiled_products() -> None:
     """Let oneDNN keep the code of more matrix products; to be called before the first one.
 
-    It compiles a bfloat16 product anew for each shape, and experts take other numbers of rows in each step. Past its
+    It compiles a bfloat16 matmul for each shape, and experts take other numbers of rows in each step. Past its
     limit a layer may spend more time on compiling than on multiplying (docs/log.md). What the user has set stays.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCT_SHAPES))
