@@ -120,7 +120,7 @@ def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
 
 
 def is_moe_block(config: ModelConfig, index: int) -> bool:
-    """Whether block `index` is an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
+    """True for an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
     return config.rule is not None and index >= config.first_k_dense and (index + 1) % config.moe_layer_freq == 0
 
 

@@ -32,6 +32,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """The spec of a module that an action waits for, whose loader calls the action at its end; else None."""
         spec = PathFinder.find_spec(fullname, path, target) if fullname in self.actions else None
         if spec is None or spec.loader is None:
             return None

@@ -1,15 +1,14 @@
 """Two processes agree on which steps are left out, when to go back and when to stop."""
 
 import json
-import math
 
 import pytest
 import torch
+from poisoned_digits import poison_digits
 
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
-from diffusion_moe.data.digits import Digits
 from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
 from diffusion_moe.training.dataloader import images_of_step
 from diffusion_moe.training.state import make_state
@@ -50,14 +49,7 @@ def test_two_processes_agree(tiny, tmp_path, run_processes, monkeypatch):
     assert sum(text.count("stopped: ") for text in said) == 1
     assert json.loads((tmp_path / "stopped" / "nonfinite-steps.json").read_text())["steps"] == [3, 4]
 
-    read = Digits.read
-
-    def poisoned(self, indices):
-        batch = read(self, indices)
-        batch.images[[i for i, index in enumerate(indices) if index in goes_back]] = math.nan
-        return batch
-
-    monkeypatch.setattr(Digits, "read", poisoned)
+    poison_digits(monkeypatch, goes_back)
     assert main(["train", "digits", *options, "--output_dir", str(tmp_path / "alone")]) == 0
     alone, spread = final_state(tmp_path / "alone"), final_state(tmp_path / "spread")
     assert alone.skipped_steps == spread.skipped_steps == {6, 7}

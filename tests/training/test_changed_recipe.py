@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from poisoned_digits import poison_digits
 from run_state import final_state
 from safetensors.torch import load_file
 
@@ -312,13 +313,7 @@ def test_bad_steps_after_the_change_are_left_out_and_named_by_the_segments(recip
     segments = (Segment(0, 16), Segment(FIRST, 8))
     images = {images_of_step(changed, data, step, segments)[-1] for step in (8, 9, 10, 11)}
     read = Digits.read
-
-    def read_some(self, indices):
-        batch = read(self, indices)
-        batch.images[[i for i, index in enumerate(indices) if index in images]] = torch.nan
-        return batch
-
-    monkeypatch.setattr(Digits, "read", read_some)
+    poison_digits(monkeypatch, images)
     train(recipe(*bad), tmp_path, log=str)
     lines = []
     with pytest.raises(NonFiniteError):

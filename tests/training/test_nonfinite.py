@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from poisoned_digits import poison_digits
 
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
-from diffusion_moe.data.digits import Digits
 from diffusion_moe.training.checkpoint import Checkpoints, state_tensors
 from diffusion_moe.training.dataloader import images_of_step
 from diffusion_moe.training.loop import train
@@ -109,14 +109,7 @@ def poison(recipe, monkeypatch):
     def spoil(*steps):
         dataset = load_dataset(recipe().data, "train")
         images = {images_of_step(recipe(), dataset, step)[-1] for step in steps}
-        read = Digits.read
-
-        def read_some(self, indices):
-            batch = read(self, indices)
-            batch.images[[i for i, index in enumerate(indices) if index in images]] = torch.nan
-            return batch
-
-        monkeypatch.setattr(Digits, "read", read_some)
+        poison_digits(monkeypatch, images)
 
     return spoil
 

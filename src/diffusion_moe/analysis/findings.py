@@ -212,12 +212,12 @@ def _held_out_data(recipe: Recipe | None) -> tuple[ImageDataset | None, str]:
     if recipe.data.test_fraction == 0:
         return None, "The run held no images out of training (data.test_fraction is 0)."
     if recipe.data.buckets:
-        return None, "The run's images are of several sizes, so that there is no held-out loss."
+        return None, "The run's images are of several sizes; a held-out loss needs one size."
     try:
         # Only the captions that are needed are encoded, later.
         return load_dataset(replace(recipe.data, text_encoder=None), "test"), ""
     except ValueError as error:
-        return None, f"The data cannot be read, so that there is no held-out loss: {error}."
+        return None, f"The held-out loss is missing because the data cannot be read: {error}."
 
 
 def _losses_of_runs(

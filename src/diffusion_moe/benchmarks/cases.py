@@ -45,7 +45,7 @@ class Setting:
         return self.recipe.model
 
     def metadata(self, what: What) -> dict[str, Any]:
-        """What identifies the measurement in its record."""
+        """Keys of the record that identify the measurement."""
         options = self.options
         found = {"benchmark": what, "recipe": options.recipe, "tokens": options.tokens, "images": self.images}
         found |= {"dtype": options.dtype, "recompute": options.recompute, "acceleration": options.acceleration}

@@ -123,6 +123,7 @@ class NpzImages(Images):
         self.count, self.size, self.channels = shape[0], (shape[1], shape[2]), channels
 
     def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
+        """Read images of the archive in batches, without unpacking all of it."""
         height, width = self.size
         image_bytes = height * width * self.channels
         try:

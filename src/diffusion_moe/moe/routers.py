@@ -170,6 +170,7 @@ class DSMoERouter(DSMoERule, TokenChoice):
         nn.init.kaiming_normal_(self.weight)
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
+        """Route by grouped top-k of the sigmoids, with the correction bias in the choice only."""
         config, logits_TE = self.config, logits_BNE.flatten(0, 1)
         assert self.e_score_correction_bias is not None
         weight_TK, expert_TK, _ = grouped_topk(

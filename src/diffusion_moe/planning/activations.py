@@ -109,6 +109,7 @@ class ForwardPass:
         return kept + self.final_layer() + loss
 
     def text_embedder(self) -> int:
+        """Bytes kept of the text embedder."""
         config, B, D, W, low = self.config, self.images, self.config.hidden_size, self.config.text_dim, self.low
         rows, pooled = B * config.text_length, config.text_pooled_dim
         kept = low * (rows * (W + 2 * D) + B * ((pooled or W) + 2 * D))

@@ -126,7 +126,7 @@ def read_source(path: Path) -> Source:
 
 
 def with_data(source: Source, data: dict[str, Any], file: Path) -> Source:
-    """Add what `ImageDataset.record` stored in a file: class names, and the spaces of latents and texts.
+    """Add the content of a file that `ImageDataset.metadata` made: class names, and the spaces of latents and texts.
 
     Raises:
         ValueError: the values cannot be read.
