@@ -299,7 +299,7 @@ def test_a_run_that_lost_its_data_and_its_log_is_still_drawn(run_of, tmp_path):
     (run / "recipe.yaml").write_text(recipe)
     (run / "metrics.jsonl").unlink()
     found = gathered(run)
-    assert "The data cannot be read" in found.missing[0] and "/gone" in found.missing[0]
+    assert "because the data cannot be read" in found.missing[0] and "/gone" in found.missing[0]
     captions = {panel.name: panel.caption for panel in panels(found)["Training"]}
     assert captions["loss"].startswith("No training loss was logged")
     assert captions["loss_by_time"] == found.missing[0]
