@@ -30,7 +30,8 @@ def test_the_command_answers_mistakes_without_loading_torch():
     assert "torch" not in loaded_by("from diffusion_moe.cli import main; main(['train', 'digits', '--model.dept=3'])")
 
 
-MODEL = "DiT(sample_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=4, num_experts=4, expert_dim=8)"
+SETTINGS = {"sample_size": 8, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 4, "expert_dim": 8}
+MODEL = f"DiT(**{SETTINGS})"
 LIBRARIES = {"diffusers", "transformers", "accelerate", "peft", "datasets", "sklearn", "pandas", "scipy", "matplotlib"}
 
 
@@ -86,14 +87,22 @@ except Stop:
     assert "torch" in loaded and not loaded & LIBRARIES
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 OTHER_MODULES = ["loaders.peft", "models.attention", "configuration_utils"]
 
 
 @pytest.mark.parametrize(
-    "module", ["models.modeling_utils", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_MODULES)]
+    ("first", "module"),
+    [
+        ("diffusion_moe", "models.modeling_utils"),
+        slow("diffusers", "models.modeling_utils"),
+        *(slow(first, module) for first in ("diffusers", "diffusion_moe") for module in OTHER_MODULES),
+    ],
 )
-@pytest.mark.parametrize("first", ["diffusers", "diffusion_moe"])
-def test_models_are_those_of_diffusers_whichever_is_imported_first(module, first):
+def test_models_are_those_of_diffusers_whichever_is_imported_first(first, module):
     """Also a model that was made before diffusers was loaded."""
     imports = [f"import diffusers.{module}", f"from diffusion_moe import DiT; model = {MODEL}"]
     code = "; ".join(imports if first == "diffusers" else imports[::-1])
@@ -106,27 +115,18 @@ def test_models_are_those_of_diffusers_whichever_is_imported_first(module, first
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "save_pretrained",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("add_adapter", "set_attention_backend", "dtype")),
-    ],
-)
+@pytest.mark.parametrize("name", ["save_pretrained", slow("add_adapter"), slow("set_attention_backend"), slow("dtype")])
 def test_asking_a_model_for_a_name_of_diffusers_loads_it(name):
-    code = f"from diffusion_moe import DiT; model = {MODEL}; assert 'diffusers' not in sys.modules"
-    assert "diffusers" in loaded_by(f"{code}; model.{name}")
+    """A private name loads nothing; it would be asked for by copying and pickling."""
+    code = f"from diffusion_moe import DiT; model = {MODEL}; assert not hasattr(model, '_nothing')"
+    assert "diffusers" in loaded_by(f"{code}; assert 'diffusers' not in sys.modules; model.{name}")
 
 
 def test_a_model_lacks_names_that_nobody_has():
-    code = f"from diffusion_moe import DiT; model = {MODEL}; assert not hasattr(model, '_nothing')"
-    assert "diffusers" not in loaded_by(code)
-    assert "diffusers" in loaded_by(f"{code}; assert not hasattr(model, 'nothing')")
+    assert not hasattr(diffusion_moe.DiT(**SETTINGS), "nothing")
 
 
 def test_public_names_are_there_and_others_are_not():
-    import diffusion_moe
-
     assert all(hasattr(diffusion_moe, name) for name in diffusion_moe.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Dit'"):
         diffusion_moe.Dit  # noqa: B018
