@@ -13,7 +13,6 @@ from diffusion_moe.analysis import record_routing
 from diffusion_moe.analysis.figures import panels
 from diffusion_moe.analysis.findings import gather_findings
 from diffusion_moe.analysis.losses import HELD_OUT_BINS
-from diffusion_moe.analysis.plot_compute import text_and_image
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
@@ -111,7 +110,7 @@ def test_compute_is_told_apart_by_category(shapes_run):
     assert len({tuple(row) for row in served}) == 6
     np.testing.assert_array_equal(sampling.counts.images_SK.sum(0), [4 * 3] * 6)
     np.testing.assert_allclose(sampling.groups.served_RK.sum(0), served.sum(1), atol=6)
-    assert sampling.text is None and sampling.about["prompts"]["count"] == 24
+    assert not sampling.tokens and sampling.about["prompts"]["count"] == 24
     # The examples are the first images, one of each category.
     assert sampling.examples.classes_I == list(range(6))
     assert sampling.examples.texts == [prompt.text for prompt in asked[:6]]
@@ -122,13 +121,12 @@ def test_compute_is_told_apart_by_category(shapes_run):
 
 def test_text_tokens_are_told_apart_from_the_images(joint_run):
     found = gathered(joint_run)
-    text, tokens = found.sampling.text, found.sampling.counts.tokens_LSK.sum((0, 2))
+    image, text = found.sampling.tokens["image"], found.sampling.tokens["text"]
     layers = len(found.sampling.counts.tokens_LSK)
     np.testing.assert_array_equal(text.tokens_S, [24 * LENGTH * layers] * 3)
-    np.testing.assert_array_equal(tokens - text.tokens_S, [24 * PLACES * layers] * 3)
-    parts = text_and_image(found.sampling)
-    np.testing.assert_array_equal(parts["text tokens"], [TOP_K] * 3)
-    np.testing.assert_array_equal(parts["image tokens"], [TOP_K] * 3)
+    np.testing.assert_array_equal(image.tokens_S, [24 * PLACES * layers] * 3)
+    np.testing.assert_array_equal(text.served_S, TOP_K * text.tokens_S)
+    np.testing.assert_array_equal(image.served_S, TOP_K * image.tokens_S)
     assert found.sampling.counts.positions_LEP.sum() + text.served_S.sum() * 2 == 2 * 24 * 3 * layers * TOP_K * (
         PLACES + LENGTH
     )  # guidance evaluates every image twice

@@ -64,8 +64,8 @@ class Groups(NamedTuple):
     tokens_RK: np.ndarray
 
 
-class TextTokenCounts(NamedTuple):
-    """Counts of routed text tokens, summed over layers, in evaluations with a prompt."""
+class TokenCounts(NamedTuple):
+    """Counts of some of the tokens at each time, summed over layers, in evaluations with a prompt."""
 
     served_S: np.ndarray
     tokens_S: np.ndarray
@@ -86,8 +86,8 @@ class Sampling(NamedTuple):
     about: dict[str, Any]
     """How the images were sampled: `sampling_metadata`, num_samples, batch_size, the number of classes, and where
     prompts are from."""
-    text: TextTokenCounts | None = None
-    """For a model whose text and image are one sequence."""
+    tokens: dict[str, TokenCounts]
+    """Counts of "image" and of "text" tokens, for a model whose text and image are one sequence; else empty."""
 
 
 class Weights(NamedTuple):
@@ -303,7 +303,7 @@ def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sam
             **({} if prompt_kinds is None else prompt_kinds.prompts.metadata()),
             **undecoded.metadata(stats),
         },
-        _text_tokens(config, total, K),
+        {} if config.text_conditioning != "joint" or not config.text_dim else _tokens(config, total, K),
     )
 
 
@@ -314,13 +314,13 @@ def _classes_sampled(labels: Tensor | None, prompt_kinds: PromptKinds | None) ->
     return 0 if labels is None else len(labels.unique())
 
 
-def _text_tokens(config: ModelConfig, total: RoutingCounts, kinds: int) -> TextTokenCounts | None:
-    """Counts of text tokens, if they are routed."""
-    if not config.text_dim or config.text_conditioning != "joint":
-        return None
+def _tokens(config: ModelConfig, total: RoutingCounts, kinds: int) -> dict[str, TokenCounts]:
+    """Counts of image and of text tokens, both of which are routed."""
     assert total.others_SK is not None
-    tokens_S = total.images_SK[:, :kinds].sum(1) * config.text_length * len(total.tokens_LSK)
-    return TextTokenCounts(total.others_SK[:, :kinds].sum(1), tokens_S)
+    served_S, tokens_S = total.served_LSK[:, :, :kinds].sum((0, 2)), total.tokens_LSK[:, :, :kinds].sum((0, 2))
+    of_text_S = total.images_SK[:, :kinds].sum(1) * config.text_length * len(total.tokens_LSK)
+    text = TokenCounts(total.others_SK[:, :kinds].sum(1), of_text_S)
+    return {"image": TokenCounts(served_S - text.served_S, tokens_S - text.tokens_S), "text": text}
 
 
 def _examples(sampler: Sampler, prompt_kinds: PromptKinds | None) -> Examples:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -17,7 +18,8 @@ from matplotlib.figure import Figure
 
 WIDTH = 4.5
 """Width of every figure in inches, so that its text can be read on a phone."""
-INK, PAPER = "#1f2329", "#fefefe"
+_STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("report.mplstyle"), use_default_template=False)
+INK, PAPER = _STYLE["text.color"], _STYLE["figure.facecolor"]
 """Placeholders: a page that shows the SVG replaces them by its own text colour and no background."""
 LINES = ("#2f7fd1", "#d1600f", "#17906a", "#b455b6", "#8f7a12", "#6f7d8c")
 """Colours of curves; each has a contrast of at least 3 with a white and with a near-black page."""
@@ -26,32 +28,6 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)), (0,
 MANY = 24
 """Most columns that all have names."""
 
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.22,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.7,
-    "legend.frameon": False,
-    "text.parse_math": False,  # names of classes may hold dollar signs
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-    "axes.facecolor": "none",
-    "image.cmap": "viridis",
-    "image.interpolation": "none",
-    "svg.fonttype": "none",
-}
 # Zero is grey, which stands out on neither paper.
 DIVERGING = LinearSegmentedColormap.from_list(
     "blue-grey-orange", ["#1257a8", "#8fb3da", "#9c9c9c", "#f0b27a", "#b84a00"]
@@ -75,6 +51,11 @@ def figure_style() -> Iterator[None]:
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
+
+
+def line(i: int) -> dict[str, Any]:
+    """Colour and dashes of curve i; they repeat after the last."""
+    return {"color": LINES[i % len(LINES)], "ls": DASHES[i % len(DASHES)]}
 
 
 def new_figure(height: float) -> Figure:

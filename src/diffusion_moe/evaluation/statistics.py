@@ -39,21 +39,13 @@ class FeatureSums:
         """The sums over all processes."""
         return FeatureSums(*(all_reduce_sum(x) for x in (self.count, self.total_D, self.outer_DD)))
 
-    def mean(self) -> Tensor:
-        """(D,)"""
-        return self.total_D / self.count
-
-    def covariance(self) -> Tensor:
-        """Unbiased, (D, D).
+    def moments(self) -> Moments:
+        """Mean and covariance.
 
         Raises:
             ValueError: fewer than two samples.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples; there are {int(self.count)}")
-        mean = self.mean()
-        return (self.outer_DD - self.count * torch.outer(mean, mean)) / (self.count - 1)
-
-    def moments(self) -> Moments:
-        """Mean and covariance; raises as `covariance` does."""
-        return Moments(self.mean(), self.covariance())
+        mean = self.total_D / self.count
+        return Moments(mean, (self.outer_DD - self.count * torch.outer(mean, mean)) / (self.count - 1))
