@@ -7,7 +7,6 @@ result is the same, bit for bit, for any number of processes and of interruption
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -26,7 +25,7 @@ from ..distributed import barrier, from_main, is_main, rank, world_size
 from ..log import Log
 from ..run_folder import replace_atomically, write_atomically
 from ..sampling.generate import SamplingStats
-from .features import Extractor
+from .features import Extractor, digest_of
 from .images import Images, digest_of_all, digests_of
 from .statistics import FeatureSums, Moments
 
@@ -121,8 +120,7 @@ def _begin(
         "extractor": asdict(extractor.identity),
         "batch_size": batch_size,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    folder = parent / f".progress-{digest}"
+    folder = parent / f".progress-{digest_of(identity)}"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "about.json", json.dumps({"images": images.name, "count": images.count}) + "\n")
     return folder, [part for part in parts if not _is_whole(folder, part)]

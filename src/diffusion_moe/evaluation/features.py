@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +92,11 @@ class Extractor(ABC):
     def warnings(self) -> list[str]:
         """Reasons why scores do not compare with published ones, if any."""
         return []
+
+
+def digest_of(content: Any) -> str:
+    """Start of a SHA-256 over plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def fingerprint(module: nn.Module) -> str:

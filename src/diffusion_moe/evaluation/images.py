@@ -38,7 +38,9 @@ class Images(ABC):
     size: tuple[int, int]
     """Height and width in pixels."""
     notes: Sequence[str] = ()
-    """Lines for the user: what is read, and what is left out."""
+    """Lines for the user: files that are read, and those that are not."""
+    labels: Tensor | None = None
+    """Class of each image, int64, (S,), where it is known."""
 
     @abstractmethod
     def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
@@ -54,6 +56,10 @@ class Images(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """All that the images depend on, ready for JSON: work on images of an equal identity is resumed."""
+
+    def metadata(self, stats: SamplingStats) -> dict[str, Any]:
+        """Origin of the images and the cost of generating them, for a file of scores."""
+        return {"images": self.name}
 
 
 class FolderImages(Images):
@@ -201,6 +207,12 @@ class GeneratedImages(Images):
         settings = json.loads(json.dumps(vars(self.sampler.settings)))
         prompts = {} if self.prompts is None else self.prompts.identity()
         return {"model": fingerprint(model), "vae": vae and fingerprint(vae), "settings": settings} | prompts
+
+    def metadata(self, stats: SamplingStats) -> dict[str, Any]:
+        about = self.sampler.metadata(stats)
+        if self.sampler.source.config.pools_batch:  # images then depend on their batch
+            about["batch_size"] = self.sampler.settings.batch_size
+        return about | ({} if self.prompts is None else self.prompts.metadata())
 
 
 def open_images(path: Path, channels: int = 3, image_size: int | None = None) -> Images:

@@ -21,7 +21,7 @@ from .features import CLASSIFIER, Extractor
 from .images import DatasetImages, Images, digest_of_all, digests_of, open_images
 from .options import StatsOptions
 from .reference import Reference, holds_statistics, read_reference
-from .scorer import check_small, shared_classifier, with_features
+from .scorer import shared_classifier, with_features
 from .statistics import FeatureSums
 
 
@@ -81,9 +81,7 @@ def _extractor(data: DataConfig | None, options: StatsOptions) -> Extractor:
         raise ValueError("--extractor is classifier, which learns from a recipe's labelled data; give a recipe as DATA")
     if options.inception is not None:
         raise ValueError(f"--inception is {options.inception}, but the extractor is classifier; remove the option")
-    training = load_dataset(data, "train")
-    check_small(training)
-    return ClassifierFeatures(shared_classifier(training))
+    return ClassifierFeatures(shared_classifier(load_dataset(data, "train")))
 
 
 def _images(

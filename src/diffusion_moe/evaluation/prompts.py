@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +19,7 @@ from ..sampling.prompts import read_prompts
 from ..sampling.sampler import Sampler
 from ..sampling.source import Source
 from ..text import TextEncoder, TextFeatures, TextSpace
-from .features import HASH_DIGITS
+from .features import digest_of
 from .options import TextOptions
 
 
@@ -98,11 +96,6 @@ class Once:
         if not self.logged:
             self.log(line)
         self.logged = True
-
-
-def digest_of(content: Any) -> str:
-    """Start of a SHA-256 over plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def check_text_options(source: Source, options: TextOptions) -> None:

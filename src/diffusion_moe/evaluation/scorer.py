@@ -215,14 +215,9 @@ def classifier_scorer(data: DataConfig) -> ClassifierScorer:
     training, test = load_dataset(data, "train"), load_dataset(data, "test")
     if len(test) == 0:
         raise ValueError(f"data.test_fraction is {data.test_fraction}, so there are no held-out images to compare with")
-    check_small(training)
-    if not training.class_names:
-        raise ValueError(
-            "the data has no classes for a small classifier to learn; give --reference FILE, as made by "
-            "`diffusion-moe stats DATA`"
-        )
+    classifier = shared_classifier(training)
     seen, held_out = training.read_all(), test.read_all()
-    extractor = ClassifierAndNearest(shared_classifier(training), seen.images)
+    extractor = ClassifierAndNearest(classifier, seen.images)
     real, of_training = extractor(to_uint8(held_out.images)), extractor(to_uint8(seen.images))
     predicted = extractor.logits(real["pool"]).argmax(1)
     reference = Reference(
@@ -241,19 +236,15 @@ def classifier_scorer(data: DataConfig) -> ClassifierScorer:
     return ClassifierScorer(extractor, reference, scores_of_real)
 
 
-def check_small(training: ImageDataset) -> None:
-    """Raise a ValueError for data too large for a classifier of all images in memory."""
-    values = len(training) * training.read([0]).images[0].numel()
-    if values > OWN_DATA_LIMIT:
-        raise ValueError(
-            f"the data's {len(training)} images are too many for a small classifier; give --reference FILE, as made by "
-            "`diffusion-moe stats DATA`"
-        )
-
-
 def shared_classifier(training: ImageDataset) -> Classifier:
-    """One classifier for all processes: trained on each, its weights could differ in the last digit."""
-    weights = from_main(train_classifier(training).state_dict() if is_main() else None)
-    classifier = Classifier(training.read([0]).images.shape[1], len(training.class_names))
-    classifier.load_state_dict(weights)
-    return classifier.eval().requires_grad_(False)
+    """One classifier for all processes: trained on each, its weights could differ in the last digit.
+
+    Raises:
+        ValueError: the data is too large for a classifier of all images in memory, or has no classes.
+    """
+    remedy = "give --reference FILE, as made by `diffusion-moe stats DATA`"
+    if len(training) * training.read([0]).images[0].numel() > OWN_DATA_LIMIT:
+        raise ValueError(f"the data's {len(training)} images are too many for a small classifier; {remedy}")
+    if not training.class_names:
+        raise ValueError(f"the data has no classes for a small classifier to learn; {remedy}")
+    return from_main(train_classifier(training) if is_main() else None)

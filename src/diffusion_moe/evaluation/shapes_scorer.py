@@ -19,9 +19,9 @@ from ..shapes.report import as_table, make_report
 from ..shapes.scorer import score_images
 from ..text import TextEncoder
 from .extract_features import Features
-from .features import Extractor, ExtractorIdentity
+from .features import Extractor, ExtractorIdentity, digest_of
 from .options import TextOptions
-from .prompts import Once, Texts, digest_of
+from .prompts import Once, Texts
 from .report import Result
 from .scorer import Scorer
 
