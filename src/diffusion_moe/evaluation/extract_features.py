@@ -26,7 +26,7 @@ from ..log import Log
 from ..run_folder import replace_atomically, write_atomically
 from ..sampling.generate import SamplingStats
 from .features import Extractor, digest_of
-from .images import Images, digest_of_all, digests_of
+from .images import Images, digest_of_all, digests_of, split
 from .statistics import FeatureSums, Moments
 
 PART = 250
@@ -106,8 +106,7 @@ def extract_features(
 
 def parts_of(count: int, batch_size: int) -> list[range]:
     """Ranges of about 250 images, in whole batches."""
-    step = max(1, PART // batch_size) * batch_size
-    return [range(start, min(start + step, count)) for start in range(0, count, step)]
+    return split(range(count), max(1, PART // batch_size) * batch_size)
 
 
 def _begin(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,27 +38,20 @@ def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, l
     if data is None and holds_statistics(Path(name)):
         reference = _with_published_moments(Path(name), options, log)
     else:
-        extractor = _extractor(data, options)
-        images, metadata = _images(name, data, options, extractor)
-        for line in images.notes:
-            log(line)
-        reference = _measure(images, extractor, metadata, options, log)
+        reference = _measure(name, data, options, log)
     if not is_main():
         return None
-    path = options.output or Path(_file_name(name, reference))
+    extractor, size = reference.extractor, reference.about.get("image_size")
+    assert extractor is not None
+    parts = [Path(name).stem, *([] if size is None else ["x".join(map(str, size))])]
+    path = options.output or Path("-".join([*parts, extractor.short_name, extractor.weights[:8]]) + ".npz")
     path.parent.mkdir(parents=True, exist_ok=True)
     written = reference.write(path)
-    log(f"{reference.about['num_images']} images, {describe(reference)}; SHA-256 {written.sha256}")
+    widths = [str(len(moments.mean_D)) for moments in (reference.pool, reference.spatial) if moments is not None]
+    features = f"{' and '.join(widths)} features of {extractor.name} {extractor.weights}"
+    log(f"{reference.about['num_images']} images, {features}; SHA-256 {written.sha256}")
     log(f"wrote {path}")
     return path
-
-
-def describe(reference: Reference) -> str:
-    """Extractor and numbers of features in one line."""
-    assert reference.extractor is not None
-    widths = [reference.pool, *([reference.spatial] if reference.spatial is not None else [])]
-    numbers = " and ".join(str(len(moments.mean_D)) for moments in widths)
-    return f"{numbers} features of {reference.extractor.name} {reference.extractor.weights}"
 
 
 def _check(name: str, data: DataConfig | None, options: StatsOptions) -> None:
@@ -84,17 +76,6 @@ def _extractor(data: DataConfig | None, options: StatsOptions) -> Extractor:
     return ClassifierFeatures(shared_classifier(load_dataset(data, "train")))
 
 
-def _images(
-    name: str, data: DataConfig | None, options: StatsOptions, extractor: Extractor
-) -> tuple[Images, dict[str, Any]]:
-    """The images, and metadata of their source."""
-    if data is None:
-        images = open_images(Path(name), extractor.channels, options.image_size)
-        return images, {"path": name, "crop": options.image_size}
-    dataset = load_dataset(data, options.split)
-    return DatasetImages(dataset, name, data.num_workers), {"recipe": name, "split": options.split, **asdict(data)}
-
-
 def _with_published_moments(path: Path, options: StatsOptions, log: Log) -> Reference:
     """A published batch's moments, and the features of its images, so that `evaluate` need not extract them."""
     reference = read_reference(path)
@@ -109,10 +90,18 @@ def _with_published_moments(path: Path, options: StatsOptions, log: Log) -> Refe
     return replace(reference, about=about, extractor=extractor.identity, features_RD=kept)
 
 
-def _measure(
-    images: Images, extractor: Extractor, metadata: dict[str, Any], options: StatsOptions, log: Log
-) -> Reference:
+def _measure(name: str, data: DataConfig | None, options: StatsOptions, log: Log) -> Reference:
     """Moments of all images, features of some. A process reads every n-th part; the sums are added over processes."""
+    extractor = _extractor(data, options)
+    images: Images
+    if data is None:
+        images = open_images(Path(name), extractor.channels, options.image_size)
+        origin = {"path": name, "crop": options.image_size}
+    else:
+        images = DatasetImages(load_dataset(data, options.split), name, data.num_workers)
+        origin = {"recipe": name, "split": options.split, **asdict(data)}
+    for line in images.notes:
+        log(line)
     wanted = set(evenly(images.count, options.num_features))
     first_image = extractor(next(images.read(range(1), 1, SamplingStats())))  # for the widths of its features
     sums = {key: FeatureSums.of(first_image[key][:0]) for key in ("pool", "spatial") if key in first_image}
@@ -135,7 +124,7 @@ def _measure(
     about = {
         "num_images": images.count,
         "image_size": list(images.size),
-        "data": metadata,
+        "data": origin,
         "images_sha256": digest_of_all(torch.stack(digests)) if digests else "",
     }
     kept_RD = torch.stack(kept) if kept else None
@@ -156,11 +145,3 @@ def evenly(count: int, wanted: int) -> list[int]:
     """At most `wanted` numbers below `count`, evenly spaced."""
     wanted = min(count, wanted)
     return [i * count // wanted for i in range(wanted)]
-
-
-def _file_name(name: str, reference: Reference) -> str:
-    """A name that distinguishes data, size and extractor."""
-    assert reference.extractor is not None
-    size = reference.about.get("image_size")
-    parts = [Path(name).stem, *([] if size is None else ["x".join(map(str, size))])]
-    return "-".join([*parts, reference.extractor.short_name, reference.extractor.weights[:8]]) + ".npz"
