@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from diffusion_moe.evaluation import extract_features
-from diffusion_moe.evaluation.extract_features import ProgressLog
 from diffusion_moe.evaluation.features import Extractor, ExtractorIdentity
 from diffusion_moe.evaluation.images import Images
 from diffusion_moe.evaluation.statistics import FeatureSums
+from diffusion_moe.log import ProgressLog
 
 
 class Numbers(Images):
@@ -139,7 +139,7 @@ def test_images_of_another_size_than_said_are_refused(tmp_path):
 def test_progress_estimates_what_is_left(monkeypatch):
     now, lines = [100.0], []
     monkeypatch.setattr(extract_features.time, "monotonic", lambda: now[0])
-    progress = ProgressLog(50_000, 10_000, lines.append, began=100.0, logged=100.0)
+    progress = ProgressLog(50_000, lines.append, 10_000, began=100.0, logged=100.0)
     for seconds, done in ((5, 10_100), (20, 12_000), (25, 13_000), (31, 11_550), (400, 50_000)):
         now[0] = 100.0 + seconds
         progress.update(done)

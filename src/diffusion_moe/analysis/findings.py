@@ -24,7 +24,7 @@ from ..moe import MoEFeedForward, routers_of
 from ..pixels import to_uint8
 from ..run_folder import RunFolder
 from ..sampling.generate import SamplingStats
-from ..sampling.loading import best_device, load_weights
+from ..sampling.loading import best_device, load_weights, weights_metadata
 from ..sampling.sampler import Sampler, load_sampler, with_progress
 from ..sampling.source import Source, read_source
 from .losses import Curves, HeldOut, held_out_loss, held_out_rows, read_curves
@@ -106,7 +106,7 @@ class Findings:
     name: str
     model: ModelConfig
     origin: dict[str, Any]
-    """Metadata of the weights; see `Source.origin`."""
+    """Metadata of the weights; see `loading.weights_metadata`."""
     class_names: list[str]
     sampling: Sampling | None
     """None for a model without routers."""
@@ -236,7 +236,7 @@ def _losses_of_runs(
             curves.append(found)
         if dataset is not None:
             model = sampler.model if is_own else load_weights(source).to(best_device())
-            steps = source.weights_metadata().get("training_steps")
+            steps = weights_metadata(source).get("training_steps")
             text = captions_of(source, dataset, held_out_rows(dataset), text_encoder if is_own else None)
             held_out.append(held_out_loss(model, recipe, dataset, name, steps, seed, text))
     return curves, held_out

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..distributed import barrier, from_main, is_main, rank, world_size
-from ..log import Log
+from ..log import Log, ProgressLog
 from ..run_folder import replace_atomically, write_atomically
 from ..sampling.generate import SamplingStats
 from .features import Extractor, digest_of
@@ -31,8 +31,6 @@ from .statistics import FeatureSums, Moments
 
 PART = 250
 """Images in a part, rounded down to whole batches."""
-LOG_EVERY = 10.0
-"""Seconds between lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +46,6 @@ class Features:
     """Over all pixels: equal for equal images, whatever the batches and processes."""
     seconds_per_image: float
     """Time of one process to read or generate an image, without its features."""
-
-
-@dataclass
-class ProgressLog:
-    """Lines of progress of all processes, with an estimate of the time left."""
-
-    total: int
-    done_before: int
-    """Images that were done when this call began."""
-    log: Log
-    began: float = field(default_factory=time.monotonic)
-    logged: float = field(default_factory=time.monotonic)
-
-    def update(self, done: int) -> None:
-        """Log a line if the last one is long ago."""
-        now = time.monotonic()
-        if now - self.logged < LOG_EVERY or done in (self.done_before, self.total):
-            return
-        rate = (done - self.done_before) / (now - self.began)
-        self.log(f"{done} of {self.total} images; {rate:.3g} a second; {_duration((self.total - done) / rate)} left")
-        self.logged = now
 
 
 @contextmanager
@@ -93,7 +70,7 @@ def extract_features(
     done = images.count - sum(map(len, missing))
     if done and is_main():
         log(f"resuming: {done} of {images.count} images are done")
-    progress = ProgressLog(images.count, done, log)
+    progress = ProgressLog(images.count, log, done)
     for part in missing[rank() :: world_size()]:
         _extract_part(images, extractor, part, batch_size, folder)
         if is_main():
@@ -185,10 +162,3 @@ def _joined(folder: Path, parts: list[range]) -> Features:
         stats=stats,
         seconds_per_image=seconds / count,
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

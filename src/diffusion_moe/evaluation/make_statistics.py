@@ -11,10 +11,10 @@ from torch import Tensor
 from ..config import DataConfig
 from ..data import load_dataset
 from ..distributed import is_main, rank, to_main, world_size
-from ..log import Log
+from ..log import Log, ProgressLog
 from ..sampling.generate import SamplingStats
 from .classifier import ClassifierFeatures
-from .extract_features import ProgressLog, parts_of
+from .extract_features import parts_of
 from .extractors import make_extractor
 from .features import CLASSIFIER, Extractor
 from .images import DatasetImages, Images, digest_of_all, digests_of, open_images
@@ -107,7 +107,7 @@ def _measure(name: str, data: DataConfig | None, options: StatsOptions, log: Log
     sums = {key: FeatureSums.of(first_image[key][:0]) for key in ("pool", "spatial") if key in first_image}
     own_features: dict[int, Tensor] = {}
     own_digests: dict[int, Tensor] = {}
-    parts, progress = parts_of(images.count, options.batch_size), ProgressLog(images.count, 0, log)
+    parts, progress = parts_of(images.count, options.batch_size), ProgressLog(images.count, log)
     for part in parts[rank() :: world_size()]:
         numbers = iter(part)
         for batch in images.read(part, options.batch_size, SamplingStats()):

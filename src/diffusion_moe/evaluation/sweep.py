@@ -14,6 +14,7 @@ from ..distributed import from_main, is_main
 from ..log import Log
 from ..run_folder import write_atomically
 from ..sampling.generate import check_solver
+from ..sampling.loading import weights_metadata
 from ..sampling.sampler import load_sampler
 from ..sampling.source import Source
 from .evaluate import prompts_for, score_model, scorer_for
@@ -82,7 +83,7 @@ def check_point(source: Source, point: SweepPoint) -> None:
         raise ValueError(
             f"guidance_scale is {point.settings.guidance_scale}, but the model is unconditional; remove the option"
         )
-    replace(source, weights=point.weights).weights_metadata()  # raises if there are no such weights
+    weights_metadata(replace(source, weights=point.weights))  # raises if there are no such weights
 
 
 def _scores_path(folder: Path, point: SweepPoint, model: str, scorer: Scorer, prompts: PromptSource | None) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import EvaluationConfig
 from ..log import Log
 from ..models.labels import by_name, class_number
-from ..pixels import image_grid, to_uint8
+from ..pixels import image_grid, to_image, to_uint8
 from ..run_folder import write_atomically
 from .generate import SamplingStats
 from .options import ENDINGS, SampleOptions, Weights
@@ -63,20 +63,20 @@ def generate_images(source: Source, settings: EvaluationConfig, options: SampleO
 def _write(
     images: Tensor, labels: Tensor | None, request: PromptRequest | None, options: SampleOptions, path: Path
 ) -> None:
-    pixels, each = to_uint8(images).permute(0, 2, 3, 1).numpy(), options.per_class
+    pixels, each = to_uint8(images).permute(0, 2, 3, 1), options.per_class
     if options.format == "grid":
-        canvas = _to_image(image_grid(images, each).numpy())
+        canvas = to_image(image_grid(images, each))
         factor = max(1, GRID_PIXELS // max(canvas.size))
         canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.NEAREST).save(path)
     elif options.format == "npz":
         texts: dict[str, Any] = {} if request is None else {"prompts": np.array(request.prompts).repeat(each)}
-        np.savez_compressed(path, images=pixels, labels=np.array([] if labels is None else labels), **texts)
+        np.savez_compressed(path, images=pixels.numpy(), labels=np.array([] if labels is None else labels), **texts)
     else:
         path.mkdir(exist_ok=True)
         for i, image in enumerate(pixels):
             prefix = "" if labels is None else f"class{int(labels[i]):04d}-"
             prefix = prefix if request is None else f"prompt{i // each:04d}-"
-            _to_image(image).save(path / f"{prefix}{i:06d}.png")
+            to_image(image).save(path / f"{prefix}{i:06d}.png")
 
 
 def _name(
@@ -140,7 +140,3 @@ def class_numbers(classes: Sequence[str] | None, source: Source) -> list[int] | 
         return list(range(count)) if count <= MANY_CLASSES else [i * count // A_FEW for i in range(A_FEW)]
     known = by_name(dict(enumerate(source.class_names)))
     return [class_number(text, known, count) for text in classes]
-
-
-def _to_image(pixels_HWC: np.ndarray) -> Image.Image:
-    return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
