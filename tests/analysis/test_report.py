@@ -15,10 +15,10 @@ from pyarrow import parquet
 
 from diffusion_moe import DiT
 from diffusion_moe.analysis.figure_notes import sampling_note
-from diffusion_moe.analysis.figures import PANELS, panels
 from diffusion_moe.analysis.findings import class_choice, distinct_names, gather_findings
 from diffusion_moe.analysis.losses import Curves
 from diffusion_moe.analysis.plot_compute import mosaic, tile_centres
+from diffusion_moe.analysis.run import PANELS, panels
 from diffusion_moe.analysis.style import LINES, column_names, readable_on, shorten
 from diffusion_moe.analysis.tables import TABLES
 from diffusion_moe.cli import main

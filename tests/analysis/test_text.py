@@ -10,9 +10,9 @@ from pyarrow import parquet
 
 from diffusion_moe import DiT
 from diffusion_moe.analysis import record_routing
-from diffusion_moe.analysis.figures import panels
 from diffusion_moe.analysis.findings import gather_findings
 from diffusion_moe.analysis.losses import HELD_OUT_BINS
+from diffusion_moe.analysis.run import panels
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset

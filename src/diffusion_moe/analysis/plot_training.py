@@ -87,6 +87,8 @@ def logged_loss_by_time(findings: Findings) -> Panel:
 def balance(findings: Findings) -> Panel:
     """Load balance of the experts in each logged training batch."""
     title = "Load balance over training"
+    if findings.sampling is None:
+        return Panel(title, "")
     curves = [c for c in findings.curves if np.isfinite(c.imbalance_W).any() or np.isfinite(c.imbalance_WL).any()]
     if not curves:
         return Panel(title, "No imbalance was logged.")

@@ -42,7 +42,7 @@ class Panel(NamedTuple):
     """Contents, units and number of images; without a figure, the reason."""
     figure: Figure | None = None
     name: str = ""
-    """Name of its files and anchor in the report; see `figures.panels`."""
+    """Name of its files and anchor in the report; see `run.panels`."""
 
 
 @contextmanager

@@ -38,11 +38,7 @@ def evaluate_model(sampler: Sampler, options: EvaluateOptions, log: Log) -> Path
 
 
 def prompts_for(sampler: Sampler, options: EvaluateOptions | SweepOptions, log: Log) -> PromptSource | None:
-    """The prompts of the images to score; None for a model without text.
-
-    Raises:
-        ValueError: there are none, they cannot be read or encoded, or options do not fit.
-    """
+    """The prompts of the images to score; None for a model without text."""
     own = _own_data(sampler.source, options)
     check_text_options(sampler.source, options)
     if not sampler.source.config.text_dim:

@@ -82,11 +82,7 @@ def read_grid(path: Path) -> Grid:
 
 
 def make_points(options: SweepOptions, from_file: dict[str, Any], usual: EvaluationConfig) -> list[SweepPoint]:
-    """All combinations of the options' lists, else the file's, else the usual value; equal ones once.
-
-    Raises:
-        ValueError: a list cannot be read.
-    """
+    """All combinations of the options' lists, else the file's, else the usual value; equal ones once."""
     lists, defaults = [], {"weights": "ema"} | vars(usual)
     for axis in AXES:
         given = getattr(options, axis)

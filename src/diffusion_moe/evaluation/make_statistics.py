@@ -15,12 +15,11 @@ from ..log import Log, ProgressLog
 from ..sampling.generate import SamplingStats
 from .classifier import ClassifierFeatures
 from .extract_features import parts_of
-from .extractors import make_extractor
 from .features import CLASSIFIER, Extractor
 from .images import DatasetImages, Images, digest_of_all, digests_of, open_images
 from .options import StatsOptions
 from .reference import Reference, holds_statistics, read_reference
-from .scorer import shared_classifier, with_features
+from .scorer import make_extractor, shared_classifier, with_features
 from .statistics import FeatureSums
 
 

@@ -108,11 +108,7 @@ def check_text_options(source: Source, options: TextOptions) -> None:
 
 
 def text_prompts(sampler: Sampler, options: TextOptions, log: Log) -> PromptSource:
-    """The prompts of a file, or the first caption of each of a run's held-out images, a prompt an image at most.
-
-    Raises:
-        ValueError: there are none, or they cannot be read or encoded.
-    """
+    """The prompts of a file, or the first caption of each of a run's held-out images, a prompt an image at most."""
     source, warn = sampler.source, Once(log)
     if options.prompts is not None:
         texts = read_prompts(None, options.prompts)

@@ -15,24 +15,18 @@ from ..data import ImageDataset, load_dataset
 from ..distributed import from_main, is_main
 from ..log import Log
 from ..pixels import to_uint8
+from ..sampling.loading import best_device
+from . import metrics
 from .classifier import Classifier, ClassifierFeatures, train_classifier
 from .extract_features import Features, extract_features
-from .extractors import make_extractor
-from .features import INCEPTION, Extractor
+from .features import CLASSIFIER, INCEPTION, Extractor
 from .images import NpzImages
-from .metrics import (
-    KERNEL_SEED,
-    KERNEL_SUBSETS,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    nearest_neighbour_distance,
-    precision_recall,
-)
+from .inception import Inception
 from .options import ReferenceOptions
 from .reference import Reference, read_reference
 from .report import Result, score_table
 from .statistics import FeatureSums, Moments
+from .vision import VisionModel
 
 ENOUGH = 50_000
 """Samples of published scores; with fewer, Fréchet distances are higher."""
@@ -56,11 +50,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def scores(self, features: Features, labels: Tensor | None) -> Result:
-        """The scores, and what they depend on.
-
-        Raises:
-            ValueError: the images cannot be scored.
-        """
+        """The scores, and what they depend on."""
 
     def table(self, result: Result) -> list[str]:
         """The scores as lines."""
@@ -91,23 +81,24 @@ class FeatureScorer(Scorer):
         inception = self.extractor.identity.name == INCEPTION
         pool, real, count = features.pool_SD, self.reference.features_RD, len(features.pool_SD)
         result: Result = {}
-        result["fid" if inception else "frechet"] = frechet_distance(_moments(pool), self.reference.pool)
+        result["fid" if inception else "frechet"] = metrics.frechet_distance(_moments(pool), self.reference.pool)
         if inception:
             spatial = self.reference.spatial
             no_spatial = spatial is None or features.spatial is None
-            result["sfid"] = None if no_spatial else frechet_distance(features.spatial, spatial)  # type: ignore[arg-type]
+            result["sfid"] = None if no_spatial else metrics.frechet_distance(features.spatial, spatial)  # type: ignore[arg-type]
             logits = self.extractor.logits(pool)
             assert logits is not None
-            result["inception_score"] = inception_score(logits)
-        kernel = None if real is None else kernel_distance(*self._on_device(pool, real))
+            result["inception_score"] = metrics.inception_score(logits)
+        kernel = None if real is None else metrics.kernel_distance(*self._on_device(pool, real))
         name = "kid" if inception else "kernel_distance"
         result |= {name: kernel and kernel.mean, f"{name}_std": kernel and kernel.std}
-        shares = None if real is None else precision_recall(*self._on_device(pool, real))
+        shares = None if real is None else metrics.precision_recall(*self._on_device(pool, real))
         result |= {"precision": shares and shares.precision, "recall": shares and shares.recall}
         return result | {
             "num_samples": count,
             "num_reference_features": None if real is None else len(real),
-            "kernel_subsets": kernel and {"count": KERNEL_SUBSETS, "size": kernel.subset_size, "seed": KERNEL_SEED},
+            "kernel_subsets": kernel
+            and {"count": metrics.KERNEL_SUBSETS, "size": kernel.subset_size, "seed": metrics.KERNEL_SEED},
             "extractor": asdict(self.extractor.identity),
             "reference": self.reference.metadata(),
             "images_sha256": features.images_sha256,
@@ -163,7 +154,7 @@ class ClassifierAndNearest(ClassifierFeatures):
         self.identity = replace(self.identity, feature=f"{self.identity.feature}, nearest training image")
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        nearest = nearest_neighbour_distance(images / 127.5 - 1, self.training.to(images.device))
+        nearest = metrics.nearest_neighbour_distance(images / 127.5 - 1, self.training.to(images.device))
         return super().extract(images) | {"nearest": nearest}
 
 
@@ -191,6 +182,27 @@ def make_scorer(
     extractor = make_extractor(options.extractor or made_by, options.inception, reference)
     reference.check(extractor, image_size)
     return FeatureScorer(extractor, with_features(reference, extractor, 50, folder, log))
+
+
+def make_extractor(name: str, inception: Path | None = None, reference: Reference | None = None) -> Extractor:
+    """An extractor by name, on the best device.
+
+    Args:
+        inception: Inception's weight file.
+        reference: statistics that hold the classifier.
+    """
+    if inception is not None and name != INCEPTION:
+        raise ValueError(f"--inception is {inception}, but the extractor is {name}; remove the option")
+    if name == INCEPTION:
+        return Inception(inception).to(best_device())
+    if name != CLASSIFIER:
+        return VisionModel(name).to(best_device())
+    if reference is None or not reference.classifier:
+        raise ValueError(
+            "a classifier is stored in the statistics that it made; give --reference FILE of "
+            "`diffusion-moe stats DATA --extractor classifier`"
+        )
+    return ClassifierFeatures.of_weights(reference.classifier).to(best_device())
 
 
 def with_features(reference: Reference, extractor: Extractor, batch_size: int, folder: Path, log: Log) -> Reference:
@@ -229,7 +241,7 @@ def classifier_scorer(data: DataConfig) -> ClassifierScorer:
     )
     scores_of_real = {
         "recognised_real": float((predicted == held_out.labels).double().mean()),
-        "frechet_real": frechet_distance(_moments(of_training["pool"]), reference.pool),
+        "frechet_real": metrics.frechet_distance(_moments(of_training["pool"]), reference.pool),
         "nearest_neighbour_real": float(real["nearest"].double().mean()),
         "num_real": {"training": len(training), "held_out": len(test)},
     }

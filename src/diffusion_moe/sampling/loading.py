@@ -45,11 +45,7 @@ def weights_metadata(source: Source) -> dict[str, Any]:
 
 
 def load_weights(source: Source) -> Backbone:
-    """The model in eval mode, on the CPU.
-
-    Raises:
-        ValueError: its weights are missing or damaged.
-    """
+    """The model in eval mode, on the CPU."""
     if source.weights == "model":
         return last_weights(RunFolder(source.path), WEIGHTS)
     return load_model(_weights_folder(source))
@@ -125,11 +121,7 @@ def load_text_encoder(source: Source, name: str | None = None, warn: Log | None 
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """An AutoencoderKL by folder, hub id, or hub id and folder in it (OWNER/NAME/vae), in eval mode on the CPU.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """An AutoencoderKL by folder, hub id, or hub id and folder in it (OWNER/NAME/vae), in eval mode on the CPU."""
     from diffusers import AutoencoderKL
 
     owner, _, rest = name.partition("/")
