@@ -80,6 +80,7 @@ class FeatureScorer(Scorer):
         """
         inception = self.extractor.identity.name == INCEPTION
         pool, real, count = features.pool_SD, self.reference.features_RD, len(features.pool_SD)
+        few = [f"{count} samples: Fréchet distances are higher than those of {ENOUGH:,}"] if count < ENOUGH else []
         result: Result = {}
         result["fid" if inception else "frechet"] = metrics.frechet_distance(_moments(pool), self.reference.pool)
         if inception:
@@ -89,33 +90,24 @@ class FeatureScorer(Scorer):
             logits = self.extractor.logits(pool)
             assert logits is not None
             result["inception_score"] = metrics.inception_score(logits)
-        kernel = None if real is None else metrics.kernel_distance(*self._on_device(pool, real))
         name = "kid" if inception else "kernel_distance"
-        result |= {name: kernel and kernel.mean, f"{name}_std": kernel and kernel.std}
-        shares = None if real is None else metrics.precision_recall(*self._on_device(pool, real))
-        result |= {"precision": shares and shares.precision, "recall": shares and shares.recall}
+        result |= dict.fromkeys(
+            (name, f"{name}_std", "precision", "recall", "num_reference_features", "kernel_subsets")
+        )
+        if real is not None:
+            generated, real = pool.to(self.extractor.device), real.to(self.extractor.device)
+            kernel, shares = metrics.kernel_distance(generated, real), metrics.precision_recall(generated, real)
+            subsets = {"count": metrics.KERNEL_SUBSETS, "size": kernel.subset_size, "seed": metrics.KERNEL_SEED}
+            result |= {name: kernel.mean, f"{name}_std": kernel.std, **shares._asdict()}
+            result |= {"num_reference_features": len(real), "kernel_subsets": subsets}
         return result | {
             "num_samples": count,
-            "num_reference_features": None if real is None else len(real),
-            "kernel_subsets": kernel
-            and {"count": metrics.KERNEL_SUBSETS, "size": kernel.subset_size, "seed": metrics.KERNEL_SEED},
             "extractor": asdict(self.extractor.identity),
             "reference": self.reference.metadata(),
             "images_sha256": features.images_sha256,
             "seconds_per_image": features.seconds_per_image,
-            "warnings": self.warnings(count),
+            "warnings": self.extractor.warnings() + few,
         }
-
-    def warnings(self, count: int) -> list[str]:
-        """Limits of the scores that a reader must know."""
-        lines = self.extractor.warnings()
-        if count < ENOUGH:
-            lines = [*lines, f"{count} samples: Fréchet distances are higher than those of {ENOUGH:,}"]
-        return lines
-
-    def _on_device(self, *features: Tensor) -> tuple[Tensor, Tensor]:
-        generated, real = (x.to(self.extractor.device) for x in features)
-        return generated, real
 
 
 def _moments(features_SD: Tensor) -> Moments:
