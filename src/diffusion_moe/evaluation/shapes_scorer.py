@@ -130,11 +130,10 @@ class ShapesScorer(Scorer):
 
 def first_of_each(prompts: Sequence[Prompt]) -> list[int]:
     """Indices of the first prompts of each category, its held-out ones after its seen ones."""
-    indices = []
-    for category, split in product(CATEGORIES, SPLITS):
-        members = [i for i, p in enumerate(prompts) if (p.category, p.split) == (category, split)]
-        indices += members[:GALLERY_COLUMNS]
-    return indices
+    members: dict[tuple[str, str], list[int]] = {group: [] for group in product(CATEGORIES, SPLITS)}
+    for i, prompt in enumerate(prompts):
+        members[prompt.category, prompt.split].append(i)
+    return [i for indices in members.values() for i in indices[:GALLERY_COLUMNS]]
 
 
 def questions_in_turn(count: int, seed: int) -> list[Prompt]:

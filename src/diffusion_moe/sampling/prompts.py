@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,15 +34,6 @@ class PromptRequest:
             return Prompts(text, text.nothing())
         negative = TextFeatures.together(encoder.encode_all([self.negative]))
         return Prompts(text, negative.rows(torch.zeros(len(text.mask), dtype=torch.long)))
-
-    def metadata(self, each: int) -> dict[str, Any]:
-        """For the file beside the images."""
-        return {"prompts": list(self.prompts), "per_prompt": each, "negative_prompt": self.negative}
-
-    def name(self) -> str:
-        """A part of a file's name that other prompts do not share."""
-        text = "\n".join((*self.prompts, repr(self.negative)))
-        return f"prompts{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def requested_prompts(options: SampleOptions, source: Source) -> PromptRequest | None:

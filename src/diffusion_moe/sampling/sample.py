@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,8 +54,10 @@ def generate_images(source: Source, settings: EvaluationConfig, options: SampleO
     path = options.output or source.path / "samples" / f"{options.format}-{name}{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(images, labels, request, options, path)
-    metadata = {"labels": None if labels is None else labels.tolist(), "num_samples": count}
-    metadata |= {"size": list(images.shape[-2:])} | ({} if request is None else request.metadata(each))
+    metadata: dict[str, Any] = {"labels": None if labels is None else labels.tolist(), "num_samples": count}
+    metadata["size"] = list(images.shape[-2:])
+    if request is not None:
+        metadata |= {"prompts": request.prompts, "per_prompt": each, "negative_prompt": request.negative}
     metadata |= sampler.metadata(stats)
     write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(metadata) + "\n")
     return path
@@ -94,7 +97,8 @@ def _name(
     if size is not None:
         parts += [f"{size[0]}x{size[1]}"]
     if request is not None:
-        parts += [request.name()]
+        text = "\n".join((*request.prompts, repr(request.negative)))
+        parts += [f"prompts{hashlib.sha256(text.encode()).hexdigest()[:8]}"]
     return "-".join(parts)
 
 
