@@ -60,10 +60,10 @@ class Reference:
         if self.extractor is not None:
             extractor.identity.check(self.extractor, self.name)
         elif not isinstance(extractor, Inception) or not extractor.published:
-            is_inception = isinstance(extractor, Inception)
-            reason = extractor.warnings()[0] if is_inception else f"the extractor is {extractor.identity.name}"
+            problem, *_ = extractor.warnings() or [f"the extractor is {extractor.identity.name}"]
             raise ValueError(
-                f"{self.name} holds published Inception statistics, but {reason}; use the published weights"
+                f"{self.name} holds published Inception statistics, but {problem}; use the published weights of "
+                "inception"
             )
         known: Any = self.about.get("image_size")
         if known is not None and image_size is not None and tuple(known) != image_size:
