@@ -270,9 +270,9 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, run_folder, classi
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "colour.npz", images=np.zeros((5, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "large.npz", images=np.zeros((5, 9, 8, 1), np.uint8))
-    places = {"RUN": run_folder, "REF": classifier_reference, "EMPTY": "empty", "COLOUR": "colour.npz"}
-    for name, place in (places | {"LARGE": "large.npz"}).items():
-        arguments = [argument.replace(name, str(place)) for argument in arguments]
+    paths = {"RUN": run_folder, "REF": classifier_reference, "EMPTY": "empty", "COLOUR": "colour.npz"}
+    for name, path in (paths | {"LARGE": "large.npz"}).items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
     status, _, err = run(capsys, "evaluate", *arguments)
     assert status == 2
     assert expected in err
