@@ -70,7 +70,7 @@ def new_axes(height: float) -> tuple[Figure, Axes]:
 
 
 def to_png(figure: Figure) -> bytes:
-    """On white paper, 200 dots an inch."""
+    """A PNG on white paper, 200 dots an inch."""
     file = io.BytesIO()
     with figure_style():
         figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
@@ -78,7 +78,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """With text as text; the same figure and name give the same bytes. Ids start with the name."""
+    """An SVG with text as text; the same figure and name give the same bytes. Ids start with the name."""
     file = io.StringIO()
     with figure_style(), matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

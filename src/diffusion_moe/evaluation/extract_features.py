@@ -57,9 +57,8 @@ def extract_features(
     Finished parts are kept until the block has ended without an error, as the result is then saved.
 
     Args:
-        batch_size: images at a time.
-        parent: where the folder of unfinished work is made.
-        log: the main process's lines.
+        parent: folder of the folder of unfinished work.
+        log: receives the main process's lines.
 
     Raises:
         ValueError: an image or a part cannot be read.

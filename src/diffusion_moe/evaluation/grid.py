@@ -57,7 +57,7 @@ class Grid(NamedTuple):
     """Content of a grid file."""
 
     lists: dict[str, Any]
-    """By axis."""
+    """Values of each axis."""
     others: dict[str, Any]
     """Its other settings."""
 

@@ -33,7 +33,7 @@ class Images(ABC):
     """Numbered images of one size."""
 
     name: str
-    """For messages and records."""
+    """Name for messages and records."""
     count: int
     size: tuple[int, int]
     """Height and width in pixels."""
@@ -55,7 +55,7 @@ class Images(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """All that the images depend on, ready for JSON: work on images of an equal identity is resumed."""
+        """Everything that the images depend on, ready for JSON: work on images of an equal identity is resumed."""
 
     def metadata(self, stats: SamplingStats) -> dict[str, Any]:
         """Origin of the images and the cost of generating them, for a file of scores."""
@@ -211,7 +211,7 @@ def open_images(path: Path, channels: int = 3, image_size: int | None = None) ->
     """The images of a folder or an `.npz`.
 
     Args:
-        channels: that files are read with.
+        channels: channels that files are read with.
         image_size: side of the square in pixels that files are resized and cropped to; None: they are not.
 
     Raises:

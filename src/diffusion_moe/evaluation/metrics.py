@@ -11,7 +11,7 @@ from torch import Tensor
 from .statistics import Moments
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE, KERNEL_SEED = 100, 1000, 2020
-"""As torch-fidelity samples them, so that equal features give equal numbers."""
+"""Subsets as torch-fidelity samples them, so that equal features give equal numbers."""
 NEIGHBOURS = 3
 SCORE_SPLIT = 5000
 ROWS = 1000
@@ -135,7 +135,8 @@ def nearest_neighbour_distance(images: Tensor, reference: Tensor) -> Tensor:
     """Euclidean distance in pixel space of each image to its nearest reference image, (S,), float32.
 
     Args:
-        images: NCHW, [-1, 1]. reference: NCHW of the same size.
+        images: NCHW, [-1, 1].
+        reference: NCHW of the same size.
     """
     flat = reference.flatten(1)
     return torch.cat([torch.cdist(part.flatten(1), flat).min(dim=1).values for part in images.split(1024)])

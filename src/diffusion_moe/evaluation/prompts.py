@@ -27,7 +27,7 @@ class PromptSource(ABC):
     """A prompt for each image: image i has prompt i; after the last prompt they begin again."""
 
     origin: str
-    """Where the prompts are from."""
+    """Source of the prompts, for people."""
     space: TextSpace
     """The encoder of their features."""
     sha256: str
@@ -47,11 +47,11 @@ class PromptSource(ABC):
         return Prompts(text, text.nothing())
 
     def identity(self) -> dict[str, Any]:
-        """All that images depend on."""
+        """Everything that images depend on."""
         return {"prompts": self.sha256, "text_encoder": self.space.sha256}
 
     def metadata(self) -> dict[str, Any]:
-        """For the file of a score."""
+        """Origin, number and hash of the prompts, and their encoder, for a file of scores."""
         prompts = {"origin": self.origin, "count": len(self), "sha256": self.sha256}
         return {"prompts": prompts, "text_encoder": asdict(self.space)}
 

@@ -38,7 +38,7 @@ class Reference:
     pool: Moments
     spatial: Moments | None = None
     features_RD: Tensor | None = None
-    """Of some of the images, float32: for KID, precision and recall."""
+    """Features of some of the images, float32: for KID, precision and recall."""
     extractor: ExtractorIdentity | None = None
     """None: the file does not name it."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Reference:
             )
 
     def metadata(self) -> dict[str, Any]:
-        """For the file of a score."""
+        """Name, hash and `about`, for a file of scores."""
         return {"name": self.name, "sha256": self.sha256, **self.about}
 
     def write(self, path: Path) -> Reference:

@@ -73,7 +73,7 @@ class FeatureScorer(Scorer):
         return self.reference.sha256
 
     def scores(self, features: Features, labels: Tensor | None) -> Result:
-        """All that the features and the reference allow; null where the reference lacks what a score needs.
+        """Every score that the features and the reference allow; null where the reference lacks what a score needs.
 
         Raises:
             ValueError: too few images, or features that are not finite.
@@ -124,7 +124,7 @@ class ClassifierScorer(FeatureScorer):
     """Scores of real images under the same names with `_real`, and how many there are."""
 
     def scores(self, features: Features, labels: Tensor | None) -> Result:
-        """As `FeatureScorer`, and two more.
+        """Scores of `FeatureScorer`, and two more.
 
         recognised: share of images that the classifier puts into their class (null without classes); nearest_neighbour:
         mean pixel distance to the nearest training image (copies would be nearer than real ones are).

@@ -26,7 +26,7 @@ from .report import Result
 from .scorer import Scorer
 
 VERSION = "1"
-"""To be raised when other images would count as right, so that scores do not mix."""
+"""Version of the scorer: raise it when other images would count as right, so that scores do not mix."""
 GALLERY_COLUMNS = 6
 """Images of each category and split in the gallery, a row."""
 GROUPS = tuple(product(SPLITS, CATEGORIES))
@@ -89,7 +89,7 @@ class ShapesScorer(Scorer):
     questions: Questions
     image_size: tuple[int, int]
     seed: int
-    """Of the true images, and of those that measure chance."""
+    """Seed of the true images, and of those that measure chance."""
     extractor: Extractor = field(default_factory=Pixels)
 
     @property

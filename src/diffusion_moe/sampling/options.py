@@ -12,7 +12,7 @@ Weights = str
 """ema: as the folder publishes them; model: of a run's newest checkpoint, without EMA; or the decay of a further EMA
 that the run has kept, as 0.999."""
 ENDINGS = {"grid": ".png", "npz": ".npz", "png": ""}
-"""Of the file or folder (png) that each format is written to."""
+"""Ending of the file or folder (png) that each format is written to."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class WeightsOptions:
 
 @dataclass(frozen=True)
 class SampleOptions(WeightsOptions):
-    """Which images to sample and how to save them."""
+    """Images to sample, and their files."""
 
     classes: str | None = None
     """Names or numbers of classes, as "golden retriever,7"; #7 is number 7, name:7 the class named 7. All unless given,

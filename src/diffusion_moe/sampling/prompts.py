@@ -21,7 +21,7 @@ class PromptRequest:
 
     prompts: tuple[str, ...]
     negative: str | None = None
-    """What guidance leads away from; None: the model's null prompt."""
+    """Text that guidance leads away from; None: the model's null prompt."""
     text_encoder: str | None = None
     """Folder or hub id of the encoder; None: where training left it."""
 

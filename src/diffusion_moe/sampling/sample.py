@@ -25,7 +25,7 @@ from .sampler import Sampler, load_sampler, with_progress
 from .source import Source
 
 MANY_CLASSES, A_FEW = 20, 8
-"""Of more classes than the first number, as many as the second are sampled, unless options say otherwise."""
+"""Numbers of classes: of more than the first, as many as the second are sampled, unless options say otherwise."""
 GRID_PIXELS = 800
 """Grids of small images are enlarged to about this side."""
 

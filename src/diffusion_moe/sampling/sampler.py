@@ -30,7 +30,7 @@ class Sampler:
     """
 
     source: Source
-    """Where the model is from, and what is known of its classes, latents and texts."""
+    """Folder of the model, with its classes, latents and texts."""
     model: Backbone
     settings: EvaluationConfig
     vae: AutoencoderKL | None = None
@@ -78,7 +78,7 @@ class Sampler:
         return torch.cat(list(self.batches(count, labels, prompts)))
 
     def metadata(self, stats: SamplingStats) -> dict[str, Any]:
-        """How images were sampled, and from which weights; for every file that comes of them."""
+        """Settings and cost of sampling, and the weights; for every file made of the images."""
         chosen = {"weights": self.source.weights}
         return sampling_metadata(self.settings, stats) | chosen | self.weights_metadata
 

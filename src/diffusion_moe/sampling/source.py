@@ -1,4 +1,4 @@
-"""What a folder to sample from holds: a run, a pipeline folder (of `diffusion-moe convert`) or a model's own folder.
+"""Contents of a folder to sample from: a run, a pipeline folder (of `diffusion-moe convert`) or a model's own folder.
 
 Nothing here loads weights; see `loading` and `sampler`.
 """
@@ -107,7 +107,7 @@ def with_data(source: Source, data: dict[str, Any], file: Path) -> Source:
 
 
 def default_settings(config: ModelConfig) -> EvaluationConfig:
-    """How the papers sample such a model, with fewer steps than their 250 where a solver allows it."""
+    """Settings of the papers for such a model, with fewer steps than their 250 where a solver allows it."""
     settings: dict[str, Any] = {"batch_size": 16}
     if config.process == "ddpm":
         settings |= {"solver": "ddpm", "steps": 250}
@@ -134,7 +134,7 @@ def _read_pipeline(path: Path) -> Source:
 
 
 def _read_data(model_folder: Path) -> dict[str, Any]:
-    """What the model remembers of its data; empty for runs of older versions."""
+    """Metadata of the model's data; empty for runs of older versions."""
     file = model_folder / DATA
     return _read_json(file) if file.is_file() else {}
 
