@@ -84,8 +84,8 @@ class Sampling(NamedTuple):
     groups: Groups
     examples: Examples
     about: dict[str, Any]
-    """Settings and cost of sampling: `sampling_metadata`, num_samples, batch_size, the number of classes, and the origin
-    of prompts."""
+    """Settings and cost of sampling: `sampling_metadata`, num_samples, batch_size, num_classes, and the origin of
+    prompts."""
     tokens: dict[str, TokenCounts]
     """Counts of "image" and of "text" tokens, for a model whose text and image are one sequence; else empty."""
 
