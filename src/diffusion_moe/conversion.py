@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .run_folder import RunFolder
-from .sampling.loading import (
-    CONVERSION,
-    load_decoder,
-    load_text_encoder,
-    load_vae,
-    load_weights,
-    weights_metadata,
-)
+from .sampling.loading import CONVERSION, load_decoder, load_text_encoder, load_vae, load_weights, weights_metadata
 from .sampling.source import MODEL_CLASSES, read_source
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from diffusion_moe.distributed import is_main, rank, torchrun_processes, world_size
-from diffusion_moe.evaluation.statistics import FeatureSums
+from diffusion_moe.evaluation.metrics import FeatureSums
 
 folder = Path(sys.argv[1])
 with torchrun_processes():

@@ -3,7 +3,7 @@
 import torch
 
 from diffusion_moe.distributed import all_reduce_sum, is_main, rank, world_size
-from diffusion_moe.evaluation.statistics import FeatureSums
+from diffusion_moe.evaluation.metrics import FeatureSums
 
 
 def test_two_processes_equal_one(tmp_path, run_processes):

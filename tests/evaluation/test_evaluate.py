@@ -12,6 +12,7 @@ from diffusion_moe.config import DataConfig, EvaluationConfig
 from diffusion_moe.data import load_dataset
 from diffusion_moe.evaluation.classifier import ClassifierFeatures
 from diffusion_moe.evaluation.metrics import (
+    FeatureSums,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -19,7 +20,6 @@ from diffusion_moe.evaluation.metrics import (
     precision_recall,
 )
 from diffusion_moe.evaluation.reference import read_reference
-from diffusion_moe.evaluation.statistics import FeatureSums
 from diffusion_moe.pixels import to_uint8
 from diffusion_moe.sampling.generate import class_schedule, generate
 from diffusion_moe.sampling.loading import load_weights

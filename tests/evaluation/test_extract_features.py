@@ -7,7 +7,7 @@ from torch import nn
 from diffusion_moe.evaluation import extract_features
 from diffusion_moe.evaluation.features import Extractor, ExtractorIdentity
 from diffusion_moe.evaluation.images import Images
-from diffusion_moe.evaluation.statistics import FeatureSums
+from diffusion_moe.evaluation.metrics import FeatureSums
 from diffusion_moe.log import ProgressLog
 
 

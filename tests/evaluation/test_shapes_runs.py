@@ -15,9 +15,8 @@ from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.data import load_dataset
 from diffusion_moe.evaluation import extract_features
 from diffusion_moe.evaluation.images import digest_of_all, digests_of
-from diffusion_moe.evaluation.metrics import frechet_distance
+from diffusion_moe.evaluation.metrics import FeatureSums, frechet_distance
 from diffusion_moe.evaluation.shapes_scorer import first_of_each
-from diffusion_moe.evaluation.statistics import FeatureSums
 from diffusion_moe.pixels import to_uint8
 from diffusion_moe.sampling.generate import Prompts, generate
 from diffusion_moe.sampling.loading import load_text_encoder, load_weights

@@ -27,7 +27,7 @@ from ..run_folder import replace_atomically, write_atomically
 from ..sampling.generate import SamplingStats
 from .features import Extractor, digest_of
 from .images import Images, digest_of_all, digests_of, split
-from .statistics import FeatureSums, Moments
+from .metrics import FeatureSums, Moments
 
 PART = 250
 """Images in a part, rounded down to whole batches."""

@@ -17,10 +17,10 @@ from .classifier import ClassifierFeatures
 from .extract_features import parts_of
 from .features import CLASSIFIER, Extractor
 from .images import DatasetImages, Images, digest_of_all, digests_of, open_images
+from .metrics import FeatureSums
 from .options import StatsOptions
 from .reference import Reference, holds_statistics, read_reference
 from .scorer import make_extractor, shared_classifier, with_features
-from .statistics import FeatureSums
 
 
 def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, log: Log) -> Path | None:

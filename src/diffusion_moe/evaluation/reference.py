@@ -23,7 +23,7 @@ from torch import Tensor
 from ..run_folder import replace_atomically
 from .features import HASH_DIGITS, Extractor, ExtractorIdentity
 from .inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
-from .statistics import Moments
+from .metrics import Moments
 
 FORMAT = 1
 CLASSIFIER_PREFIX = "classifier."

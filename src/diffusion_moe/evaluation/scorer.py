@@ -25,7 +25,6 @@ from .inception import Inception
 from .options import ReferenceOptions
 from .reference import Reference, read_reference
 from .report import Result, score_table
-from .statistics import FeatureSums, Moments
 from .vision import VisionModel
 
 ENOUGH = 50_000
@@ -82,7 +81,9 @@ class FeatureScorer(Scorer):
         pool, real, count = features.pool_SD, self.reference.features_RD, len(features.pool_SD)
         few = [f"{count} samples: Fréchet distances are higher than those of {ENOUGH:,}"] if count < ENOUGH else []
         result: Result = {}
-        result["fid" if inception else "frechet"] = metrics.frechet_distance(_moments(pool), self.reference.pool)
+        result["fid" if inception else "frechet"] = metrics.frechet_distance(
+            metrics.moments_of(pool), self.reference.pool
+        )
         if inception:
             spatial = self.reference.spatial
             no_spatial = spatial is None or features.spatial is None
@@ -108,12 +109,6 @@ class FeatureScorer(Scorer):
             "seconds_per_image": features.seconds_per_image,
             "warnings": self.extractor.warnings() + few,
         }
-
-
-def _moments(features_SD: Tensor) -> Moments:
-    """Summed over parts, so that no copy of all features in float64 is needed."""
-    first, *others = features_SD.split(1000)
-    return sum((FeatureSums.of(part) for part in others), FeatureSums.of(first)).moments()
 
 
 @dataclass(frozen=True)
@@ -226,14 +221,14 @@ def classifier_scorer(data: DataConfig) -> ClassifierScorer:
     predicted = extractor.logits(real["pool"]).argmax(1)
     reference = Reference(
         "the run's held-out images",
-        _moments(real["pool"]),
+        metrics.moments_of(real["pool"]),
         features_RD=real["pool"],
         extractor=extractor.identity,
         about={"num_images": len(test), "data": asdict(data)},
     )
     scores_of_real = {
         "recognised_real": float((predicted == held_out.labels).double().mean()),
-        "frechet_real": metrics.frechet_distance(_moments(of_training["pool"]), reference.pool),
+        "frechet_real": metrics.frechet_distance(metrics.moments_of(of_training["pool"]), reference.pool),
         "nearest_neighbour_real": float(real["nearest"].double().mean()),
         "num_real": {"training": len(training), "held_out": len(test)},
     }
