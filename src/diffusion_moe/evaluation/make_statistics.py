@@ -134,9 +134,7 @@ def _measure(name: str, data: DataConfig | None, options: StatsOptions, log: Log
 
 def _gathered(own: dict[int, Tensor]) -> list[Tensor]:
     """Rows of all processes in the order of their image numbers, on the main process; empty elsewhere."""
-    rows: dict[int, Tensor] = {}
-    for share in to_main(own):
-        rows |= share
+    rows = {i: row for share in to_main(own) for i, row in share.items()}
     return [rows[i] for i in sorted(rows)]
 
 

@@ -80,10 +80,8 @@ class FeatureScorer(Scorer):
         inception = self.extractor.identity.name == INCEPTION
         pool, real, count = features.pool_SD, self.reference.features_RD, len(features.pool_SD)
         few = [f"{count} samples: Fréchet distances are higher than those of {ENOUGH:,}"] if count < ENOUGH else []
-        result: Result = {}
-        result["fid" if inception else "frechet"] = metrics.frechet_distance(
-            metrics.moments_of(pool), self.reference.pool
-        )
+        distance = metrics.frechet_distance(metrics.moments_of(pool), self.reference.pool)
+        result: Result = {"fid" if inception else "frechet": distance}
         if inception:
             spatial = self.reference.spatial
             no_spatial = spatial is None or features.spatial is None
