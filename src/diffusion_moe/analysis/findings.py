@@ -257,9 +257,8 @@ def class_choice(count: int, num_classes: int) -> Tensor | None:
     """Class of each image, in turn; evenly spaced classes if there are fewer images; None without classes."""
     if num_classes == 0:
         return None
-    return (
-        torch.arange(count) % num_classes if count >= num_classes else torch.tensor(evenly_spaced(num_classes, count))
-    )
+    classes = torch.tensor(evenly_spaced(num_classes, count))
+    return classes[torch.arange(count) % len(classes)]
 
 
 def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sampling:
@@ -285,6 +284,7 @@ def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sam
             groups.append([served_SK.sum(1), tokens_SK.sum(1), served_SK.sum(0), tokens_SK.sum(0)])
     assert total is not None
     guided = bool(total.tokens_LSK[:, :, K:].any())
+    kinds_I = labels if prompt_kinds is None else prompt_kinds.kinds_I
     return Sampling(
         total._replace(
             served_LSKE=total.served_LSKE[:, :, :K],
@@ -298,20 +298,13 @@ def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sam
         _examples(sampler, prompt_kinds),
         {
             "num_samples": count,
-            "num_classes": _classes_sampled(labels, prompt_kinds),
+            "num_classes": len(kinds_I.unique()) if kinds_I is not None and K > 1 else 0,
             "batch_size": settings.batch_size,
             **({} if prompt_kinds is None else prompt_kinds.prompts.metadata()),
             **undecoded.metadata(stats),
         },
         {} if config.text_conditioning != "joint" or not config.text_dim else _tokens(config, total, K),
     )
-
-
-def _classes_sampled(labels: Tensor | None, prompt_kinds: PromptKinds | None) -> int:
-    """Number of classes or kinds of prompts with images; 0 where all are of one kind."""
-    if prompt_kinds is not None:
-        return len(prompt_kinds.kinds_I.unique()) if len(prompt_kinds.names) > 1 else 0
-    return 0 if labels is None else len(labels.unique())
 
 
 def _tokens(config: ModelConfig, total: RoutingCounts, kinds: int) -> dict[str, TokenCounts]:
