@@ -76,7 +76,7 @@ def test_all_features_come_in_order_with_what_they_cost(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_work_goes_on_where_it_stopped_and_ends_the_same_bit_for_bit(tmp_path):
+def test_interrupted_work_resumes_and_gives_the_same_features_bit_for_bit(tmp_path):
     whole = run(Numbers(50), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(Numbers(50, stop_at=40), tmp_path / "killed")
@@ -109,7 +109,7 @@ def test_parts_are_kept_until_the_result_is_saved(tmp_path):
     assert again.read_numbers == []
 
 
-def test_a_damaged_part_is_made_again(tmp_path):
+def test_a_damaged_part_is_computed_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(Numbers(50, stop_at=40), tmp_path)
     first = next(tmp_path.rglob("part-00000000*"))
