@@ -18,8 +18,7 @@ from torch import Tensor
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.data import load_dataset
 from diffusion_moe.evaluation.classifier import Classifier, train_classifier
-from diffusion_moe.evaluation.metrics import frechet_distance
-from diffusion_moe.evaluation.statistics import FeatureSums
+from diffusion_moe.evaluation.metrics import FeatureSums, frechet_distance
 from diffusion_moe.moe import routers_of
 from diffusion_moe.run_folder import RunFolder
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .run_folder import RunFolder
-from .sampling.loading import load_decoder, load_text_encoder, load_vae, load_weights
-from .sampling.source import CONVERSION, MODEL_CLASSES, read_source
+from .sampling.loading import CONVERSION, load_decoder, load_text_encoder, load_vae, load_weights, weights_metadata
+from .sampling.source import MODEL_CLASSES, read_source
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -73,7 +73,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         _refuse(options, ("config", "format", "file"), "a folder of this library")
         _refuse_weights(options)
         ours = read_source(Path(source))
-        model, metadata = load_weights(ours), ours.weights_metadata() | {"source": source}
+        model, metadata = load_weights(ours), weights_metadata(ours) | {"source": source}
         vae = load_decoder(dataclasses.replace(ours, vae=options.vae or ours.vae))
         names = list(ours.class_names) or _run_names(Path(source))
     else:
@@ -149,7 +149,7 @@ def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
     if options.output.exists():
         raise ValueError(f"output {options.output} exists; choose another file")
     ours = read_source(Path(source))
-    known = options.format or ours.weights_metadata().get("format")
+    known = options.format or weights_metadata(ours).get("format")
     kind = write_reference_checkpoint(load_weights(ours), options.output, known)
     return f"wrote {options.output} in the layout of {kind}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -23,3 +24,8 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
         top, left = (i // columns) * (H + 1) + 1, (i % columns) * (W + 1) + 1
         canvas[:, top : top + H, left : left + W] = image
     return canvas.permute(1, 2, 0).contiguous()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A picture of uint8 HWC pixels of one or three channels."""
+    return Image.fromarray((pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).numpy())

@@ -37,7 +37,7 @@ def run_of(tmp_path_factory, tiny_options):
 
 
 def stir(folder):
-    """Let the model heed time and class, which it has hardly begun to after four steps."""
+    """Make the outputs depend on time and class, as they hardly do after four steps."""
     model = load_model(folder)
     torch.manual_seed(0)
     with torch.no_grad():

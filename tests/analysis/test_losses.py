@@ -94,26 +94,26 @@ def test_a_bound_of_the_loss_weighs_times(tiny, monkeypatch):
     np.testing.assert_allclose(held.loss_IS, free.loss_IS * weight_S, rtol=1e-5)
 
 
-def test_what_the_network_is_told(tiny, monkeypatch):
+def test_the_network_gets_times_classes_and_noisy_images(tiny, monkeypatch):
     """The middle of each bin, counted from noise; the classes; noisy images of the right mixture."""
     for options, times in (([], lambda t: t), (["--model.process=ddpm", "--model.prediction=epsilon"], None)):
         recipe = read_recipe("digits", [*tiny, *options])
-        model, told = make_model(recipe.model).eval(), []
+        model, calls = make_model(recipe.model).eval(), []
 
-        def answer(x, t, labels, told=told):
-            told.append((float(t[0]), float(t[-1]), float(x.std()), labels.tolist()))
+        def answer(x, t, labels, calls=calls):
+            calls.append((float(t[0]), float(t[-1]), float(x.std()), labels.tolist()))
             return DiTOutput(sample=torch.zeros_like(x))
 
         monkeypatch.setattr(model, "forward", answer)
         data = load_dataset(recipe.data, "test")
         found = held_out_loss(model, recipe, data, "run", None)
-        first = [call[0] for call in told]
+        first = [call[0] for call in calls]
         if times is not None:
             np.testing.assert_allclose(first, found.times_S, rtol=1e-6)
         else:
             np.testing.assert_array_equal(first, np.arange(950, 0, -100))
-        assert all(call[0] == call[1] and call[3] == found.labels_I.tolist() for call in told)
-        assert abs(told[0][2] - 1) < 0.1  # nearly pure noise
+        assert all(call[0] == call[1] and call[3] == found.labels_I.tolist() for call in calls)
+        assert abs(calls[0][2] - 1) < 0.1  # nearly pure noise
 
 
 def test_the_same_images_and_noise_whatever_the_size_of_a_pass(tiny, monkeypatch):

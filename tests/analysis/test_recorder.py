@@ -21,7 +21,7 @@ from diffusion_moe.sampling.generate import SamplingStats, class_schedule, gener
 KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
 
 
-class ByPlace(Router):
+class ByPosition(Router):
     """Token n of every image goes to expert n mod E and, from the second layer on, to the next one too."""
 
     experts_a_token = 1
@@ -38,7 +38,7 @@ def known_model(tiny, *options):
     recipe = read_recipe("digits", [*tiny, "--model.depth=4", *options])
     model = make_model(recipe.model).eval()
     for i, block in enumerate(model.blocks[1::2]):
-        router = ByPlace(recipe.model.hidden_size, RouterConfig("tc", num_experts=4))
+        router = ByPosition(recipe.model.hidden_size, RouterConfig("tc", num_experts=4))
         router.experts_a_token = i + 1
         block.mlp.router = router
     return model
@@ -64,12 +64,12 @@ def test_counts_are_those_of_a_plain_loop(kind):
     layer = MoEFeedForward(8, 4, RouterConfig(kind, num_experts=4, top_k=2, capacity=2.0))
     x = torch.randn(3, 6, 8)
     routing = layer.router(x)
-    served, compute, places = np.zeros(4), np.zeros(6), np.zeros((4, 6))
+    served, compute, positions = np.zeros(4), np.zeros(6), np.zeros((4, 6))
     of_token = [set() for _ in range(18)]
     for token, expert in zip(routing.token_A.tolist(), routing.expert_A().tolist(), strict=True):
         served[expert] += 1
         compute[token % 6] += 1
-        places[expert, token % 6] += 1
+        positions[expert, token % 6] += 1
         of_token[token].add(expert)
     pairs = [[sum({a, b} <= experts for experts in of_token) for b in range(4)] for a in range(4)]
     with record_routing(layer, time_bins=1, pairs=True, positions=True) as record:
@@ -81,10 +81,10 @@ def test_counts_are_those_of_a_plain_loop(kind):
     np.testing.assert_array_equal(counts.images_SK, [[6]])
     np.testing.assert_array_equal(counts.pairs_LEE, 2 * np.array(pairs)[None])
     np.testing.assert_array_equal(counts.compute_SKP, 2 * compute[None, None])
-    np.testing.assert_array_equal(counts.positions_LEP, 2 * places[None])
+    np.testing.assert_array_equal(counts.positions_LEP, 2 * positions[None])
 
 
-def test_known_routing_falls_into_its_layer_time_class_expert_and_place(tiny):
+def test_known_routing_falls_into_its_layer_time_class_expert_and_position(tiny):
     """16 tokens, four to an expert; with two experts a token each serves the tokens of its neighbour too."""
     model = known_model(tiny)
     with record_routing(model, time_bins=4, pairs=True, positions=True) as record, torch.no_grad():
@@ -174,7 +174,7 @@ def test_rows_that_fill_up_a_shape_are_not_counted():
     np.testing.assert_array_equal(counts.positions_LEP, [[[1, 0, 0, 0], [0, 1, 1, 0]]])
 
 
-def test_class_tokens_are_counted_but_have_no_place(tiny):
+def test_class_tokens_are_counted_but_have_no_position(tiny):
     """From the second block on there are three more tokens before the image's sixteen."""
     options = ["--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6", "--model.class_tokens=3"]
     model = known_model(tiny, *options, "--model.class_tokens_from=2")

@@ -1,4 +1,4 @@
-"""A report of a run or a model: what it says, and the numbers that lie beside it."""
+"""A report of a run or a model: its text, and the data files beside it."""
 
 import json
 import re
@@ -15,10 +15,10 @@ from pyarrow import parquet
 
 from diffusion_moe import DiT
 from diffusion_moe.analysis.figure_notes import sampling_note
-from diffusion_moe.analysis.figures import PANELS, panels
 from diffusion_moe.analysis.findings import class_choice, distinct_names, gather_findings
 from diffusion_moe.analysis.losses import Curves
 from diffusion_moe.analysis.plot_compute import mosaic, tile_centres
+from diffusion_moe.analysis.run import PANELS, panels
 from diffusion_moe.analysis.style import LINES, column_names, readable_on, shorten
 from diffusion_moe.analysis.tables import TABLES
 from diffusion_moe.cli import main
@@ -26,7 +26,7 @@ from diffusion_moe.sampling.source import read_source
 
 from .conftest import KINDS
 
-DRAWN = ["ec", "diffmoe", "dense", "class-free", "jit"]
+REPORTED = ["ec", "diffmoe", "dense", "class-free", "jit"]
 QUICK = ["--num_samples=20", "--steps=4"]
 EVERYWHERE = {"loss", "loss_by_time"}
 EXPERTS = {"balance", "places", "coactivation", "similarity"}
@@ -99,7 +99,7 @@ def report_of(run_of, tmp_path_factory):
     return report
 
 
-@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("kind", REPORTED)
 def test_every_figure_is_there_in_every_form_and_not_blank(report_of, kind):
     output, page = report_of(kind)
     figures = set(page.figures)
@@ -110,12 +110,12 @@ def test_every_figure_is_there_in_every_form_and_not_blank(report_of, kind):
     for name in figures:
         picture = np.array(Image.open(output / f"{name}.png").convert("L"))
         assert picture.std() > 3
-        # Drawn on white, to the edge.
+        # On white paper, to the edge.
         assert picture[0].min() > 250
         assert "<text" in (output / f"{name}.svg").read_text()
 
 
-@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("kind", REPORTED)
 def test_every_figure_says_how_it_came_about(report_of, kind):
     _, page = report_of(kind)
     for name, caption in page.figures.items():
@@ -132,7 +132,7 @@ def test_every_figure_says_how_it_came_about(report_of, kind):
     assert ("no routers: every feed-forward layer is dense" in page.text) == (kind == "dense")
 
 
-@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("kind", REPORTED)
 def test_the_page_needs_nothing_from_elsewhere(report_of, kind):
     output, page = report_of(kind)
     text = (output / "report.html").read_text(encoding="utf-8")
@@ -173,7 +173,7 @@ def rows(output, name):
     return parquet.read_table(output / "data" / f"{name}.parquet")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DRAWN if kind != "dense"])
+@pytest.mark.parametrize("kind", [kind for kind in REPORTED if kind != "dense"])
 def test_the_data_are_counts_that_agree_with_each_other(report_of, kind):
     output, page = report_of(kind)
     assert {path.stem for path in (output / "data").iterdir()} == set(TABLES)
@@ -232,18 +232,18 @@ def test_runs_are_compared_on_the_same_images_and_noise(run_of):
     np.testing.assert_array_equal(own.loss_IS, again.loss_IS)
     assert np.abs(own.loss_IS - dense.loss_IS).max() > 1e-3
     assert [curves.run for curves in found.curves] == ["dsmoe", "dense", "dsmoe (2)"]
-    drawn = {panel.name: panel for panel in panels(found)["Training"]}
-    assert len(drawn["loss"].figure.axes[0].get_lines()) == 6
-    assert "dense: 4 training steps" in drawn["loss_by_time"].caption
+    by_name = {panel.name: panel for panel in panels(found)["Training"]}
+    assert len(by_name["loss"].figure.axes[0].get_lines()) == 6
+    assert "dense: 4 training steps" in by_name["loss_by_time"].caption
 
 
-def test_load_and_loss_levels_are_drawn_where_they_are_logged(run_of):
+def test_load_and_loss_levels_are_plotted_where_they_are_logged(run_of):
     found, steps = gathered(run_of("dense")), np.arange(5)
     curves = Curves("run", "about", steps, steps + 1.0, steps, np.ones((5, 2)), np.empty((5, 0)))
     assert "loss_levels" not in {panel.name for panel in panels(replace(found, curves=[curves]))["Training"]}
     curves = curves._replace(loss_WS=np.ones((5, 3)))
-    drawn = {panel.name: panel.figure for panel in panels(replace(found, curves=[curves]))["Training"]}
-    labels = [text.get_text() for text in drawn["loss_levels"].axes[0].get_legend().get_texts()]
+    by_name = {panel.name: panel.figure for panel in panels(replace(found, curves=[curves]))["Training"]}
+    labels = [text.get_text() for text in by_name["loss_levels"].axes[0].get_legend().get_texts()]
     assert labels == ["t from 0 to 0.33", "t from 0.33 to 0.67", "t from 0.67 to 1"]
 
 
@@ -292,7 +292,7 @@ def test_a_model_folder_has_routing_but_no_curves(run_of):
     assert shown == SHOWN["diffmoe"] - EVERYWHERE - {"balance"}
 
 
-def test_a_run_that_lost_its_data_and_its_log_is_still_drawn(run_of, tmp_path):
+def test_a_run_that_lost_its_data_and_its_log_still_has_a_report(run_of, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(run_of("dsmoe"), run)
     recipe = (run / "recipe.yaml").read_text().replace("kind: digits\n  path: null", "kind: folder\n  path: /gone")
@@ -394,7 +394,7 @@ def test_names_are_shortened():
     assert shorten("a" * 20) == "a" * 15 + "…"
 
 
-def test_many_columns_bear_some_names_and_long_ones_stand_on_end():
+def test_of_many_columns_some_are_named_and_long_names_are_upright():
     many = column_names([f"class {i}" for i in range(100)])
     assert many.short == [f"class {i}" for i in range(0, 100, 13)] and many.positions == range(0, 100, 13)
     assert (many.angle, column_names(["a", "b"]).angle) == (90, 0)
@@ -403,7 +403,7 @@ def test_many_columns_bear_some_names_and_long_ones_stand_on_end():
 
 def test_the_panels_named_are_all_there_are(report_of):
     seen = set()
-    for kind in DRAWN:
+    for kind in REPORTED:
         seen |= {attributes["id"] for tag, attributes in report_of(kind)[1].tags if tag == "figure"}
         seen |= {a["id"] for tag, a in report_of(kind)[1].tags if tag == "div" and a.get("class") == "absent"}
     assert seen | LOGGED == set(PANELS)

@@ -45,7 +45,7 @@ def test_one_group_tells_no_error():
 
 @given(arrays(float, (3, 6), elements=st.floats(0, 1e3)).filter(lambda served: (served.sum(1) > 1e-6).all()))
 @settings(deadline=None)
-def test_loads_lie_between_even_and_one_expert_alone(served):
+def test_loads_are_between_even_and_one_expert_alone(served):
     share = shares(served)
     np.testing.assert_allclose(share.sum(1), 1)
     assert ((imbalance(share) >= 1 - 1e-12) & (imbalance(share) <= 6 + 1e-12)).all()

@@ -1,4 +1,4 @@
-"""Reports of models that take text: prompts in the place of classes, and text tokens that are routed too."""
+"""Reports of models that take text: prompts instead of classes, and text tokens that are routed too."""
 
 import json
 from dataclasses import replace
@@ -10,10 +10,9 @@ from pyarrow import parquet
 
 from diffusion_moe import DiT
 from diffusion_moe.analysis import record_routing
-from diffusion_moe.analysis.figures import panels
 from diffusion_moe.analysis.findings import gather_findings
 from diffusion_moe.analysis.losses import HELD_OUT_BINS
-from diffusion_moe.analysis.plot_compute import text_and_image
+from diffusion_moe.analysis.run import panels
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
@@ -29,7 +28,7 @@ from diffusion_moe.shapes.prompts import CATEGORIES, SPLITS, evaluation_prompts
 from diffusion_moe.text import TextFeatures
 
 QUICK = ["--num_samples=24", "--steps=3"]
-WIDTH, LENGTH, PLACES, TOP_K = 16, 16, 16, 2
+WIDTH, LENGTH, POSITIONS, TOP_K = 16, 16, 16, 2
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def tiny_model(conditioning, router="dsmoe"):
 def test_rows_are_kinds_of_prompts_and_no_prompt(conditioning):
     model, x = tiny_model(conditioning), torch.randn(6, 1, 8, 8)
     mask = torch.arange(4)[None] < torch.tensor([4, 2, 1, 0, 3, 0])[:, None]
-    tokens = PLACES + (LENGTH if conditioning == "joint" else 0)
+    tokens = POSITIONS + (LENGTH if conditioning == "joint" else 0)
     with torch.no_grad(), record_routing(model, 2, positions=True, kinds=3) as record:
         record.kinds_B = torch.tensor([0, 2, 2])  # twice: image 0 and 3 are of kind 0, ...
         model(x, torch.tensor(0.7), None, torch.randn(6, 4, WIDTH), mask)
@@ -68,7 +67,7 @@ def test_rows_are_kinds_of_prompts_and_no_prompt(conditioning):
     np.testing.assert_array_equal(counts.images_SK, [[0] * 4, expected])
     np.testing.assert_array_equal(counts.tokens_LSK, [[[0] * 4, [tokens * n for n in expected]]])
     np.testing.assert_array_equal(counts.served_LSK, TOP_K * counts.tokens_LSK)
-    np.testing.assert_array_equal(counts.compute_SKP, np.full((2, 4, PLACES), TOP_K) * counts.images_SK[..., None])
+    np.testing.assert_array_equal(counts.compute_SKP, np.full((2, 4, POSITIONS), TOP_K) * counts.images_SK[..., None])
     text = LENGTH if conditioning == "joint" else 0
     np.testing.assert_array_equal(counts.others_SK, TOP_K * text * counts.images_SK)
     with torch.no_grad(), record_routing(model) as record:
@@ -89,8 +88,8 @@ def test_questions_take_turns():
     assert [prompt.category for prompt in asked] == [CATEGORIES[i % 6] for i in range(29)]
 
 
-def test_compute_is_told_apart_by_category(shapes_run):
-    """Against each image drawn alone, whose routing nothing else can have mixed with."""
+def test_compute_is_counted_by_category(shapes_run):
+    """Compared with each image sampled alone, whose routing nothing else can have mixed with."""
     found = gathered(shapes_run, guidance_scale=2.0)
     assert found.class_names == ["single object", "two object", "counting", "colors", "position", "color attr"]
     source, asked = read_source(shapes_run), questions_in_turn(24, 0)
@@ -111,26 +110,25 @@ def test_compute_is_told_apart_by_category(shapes_run):
     assert len({tuple(row) for row in served}) == 6
     np.testing.assert_array_equal(sampling.counts.images_SK.sum(0), [4 * 3] * 6)
     np.testing.assert_allclose(sampling.groups.served_RK.sum(0), served.sum(1), atol=6)
-    assert sampling.text is None and sampling.about["prompts"]["count"] == 24
+    assert not sampling.tokens and sampling.about["prompts"]["count"] == 24
     # The examples are the first images, one of each category.
     assert sampling.examples.classes_I == list(range(6))
     assert sampling.examples.texts == [prompt.text for prompt in asked[:6]]
     P = sampling.examples.compute_ISP.shape[2]
     alone = sampling.examples.compute_ISP.mean((1, 2))
-    assert P == PLACES and np.isfinite(alone).all() and len(set(alone)) > 1
+    assert P == POSITIONS and np.isfinite(alone).all() and len(set(alone)) > 1
 
 
-def test_text_tokens_are_told_apart_from_the_images(joint_run):
+def test_text_tokens_are_counted_apart_from_image_tokens(joint_run):
     found = gathered(joint_run)
-    text, tokens = found.sampling.text, found.sampling.counts.tokens_LSK.sum((0, 2))
+    image, text = found.sampling.tokens["image"], found.sampling.tokens["text"]
     layers = len(found.sampling.counts.tokens_LSK)
     np.testing.assert_array_equal(text.tokens_S, [24 * LENGTH * layers] * 3)
-    np.testing.assert_array_equal(tokens - text.tokens_S, [24 * PLACES * layers] * 3)
-    parts = text_and_image(found.sampling)
-    np.testing.assert_array_equal(parts["text tokens"], [TOP_K] * 3)
-    np.testing.assert_array_equal(parts["image tokens"], [TOP_K] * 3)
+    np.testing.assert_array_equal(image.tokens_S, [24 * POSITIONS * layers] * 3)
+    np.testing.assert_array_equal(text.served_S, TOP_K * text.tokens_S)
+    np.testing.assert_array_equal(image.served_S, TOP_K * image.tokens_S)
     assert found.sampling.counts.positions_LEP.sum() + text.served_S.sum() * 2 == 2 * 24 * 3 * layers * TOP_K * (
-        PLACES + LENGTH
+        POSITIONS + LENGTH
     )  # guidance evaluates every image twice
 
 
@@ -160,15 +158,15 @@ def test_prompts_of_a_file_are_compared_if_they_are_few(shapes_run, tmp_path):
     found = gathered(shapes_run, few)
     assert found.class_names == ["a red square", "a blue circle"] and found.kind == "prompt"
     np.testing.assert_array_equal(found.sampling.counts.images_SK.sum(0), [12 * 3, 12 * 3])
-    drawn = {panel.name: panel for some in panels(found).values() for panel in some}
-    assert drawn["hard_to_easy"].title == "Prompts from hard to easy" and drawn["hard_to_easy"].figure is not None
+    by_name = {panel.name: panel for some in panels(found).values() for panel in some}
+    assert by_name["hard_to_easy"].title == "Prompts from hard to easy" and by_name["hard_to_easy"].figure is not None
     found = gathered(shapes_run, many)
-    drawn = {panel.name: panel for some in panels(found).values() for panel in some}
-    assert found.class_names == ["all"] and "classes" not in drawn
-    nothing = drawn["hard_to_easy"]
+    by_name = {panel.name: panel for some in panels(found).values() for panel in some}
+    assert found.class_names == ["all"] and "classes" not in by_name
+    nothing = by_name["hard_to_easy"]
     assert nothing.figure is None and "Give --prompts FILE with 2 to 24 prompts" in nothing.caption
-    assert drawn["experts"].title == "Which expert serves which time"
-    assert drawn["guidance"].figure is not None  # the only row is not "no prompt"
+    assert by_name["experts"].title == "Which expert serves which time"
+    assert by_name["guidance"].figure is not None  # the only row is not "no prompt"
 
 
 def test_held_out_loss_is_of_the_first_captions(shapes_run):
@@ -176,11 +174,11 @@ def test_held_out_loss_is_of_the_first_captions(shapes_run):
     recipe, source = read_recipe(shapes_run / "recipe.yaml"), read_source(shapes_run)
     data = load_dataset(replace(recipe.data, text_encoder=None), "test")
     model, row, s = load_weights(source), 7, 3
-    place = round(row * (len(data) - 1) / 255)
-    text = load_text_encoder(source).encode([data.captions(place)[0]])
+    index = round(row * (len(data) - 1) / 255)
+    text = load_text_encoder(source).encode([data.captions(index)[0]])
     t = torch.tensor([(s + 0.5) / HELD_OUT_BINS])
     noise = normal(0, "held_out", s, torch.tensor([row]), (3, 16, 16))
-    point = rectified_flow(data.read([place]).images, noise, t)
+    point = rectified_flow(data.read([index]).images, noise, t)
     with torch.no_grad():
         out = model(point.x_t, t, None, *text[:2])
     expected = flow_loss(out.sample, point, "velocity", None, recipe.model.min_gap)

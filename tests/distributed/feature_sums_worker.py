@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from diffusion_moe.distributed import is_main, rank, torchrun_processes, world_size
-from diffusion_moe.evaluation.statistics import FeatureSums
+from diffusion_moe.evaluation.metrics import FeatureSums
 
 folder = Path(sys.argv[1])
 with torchrun_processes():
     features = torch.load(folder / "features.pt", weights_only=True)
-    sums = FeatureSums.of(features[rank() :: 2]).over_processes()
-    knows = {"mean": sums.mean(), "covariance": sums.covariance(), "rank": (rank(), world_size(), is_main())}
+    moments = FeatureSums.of(features[rank() :: 2]).over_processes().moments()
+    knows = {"mean": moments.mean_D, "covariance": moments.covariance_DD, "rank": (rank(), world_size(), is_main())}
     torch.save(knows, folder / f"{rank()}.pt")

@@ -102,7 +102,7 @@ def small_inception(monkeypatch):
     """Makes Inception and what is published of it small; returns the class."""
     monkeypatch.setattr("diffusion_moe.evaluation.reference.POOL_WIDTH", 6)
     monkeypatch.setattr("diffusion_moe.evaluation.reference.SPATIAL_WIDTH", 2)
-    monkeypatch.setattr("diffusion_moe.evaluation.extractors.Inception", lambda file: SmallInception())
+    monkeypatch.setattr("diffusion_moe.evaluation.scorer.Inception", lambda file: SmallInception())
     return SmallInception
 
 

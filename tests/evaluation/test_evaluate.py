@@ -12,6 +12,7 @@ from diffusion_moe.config import DataConfig, EvaluationConfig
 from diffusion_moe.data import load_dataset
 from diffusion_moe.evaluation.classifier import ClassifierFeatures
 from diffusion_moe.evaluation.metrics import (
+    FeatureSums,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -19,7 +20,6 @@ from diffusion_moe.evaluation.metrics import (
     precision_recall,
 )
 from diffusion_moe.evaluation.reference import read_reference
-from diffusion_moe.evaluation.statistics import FeatureSums
 from diffusion_moe.pixels import to_uint8
 from diffusion_moe.sampling.generate import class_schedule, generate
 from diffusion_moe.sampling.loading import load_weights
@@ -270,9 +270,9 @@ def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, run_folder, classi
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "colour.npz", images=np.zeros((5, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "large.npz", images=np.zeros((5, 9, 8, 1), np.uint8))
-    places = {"RUN": run_folder, "REF": classifier_reference, "EMPTY": "empty", "COLOUR": "colour.npz"}
-    for name, place in (places | {"LARGE": "large.npz"}).items():
-        arguments = [argument.replace(name, str(place)) for argument in arguments]
+    paths = {"RUN": run_folder, "REF": classifier_reference, "EMPTY": "empty", "COLOUR": "colour.npz"}
+    for name, path in (paths | {"LARGE": "large.npz"}).items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
     status, _, err = run(capsys, "evaluate", *arguments)
     assert status == 2
     assert expected in err

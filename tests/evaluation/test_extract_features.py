@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from diffusion_moe.evaluation import extract_features
-from diffusion_moe.evaluation.extract_features import ProgressLog
 from diffusion_moe.evaluation.features import Extractor, ExtractorIdentity
 from diffusion_moe.evaluation.images import Images
-from diffusion_moe.evaluation.statistics import FeatureSums
+from diffusion_moe.evaluation.metrics import FeatureSums
+from diffusion_moe.log import ProgressLog
 
 
 class Numbers(Images):
@@ -76,7 +76,7 @@ def test_all_features_come_in_order_with_what_they_cost(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_work_goes_on_where_it_stopped_and_ends_the_same_bit_for_bit(tmp_path):
+def test_interrupted_work_resumes_and_gives_the_same_features_bit_for_bit(tmp_path):
     whole = run(Numbers(50), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(Numbers(50, stop_at=40), tmp_path / "killed")
@@ -109,7 +109,7 @@ def test_parts_are_kept_until_the_result_is_saved(tmp_path):
     assert again.read_numbers == []
 
 
-def test_a_damaged_part_is_made_again(tmp_path):
+def test_a_damaged_part_is_computed_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(Numbers(50, stop_at=40), tmp_path)
     first = next(tmp_path.rglob("part-00000000*"))
@@ -139,7 +139,7 @@ def test_images_of_another_size_than_said_are_refused(tmp_path):
 def test_progress_estimates_what_is_left(monkeypatch):
     now, lines = [100.0], []
     monkeypatch.setattr(extract_features.time, "monotonic", lambda: now[0])
-    progress = ProgressLog(50_000, 10_000, lines.append, began=100.0, logged=100.0)
+    progress = ProgressLog(50_000, lines.append, 10_000, began=100.0, logged=100.0)
     for seconds, done in ((5, 10_100), (20, 12_000), (25, 13_000), (31, 11_550), (400, 50_000)):
         now[0] = 100.0 + seconds
         progress.update(done)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffusion_moe.evaluation import inception
-from diffusion_moe.evaluation.extractors import make_extractor
 from diffusion_moe.evaluation.inception import Inception
+from diffusion_moe.evaluation.scorer import make_extractor
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diffusion_moe.evaluation.features import ExtractorIdentity
+from diffusion_moe.evaluation.metrics import FeatureSums, Moments
 from diffusion_moe.evaluation.reference import Reference, holds_statistics, read_reference
-from diffusion_moe.evaluation.statistics import FeatureSums, Moments
 
 IDENTITY = ExtractorIdentity("inception", "0123456789abcdef", "none", "all")
 

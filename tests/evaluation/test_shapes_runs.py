@@ -15,9 +15,8 @@ from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.data import load_dataset
 from diffusion_moe.evaluation import extract_features
 from diffusion_moe.evaluation.images import digest_of_all, digests_of
-from diffusion_moe.evaluation.metrics import frechet_distance
+from diffusion_moe.evaluation.metrics import FeatureSums, frechet_distance
 from diffusion_moe.evaluation.shapes_scorer import first_of_each
-from diffusion_moe.evaluation.statistics import FeatureSums
 from diffusion_moe.pixels import to_uint8
 from diffusion_moe.sampling.generate import Prompts, generate
 from diffusion_moe.sampling.loading import load_text_encoder, load_weights
@@ -42,7 +41,7 @@ def prompts():
     return evaluation_prompts(3, 2, "seen") + evaluation_prompts(3, 2, "held_out")
 
 
-def drawn(folder, texts):
+def sampled(folder, texts):
     """The images that the options ask for, by hand; in the same batches, for otherwise a last digit might turn."""
     source = read_source(folder)
     text = TextFeatures.together(load_text_encoder(source).encode_all(texts, 10))
@@ -54,7 +53,7 @@ def test_a_run_is_judged_by_what_its_images_show(capsys, shapes_run, prompts):
     status, out, _ = run(capsys, "evaluate", shapes_run, *OPTIONS)
     assert status == 0
     result = json.loads((shapes_run / "evaluation.json").read_text())
-    pixels = to_uint8(drawn(shapes_run, [prompt.text for prompt in prompts]))
+    pixels = to_uint8(sampled(shapes_run, [prompt.text for prompt in prompts]))
     expected = make_report(prompts, pixels / 127.5 - 1, seed=3).as_dict()
     assert {key: result[key] for key in expected} == expected
     assert result["images_sha256"] == digest_of_all(digests_of(pixels))
@@ -154,7 +153,7 @@ def test_with_a_reference_features_are_compared_and_captions_shown(capsys, shape
     options = ["--reference", tmp_path / "ref.npz", *OPTIONS, "--output", tmp_path / "x.json"]
     assert run(capsys, "evaluate", shapes_run, *options)[0] == 0
     result = json.loads((tmp_path / "x.json").read_text())
-    pixels = to_uint8(drawn(shapes_run, [held_out.captions(number)[0] for number in range(24)]))
+    pixels = to_uint8(sampled(shapes_run, [held_out.captions(number)[0] for number in range(24)]))
     assert result["images_sha256"] == digest_of_all(digests_of(pixels))
     fake, true = (FeatureSums.of(small_inception()(images)["pool"]).moments() for images in (pixels, real))
     assert result["fid"] == pytest.approx(frechet_distance(fake, true), rel=1e-5)

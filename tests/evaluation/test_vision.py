@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_moe.evaluation.extractors import make_extractor
+from diffusion_moe.evaluation.scorer import make_extractor
 from diffusion_moe.evaluation.vision import VisionModel, resize
 
 transformers = pytest.importorskip("transformers")

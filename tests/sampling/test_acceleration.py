@@ -11,7 +11,8 @@ from diffusion_moe.models import DiT
 from diffusion_moe.moe import limit_capacity, routers_of
 from diffusion_moe.sampling import acceleration
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, sampling_metadata
-from diffusion_moe.sampling.prompts import PromptRequest
+from diffusion_moe.sampling.options import SampleOptions
+from diffusion_moe.sampling.prompts import encode_prompts
 from diffusion_moe.sampling.sampler import load_sampler
 from diffusion_moe.sampling.source import read_source
 from diffusion_moe.text import TextFeatures
@@ -127,8 +128,8 @@ def test_a_graph_is_captured_once_for_each_shape_of_all_parts(run, request, monk
     settings = dataclasses.replace(source.settings, batch_size=5, steps=2, guidance_interval=(0.0, 0.4))
     sampler, labels, prompts = load_sampler(source, settings), class_schedule(24, source.config.num_classes), None
     if source.config.text_dim:
-        request = PromptRequest(tuple("a red square and a circle"[: 4 + i] for i in range(24)))
-        prompts = request.encode(source, 1, print)
+        texts = ["a red square and a circle"[: 4 + i] for i in range(24)]
+        prompts = encode_prompts(texts, SampleOptions(per_class=1), source, print)
         assert len(prompts.text.mask.sum(dim=1).unique()) > 2
     images, summaries = {}, {}
     for name in ("none", "graph"):

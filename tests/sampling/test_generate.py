@@ -76,9 +76,9 @@ def test_noise_has_the_models_scale_and_every_step_its_own(tiny):
     noise = [3 * normal(0, "sample", k, torch.arange(3), (1, 8, 8)) for k in range(4)]
     plain = generate(model, class_schedule(3, 10), 3, EvaluationConfig(steps=4))
     torch.testing.assert_close(plain, noise[0])
-    drawn = generate(model, class_schedule(3, 10), 3, EvaluationConfig(steps=4, solver="sde"))
+    sampled = generate(model, class_schedule(3, 10), 3, EvaluationConfig(steps=4, solver="sde"))
     expected = sde(lambda x, t: torch.zeros_like(x), noise[0], even_times(4), lambda k: noise[k + 1])
-    torch.testing.assert_close(drawn, expected)
+    torch.testing.assert_close(sampled, expected)
 
 
 @pytest.mark.parametrize("options", [[], ["--model.router=diffmoe"]], ids=["dsmoe", "diffmoe"])

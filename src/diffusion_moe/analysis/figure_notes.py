@@ -38,7 +38,7 @@ def sampling_note(findings: Findings, sampling: Sampling) -> str:
 
 def text_note(findings: Findings, sampling: Sampling) -> str:
     """Note on text tokens, where they are counted too."""
-    if sampling.text is None:
+    if not sampling.tokens:
         return ""
     return (
         f"Tokens are those of the image and the {findings.model.text_length} of the text, which are routed with them; "

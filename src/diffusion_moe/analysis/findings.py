@@ -24,7 +24,7 @@ from ..moe import MoEFeedForward, routers_of
 from ..pixels import to_uint8
 from ..run_folder import RunFolder
 from ..sampling.generate import SamplingStats
-from ..sampling.loading import best_device, load_weights
+from ..sampling.loading import best_device, load_weights, weights_metadata
 from ..sampling.sampler import Sampler, load_sampler, with_progress
 from ..sampling.source import Source, read_source
 from .losses import Curves, HeldOut, held_out_loss, held_out_rows, read_curves
@@ -64,8 +64,8 @@ class Groups(NamedTuple):
     tokens_RK: np.ndarray
 
 
-class TextTokenCounts(NamedTuple):
-    """Counts of routed text tokens, summed over layers, in evaluations with a prompt."""
+class TokenCounts(NamedTuple):
+    """Counts of some of the tokens at each time, summed over layers, in evaluations with a prompt."""
 
     served_S: np.ndarray
     tokens_S: np.ndarray
@@ -84,10 +84,10 @@ class Sampling(NamedTuple):
     groups: Groups
     examples: Examples
     about: dict[str, Any]
-    """How the images were sampled: `sampling_metadata`, num_samples, batch_size, the number of classes, and where
-    prompts are from."""
-    text: TextTokenCounts | None = None
-    """For a model whose text and image are one sequence."""
+    """Settings and cost of sampling: `sampling_metadata`, num_samples, batch_size, num_classes, and the origin of
+    prompts."""
+    tokens: dict[str, TokenCounts]
+    """Counts of "image" and of "text" tokens, for a model whose text and image are one sequence; else empty."""
 
 
 class Weights(NamedTuple):
@@ -106,7 +106,7 @@ class Findings:
     name: str
     model: ModelConfig
     origin: dict[str, Any]
-    """Metadata of the weights; see `Source.origin`."""
+    """Metadata of the weights; see `loading.weights_metadata`."""
     class_names: list[str]
     sampling: Sampling | None
     """None for a model without routers."""
@@ -236,7 +236,7 @@ def _losses_of_runs(
             curves.append(found)
         if dataset is not None:
             model = sampler.model if is_own else load_weights(source).to(best_device())
-            steps = source.weights_metadata().get("training_steps")
+            steps = weights_metadata(source).get("training_steps")
             text = captions_of(source, dataset, held_out_rows(dataset), text_encoder if is_own else None)
             held_out.append(held_out_loss(model, recipe, dataset, name, steps, seed, text))
     return curves, held_out
@@ -257,9 +257,8 @@ def class_choice(count: int, num_classes: int) -> Tensor | None:
     """Class of each image, in turn; evenly spaced classes if there are fewer images; None without classes."""
     if num_classes == 0:
         return None
-    return (
-        torch.arange(count) % num_classes if count >= num_classes else torch.tensor(evenly_spaced(num_classes, count))
-    )
+    classes = torch.tensor(evenly_spaced(num_classes, count))
+    return classes[torch.arange(count) % len(classes)]
 
 
 def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sampling:
@@ -285,6 +284,7 @@ def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sam
             groups.append([served_SK.sum(1), tokens_SK.sum(1), served_SK.sum(0), tokens_SK.sum(0)])
     assert total is not None
     guided = bool(total.tokens_LSK[:, :, K:].any())
+    kinds_I = labels if prompt_kinds is None else prompt_kinds.kinds_I
     return Sampling(
         total._replace(
             served_LSKE=total.served_LSKE[:, :, :K],
@@ -298,29 +298,22 @@ def _sample(sampler: Sampler, log: Log, prompt_kinds: PromptKinds | None) -> Sam
         _examples(sampler, prompt_kinds),
         {
             "num_samples": count,
-            "num_classes": _classes_sampled(labels, prompt_kinds),
+            "num_classes": len(kinds_I.unique()) if kinds_I is not None and K > 1 else 0,
             "batch_size": settings.batch_size,
             **({} if prompt_kinds is None else prompt_kinds.prompts.metadata()),
             **undecoded.metadata(stats),
         },
-        _text_tokens(config, total, K),
+        {} if config.text_conditioning != "joint" or not config.text_dim else _tokens(config, total, K),
     )
 
 
-def _classes_sampled(labels: Tensor | None, prompt_kinds: PromptKinds | None) -> int:
-    """Number of classes or kinds of prompts with images; 0 where all are of one kind."""
-    if prompt_kinds is not None:
-        return len(prompt_kinds.kinds_I.unique()) if len(prompt_kinds.names) > 1 else 0
-    return 0 if labels is None else len(labels.unique())
-
-
-def _text_tokens(config: ModelConfig, total: RoutingCounts, kinds: int) -> TextTokenCounts | None:
-    """Counts of text tokens, if they are routed."""
-    if not config.text_dim or config.text_conditioning != "joint":
-        return None
+def _tokens(config: ModelConfig, total: RoutingCounts, kinds: int) -> dict[str, TokenCounts]:
+    """Counts of image and of text tokens, both of which are routed."""
     assert total.others_SK is not None
-    tokens_S = total.images_SK[:, :kinds].sum(1) * config.text_length * len(total.tokens_LSK)
-    return TextTokenCounts(total.others_SK[:, :kinds].sum(1), tokens_S)
+    served_S, tokens_S = total.served_LSK[:, :, :kinds].sum((0, 2)), total.tokens_LSK[:, :, :kinds].sum((0, 2))
+    of_text_S = total.images_SK[:, :kinds].sum(1) * config.text_length * len(total.tokens_LSK)
+    text = TokenCounts(total.others_SK[:, :kinds].sum(1), of_text_S)
+    return {"image": TokenCounts(served_S - text.served_S, tokens_S - text.tokens_S), "text": text}
 
 
 def _examples(sampler: Sampler, prompt_kinds: PromptKinds | None) -> Examples:

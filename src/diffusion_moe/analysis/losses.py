@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..config import Recipe
 from ..data import ImageDataset
-from ..diffusion.ddpm import ddpm_losses, linear_schedule, noised
-from ..diffusion.loss import flow_loss
-from ..diffusion.path import rectified_flow
+from ..diffusion.ddpm import DDPM_STEPS
 from ..models import Backbone
 from ..randomness import normal
 from ..text import TextFeatures
+from ..training.loss import loss_at
 from .routing_metrics import evenly_spaced
 
 HELD_OUT_IMAGES, HELD_OUT_BINS, PASS = 256, 10, 256
@@ -119,37 +118,17 @@ def held_out_loss(
         dataset: held-out images, of which `held_out_rows` are used.
         text: features of their captions, for a model with text.
     """
+    recipe = replace(recipe, training=replace(recipe.training, precision="fp32"))
     batch = dataset.read(held_out_rows(dataset))
     images, device, columns = batch.images, model.device, []
     for s in range(HELD_OUT_BINS):
-        losses = []
+        time, losses = (s + 0.5) / HELD_OUT_BINS, []
+        t = round((1 - time) * DDPM_STEPS) if recipe.model.process == "ddpm" else time
         for rows in torch.arange(len(images)).split(PASS):
             noise = normal(seed, "held_out", s, rows, tuple(images.shape[1:])).to(device)
             classes = batch.labels[rows].to(device) if recipe.model.num_classes else None
-            prompt = {} if text is None else text.rows(rows).to(device).arguments(recipe.model.text_pooled_dim > 0)
-            time = (s + 0.5) / HELD_OUT_BINS
-            losses.append(_losses(model, recipe, images[rows].to(device), noise, classes, prompt, time).cpu())
+            texts, t_B = None if text is None else text.rows(rows).to(device), torch.full((len(rows),), t).to(device)
+            parts = loss_at(model, recipe, images[rows].to(device), classes, noise, t_B, texts)
+            losses.append(parts.diffusion_B.cpu())
         columns.append(torch.cat(losses))
     return HeldOut(run, seed, torch.stack(columns, dim=1).double().numpy(), batch.labels.numpy(), training_steps)
-
-
-def _losses(
-    model: Backbone,
-    recipe: Recipe,
-    images: Tensor,
-    noise: Tensor,
-    labels: Tensor | None,
-    prompt: dict[str, Tensor | None],
-    time: float,
-) -> Tensor:
-    """Loss of each image at one time in [0, 1], (B,); prompt: the model's arguments for text."""
-    if recipe.model.process == "ddpm":
-        schedule = linear_schedule()
-        step_B = torch.full((len(images),), round((1 - time) * len(schedule)), device=model.device)
-        out = model(noised(schedule, images, noise, step_B), step_B, labels, **prompt)
-        losses = ddpm_losses(out.sample, images, noise, step_B, schedule)
-        return losses.mse + losses.vb
-    t_B = torch.full((len(images),), time, device=model.device)
-    point = rectified_flow(images, recipe.model.noise_scale * noise, t_B)
-    out = model(point.x_t, t_B, labels, **prompt)
-    return flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.loss_min_gap)

@@ -10,7 +10,7 @@ from ..evaluation.options import TextOptions
 
 @dataclass(frozen=True)
 class AnalyzeOptions(TextOptions):
-    """Where the report goes, and which runs are set beside this one."""
+    """Folder of the report, and runs to compare."""
 
     output: Path | None = None
     """Folder for report.html, the figures and their data; figures/ inside the folder unless given."""

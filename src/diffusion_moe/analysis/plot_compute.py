@@ -7,27 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import style
 from .figure_notes import examples_note, held_out_note, sampling_note, text_note
 from .findings import Findings, HeldOut, Sampling
 from .plot_training import SHOWN_LAYERS
 from .routing_metrics import Estimate, effective_experts, estimate, evenly_spaced, ratio, shares, varies
-from .style import (
-    DASHES,
-    INK,
-    LINES,
-    MANY,
-    Panel,
-    color_scale,
-    column_names,
-    heat_map,
-    layer_ticks,
-    legend_above,
-    name_columns,
-    new_axes,
-    new_figure,
-    shorten,
-    write_numbers,
-)
+from .style import Panel
 
 EXTREMES, SHOWN_TIMES = 10, 6
 """Classes shown from either end where there are more than `style.MANY`, and number of times with maps."""
@@ -38,45 +23,32 @@ def capacity_by_time(findings: Findings, sampling: Sampling) -> Panel:
     title = "Average capacity against time"
     counts, groups = sampling.counts, sampling.groups
     capacity_LS = ratio(counts.served_LSK.sum(2), counts.tokens_LSK.sum(2))
-    parts = text_and_image(sampling)
+    parts = {f"{name} tokens": ratio(*tokens) for name, tokens in sampling.tokens.items()}
     if not varies(capacity_LS) and not any(varies(part_S) for part_S in parts.values()):
         return Panel(title, constant(findings, fixed(capacity_LS) + "at every time, in every layer"))
     S = capacity_LS.shape[1]
     times_S = (np.arange(S) + 0.5) / S
-    figure, axes = new_axes(3.4)
+    figure, axes = style.new_axes(3.4)
     for i, layer in enumerate(evenly_spaced(len(capacity_LS), SHOWN_LAYERS)):
-        label = f"MoE layer {layer + 1}"
-        axes.plot(times_S, capacity_LS[layer], color=LINES[i], ls=DASHES[i], linewidth=1.1, label=label)
+        axes.plot(times_S, capacity_LS[layer], linewidth=1.1, label=f"MoE layer {layer + 1}", **style.line(i))
     mean = estimate(groups.served_RS, groups.tokens_RS)
-    axes.plot(times_S, mean.mean, color=INK, linewidth=2.2, label="all layers")
+    axes.plot(times_S, mean.mean, color=style.INK, linewidth=2.2, label="all layers")
     axes.fill_between(times_S, mean.mean - mean.error, mean.mean + mean.error, color="#7f7f7f", alpha=0.3, linewidth=0)
     if sampling.null_served_LSE is not None and sampling.null_tokens_LS is not None:
         null_S = ratio(sampling.null_served_LSE.sum((0, 2)), sampling.null_tokens_LS.sum(0))
         label = f"all layers, no {findings.condition}"
         axes.plot(times_S, null_S, color="#7f7f7f", linewidth=1.6, ls=":", label=label)
-    for (label, part_S), style in zip(parts.items(), ("--", "-.")):
-        axes.plot(times_S, part_S, color=INK, linewidth=1.2, ls=style, label=label)
+    for (label, part_S), dashes in zip(parts.items(), ("--", "-.")):
+        axes.plot(times_S, part_S, color=style.INK, linewidth=1.2, ls=dashes, label=label)
     axes.set(xlabel="t (0 is noise, 1 is data)", ylabel="experts a token", xlim=(0, 1))
     axes.grid(True)
-    legend_above(axes)
+    style.legend_above(axes)
     caption = (
         f"Routed experts that served a token, averaged over tokens, in {S} bins of t; the band is one standard error "
         f"over {len(groups.served_RS)} groups of images. {text_note(findings, sampling)}"
         f"{sampling_note(findings, sampling)}"
     )
     return Panel(title, caption, figure)
-
-
-def text_and_image(sampling: Sampling) -> dict[str, np.ndarray]:
-    """Experts of an image token and of a text token at each time; empty where text is not routed."""
-    if sampling.text is None:
-        return {}
-    served_S, tokens_S = (x.sum((0, 2)) for x in (sampling.counts.served_LSK, sampling.counts.tokens_LSK))
-    text = sampling.text
-    return {
-        "image tokens": ratio(served_S - text.served_S, tokens_S - text.tokens_S),
-        "text tokens": ratio(text.served_S, text.tokens_S),
-    }
 
 
 def experts_of_classes(findings: Findings, sampling: Sampling) -> Panel:
@@ -100,16 +72,16 @@ def experts_of_classes(findings: Findings, sampling: Sampling) -> Panel:
     ]
     if not varies(capacity_LK):
         notes.append(constant(findings, fixed(capacity_LK) + f"of every {kind}, in every layer"))
-    names = column_names([findings.class_names[k] for k in rows])
-    figure = new_figure(names.height + 0.45 + len(maps) * (0.6 + 0.22 * min(L, 16)))
+    names = style.column_names([findings.class_names[k] for k in rows])
+    figure = style.new_figure(names.height + 0.45 + len(maps) * (0.6 + 0.22 * min(L, 16)))
     for axes, (label, values_LK) in zip(np.atleast_1d(figure.subplots(len(maps), sharex=True)), maps):
-        image = heat_map(axes, values_LK)
+        image = style.heat_map(axes, values_LK)
         figure.colorbar(image, ax=axes, pad=0.01)
         axes.set(title=label, ylabel="MoE layer")
-        layer_ticks(axes, L)
+        style.layer_ticks(axes, L)
         if L * K <= 60:
-            write_numbers(axes, values_LK, image)
-    name_columns(axes, names, kind)
+            style.write_numbers(axes, values_LK, image)
+    style.name_columns(axes, names, kind)
     caption = " ".join([*notes, sampling_note(findings, sampling)])
     return Panel(title, caption, figure)
 
@@ -134,26 +106,26 @@ def hard_to_easy(findings: Findings, sampling: Sampling) -> Panel:
     if len(rows) < 2 or not parts:
         return Panel(title, _nothing_to_compare(findings) if len(rows) < 2 else notes[0])
     order = np.argsort(-np.nan_to_num(parts[0][1].mean), kind="stable")
-    if len(order) > MANY:
+    if len(order) > style.MANY:
         order = np.concatenate((order[:EXTREMES], order[-EXTREMES:]))
         notes.append(f"{EXTREMES} of {len(rows)} {findings.kinds} from either end.")
     notes.append("Where bars overlap the order may be chance.")
-    if sampling.text is not None:
+    if sampling.tokens:
         notes.append("Text tokens are counted too.")
-    names = column_names([findings.class_names[rows[k]] for k in order])
-    figure = new_figure(names.height + 0.6 + 1.7 * len(parts))
+    names = style.column_names([findings.class_names[rows[k]] for k in order])
+    figure = style.new_figure(names.height + 0.6 + 1.7 * len(parts))
     for i, axes in enumerate(np.atleast_1d(figure.subplots(len(parts), sharex=True))):
         label, (mean, error) = parts[i]
-        axes.errorbar(range(len(order)), mean[order], error[order], fmt="o", ms=4, capsize=2, color=LINES[i])
+        axes.errorbar(range(len(order)), mean[order], error[order], fmt="o", ms=4, capsize=2, color=style.LINES[i])
         axes.set_ylabel(label)
         axes.grid(True, axis="y")
-    name_columns(axes, names, f"{findings.kind}, most {'compute' if differs else 'loss'} first")
+    style.name_columns(axes, names, f"{findings.kind}, most {'compute' if differs else 'loss'} first")
     return Panel(title, " ".join([*notes, sampling_note(findings, sampling)]), figure)
 
 
 def _nothing_to_compare(findings: Findings) -> str:
     if findings.model.text_dim:
-        return f"All prompts are of one kind here. Give --prompts FILE with 2 to {MANY} prompts to compare them."
+        return f"All prompts are of one kind here. Give --prompts FILE with 2 to {style.MANY} prompts to compare them."
     return "The model has no classes to compare."
 
 
@@ -169,11 +141,11 @@ def compute_maps(findings: Findings, sampling: Sampling) -> Panel:
     times = [known[i] for i in evenly_spaced(len(known), SHOWN_TIMES)]
     named = len(findings.class_names) > 1
     letters = 8 if findings.kind == "class" else 13
-    rows = [shorten(findings.class_names[k], letters) if named else str(k) for k in examples.classes_I]
-    figure = new_figure(1.0 + 0.53 * count)
+    rows = [style.shorten(findings.class_names[k], letters) if named else str(k) for k in examples.classes_I]
+    figure = style.new_figure(1.0 + 0.53 * count)
     pictures, axes = figure.subplots(1, 2, width_ratios=(1, len(times)))
     tiles = examples.compute_ISP[:, times].reshape(count, len(times), side, side, 1)
-    image = heat_map(axes, mosaic(tiles)[..., 0], aspect="equal")
+    image = style.heat_map(axes, mosaic(tiles)[..., 0], aspect="equal")
     axes.set_xticks(tile_centres(side, len(times)), [f"{s / S:.2f}" for s in times])
     axes.set_yticks([])
     axes.set_xlabel("t (0 is noise, 1 is data)")
@@ -191,7 +163,7 @@ def compute_maps(findings: Findings, sampling: Sampling) -> Panel:
         pictures.spines[:].set_visible(False)
         pictures.tick_params(length=0)
     axes.tick_params(length=0)
-    color_scale(figure, image, axes, "experts a token")
+    style.color_scale(figure, image, axes, "experts a token")
     texts = f"Prompts from above: {'; '.join(examples.texts)}. " if examples.texts else ""
     caption = (
         f"Experts that each token of {count} images got, averaged over MoE layers, in the evaluation with the image's "

@@ -11,27 +11,13 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from . import style
 from .figure_notes import sampling_note, text_note, weights_note
 from .findings import Findings, Sampling
 from .plot_compute import constant, mosaic, present, tile_centres
 from .plot_training import SHOWN_LAYERS
 from .routing_metrics import coactivation, evenly_spaced, ratio, shares, total_variation, varies
-from .style import (
-    DASHES,
-    DIVERGING,
-    LINES,
-    Panel,
-    color_scale,
-    column_names,
-    expert_ticks,
-    heat_map,
-    layer_ticks,
-    legend_above,
-    name_columns,
-    new_axes,
-    new_figure,
-    write_numbers,
-)
+from .style import Panel
 
 
 def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Panel:
@@ -47,22 +33,22 @@ def experts_of_classes_and_times(findings: Findings, sampling: Sampling) -> Pane
     layers = evenly_spaced(len(by_class_LKE), SHOWN_LAYERS)
     E = findings.model.num_experts
     top = max(np.nanmax(by_class_LKE[layers]), np.nanmax(by_time_LSE[layers]))
-    names = column_names([findings.class_names[k] for k in rows], room=20)
-    figure = new_figure(names.height + 1.3 + len(layers) * (0.3 + 0.13 * min(E, 16)))
+    names = style.column_names([findings.class_names[k] for k in rows], room=20)
+    figure = style.new_figure(names.height + 1.3 + len(layers) * (0.3 + 0.13 * min(E, 16)))
     panes = figure.subplots(len(layers), 1 + by_kind, squeeze=False, sharey=True, sharex="col")
     for layer, row in zip(layers, panes):
         if by_kind:
-            heat_map(row[0], by_class_LKE[layer].T, vmin=0, vmax=top)
-            name_columns(row[0], names, "")
-        image = heat_map(row[-1], by_time_LSE[layer].T, vmin=0, vmax=top, extent=(0, 1, E - 0.5, -0.5))
+            style.heat_map(row[0], by_class_LKE[layer].T, vmin=0, vmax=top)
+            style.name_columns(row[0], names, "")
+        image = style.heat_map(row[-1], by_time_LSE[layer].T, vmin=0, vmax=top, extent=(0, 1, E - 0.5, -0.5))
         row[0].set_ylabel(f"MoE layer {layer + 1}\nexpert")
-        expert_ticks(row[0], E)
+        style.expert_ticks(row[0], E)
     if by_kind:
         panes[0, 0].set_title(f"by {kind}")
         panes[-1, 0].set_xlabel(kind)
     panes[0, -1].set_title("by time")
     panes[-1, -1].set_xlabel("t (0 is noise, 1 is data)")
-    color_scale(figure, image, panes, "times a token is served by the expert")
+    style.color_scale(figure, image, panes, "times a token is served by the expert")
     notes = text_note(findings, sampling) + sampling_note(findings, sampling)
     caption = f"How often a token meets each expert.{_shown(layers, sampling)} {notes}"
     return Panel(title, caption, figure)
@@ -74,14 +60,14 @@ def activation_frequency(findings: Findings, sampling: Sampling) -> Panel:
     title, (L, E) = "Expert activation frequency per layer", load_LE.shape
     if not varies(load_LE):
         return Panel(title, constant(findings, "all experts of a layer serve as many tokens"))
-    figure, axes = new_axes(0.95 + 0.24 * min(L, 24))
-    image = heat_map(axes, load_LE, cmap=DIVERGING, norm=TwoSlopeNorm(1.0, 0.0, max(2.0, load_LE.max())))
+    figure, axes = style.new_axes(0.95 + 0.24 * min(L, 24))
+    image = style.heat_map(axes, load_LE, cmap=style.DIVERGING, norm=TwoSlopeNorm(1.0, 0.0, max(2.0, load_LE.max())))
     figure.colorbar(image, ax=axes, pad=0.01)
     axes.set(title="load / even load", xlabel="expert", ylabel="MoE layer")
-    layer_ticks(axes, L)
-    expert_ticks(axes, E, "x")
+    style.layer_ticks(axes, L)
+    style.expert_ticks(axes, E, "x")
     if L <= 12 and E <= 12:
-        write_numbers(axes, load_LE, image)
+        style.write_numbers(axes, load_LE, image)
     caption = (
         f"Share of the layer's assignments that each expert got, times {E}: 1 is an even load, 0 a dead expert. "
         f"{sampling_note(findings, sampling)}"
@@ -100,14 +86,14 @@ def positions_of_experts(findings: Findings, sampling: Sampling) -> Panel:
     tiles = np.full((len(layers), lines * columns, side, side, 1), np.nan)
     tiles[:, :E] = (positions_LEP[layers] / sampling.evaluations).reshape(-1, E, side, side, 1)
     picture = mosaic(tiles.reshape(-1, columns, side, side, 1))[..., 0]
-    figure, axes = new_axes(1.05 + 3.75 * picture.shape[0] / picture.shape[1])
-    image = heat_map(axes, picture, aspect="equal", vmin=0)
+    figure, axes = style.new_axes(1.05 + 3.75 * picture.shape[0] / picture.shape[1])
+    image = style.heat_map(axes, picture, aspect="equal", vmin=0)
     axes.set_xticks(tile_centres(side, columns), [str(e) for e in range(columns)])
     starts = [f"layer {layer + 1}" if line == 0 else f"+{line * columns}" for layer in layers for line in range(lines)]
     axes.set_yticks(tile_centres(side, len(starts)), starts)
     axes.set_xlabel("expert")
     axes.tick_params(length=0)
-    color_scale(figure, image, axes, "times a token is served by the expert")
+    style.color_scale(figure, image, axes, "times a token is served by the expert")
     caption = (
         "A map over the image for each expert, averaged over times and images, evaluations with no "
         f"{findings.condition} included."
@@ -145,7 +131,7 @@ def similarity(findings: Findings, sampling: Sampling) -> Panel:
     above = np.triu(np.ones((E, E), dtype=bool), 1)
     cosines_LEE = np.where(above, weights.experts_LEE, weights.routers_LEE)[layers]
     cosines_LEE[:, range(E), range(E)] = np.nan
-    figure = _squares(cosines_LEE, layers, DIVERGING, (-1.0, 1.0), "cosine", "expert")
+    figure = _squares(cosines_LEE, layers, style.DIVERGING, (-1.0, 1.0), "cosine", "expert")
     caption = (
         "Above the diagonal: cosine of the experts' weights, taken as input times output projection (gates and "
         "values), which does not depend on the order of hidden units. Below: cosine of the router's vectors. 1 is a "
@@ -170,23 +156,23 @@ def guidance_effect(findings: Findings, sampling: Sampling) -> Panel:
     L, S, E = change_LSE.shape
     layers = evenly_spaced(L, SHOWN_LAYERS)
     height = 0.3 + 0.11 * min(E, 16)
-    figure = new_figure(2.8 + len(layers) * height)
+    figure = style.new_figure(2.8 + len(layers) * height)
     lines, *maps = figure.subplots(1 + len(layers), 1, height_ratios=[1.6, *[height] * len(layers)], sharex=True)
     for i, layer in enumerate(layers):
-        label = f"MoE layer {layer + 1}"
-        lines.plot((np.arange(S) + 0.5) / S, 100 * distance_LS[layer], color=LINES[i], ls=DASHES[i], label=label)
+        times_S = (np.arange(S) + 0.5) / S
+        lines.plot(times_S, 100 * distance_LS[layer], label=f"MoE layer {layer + 1}", **style.line(i))
     lines.set(ylabel="assignments that\nmove (%)", ylim=(0, None))
     lines.grid(True)
-    legend_above(lines)
+    style.legend_above(lines)
     limit = max(float(np.nanmax(np.abs(change_LSE[layers]))), 1e-6)
     for layer, axes in zip(layers, maps):
-        image = heat_map(
-            axes, change_LSE[layer].T, cmap=DIVERGING, vmin=-limit, vmax=limit, extent=(0, 1, E - 0.5, -0.5)
+        image = style.heat_map(
+            axes, change_LSE[layer].T, cmap=style.DIVERGING, vmin=-limit, vmax=limit, extent=(0, 1, E - 0.5, -0.5)
         )
         axes.set_ylabel(f"layer {layer + 1}\nexpert")
-        expert_ticks(axes, E)
+        style.expert_ticks(axes, E)
     maps[-1].set(xlabel="t (0 is noise, 1 is data)", xlim=(0, 1))
-    color_scale(figure, image, maps, f"experts a token, with − without {what}")
+    style.color_scale(figure, image, maps, f"experts a token, with − without {what}")
     caption = (
         f"What guidance sees: the same noisy images run with their {what} and with no {what}. Above: the share of "
         "assignments that would have to move between experts to make the two loads equal, within a layer and a bin of "
@@ -202,16 +188,16 @@ def _squares(
     """Square heat maps of experts against experts, two in a row."""
     columns = min(2, len(values))
     rows = -(-len(values) // columns)
-    figure = new_figure(0.75 + rows * (0.55 + 3.4 / 2))
+    figure = style.new_figure(0.75 + rows * (0.55 + 3.4 / 2))
     panes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, layer, value in zip(panes, layers, values):
-        image = heat_map(axes, value, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="equal")
+        image = style.heat_map(axes, value, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="equal")
         axes.set(title=f"MoE layer {layer + 1}", xlabel=across, ylabel="expert")
-        expert_ticks(axes, len(value), "x", room=8)
-        expert_ticks(axes, len(value), "y", room=8)
+        style.expert_ticks(axes, len(value), "x", room=8)
+        style.expert_ticks(axes, len(value), "y", room=8)
     for axes in panes[len(values) :]:
         axes.remove()
-    color_scale(figure, image, list(panes[: len(values)]), label)
+    style.color_scale(figure, image, list(panes[: len(values)]), label)
     return figure
 
 

@@ -12,7 +12,7 @@ from .figure_notes import held_out_note
 from .findings import Findings
 from .losses import Curves
 from .routing_metrics import evenly_spaced, moving_average
-from .style import DASHES, LINES, Panel, legend_above, new_axes, new_figure
+from .style import LINES, Panel, legend_above, line, new_axes, new_figure
 
 SHOWN_LAYERS = 6
 """Most MoE layers in a figure with a part for each."""
@@ -49,10 +49,10 @@ def loss_by_time(findings: Findings) -> Panel:
         return Panel(title, " ".join(findings.missing))
     figure, axes = new_axes(3.0)
     for i, run in enumerate(findings.held_out):
-        color = LINES[i % len(LINES)]
+        curve = line(i)
         mean, error = run.loss_IS.mean(0), run.loss_IS.std(0, ddof=1) / np.sqrt(len(run.loss_IS))
-        axes.plot(run.times_S, mean, color=color, ls=DASHES[i % len(DASHES)], marker="o", ms=3, label=run.run)
-        axes.fill_between(run.times_S, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        axes.plot(run.times_S, mean, marker="o", ms=3, label=run.run, **curve)
+        axes.fill_between(run.times_S, mean - error, mean + error, color=curve["color"], alpha=0.2, linewidth=0)
     axes.set(xlabel="t (0 is noise, 1 is data)", xlim=(0, 1), ylabel=f"{findings.loss} loss")
     axes.grid(True)
     paired = ""
@@ -87,6 +87,8 @@ def logged_loss_by_time(findings: Findings) -> Panel:
 def balance(findings: Findings) -> Panel:
     """Load balance of the experts in each logged training batch."""
     title = "Load balance over training"
+    if findings.sampling is None:
+        return Panel(title, "")
     curves = [c for c in findings.curves if np.isfinite(c.imbalance_W).any() or np.isfinite(c.imbalance_WL).any()]
     if not curves:
         return Panel(title, "No imbalance was logged.")
@@ -116,9 +118,9 @@ def _smoothed(axes: Axes, run: Curves, values_W: np.ndarray, i: int, label: str)
     """Plot a curve thin as logged and thick as a moving average, and return the average."""
     known = np.isfinite(values_W)
     steps, values = run.steps_W[known], values_W[known]
-    window, color = max(1, len(values) // 20), LINES[i % len(LINES)]
+    window, curve = max(1, len(values) // 20), line(i)
     smooth = moving_average(values, window)
-    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.35)
+    axes.plot(steps, values, color=curve["color"], linewidth=0.6, alpha=0.35)
     # Each mean is plotted at the last of its steps, so that it includes no later step.
-    axes.plot(steps[window - 1 :], smooth, color=color, ls=DASHES[i % len(DASHES)], label=label)
+    axes.plot(steps[window - 1 :], smooth, label=label, **curve)
     return smooth

@@ -53,12 +53,7 @@ def prompt_kinds_of(sampler: Sampler, options: TextOptions, log: Log) -> PromptK
     """The prompts of an analysis: those of a file, a run's held-out captions, or questions about coloured shapes.
 
     Kinds are the categories of shapes or the prompts of a short file; otherwise all prompts are of one kind.
-
-    Returns:
-        None for a model without text.
-
-    Raises:
-        ValueError: there are none, they cannot be read or encoded, or options do not fit.
+    None for a model without text.
     """
     source, count = sampler.source, sampler.settings.num_samples
     check_text_options(source, options)
@@ -79,11 +74,7 @@ def prompt_kinds_of(sampler: Sampler, options: TextOptions, log: Log) -> PromptK
 def captions_of(
     source: Source, dataset: ImageDataset, rows: list[int], text_encoder: str | None
 ) -> TextFeatures | None:
-    """Features of the first captions of some images; None for a model without text.
-
-    Raises:
-        ValueError: the encoder cannot be loaded, or is not the model's.
-    """
+    """Features of the first captions of some images; None for a model without text."""
     if not source.config.text_dim:
         return None
     if isinstance(dataset.texts, CachedCaptions):

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -17,7 +18,8 @@ from matplotlib.figure import Figure
 
 WIDTH = 4.5
 """Width of every figure in inches, so that its text can be read on a phone."""
-INK, PAPER = "#1f2329", "#fefefe"
+_STYLE = matplotlib.rc_params_from_file(Path(__file__).with_name("report.mplstyle"), use_default_template=False)
+INK, PAPER = _STYLE["text.color"], _STYLE["figure.facecolor"]
 """Placeholders: a page that shows the SVG replaces them by its own text colour and no background."""
 LINES = ("#2f7fd1", "#d1600f", "#17906a", "#b455b6", "#8f7a12", "#6f7d8c")
 """Colours of curves; each has a contrast of at least 3 with a white and with a near-black page."""
@@ -26,32 +28,6 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)), (0,
 MANY = 24
 """Most columns that all have names."""
 
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.22,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.7,
-    "legend.frameon": False,
-    "text.parse_math": False,  # names of classes may hold dollar signs
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-    "axes.facecolor": "none",
-    "image.cmap": "viridis",
-    "image.interpolation": "none",
-    "svg.fonttype": "none",
-}
 # Zero is grey, which stands out on neither paper.
 DIVERGING = LinearSegmentedColormap.from_list(
     "blue-grey-orange", ["#1257a8", "#8fb3da", "#9c9c9c", "#f0b27a", "#b84a00"]
@@ -66,7 +42,7 @@ class Panel(NamedTuple):
     """Contents, units and number of images; without a figure, the reason."""
     figure: Figure | None = None
     name: str = ""
-    """Name of its files and anchor in the report; see `figures.panels`."""
+    """Name of its files and anchor in the report; see `run.panels`."""
 
 
 @contextmanager
@@ -75,6 +51,11 @@ def figure_style() -> Iterator[None]:
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
+
+
+def line(i: int) -> dict[str, Any]:
+    """Colour and dashes of curve i; they repeat after the last."""
+    return {"color": LINES[i % len(LINES)], "ls": DASHES[i % len(DASHES)]}
 
 
 def new_figure(height: float) -> Figure:
@@ -89,7 +70,7 @@ def new_axes(height: float) -> tuple[Figure, Axes]:
 
 
 def to_png(figure: Figure) -> bytes:
-    """On white paper, 200 dots an inch."""
+    """A PNG on white paper, 200 dots an inch."""
     file = io.BytesIO()
     with figure_style():
         figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
@@ -97,7 +78,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """With text as text; the same figure and name give the same bytes. Ids start with the name."""
+    """An SVG with text as text; the same figure and name give the same bytes. Ids start with the name."""
     file = io.StringIO()
     with figure_style(), matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

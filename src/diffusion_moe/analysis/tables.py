@@ -26,10 +26,10 @@ def tables(findings: Findings) -> dict[str, Columns]:
         experts, routers = findings.weights
         found["weights"] = _flat(layer=layer + 1, expert=a, other=b, experts_cosine=experts, routers_cosine=routers)
     if findings.curves:
-        parts = [
-            _flat(run=np.full(len(c.steps_W), c.run), step=c.steps_W, loss=c.loss_W, imbalance=c.imbalance_W)
-            for c in findings.curves
-        ]
+        parts = []
+        for curves in findings.curves:
+            names = np.full(len(curves.steps_W), curves.run)
+            parts.append({"run": names, "step": curves.steps_W, "loss": curves.loss_W, "imbalance": curves.imbalance_W})
         found["curves"] = _joined(parts)
     if findings.held_out:
         parts = []

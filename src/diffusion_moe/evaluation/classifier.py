@@ -56,7 +56,7 @@ class ClassifierFeatures(Extractor):
 
     @classmethod
     def of_weights(cls, weights: Mapping[str, Tensor]) -> ClassifierFeatures:
-        """From a state dict, as statistics carry it.
+        """Build it from a state dict, as statistics hold it.
 
         Raises:
             ValueError: it is no classifier's.

@@ -34,22 +34,11 @@ def evaluate_model(sampler: Sampler, options: EvaluateOptions, log: Log) -> Path
     folder = sampler.source.path / FOLDER if options.output is None else options.output.parent
     scorer = scorer_for(sampler, options, prompts, folder, log)
     path = options.output or _scores_path(sampler, scorer, None if options.prompts is None else prompts)
-    result = score_model(sampler, scorer, path, log, prompts)
-    if result is None:
-        return None
-    log_scores(result, scorer, log)
-    for file in (path, _gallery_path(path)):
-        if file.is_file():
-            log(f"wrote {file}")
-    return path
+    return _report(score_model(sampler, scorer, path, log, prompts), scorer, path, log)
 
 
 def prompts_for(sampler: Sampler, options: EvaluateOptions | SweepOptions, log: Log) -> PromptSource | None:
-    """The prompts of the images to score; None for a model without text.
-
-    Raises:
-        ValueError: there are none, they cannot be read or encoded, or options do not fit.
-    """
+    """The prompts of the images to score; None for a model without text."""
     own = _own_data(sampler.source, options)
     check_text_options(sampler.source, options)
     if not sampler.source.config.text_dim:
@@ -81,16 +70,16 @@ def score_model(
     sampler: Sampler, scorer: Scorer, path: Path, log: Log, prompts: PromptSource | None = None
 ) -> Result | None:
     """The scores of a model's images, written to `path`; None on other processes than the main one."""
-    images, settings = GeneratedImages(sampler, prompts), sampler.settings
-    _check_count(images)
-    with extract_features(images, scorer.extractor, settings.batch_size, path.parent, log) as features:
+    return _score(GeneratedImages(sampler, prompts), scorer, sampler.settings.batch_size, path, log)
+
+
+def _score(images: Images, scorer: Scorer, batch_size: int, path: Path, log: Log) -> Result | None:
+    if images.count <= NEIGHBOURS:
+        raise ValueError(f"scores need more than {NEIGHBOURS} images; {images.name} gives {images.count}")
+    with extract_features(images, scorer.extractor, batch_size, path.parent, log) as features:
         if features is None:
             return None
-        result = scorer.scores(features, images.labels) | sampler.metadata(features.stats)
-        if sampler.source.config.pools_batch:  # images then depend on their batch
-            result["batch_size"] = settings.batch_size
-        if prompts is not None:
-            result |= prompts.metadata()
+        result = scorer.scores(features, images.labels) | images.metadata(features.stats)
         gallery = scorer.gallery(features)
         if gallery is not None:
             with replace_atomically(_gallery_path(path)) as file:
@@ -118,28 +107,19 @@ def evaluate_images(source: Path, options: ImagesOptions, log: Log) -> Path | No
         if options.num_samples > images.count:
             raise ValueError(f"num_samples is {options.num_samples}, but {source} holds {images.count} images")
         images.count = options.num_samples
-    _check_count(images)
     path = options.output or source.with_name(f"{source.stem}.{scorer.name()}.json")
-    with extract_features(images, scorer.extractor, options.batch_size, path.parent, log) as features:
-        if features is None:
-            return None
-        result = scorer.scores(features, None) | {"images": str(source)}
-        write_atomically(path, json.dumps(result, indent=2) + "\n")
-    log_scores(result, scorer, log)
-    log(f"wrote {path}")
-    return path
+    return _report(_score(images, scorer, options.batch_size, path, log), scorer, path, log)
 
 
-def log_scores(result: Result, scorer: Scorer, log: Log) -> None:
-    """Log the scores as a table, then what they depend on and warnings."""
+def _report(result: Result | None, scorer: Scorer, path: Path, log: Log) -> Path | None:
+    """Log the scores as a table, what they depend on, warnings and files; None on other processes than the main one."""
+    if result is None:
+        return None
     warnings = [f"warning: {line}" for line in result["warnings"]]
-    for line in [*scorer.table(result), summary(result), *warnings]:
+    files = [path, _gallery_path(path)] if isinstance(scorer, ShapesScorer) else [path]
+    for line in [*scorer.table(result), summary(result), *warnings, *(f"wrote {file}" for file in files)]:
         log(line)
-
-
-def _check_count(images: Images) -> None:
-    if images.count <= NEIGHBOURS:
-        raise ValueError(f"scores need more than {NEIGHBOURS} images; {images.name} gives {images.count}")
+    return path
 
 
 def _scores_path(sampler: Sampler, scorer: Scorer, given: PromptSource | None) -> Path:

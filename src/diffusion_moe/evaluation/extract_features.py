@@ -7,13 +7,12 @@ result is the same, bit for bit, for any number of processes and of interruption
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..distributed import barrier, from_main, is_main, rank, world_size
-from ..log import Log
+from ..log import Log, ProgressLog
 from ..run_folder import replace_atomically, write_atomically
 from ..sampling.generate import SamplingStats
-from .features import Extractor
-from .images import Images, digest_of_all, digests_of
-from .statistics import FeatureSums, Moments
+from .features import Extractor, digest_of
+from .images import Images, digest_of_all, digests_of, split
+from .metrics import FeatureSums, Moments
 
 PART = 250
 """Images in a part, rounded down to whole batches."""
-LOG_EVERY = 10.0
-"""Seconds between lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +48,6 @@ class Features:
     """Time of one process to read or generate an image, without its features."""
 
 
-@dataclass
-class ProgressLog:
-    """Lines of progress of all processes, with an estimate of the time left."""
-
-    total: int
-    done_before: int
-    """Images that were done when this call began."""
-    log: Log
-    began: float = field(default_factory=time.monotonic)
-    logged: float = field(default_factory=time.monotonic)
-
-    def update(self, done: int) -> None:
-        """Log a line if the last one is long ago."""
-        now = time.monotonic()
-        if now - self.logged < LOG_EVERY or done in (self.done_before, self.total):
-            return
-        rate = (done - self.done_before) / (now - self.began)
-        self.log(f"{done} of {self.total} images; {rate:.3g} a second; {_duration((self.total - done) / rate)} left")
-        self.logged = now
-
-
 @contextmanager
 def extract_features(
     images: Images, extractor: Extractor, batch_size: int, parent: Path, log: Log
@@ -81,9 +57,8 @@ def extract_features(
     Finished parts are kept until the block has ended without an error, as the result is then saved.
 
     Args:
-        batch_size: images at a time.
-        parent: where the folder of unfinished work is made.
-        log: the main process's lines.
+        parent: folder of the folder of unfinished work.
+        log: receives the main process's lines.
 
     Raises:
         ValueError: an image or a part cannot be read.
@@ -94,7 +69,7 @@ def extract_features(
     done = images.count - sum(map(len, missing))
     if done and is_main():
         log(f"resuming: {done} of {images.count} images are done")
-    progress = ProgressLog(images.count, done, log)
+    progress = ProgressLog(images.count, log, done)
     for part in missing[rank() :: world_size()]:
         _extract_part(images, extractor, part, batch_size, folder)
         if is_main():
@@ -107,8 +82,7 @@ def extract_features(
 
 def parts_of(count: int, batch_size: int) -> list[range]:
     """Ranges of about 250 images, in whole batches."""
-    step = max(1, PART // batch_size) * batch_size
-    return [range(start, min(start + step, count)) for start in range(0, count, step)]
+    return split(range(count), max(1, PART // batch_size) * batch_size)
 
 
 def _begin(
@@ -121,8 +95,7 @@ def _begin(
         "extractor": asdict(extractor.identity),
         "batch_size": batch_size,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    folder = parent / f".progress-{digest}"
+    folder = parent / f".progress-{digest_of(identity)}"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "about.json", json.dumps({"images": images.name, "count": images.count}) + "\n")
     return folder, [part for part in parts if not _is_whole(folder, part)]
@@ -188,10 +161,3 @@ def _joined(folder: Path, parts: list[range]) -> Features:
         stats=stats,
         seconds_per_image=seconds / count,
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +18,14 @@ HASH_DIGITS = 16
 
 @dataclass(frozen=True)
 class ExtractorIdentity:
-    """All that features depend on: those of different identities do not compare."""
+    """Everything that features depend on: those of different identities do not compare."""
 
     name: str
     """inception, classifier, or a `transformers` model's hub id or folder."""
     weights: str
     """Start of a SHA-256 over the weights (Inception: of the weight file)."""
     resize: str
-    """How an image is resized before the network sees it."""
+    """Resizing of an image before the network sees it."""
     feature: str
     """The layer whose output is taken."""
 
@@ -48,7 +50,7 @@ class Extractor(ABC):
 
     identity: ExtractorIdentity
     channels: int
-    """Of the images it reads; grey images are repeated where it reads three."""
+    """Channels of the images it reads; grey images are repeated where it reads three."""
     module: nn.Module
 
     def to(self, device: torch.device) -> Extractor:
@@ -90,6 +92,11 @@ class Extractor(ABC):
     def warnings(self) -> list[str]:
         """Reasons why scores do not compare with published ones, if any."""
         return []
+
+
+def digest_of(content: Any) -> str:
+    """Start of a SHA-256 over plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,26 @@ from ..config import EvaluationConfig, read_yaml, unknown_name
 from ..sampling.options import Weights
 from .options import SweepOptions
 
-AXES = ("weights", "solver", "steps", "guidance_interval", "threshold_scale", "guidance_scale")
+
+def _weights(text: str) -> str:
+    return text if text in ("ema", "model") else str(float(text))
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, high = text.split(":")
+    return float(low), float(high)
+
+
+READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "weights": (_weights, "ema or model or the decay of a further EMA"),
+    "solver": (str, "a solver"),
+    "steps": (int, "a whole number"),
+    "guidance_interval": (_interval, "two times with a colon, as 0.1:1"),
+    "threshold_scale": (float, "a number"),
+    "guidance_scale": (float, "a number"),
+}
+"""Function that reads a value of each setting, and what it expects."""
+AXES = tuple(READERS)
 """Settings that a grid combines; the last one changes fastest."""
 
 
@@ -38,7 +57,7 @@ class Grid(NamedTuple):
     """Content of a grid file."""
 
     lists: dict[str, Any]
-    """By axis."""
+    """Values of each axis."""
     others: dict[str, Any]
     """Its other settings."""
 
@@ -63,22 +82,12 @@ def read_grid(path: Path) -> Grid:
 
 
 def make_points(options: SweepOptions, from_file: dict[str, Any], usual: EvaluationConfig) -> list[SweepPoint]:
-    """All combinations of the options' lists, else the file's, else the usual value; equal ones once.
-
-    Raises:
-        ValueError: a list cannot be read.
-    """
-    lists: list[Sequence[Any]] = []
+    """All combinations of the options' lists, else the file's, else the usual value; equal ones once."""
+    lists, defaults = [], {"weights": "ema"} | vars(usual)
     for axis in AXES:
-        given, listed = getattr(options, axis), from_file.get(axis)
-        if given is not None:
-            parts = [part.strip() for part in given.strip("[] ").split(",")]
-            lists.append([_value(axis, part) for part in parts])
-        elif listed is not None:
-            values = _as_list(axis, listed)
-            lists.append([_value(axis, ":".join(map(str, v)) if isinstance(v, list) else str(v)) for v in values])
-        else:
-            lists.append(["ema" if axis == "weights" else getattr(usual, axis)])
+        given = getattr(options, axis)
+        values = from_file.get(axis) if given is None else given.strip("[] ").split(",")
+        lists.append([defaults[axis]] if values is None else [_value(axis, v) for v in _as_list(axis, values)])
     points = []
     for combination in itertools.product(*lists):
         chosen = dict(zip(AXES, combination))
@@ -93,29 +102,14 @@ def _as_list(axis: str, listed: Any) -> list[Any]:
     return [listed] if pair else listed
 
 
-def _value(axis: str, text: str) -> Any:
-    kinds: dict[str, tuple[Callable[[str], Any], str]] = {
-        "weights": (_weights, "ema or model or the decay of a further EMA"),
-        "solver": (str, "a solver"),
-        "steps": (int, "a whole number"),
-        "guidance_interval": (_interval, "two times with a colon, as 0.1:1"),
-        "threshold_scale": (float, "a number"),
-        "guidance_scale": (float, "a number"),
-    }
-    read, expected = kinds[axis]
+def _value(axis: str, value: Any) -> Any:
+    """One setting from the text of an option or a value of the file."""
+    text = ":".join(map(str, value)) if isinstance(value, list) else str(value).strip()
+    read, expected = READERS[axis]
     try:
         return read(text)
     except ValueError as error:
         raise ValueError(f"{axis} holds {text!r}; expected {expected} at each position of the list") from error
-
-
-def _weights(text: str) -> str:
-    return text if text in ("ema", "model") else str(float(text))
-
-
-def _interval(text: str) -> tuple[float, float]:
-    low, high = text.split(":")
-    return float(low), float(high)
 
 
 def _normal(point: SweepPoint) -> SweepPoint:

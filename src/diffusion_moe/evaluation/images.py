@@ -33,12 +33,14 @@ class Images(ABC):
     """Numbered images of one size."""
 
     name: str
-    """For messages and records."""
+    """Name for messages and records."""
     count: int
     size: tuple[int, int]
     """Height and width in pixels."""
     notes: Sequence[str] = ()
-    """Lines for the user: what is read, and what is left out."""
+    """Lines for the user: files that are read, and those that are not."""
+    labels: Tensor | None = None
+    """Class of each image, int64, (S,), where it is known."""
 
     @abstractmethod
     def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
@@ -53,7 +55,11 @@ class Images(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """All that the images depend on, ready for JSON: work on images of an equal identity is resumed."""
+        """Everything that the images depend on, ready for JSON: work on images of an equal identity is resumed."""
+
+    def metadata(self, stats: SamplingStats) -> dict[str, Any]:
+        """Origin of the images and the cost of generating them, for a file of scores."""
+        return {"images": self.name}
 
 
 class FolderImages(Images):
@@ -69,13 +75,12 @@ class FolderImages(Images):
         self.size = tuple(self._open(self.paths[0]).shape[:2])  # type: ignore[assignment]
 
     def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
-        for start in range(numbers.start, numbers.stop, batch_size):
-            paths = self.paths[start : min(start + batch_size, numbers.stop)]
-            pixels = [self._open(path) for path in paths]
-            for path, image in zip(paths, pixels):
+        for part in split(numbers, batch_size):
+            pixels = [self._open(self.paths[i]) for i in part]
+            for i, image in zip(part, pixels):
                 if image.shape[:2] != self.size:
                     raise ValueError(
-                        f"{path} has {image.shape[0]} x {image.shape[1]} pixels, but {self.paths[0]} "
+                        f"{self.paths[i]} has {image.shape[0]} x {image.shape[1]} pixels, but {self.paths[0]} "
                         f"{self.size[0]} x {self.size[1]}; give images of one size"
                     )
             yield _nchw(np.stack(pixels))
@@ -130,12 +135,11 @@ class NpzImages(Images):
             with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
                 _header(file)
                 file.seek(file.tell() + numbers.start * image_bytes)
-                for start in range(numbers.start, numbers.stop, batch_size):
-                    count = min(batch_size, numbers.stop - start)
-                    content = file.read(count * image_bytes)
-                    if len(content) != count * image_bytes:
+                for part in split(numbers, batch_size):
+                    content = file.read(len(part) * image_bytes)
+                    if len(content) != len(part) * image_bytes:
                         raise ValueError(f"{self.path} ends before its image {numbers.stop - 1}")
-                    yield _nchw(np.frombuffer(content, np.uint8).reshape(count, height, width, self.channels))
+                    yield _nchw(np.frombuffer(content, np.uint8).reshape(len(part), height, width, self.channels))
         except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"cannot read {self.path} ({error})") from error
 
@@ -154,13 +158,12 @@ class DatasetImages(Images):
         self.size = (height, width)
 
     def read(self, numbers: range, batch_size: int, stats: SamplingStats) -> Iterator[Tensor]:
-        starts = range(numbers.start, numbers.stop, batch_size)
-        batches = [range(start, min(start + batch_size, numbers.stop)) for start in starts]
+        parts = split(numbers, batch_size)
         if self.threads == 0:
-            yield from map(self._read, batches)
+            yield from map(self._read, parts)
         else:
             with ThreadPoolExecutor(self.threads) as pool:
-                yield from pool.map(self._read, batches)
+                yield from pool.map(self._read, parts)
 
     def identity(self) -> dict[str, Any]:
         return {"dataset": self.name, "count": self.count}
@@ -176,12 +179,7 @@ class DatasetImages(Images):
 
 
 class GeneratedImages(Images):
-    """Images of a model: number i is a function of (seed, i), of the i-th class in turn or of prompt i.
-
-    Args:
-        sampler: the model.
-        prompts: for a model with text.
-    """
+    """Images of a model: number i is a function of (seed, i), of the i-th class in turn or of prompt i."""
 
     def __init__(self, sampler: Sampler, prompts: PromptSource | None = None) -> None:
         self.sampler, self.prompts = sampler, prompts
@@ -202,12 +200,18 @@ class GeneratedImages(Images):
         prompts = {} if self.prompts is None else self.prompts.identity()
         return {"model": fingerprint(model), "vae": vae and fingerprint(vae), "settings": settings} | prompts
 
+    def metadata(self, stats: SamplingStats) -> dict[str, Any]:
+        about = self.sampler.metadata(stats)
+        if self.sampler.source.config.pools_batch:  # images then depend on their batch
+            about["batch_size"] = self.sampler.settings.batch_size
+        return about | ({} if self.prompts is None else self.prompts.metadata())
+
 
 def open_images(path: Path, channels: int = 3, image_size: int | None = None) -> Images:
     """The images of a folder or an `.npz`.
 
     Args:
-        channels: that files are read with.
+        channels: channels that files are read with.
         image_size: side of the square in pixels that files are resized and cropped to; None: they are not.
 
     Raises:
@@ -220,6 +224,11 @@ def open_images(path: Path, channels: int = 3, image_size: int | None = None) ->
     if image_size is not None:
         raise ValueError(f"--image_size is {image_size}, but the images of {path} are not resized; remove the option")
     return NpzImages(path)
+
+
+def split(numbers: range, size: int) -> list[range]:
+    """Consecutive parts of at most `size` numbers."""
+    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
 def digests_of(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..distributed import barrier, is_main
 from .features import HASH_DIGITS, INCEPTION, Extractor, ExtractorIdentity
 
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of the weight file that both torch-fidelity and pytorch-fid publish."""
+"""SHA-256 of the weight file that both torch-fidelity and pytorch-fid publish."""
 SPATIAL_CHANNELS = 7
 POOL_WIDTH, SPATIAL_WIDTH = 2048, SPATIAL_CHANNELS * 17 * 17
 

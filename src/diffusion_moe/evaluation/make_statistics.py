@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,17 +11,16 @@ from torch import Tensor
 from ..config import DataConfig
 from ..data import load_dataset
 from ..distributed import is_main, rank, to_main, world_size
-from ..log import Log
+from ..log import Log, ProgressLog
 from ..sampling.generate import SamplingStats
 from .classifier import ClassifierFeatures
-from .extract_features import ProgressLog, parts_of
-from .extractors import make_extractor
+from .extract_features import parts_of
 from .features import CLASSIFIER, Extractor
 from .images import DatasetImages, Images, digest_of_all, digests_of, open_images
+from .metrics import FeatureSums
 from .options import StatsOptions
 from .reference import Reference, holds_statistics, read_reference
-from .scorer import check_small, shared_classifier, with_features
-from .statistics import FeatureSums
+from .scorer import make_extractor, shared_classifier, with_features
 
 
 def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, log: Log) -> Path | None:
@@ -39,27 +37,20 @@ def make_statistics(name: str, data: DataConfig | None, options: StatsOptions, l
     if data is None and holds_statistics(Path(name)):
         reference = _with_published_moments(Path(name), options, log)
     else:
-        extractor = _extractor(data, options)
-        images, metadata = _images(name, data, options, extractor)
-        for line in images.notes:
-            log(line)
-        reference = _measure(images, extractor, metadata, options, log)
+        reference = _measure(name, data, options, log)
     if not is_main():
         return None
-    path = options.output or Path(_file_name(name, reference))
+    extractor, size = reference.extractor, reference.about.get("image_size")
+    assert extractor is not None
+    parts = [Path(name).stem, *([] if size is None else ["x".join(map(str, size))])]
+    path = options.output or Path("-".join([*parts, extractor.short_name, extractor.weights[:8]]) + ".npz")
     path.parent.mkdir(parents=True, exist_ok=True)
     written = reference.write(path)
-    log(f"{reference.about['num_images']} images, {describe(reference)}; SHA-256 {written.sha256}")
+    widths = [str(len(moments.mean_D)) for moments in (reference.pool, reference.spatial) if moments is not None]
+    features = f"{' and '.join(widths)} features of {extractor.name} {extractor.weights}"
+    log(f"{reference.about['num_images']} images, {features}; SHA-256 {written.sha256}")
     log(f"wrote {path}")
     return path
-
-
-def describe(reference: Reference) -> str:
-    """Extractor and numbers of features in one line."""
-    assert reference.extractor is not None
-    widths = [reference.pool, *([reference.spatial] if reference.spatial is not None else [])]
-    numbers = " and ".join(str(len(moments.mean_D)) for moments in widths)
-    return f"{numbers} features of {reference.extractor.name} {reference.extractor.weights}"
 
 
 def _check(name: str, data: DataConfig | None, options: StatsOptions) -> None:
@@ -81,20 +72,7 @@ def _extractor(data: DataConfig | None, options: StatsOptions) -> Extractor:
         raise ValueError("--extractor is classifier, which learns from a recipe's labelled data; give a recipe as DATA")
     if options.inception is not None:
         raise ValueError(f"--inception is {options.inception}, but the extractor is classifier; remove the option")
-    training = load_dataset(data, "train")
-    check_small(training)
-    return ClassifierFeatures(shared_classifier(training))
-
-
-def _images(
-    name: str, data: DataConfig | None, options: StatsOptions, extractor: Extractor
-) -> tuple[Images, dict[str, Any]]:
-    """The images, and metadata of their source."""
-    if data is None:
-        images = open_images(Path(name), extractor.channels, options.image_size)
-        return images, {"path": name, "crop": options.image_size}
-    dataset = load_dataset(data, options.split)
-    return DatasetImages(dataset, name, data.num_workers), {"recipe": name, "split": options.split, **asdict(data)}
+    return ClassifierFeatures(shared_classifier(load_dataset(data, "train")))
 
 
 def _with_published_moments(path: Path, options: StatsOptions, log: Log) -> Reference:
@@ -111,16 +89,24 @@ def _with_published_moments(path: Path, options: StatsOptions, log: Log) -> Refe
     return replace(reference, about=about, extractor=extractor.identity, features_RD=kept)
 
 
-def _measure(
-    images: Images, extractor: Extractor, metadata: dict[str, Any], options: StatsOptions, log: Log
-) -> Reference:
+def _measure(name: str, data: DataConfig | None, options: StatsOptions, log: Log) -> Reference:
     """Moments of all images, features of some. A process reads every n-th part; the sums are added over processes."""
+    extractor = _extractor(data, options)
+    images: Images
+    if data is None:
+        images = open_images(Path(name), extractor.channels, options.image_size)
+        origin = {"path": name, "crop": options.image_size}
+    else:
+        images = DatasetImages(load_dataset(data, options.split), name, data.num_workers)
+        origin = {"recipe": name, "split": options.split, **asdict(data)}
+    for line in images.notes:
+        log(line)
     wanted = set(evenly(images.count, options.num_features))
     first_image = extractor(next(images.read(range(1), 1, SamplingStats())))  # for the widths of its features
     sums = {key: FeatureSums.of(first_image[key][:0]) for key in ("pool", "spatial") if key in first_image}
     own_features: dict[int, Tensor] = {}
     own_digests: dict[int, Tensor] = {}
-    parts, progress = parts_of(images.count, options.batch_size), ProgressLog(images.count, 0, log)
+    parts, progress = parts_of(images.count, options.batch_size), ProgressLog(images.count, log)
     for part in parts[rank() :: world_size()]:
         numbers = iter(part)
         for batch in images.read(part, options.batch_size, SamplingStats()):
@@ -137,7 +123,7 @@ def _measure(
     about = {
         "num_images": images.count,
         "image_size": list(images.size),
-        "data": metadata,
+        "data": origin,
         "images_sha256": digest_of_all(torch.stack(digests)) if digests else "",
     }
     kept_RD = torch.stack(kept) if kept else None
@@ -148,9 +134,7 @@ def _measure(
 
 def _gathered(own: dict[int, Tensor]) -> list[Tensor]:
     """Rows of all processes in the order of their image numbers, on the main process; empty elsewhere."""
-    rows: dict[int, Tensor] = {}
-    for share in to_main(own):
-        rows |= share
+    rows = {i: row for share in to_main(own) for i, row in share.items()}
     return [rows[i] for i in sorted(rows)]
 
 
@@ -158,11 +142,3 @@ def evenly(count: int, wanted: int) -> list[int]:
     """At most `wanted` numbers below `count`, evenly spaced."""
     wanted = min(count, wanted)
     return [i * count // wanted for i in range(wanted)]
-
-
-def _file_name(name: str, reference: Reference) -> str:
-    """A name that distinguishes data, size and extractor."""
-    assert reference.extractor is not None
-    size = reference.about.get("image_size")
-    parts = [Path(name).stem, *([] if size is None else ["x".join(map(str, size))])]
-    return "-".join([*parts, reference.extractor.short_name, reference.extractor.weights[:8]]) + ".npz"

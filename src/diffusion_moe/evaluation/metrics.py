@@ -1,21 +1,69 @@
-"""Distances between sets of images or of their features. All sums are in float64."""
+"""Mean, covariance and distances of features, and distances between images. All sums are in float64."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .statistics import Moments
+from ..distributed import all_reduce_sum
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE, KERNEL_SEED = 100, 1000, 2020
-"""As torch-fidelity samples them, so that equal features give equal numbers."""
+"""Subsets as torch-fidelity samples them, so that equal features give equal numbers."""
 NEIGHBOURS = 3
 SCORE_SPLIT = 5000
 ROWS = 1000
-"""Rows of a distance matrix that are held at a time."""
+"""Rows of features, or of a distance matrix, that are held at a time."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,) and unbiased covariance (D, D) of features, float64."""
+
+    mean_D: Tensor
+    covariance_DD: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureSums:
+    """n, sum of x and sum of x x^T over feature vectors x, in float64."""
+
+    count: Tensor
+    total_D: Tensor
+    outer_DD: Tensor
+
+    @classmethod
+    def of(cls, features_SD: Tensor) -> FeatureSums:
+        """The sums of a batch of features, (S, D)."""
+        x = features_SD.double()
+        return cls(torch.tensor(float(len(x)), dtype=torch.float64), x.sum(0), x.T @ x)
+
+    def __add__(self, other: FeatureSums) -> FeatureSums:
+        return FeatureSums(self.count + other.count, self.total_D + other.total_D, self.outer_DD + other.outer_DD)
+
+    def over_processes(self) -> FeatureSums:
+        """The sums over all processes."""
+        return FeatureSums(*(all_reduce_sum(x) for x in (self.count, self.total_D, self.outer_DD)))
+
+    def moments(self) -> Moments:
+        """Mean and covariance.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples; there are {int(self.count)}")
+        mean = self.total_D / self.count
+        return Moments(mean, (self.outer_DD - self.count * torch.outer(mean, mean)) / (self.count - 1))
+
+
+def moments_of(features_SD: Tensor) -> Moments:
+    """Mean and covariance of many features, summed over parts, so that no copy of all is made in float64."""
+    first, *others = features_SD.split(ROWS)
+    return sum((FeatureSums.of(part) for part in others), FeatureSums.of(first)).moments()
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -135,7 +183,8 @@ def nearest_neighbour_distance(images: Tensor, reference: Tensor) -> Tensor:
     """Euclidean distance in pixel space of each image to its nearest reference image, (S,), float32.
 
     Args:
-        images: NCHW, [-1, 1]. reference: NCHW of the same size.
+        images: NCHW, [-1, 1].
+        reference: NCHW of the same size.
     """
     flat = reference.flatten(1)
     return torch.cat([torch.cdist(part.flatten(1), flat).min(dim=1).values for part in images.split(1024)])

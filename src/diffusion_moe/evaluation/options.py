@@ -11,7 +11,7 @@ from ..sampling.options import WeightsOptions
 
 Split = Literal["train", "test"]
 REFERENCE_FEATURES = 10_000
-"""As many images as ADM's reference batches hold."""
+"""Number of images in ADM's reference batches."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions(WeightsOptions, TextOptions, ReferenceOptions):
-    """How a model's images are scored."""
+    """Scores of a model's images."""
 
     output: Path | None = None
     """The JSON file of the scores; in the folder, under a name that distinguishes settings, unless given."""
@@ -50,7 +50,7 @@ class EvaluateOptions(WeightsOptions, TextOptions, ReferenceOptions):
 
 @dataclass(frozen=True)
 class ImagesOptions(ReferenceOptions):
-    """How images from a folder or an .npz are scored."""
+    """Scores of images from a folder or an .npz."""
 
     output: Path | None = None
     """The JSON file of the scores; beside the images unless given."""
@@ -67,7 +67,7 @@ class ImagesOptions(ReferenceOptions):
 
 @dataclass(frozen=True)
 class StatsOptions:
-    """Which statistics are made of which images."""
+    """Statistics to make, and their images."""
 
     output: Path | None = None
     """The .npz file; named after data, size and extractor unless given."""
@@ -77,7 +77,7 @@ class StatsOptions:
     inception: Path | None = None
     """Weight file of torch-fidelity's Inception; downloaded unless given."""
     split: Split = "train"
-    """Of a recipe's data."""
+    """Split of a recipe's data."""
     image_size: int | None = None
     """Resize the shorter side to this and crop the square (image files of a folder; a recipe has data.image_size)."""
     num_features: int = REFERENCE_FEATURES

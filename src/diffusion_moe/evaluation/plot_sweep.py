@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .grid import AXES
 from .report import Result, number_of
@@ -27,6 +27,15 @@ FIGURES = (
 )
 LEGEND_INSIDE = 6
 """Lines whose names fit inside the figure."""
+LABELS = {
+    "weights": "{}",
+    "solver": "{}",
+    "steps": "{} steps",
+    "guidance_interval": "t {0[0]:g} to {0[1]:g}",
+    "threshold_scale": "thresholds × {:g}",
+    "guidance_scale": "guidance {:g}",
+}
+"""Names of lines by the setting that differs between them."""
 QUALITIES = {"overall": "share of prompts that are right", "fid": "FID", "frechet": "Fréchet distance"}
 """Scores for the vertical axis, of which the first known one is plotted, and their names."""
 
@@ -75,23 +84,11 @@ def lines_of(results: list[Result], along: str) -> dict[str, list[Result]]:
     varying = [key for key in AXES if key != along and _varies(results, key)]
     lines: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result[along] or 0):  # the adaptive solver has no steps
-        title = ", ".join(_label(key, result[key]) for key in varying)
+        values = {key: "adaptive" if result[key] is None else result[key] for key in varying}
+        title = ", ".join(LABELS[key].format(value) for key, value in values.items())
         lines.setdefault(title, []).append(result)
     return dict(sorted(lines.items()))
 
 
 def _varies(results: list[Result], key: str) -> bool:
     return len({str(result[key]) for result in results}) > 1
-
-
-def _label(key: str, value: Any) -> str:
-    match key:
-        case "guidance_interval":
-            return "t {:g} to {:g}".format(*value)
-        case "steps":
-            return f"{value or 'adaptive'} steps"
-        case "threshold_scale":
-            return f"thresholds × {value:g}"
-        case "guidance_scale":
-            return f"guidance {value:g}"
-    return str(value)

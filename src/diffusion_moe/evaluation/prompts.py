@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +19,7 @@ from ..sampling.prompts import read_prompts
 from ..sampling.sampler import Sampler
 from ..sampling.source import Source
 from ..text import TextEncoder, TextFeatures, TextSpace
-from .features import HASH_DIGITS
+from .features import digest_of
 from .options import TextOptions
 
 
@@ -29,7 +27,7 @@ class PromptSource(ABC):
     """A prompt for each image: image i has prompt i; after the last prompt they begin again."""
 
     origin: str
-    """Where the prompts are from."""
+    """Source of the prompts, for people."""
     space: TextSpace
     """The encoder of their features."""
     sha256: str
@@ -49,11 +47,11 @@ class PromptSource(ABC):
         return Prompts(text, text.nothing())
 
     def identity(self) -> dict[str, Any]:
-        """All that images depend on."""
+        """Everything that images depend on."""
         return {"prompts": self.sha256, "text_encoder": self.space.sha256}
 
     def metadata(self) -> dict[str, Any]:
-        """For the file of a score."""
+        """Origin, number and hash of the prompts, and their encoder, for a file of scores."""
         prompts = {"origin": self.origin, "count": len(self), "sha256": self.sha256}
         return {"prompts": prompts, "text_encoder": asdict(self.space)}
 
@@ -100,11 +98,6 @@ class Once:
         self.logged = True
 
 
-def digest_of(content: Any) -> str:
-    """Start of a SHA-256 over plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:HASH_DIGITS]
-
-
 def check_text_options(source: Source, options: TextOptions) -> None:
     """Raise a ValueError for prompts of a model without text, and for a model of classes and text."""
     if source.config.text_dim and source.config.num_classes:
@@ -115,11 +108,7 @@ def check_text_options(source: Source, options: TextOptions) -> None:
 
 
 def text_prompts(sampler: Sampler, options: TextOptions, log: Log) -> PromptSource:
-    """The prompts of a file, or the first caption of each of a run's held-out images, a prompt an image at most.
-
-    Raises:
-        ValueError: there are none, or they cannot be read or encoded.
-    """
+    """The prompts of a file, or the first caption of each of a run's held-out images, a prompt an image at most."""
     source, warn = sampler.source, Once(log)
     if options.prompts is not None:
         texts = read_prompts(None, options.prompts)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..run_folder import replace_atomically
 from .features import HASH_DIGITS, Extractor, ExtractorIdentity
 from .inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
-from .statistics import Moments
+from .metrics import Moments
 
 FORMAT = 1
 CLASSIFIER_PREFIX = "classifier."
@@ -38,7 +38,7 @@ class Reference:
     pool: Moments
     spatial: Moments | None = None
     features_RD: Tensor | None = None
-    """Of some of the images, float32: for KID, precision and recall."""
+    """Features of some of the images, float32: for KID, precision and recall."""
     extractor: ExtractorIdentity | None = None
     """None: the file does not name it."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -59,15 +59,11 @@ class Reference:
         """Raise a ValueError for images of this size (None: not known yet) and extractor that do not compare."""
         if self.extractor is not None:
             extractor.identity.check(self.extractor, self.name)
-        elif not isinstance(extractor, Inception):
+        elif not isinstance(extractor, Inception) or not extractor.published:
+            problem, *_ = extractor.warnings() or [f"the extractor is {extractor.identity.name}"]
             raise ValueError(
-                f"{self.name} holds published Inception statistics, but the extractor is {extractor.identity.name}; "
-                "use inception"
-            )
-        elif not extractor.published:
-            raise ValueError(
-                f"{self.name} holds published Inception statistics, but {extractor.warnings()[0]}; use the published "
-                "weights"
+                f"{self.name} holds published Inception statistics, but {problem}; use the published weights of "
+                "inception"
             )
         known: Any = self.about.get("image_size")
         if known is not None and image_size is not None and tuple(known) != image_size:
@@ -77,7 +73,7 @@ class Reference:
             )
 
     def metadata(self) -> dict[str, Any]:
-        """For the file of a score."""
+        """Name, hash and `about`, for a file of scores."""
         return {"name": self.name, "sha256": self.sha256, **self.about}
 
     def write(self, path: Path) -> Reference:
@@ -130,7 +126,7 @@ def read_reference(path: Path) -> Reference:
         )
     if "about" in arrays:
         return _ours(path, arrays)
-    pool, spatial = _moments(path, arrays)
+    pool, spatial = _moments(path, arrays), _moments(path, arrays, "_s") if "mu_s" in arrays else None
     for moments, width in ((pool, POOL_WIDTH), (spatial, SPATIAL_WIDTH)):
         if moments is not None and len(moments.mean_D) != width:
             found = len(moments.mean_D)
@@ -151,7 +147,7 @@ def _ours(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
         raise ValueError(f"{path} does not name its extractor ({error}); run `diffusion-moe stats` again") from error
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}; this version reads {FORMAT}")
-    pool, spatial = _moments(path, arrays)
+    pool, spatial = _moments(path, arrays), _moments(path, arrays, "_s") if "mu_s" in arrays else None
     features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
     classifier = {
         name.removeprefix(CLASSIFIER_PREFIX): torch.from_numpy(array)
@@ -161,12 +157,8 @@ def _ours(path: Path, arrays: dict[str, np.ndarray]) -> Reference:
     return Reference(str(path), pool, spatial, features, extractor, about, classifier, expected[:HASH_DIGITS])
 
 
-def _moments(path: Path, arrays: dict[str, np.ndarray]) -> tuple[Moments, Moments | None]:
-    """Moments of the pooled features, and of the spatial ones if there are any."""
-    return _moments_of(path, arrays, ""), _moments_of(path, arrays, "_s") if "mu_s" in arrays else None
-
-
-def _moments_of(path: Path, arrays: dict[str, np.ndarray], ending: str) -> Moments:
+def _moments(path: Path, arrays: dict[str, np.ndarray], ending: str = "") -> Moments:
+    """Moments of the pooled features; with the ending _s those of the spatial ones."""
     try:
         mean, covariance = (arrays[name + ending].astype(np.float64) for name in ("mu", "sigma"))
     except (KeyError, ValueError) as error:

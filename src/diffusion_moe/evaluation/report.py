@@ -37,7 +37,7 @@ def number_of(score: Any) -> Any:
 
 
 def summary(result: Result) -> str:
-    """What the scores depend on, in one line."""
+    """One line of what the scores depend on."""
     extractor = result["extractor"]
     parts = [f"{result['num_samples']} samples"]
     if "solver" in result:

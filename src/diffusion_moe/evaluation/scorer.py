@@ -15,24 +15,17 @@ from ..data import ImageDataset, load_dataset
 from ..distributed import from_main, is_main
 from ..log import Log
 from ..pixels import to_uint8
+from ..sampling.loading import best_device
+from . import metrics
 from .classifier import Classifier, ClassifierFeatures, train_classifier
 from .extract_features import Features, extract_features
-from .extractors import make_extractor
-from .features import INCEPTION, Extractor
+from .features import CLASSIFIER, INCEPTION, Extractor
 from .images import NpzImages
-from .metrics import (
-    KERNEL_SEED,
-    KERNEL_SUBSETS,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    nearest_neighbour_distance,
-    precision_recall,
-)
+from .inception import Inception
 from .options import ReferenceOptions
 from .reference import Reference, read_reference
 from .report import Result, score_table
-from .statistics import FeatureSums, Moments
+from .vision import VisionModel
 
 ENOUGH = 50_000
 """Samples of published scores; with fewer, Fréchet distances are higher."""
@@ -56,11 +49,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def scores(self, features: Features, labels: Tensor | None) -> Result:
-        """The scores, and what they depend on.
-
-        Raises:
-            ValueError: the images cannot be scored.
-        """
+        """The scores, and what they depend on."""
 
     def table(self, result: Result) -> list[str]:
         """The scores as lines."""
@@ -83,54 +72,41 @@ class FeatureScorer(Scorer):
         return self.reference.sha256
 
     def scores(self, features: Features, labels: Tensor | None) -> Result:
-        """All that the features and the reference allow; null where the reference lacks what a score needs.
+        """Every score that the features and the reference allow; null where the reference lacks what a score needs.
 
         Raises:
             ValueError: too few images, or features that are not finite.
         """
         inception = self.extractor.identity.name == INCEPTION
         pool, real, count = features.pool_SD, self.reference.features_RD, len(features.pool_SD)
-        result: Result = {}
-        result["fid" if inception else "frechet"] = frechet_distance(_moments(pool), self.reference.pool)
+        few = [f"{count} samples: Fréchet distances are higher than those of {ENOUGH:,}"] if count < ENOUGH else []
+        distance = metrics.frechet_distance(metrics.moments_of(pool), self.reference.pool)
+        result: Result = {"fid" if inception else "frechet": distance}
         if inception:
             spatial = self.reference.spatial
             no_spatial = spatial is None or features.spatial is None
-            result["sfid"] = None if no_spatial else frechet_distance(features.spatial, spatial)  # type: ignore[arg-type]
+            result["sfid"] = None if no_spatial else metrics.frechet_distance(features.spatial, spatial)  # type: ignore[arg-type]
             logits = self.extractor.logits(pool)
             assert logits is not None
-            result["inception_score"] = inception_score(logits)
-        kernel = None if real is None else kernel_distance(*self._on_device(pool, real))
+            result["inception_score"] = metrics.inception_score(logits)
         name = "kid" if inception else "kernel_distance"
-        result |= {name: kernel and kernel.mean, f"{name}_std": kernel and kernel.std}
-        shares = None if real is None else precision_recall(*self._on_device(pool, real))
-        result |= {"precision": shares and shares.precision, "recall": shares and shares.recall}
+        result |= dict.fromkeys(
+            (name, f"{name}_std", "precision", "recall", "num_reference_features", "kernel_subsets")
+        )
+        if real is not None:
+            generated, real = pool.to(self.extractor.device), real.to(self.extractor.device)
+            kernel, shares = metrics.kernel_distance(generated, real), metrics.precision_recall(generated, real)
+            subsets = {"count": metrics.KERNEL_SUBSETS, "size": kernel.subset_size, "seed": metrics.KERNEL_SEED}
+            result |= {name: kernel.mean, f"{name}_std": kernel.std, **shares._asdict()}
+            result |= {"num_reference_features": len(real), "kernel_subsets": subsets}
         return result | {
             "num_samples": count,
-            "num_reference_features": None if real is None else len(real),
-            "kernel_subsets": kernel and {"count": KERNEL_SUBSETS, "size": kernel.subset_size, "seed": KERNEL_SEED},
             "extractor": asdict(self.extractor.identity),
             "reference": self.reference.metadata(),
             "images_sha256": features.images_sha256,
             "seconds_per_image": features.seconds_per_image,
-            "warnings": self.warnings(count),
+            "warnings": self.extractor.warnings() + few,
         }
-
-    def warnings(self, count: int) -> list[str]:
-        """Limits of the scores that a reader must know."""
-        lines = self.extractor.warnings()
-        if count < ENOUGH:
-            lines = [*lines, f"{count} samples: Fréchet distances are higher than those of {ENOUGH:,}"]
-        return lines
-
-    def _on_device(self, *features: Tensor) -> tuple[Tensor, Tensor]:
-        generated, real = (x.to(self.extractor.device) for x in features)
-        return generated, real
-
-
-def _moments(features_SD: Tensor) -> Moments:
-    """Summed over parts, so that no copy of all features in float64 is needed."""
-    first, *others = features_SD.split(1000)
-    return sum((FeatureSums.of(part) for part in others), FeatureSums.of(first)).moments()
 
 
 @dataclass(frozen=True)
@@ -141,7 +117,7 @@ class ClassifierScorer(FeatureScorer):
     """Scores of real images under the same names with `_real`, and how many there are."""
 
     def scores(self, features: Features, labels: Tensor | None) -> Result:
-        """As `FeatureScorer`, and two more.
+        """Scores of `FeatureScorer`, and two more.
 
         recognised: share of images that the classifier puts into their class (null without classes); nearest_neighbour:
         mean pixel distance to the nearest training image (copies would be nearer than real ones are).
@@ -163,7 +139,7 @@ class ClassifierAndNearest(ClassifierFeatures):
         self.identity = replace(self.identity, feature=f"{self.identity.feature}, nearest training image")
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        nearest = nearest_neighbour_distance(images / 127.5 - 1, self.training.to(images.device))
+        nearest = metrics.nearest_neighbour_distance(images / 127.5 - 1, self.training.to(images.device))
         return super().extract(images) | {"nearest": nearest}
 
 
@@ -193,6 +169,27 @@ def make_scorer(
     return FeatureScorer(extractor, with_features(reference, extractor, 50, folder, log))
 
 
+def make_extractor(name: str, inception: Path | None = None, reference: Reference | None = None) -> Extractor:
+    """An extractor by name, on the best device.
+
+    Args:
+        inception: Inception's weight file.
+        reference: statistics that hold the classifier.
+    """
+    if inception is not None and name != INCEPTION:
+        raise ValueError(f"--inception is {inception}, but the extractor is {name}; remove the option")
+    if name == INCEPTION:
+        return Inception(inception).to(best_device())
+    if name != CLASSIFIER:
+        return VisionModel(name).to(best_device())
+    if reference is None or not reference.classifier:
+        raise ValueError(
+            "a classifier is stored in the statistics that it made; give --reference FILE of "
+            "`diffusion-moe stats DATA --extractor classifier`"
+        )
+    return ClassifierFeatures.of_weights(reference.classifier).to(best_device())
+
+
 def with_features(reference: Reference, extractor: Extractor, batch_size: int, folder: Path, log: Log) -> Reference:
     """Add the features of a published batch's images, if it has any."""
     if reference.images is None:
@@ -215,45 +212,36 @@ def classifier_scorer(data: DataConfig) -> ClassifierScorer:
     training, test = load_dataset(data, "train"), load_dataset(data, "test")
     if len(test) == 0:
         raise ValueError(f"data.test_fraction is {data.test_fraction}, so there are no held-out images to compare with")
-    check_small(training)
-    if not training.class_names:
-        raise ValueError(
-            "the data has no classes for a small classifier to learn; give --reference FILE, as made by "
-            "`diffusion-moe stats DATA`"
-        )
+    classifier = shared_classifier(training)
     seen, held_out = training.read_all(), test.read_all()
-    extractor = ClassifierAndNearest(shared_classifier(training), seen.images)
+    extractor = ClassifierAndNearest(classifier, seen.images)
     real, of_training = extractor(to_uint8(held_out.images)), extractor(to_uint8(seen.images))
     predicted = extractor.logits(real["pool"]).argmax(1)
     reference = Reference(
         "the run's held-out images",
-        _moments(real["pool"]),
+        metrics.moments_of(real["pool"]),
         features_RD=real["pool"],
         extractor=extractor.identity,
         about={"num_images": len(test), "data": asdict(data)},
     )
     scores_of_real = {
         "recognised_real": float((predicted == held_out.labels).double().mean()),
-        "frechet_real": frechet_distance(_moments(of_training["pool"]), reference.pool),
+        "frechet_real": metrics.frechet_distance(metrics.moments_of(of_training["pool"]), reference.pool),
         "nearest_neighbour_real": float(real["nearest"].double().mean()),
         "num_real": {"training": len(training), "held_out": len(test)},
     }
     return ClassifierScorer(extractor, reference, scores_of_real)
 
 
-def check_small(training: ImageDataset) -> None:
-    """Raise a ValueError for data too large for a classifier of all images in memory."""
-    values = len(training) * training.read([0]).images[0].numel()
-    if values > OWN_DATA_LIMIT:
-        raise ValueError(
-            f"the data's {len(training)} images are too many for a small classifier; give --reference FILE, as made by "
-            "`diffusion-moe stats DATA`"
-        )
-
-
 def shared_classifier(training: ImageDataset) -> Classifier:
-    """One classifier for all processes: trained on each, its weights could differ in the last digit."""
-    weights = from_main(train_classifier(training).state_dict() if is_main() else None)
-    classifier = Classifier(training.read([0]).images.shape[1], len(training.class_names))
-    classifier.load_state_dict(weights)
-    return classifier.eval().requires_grad_(False)
+    """One classifier for all processes: trained on each, its weights could differ in the last digit.
+
+    Raises:
+        ValueError: the data is too large for a classifier of all images in memory, or has no classes.
+    """
+    remedy = "give --reference FILE, as made by `diffusion-moe stats DATA`"
+    if len(training) * training.read([0]).images[0].numel() > OWN_DATA_LIMIT:
+        raise ValueError(f"the data's {len(training)} images are too many for a small classifier; {remedy}")
+    if not training.class_names:
+        raise ValueError(f"the data has no classes for a small classifier to learn; {remedy}")
+    return from_main(train_classifier(training) if is_main() else None)

@@ -19,14 +19,14 @@ from ..shapes.report import as_table, make_report
 from ..shapes.scorer import score_images
 from ..text import TextEncoder
 from .extract_features import Features
-from .features import Extractor, ExtractorIdentity
+from .features import Extractor, ExtractorIdentity, digest_of
 from .options import TextOptions
-from .prompts import Once, Texts, digest_of
+from .prompts import Once, Texts
 from .report import Result
 from .scorer import Scorer
 
 VERSION = "1"
-"""To be raised when other images would count as right, so that scores do not mix."""
+"""Version of the scorer: raise it when other images would count as right, so that scores do not mix."""
 GALLERY_COLUMNS = 6
 """Images of each category and split in the gallery, a row."""
 GROUPS = tuple(product(SPLITS, CATEGORIES))
@@ -89,7 +89,7 @@ class ShapesScorer(Scorer):
     questions: Questions
     image_size: tuple[int, int]
     seed: int
-    """Of the true images, and of those that measure chance."""
+    """Seed of the true images, and of those that measure chance."""
     extractor: Extractor = field(default_factory=Pixels)
 
     @property
@@ -130,11 +130,10 @@ class ShapesScorer(Scorer):
 
 def first_of_each(prompts: Sequence[Prompt]) -> list[int]:
     """Indices of the first prompts of each category, its held-out ones after its seen ones."""
-    indices = []
-    for category, split in product(CATEGORIES, SPLITS):
-        members = [i for i, p in enumerate(prompts) if (p.category, p.split) == (category, split)]
-        indices += members[:GALLERY_COLUMNS]
-    return indices
+    members: dict[tuple[str, str], list[int]] = {group: [] for group in product(CATEGORIES, SPLITS)}
+    for i, prompt in enumerate(prompts):
+        members[prompt.category, prompt.split].append(i)
+    return [i for indices in members.values() for i in indices[:GALLERY_COLUMNS]]
 
 
 def questions_in_turn(count: int, seed: int) -> list[Prompt]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -15,10 +14,11 @@ from ..distributed import from_main, is_main
 from ..log import Log
 from ..run_folder import write_atomically
 from ..sampling.generate import check_solver
+from ..sampling.loading import weights_metadata
 from ..sampling.sampler import load_sampler
 from ..sampling.source import Source
 from .evaluate import prompts_for, score_model, scorer_for
-from .features import fingerprint
+from .features import digest_of, fingerprint
 from .grid import AXES, SweepPoint
 from .options import SweepOptions
 from .plot_sweep import plot_sweep
@@ -54,12 +54,11 @@ def sweep(source: Source, points: Sequence[SweepPoint], options: SweepOptions, l
     prompts = prompts_for(sampler, options, log)
     folder = options.output or source.path / FOLDER
     scorer = scorer_for(sampler, options, prompts, folder, log)
-    digest = fingerprint(sampler.model) if is_main() else ""
-    scored = []
+    digest, scored = fingerprint(sampler.model), []
     for i, point in enumerate(points, 1):
         if point.weights != sampler.source.weights:
             sampler = load_sampler(replace(source, weights=point.weights), point.settings)
-            digest = fingerprint(sampler.model) if is_main() else ""
+            digest = fingerprint(sampler.model)
         sampler = replace(sampler, settings=point.settings)
         path = _scores_path(folder, point, digest, scorer, prompts)
         result = from_main(_read(path))
@@ -84,7 +83,7 @@ def check_point(source: Source, point: SweepPoint) -> None:
         raise ValueError(
             f"guidance_scale is {point.settings.guidance_scale}, but the model is unconditional; remove the option"
         )
-    replace(source, weights=point.weights).weights_metadata()  # raises if there are no such weights
+    weights_metadata(replace(source, weights=point.weights))  # raises if there are no such weights
 
 
 def _scores_path(folder: Path, point: SweepPoint, model: str, scorer: Scorer, prompts: PromptSource | None) -> Path:
@@ -96,8 +95,7 @@ def _scores_path(folder: Path, point: SweepPoint, model: str, scorer: Scorer, pr
         "extractor": asdict(scorer.extractor.identity),
         "reference": scorer.reference_sha256,
     } | ({} if prompts is None else prompts.identity())
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return folder / "points" / f"{digest}.json"
+    return folder / "points" / f"{digest_of(identity)[:12]}.json"
 
 
 def _read(path: Path) -> Result | None:
@@ -116,7 +114,11 @@ def _report(results: list[Result], folder: Path, log: Log) -> None:
     log(f"all: {common[0]}; {common[-1]}")
     for warning in dict.fromkeys(line for result in results for line in result["warnings"]):
         log(f"warning: {warning}")
-    write_atomically(folder / "sweep.csv", to_csv(rows))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "sweep.csv", text.getvalue())
     for path in [folder / "sweep.csv", *plot_sweep(results, folder)]:
         log(f"wrote {path}")
 
@@ -134,15 +136,6 @@ def row(result: Result) -> dict[str, Any]:
         "reference_sha256": result["reference"]["sha256"],
         "warnings": "; ".join(result["warnings"]),
     }
-
-
-def to_csv(rows: list[dict[str, Any]]) -> str:
-    """All rows with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .features import Extractor, ExtractorIdentity, fingerprint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""For models that name none."""
+"""Mean and standard deviation of colours, for models that name none."""
 CLASS_TOKENS = ("cls_token", "class_embedding")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,18 @@ import torch
 
 from ..log import Log
 from ..models import Backbone, load_model
-from ..models.trained import last_weights
-from ..run_folder import RunFolder
+from ..models.trained import last_weights, newest_checkpoint
+from ..run_folder import EMA_MODEL, ORIGIN, RunFolder
 from ..text import TextEncoder, load_encoder
-from .source import WEIGHTS, Source
+from .source import Source
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+CONVERSION = "conversion.json"
+"""File of a converted folder: where its weights came from."""
+WEIGHTS = "--weights"
+"""The option that chooses among a run's weights, for messages."""
 
 
 def best_device() -> torch.device:
@@ -23,15 +29,42 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_weights(source: Source) -> Backbone:
-    """The model in eval mode, on the CPU.
+def weights_metadata(source: Source) -> dict[str, Any]:
+    """Training steps and EMA decay of the weights, or the checkpoint that they were converted from.
 
     Raises:
-        ValueError: its weights are missing or damaged.
+        ValueError: the run has no such weights.
     """
     if source.weights == "model":
+        checkpoint = newest_checkpoint(RunFolder(source.path), WEIGHTS)
+        return {"training_steps": int(checkpoint.name.removeprefix("step-")), "ema_decay": None}
+    for file in (_weights_folder(source) / ORIGIN, source.path / CONVERSION):
+        if file.is_file():
+            return json.loads(file.read_text())
+    return {}
+
+
+def load_weights(source: Source) -> Backbone:
+    """The model in eval mode, on the CPU."""
+    if source.weights == "model":
         return last_weights(RunFolder(source.path), WEIGHTS)
-    return load_model(source.weights_folder())
+    return load_model(_weights_folder(source))
+
+
+def _weights_folder(source: Source) -> Path:
+    """Folder of the EMA weights, or of those of another decay."""
+    weights, remedy = source.weights, "choose ema or model"
+    if weights == "ema":
+        return source.model_folder
+    try:
+        folder = RunFolder(source.path).ema_model(float(weights))
+    except ValueError as error:
+        raise ValueError(f"weights is {weights}; {remedy}, or the decay of a further EMA") from error
+    if not folder.is_dir():
+        kept = sorted(found.name.removeprefix(EMA_MODEL) for found in source.path.glob(f"{EMA_MODEL}*"))
+        more = f", or the decay {' or '.join(kept)}" if kept else ": it has no further EMA"
+        raise ValueError(f"weights is {weights}, but {source.path} has no such EMA; {remedy}{more}")
+    return folder
 
 
 def load_decoder(source: Source) -> AutoencoderKL | None:
@@ -88,11 +121,7 @@ def load_text_encoder(source: Source, name: str | None = None, warn: Log | None 
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """An AutoencoderKL by folder, hub id, or hub id and folder in it (OWNER/NAME/vae), in eval mode on the CPU.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """An AutoencoderKL by folder, hub id, or hub id and folder in it (OWNER/NAME/vae), in eval mode on the CPU."""
     from diffusers import AutoencoderKL
 
     owner, _, rest = name.partition("/")

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..config import require
+
 Weights = str
 """ema: as the folder publishes them; model: of a run's newest checkpoint, without EMA; or the decay of a further EMA
 that the run has kept, as 0.999."""
 ENDINGS = {"grid": ".png", "npz": ".npz", "png": ""}
-"""Of the file or folder (png) that each format is written to."""
+"""Ending of the file or folder (png) that each format is written to."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class WeightsOptions:
 
 @dataclass(frozen=True)
 class SampleOptions(WeightsOptions):
-    """Which images to sample and how to save them."""
+    """Images to sample, and their files."""
 
     classes: str | None = None
     """Names or numbers of classes, as "golden retriever,7"; #7 is number 7, name:7 the class named 7. All unless given,
@@ -51,14 +53,13 @@ class SampleOptions(WeightsOptions):
     """Width of the images in pixels; likewise."""
 
     def __post_init__(self) -> None:
-        if self.per_class < 1:
-            raise ValueError(f"per_class is {self.per_class}; it must be positive")
+        require(self.per_class > 0, f"per_class is {self.per_class}; it must be positive")
         for name in ("negative_prompt", "text_encoder"):
-            if getattr(self, name) is not None and self.prompt is None and self.prompts is None:
-                raise ValueError(f"{name} is {getattr(self, name)}, but there is no prompt; give --prompt or --prompts")
-        ending = ENDINGS[self.format]
-        if self.output is not None and ending and self.output.suffix != ending:
-            raise ValueError(f"output is {self.output}; a file of format {self.format} ends in {ending}")
+            value, given = getattr(self, name), self.prompt is not None or self.prompts is not None
+            require(value is None or given, f"{name} is {value}, but there is no prompt; give --prompt or --prompts")
+        ending, output = ENDINGS[self.format], self.output
+        fits = output is None or not ending or output.suffix == ending
+        require(fits, f"output is {output}; a file of format {self.format} ends in {ending}")
 
     def class_list(self) -> list[str] | None:
         """The classes one by one."""

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from ..config import Recipe
 from ..data import load_dataset
 from ..distributed import is_main
 from ..models import Backbone
-from ..pixels import image_grid
+from ..pixels import image_grid, to_image
 from .generate import Prompts
 from .loading import load_decoder
 from .sampler import Sampler
@@ -51,7 +50,6 @@ def previews_of(recipe: Recipe) -> Callable[[Backbone, Path], None]:
         images = Sampler(source, model, settings, decoder).images(count, labels, prompts)
         if is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = image_grid(images, COLUMNS).numpy()
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
+            to_image(image_grid(images, COLUMNS)).save(path)
 
     return preview

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,38 +15,19 @@ from .options import SampleOptions
 from .source import Source
 
 
-@dataclass(frozen=True)
-class PromptRequest:
-    """Texts to generate images of."""
-
-    prompts: tuple[str, ...]
-    negative: str | None = None
-    """What guidance leads away from; None: the model's null prompt."""
-    text_encoder: str | None = None
-    """Folder or hub id of the encoder; None: where training left it."""
-
-    def encode(self, source: Source, each: int, log: Log) -> Prompts:
-        """Features of the prompts, `each` times one after another, on the CPU."""
-        encoder = load_text_encoder(source, self.text_encoder, log)
-        texts = encoder.encode_all(self.prompts)
-        text = TextFeatures.together(texts).rows(torch.arange(len(self.prompts)).repeat_interleave(each))
-        if self.negative is None:
-            return Prompts(text, text.nothing())
-        negative = TextFeatures.together(encoder.encode_all([self.negative]))
-        return Prompts(text, negative.rows(torch.zeros(len(text.mask), dtype=torch.long)))
-
-    def metadata(self, each: int) -> dict[str, Any]:
-        """For the file beside the images."""
-        return {"prompts": list(self.prompts), "per_prompt": each, "negative_prompt": self.negative}
-
-    def name(self) -> str:
-        """A part of a file's name that other prompts do not share."""
-        text = "\n".join((*self.prompts, repr(self.negative)))
-        return f"prompts{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+def encode_prompts(prompts: Sequence[str], options: SampleOptions, source: Source, log: Log) -> Prompts:
+    """Features of prompts, each `per_class` times one after another, on the CPU."""
+    encoder = load_text_encoder(source, options.text_encoder, log)
+    texts = encoder.encode_all(prompts)
+    text = TextFeatures.together(texts).rows(torch.arange(len(prompts)).repeat_interleave(options.per_class))
+    if options.negative_prompt is None:
+        return Prompts(text, text.nothing())
+    negative = TextFeatures.together(encoder.encode_all([options.negative_prompt]))
+    return Prompts(text, negative.rows(torch.zeros(len(text.mask), dtype=torch.long)))
 
 
-def requested_prompts(options: SampleOptions, source: Source) -> PromptRequest | None:
-    """The prompts of options; None for a model without text.
+def requested_prompts(options: SampleOptions, source: Source) -> tuple[str, ...]:
+    """The prompts of options; empty for a model without text.
 
     Raises:
         ValueError: they cannot be read, or they do not fit the model.
@@ -57,11 +36,9 @@ def requested_prompts(options: SampleOptions, source: Source) -> PromptRequest |
     if bool(prompts) != bool(source.config.text_dim):
         remedy = "takes no text; remove the prompts" if prompts else "takes text; give --prompt or --prompts"
         raise ValueError(f"the model of {source.path} {remedy}")
-    if not prompts:
-        return None
-    if source.config.num_classes:
+    if prompts and source.config.num_classes:
         raise ValueError(f"the model of {source.path} takes classes and text, which only its forward can be given")
-    return PromptRequest(prompts, options.negative_prompt, options.text_encoder)
+    return prompts
 
 
 def read_prompts(prompt: str | None, file: Path | None) -> tuple[str, ...]:

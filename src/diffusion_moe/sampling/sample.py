@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +16,16 @@ from torch import Tensor
 from ..config import EvaluationConfig
 from ..log import Log
 from ..models.labels import by_name, class_number
-from ..pixels import image_grid, to_uint8
+from ..pixels import image_grid, to_image, to_uint8
 from ..run_folder import write_atomically
 from .generate import SamplingStats
 from .options import ENDINGS, SampleOptions, Weights
-from .prompts import PromptRequest, requested_prompts
+from .prompts import encode_prompts, requested_prompts
 from .sampler import Sampler, load_sampler, with_progress
 from .source import Source
 
 MANY_CLASSES, A_FEW = 20, 8
-"""Of more classes than the first number, as many as the second are sampled, unless options say otherwise."""
+"""Numbers of classes: of more than the first, as many as the second are sampled, unless options say otherwise."""
 GRID_PIXELS = 800
 """Grids of small images are enlarged to about this side."""
 
@@ -39,51 +40,51 @@ def generate_images(source: Source, settings: EvaluationConfig, options: SampleO
         ValueError: classes, prompts, size or settings do not fit the model, or it cannot be loaded.
     """
     classes, each = class_numbers(options.class_list(), source), options.per_class
-    request = requested_prompts(options, source)
+    texts = requested_prompts(options, source)
     sampler = load_sampler(source, settings)
     size = sampler.size_for(options.height, options.width)
     labels = None if classes is None else torch.tensor(classes).repeat_interleave(each)
-    prompts = None if request is None else request.encode(source, each, log)
-    rows = 1 if classes is None else len(classes)
-    count, stats = each * (rows if request is None else len(request.prompts)), SamplingStats()
+    prompts = encode_prompts(texts, options, source, log) if texts else None
+    # An unconditional model has one row of images.
+    count, stats = each * len(texts or classes or [None]), SamplingStats()
     batches = sampler.batches(count, labels, prompts, size=size, stats=stats)
     images = torch.cat(list(with_progress(batches, count, log, "sampled")))
     ending = ENDINGS[options.format]
-    name = _name(sampler, options, classes, request, None if size is None else images.shape[-2:])
+    name = _name(sampler, options, classes, texts, None if size is None else images.shape[-2:])
     path = options.output or source.path / "samples" / f"{options.format}-{name}{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(images, labels, request, options, path)
-    metadata = {"labels": None if labels is None else labels.tolist(), "num_samples": count}
-    metadata |= {"size": list(images.shape[-2:])} | ({} if request is None else request.metadata(each))
+    _write(images, labels, texts, options, path)
+    metadata: dict[str, Any] = {"labels": None if labels is None else labels.tolist(), "num_samples": count}
+    metadata["size"] = list(images.shape[-2:])
+    if texts:
+        metadata |= {"prompts": texts, "per_prompt": each, "negative_prompt": options.negative_prompt}
     metadata |= sampler.metadata(stats)
     write_atomically(path.with_name(f"{path.name.removesuffix(ending)}.json"), json.dumps(metadata) + "\n")
     return path
 
 
-def _write(
-    images: Tensor, labels: Tensor | None, request: PromptRequest | None, options: SampleOptions, path: Path
-) -> None:
-    pixels, each = to_uint8(images).permute(0, 2, 3, 1).numpy(), options.per_class
+def _write(images: Tensor, labels: Tensor | None, texts: Sequence[str], options: SampleOptions, path: Path) -> None:
+    pixels, each = to_uint8(images).permute(0, 2, 3, 1), options.per_class
     if options.format == "grid":
-        canvas = _to_image(image_grid(images, each).numpy())
+        canvas = to_image(image_grid(images, each))
         factor = max(1, GRID_PIXELS // max(canvas.size))
         canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.NEAREST).save(path)
     elif options.format == "npz":
-        texts: dict[str, Any] = {} if request is None else {"prompts": np.array(request.prompts).repeat(each)}
-        np.savez_compressed(path, images=pixels, labels=np.array([] if labels is None else labels), **texts)
+        prompts: dict[str, Any] = {"prompts": np.array(texts).repeat(each)} if texts else {}
+        np.savez_compressed(path, images=pixels.numpy(), labels=np.array([] if labels is None else labels), **prompts)
     else:
         path.mkdir(exist_ok=True)
         for i, image in enumerate(pixels):
             prefix = "" if labels is None else f"class{int(labels[i]):04d}-"
-            prefix = prefix if request is None else f"prompt{i // each:04d}-"
-            _to_image(image).save(path / f"{prefix}{i:06d}.png")
+            prefix = f"prompt{i // each:04d}-" if texts else prefix
+            to_image(image).save(path / f"{prefix}{i:06d}.png")
 
 
 def _name(
     sampler: Sampler,
     options: SampleOptions,
     classes: Sequence[int] | None,
-    request: PromptRequest | None,
+    texts: Sequence[str],
     size: Sequence[int] | None,
 ) -> str:
     """A name that other samples do not share."""
@@ -93,8 +94,9 @@ def _name(
     parts += [f"{options.per_class}each"]
     if size is not None:
         parts += [f"{size[0]}x{size[1]}"]
-    if request is not None:
-        parts += [request.name()]
+    if texts:
+        text = "\n".join((*texts, repr(options.negative_prompt)))
+        parts += [f"prompts{hashlib.sha256(text.encode()).hexdigest()[:8]}"]
     return "-".join(parts)
 
 
@@ -140,7 +142,3 @@ def class_numbers(classes: Sequence[str] | None, source: Source) -> list[int] | 
         return list(range(count)) if count <= MANY_CLASSES else [i * count // A_FEW for i in range(A_FEW)]
     known = by_name(dict(enumerate(source.class_names)))
     return [class_number(text, known, count) for text in classes]
-
-
-def _to_image(pixels_HWC: np.ndarray) -> Image.Image:
-    return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)

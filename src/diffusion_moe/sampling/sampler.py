@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,18 +11,15 @@ import torch
 from torch import Tensor
 
 from ..config import EvaluationConfig
-from ..log import Log
+from ..log import Log, ProgressLog
 from ..models import Backbone
 from .acceleration import Network, accelerated
 from .generate import PromptRows, SamplingStats, check_solver, generate_batches, sampling_metadata, vae_scale_factor
-from .loading import best_device, load_decoder, load_weights
+from .loading import best_device, load_decoder, load_weights, weights_metadata
 from .source import Source
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-LOG_EVERY = 10.0
-"""Seconds between lines of progress."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +30,12 @@ class Sampler:
     """
 
     source: Source
-    """Where the model is from, and what is known of its classes, latents and texts."""
+    """Folder of the model, with its classes, latents and texts."""
     model: Backbone
     settings: EvaluationConfig
     vae: AutoencoderKL | None = None
     weights_metadata: dict[str, Any] = field(default_factory=dict)
-    """See `Source.weights_metadata`."""
+    """See `loading.weights_metadata`."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -82,7 +78,7 @@ class Sampler:
         return torch.cat(list(self.batches(count, labels, prompts)))
 
     def metadata(self, stats: SamplingStats) -> dict[str, Any]:
-        """How images were sampled, and from which weights; for every file that comes of them."""
+        """Settings and cost of sampling, and the weights; for every file made of the images."""
         chosen = {"weights": self.source.weights}
         return sampling_metadata(self.settings, stats) | chosen | self.weights_metadata
 
@@ -105,7 +101,7 @@ def load_sampler(source: Source, settings: EvaluationConfig | None = None, witho
     check_solver(source.config, settings)
     if without_vae is None:
         source.check_images()
-    metadata, device = source.weights_metadata(), best_device()
+    metadata, device = weights_metadata(source), best_device()
     model, vae = load_weights(source).to(device), None
     try:
         vae = load_decoder(source)
@@ -117,11 +113,9 @@ def load_sampler(source: Source, settings: EvaluationConfig | None = None, witho
 
 
 def with_progress(batches: Iterator[Tensor], count: int, log: Log, verb: str) -> Iterator[Tensor]:
-    """The same batches of `count` images, with a line such as "sampled 16 of 80 images" now and then."""
-    done, logged = 0, time.monotonic()
+    """The same batches of `count` images, with lines of progress that begin with a verb, such as "sampled"."""
+    progress, done = ProgressLog(count, log, verb=f"{verb} "), 0
     for batch in batches:
         yield batch
         done += len(batch)
-        if time.monotonic() - logged > LOG_EVERY and done < count:
-            log(f"{verb} {done} of {count} images")
-            logged = time.monotonic()
+        progress.update(done)

@@ -1,4 +1,4 @@
-"""What a folder to sample from holds: a run, a pipeline folder (of `diffusion-moe convert`) or a model's own folder.
+"""Contents of a folder to sample from: a run, a pipeline folder (of `diffusion-moe convert`) or a model's own folder.
 
 Nothing here loads weights; see `loading` and `sampler`.
 """
@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import EvaluationConfig, ModelConfig, Recipe, current_names
-from ..run_folder import DATA, EMA_MODEL, ORIGIN, RunFolder
+from ..run_folder import DATA, ORIGIN, RunFolder
 from .options import Weights
 
 if TYPE_CHECKING:
     from ..data.latent_space import LatentSpace
     from ..text import TextSpace
 
-CONVERSION = "conversion.json"
-"""File of a converted folder: where its weights came from."""
-WEIGHTS = "--weights"
-"""The option that chooses among a run's weights, for messages."""
 MODEL_CLASSES = {"DiT": "dit", "JiT": "jit"}
 """Classes that a model's config.json may name, and their `ModelConfig.backbone`."""
 
@@ -63,41 +59,6 @@ class Source:
                 f"{self.path} generates latents of {self.config.in_channels} channels and has no VAE to decode them; "
                 "give one with --vae (the papers' is stabilityai/sd-vae-ft-mse)"
             )
-
-    def weights_metadata(self) -> dict[str, Any]:
-        """Training steps and EMA decay of the weights, or the checkpoint that they were converted from.
-
-        Raises:
-            ValueError: the run has no such weights.
-        """
-        if self.weights == "model":
-            from ..models.trained import newest_checkpoint
-
-            checkpoint = newest_checkpoint(RunFolder(self.path), WEIGHTS)
-            return {"training_steps": int(checkpoint.name.removeprefix("step-")), "ema_decay": None}
-        for file in (self.weights_folder() / ORIGIN, self.path / CONVERSION):
-            if file.is_file():
-                return json.loads(file.read_text())
-        return {}
-
-    def weights_folder(self) -> Path:
-        """Folder of the EMA weights, or of those of another decay.
-
-        Raises:
-            ValueError: the run keeps no EMA of this decay.
-        """
-        if self.weights in ("ema", "model"):
-            return self.model_folder
-        remedy = "choose ema or model"
-        try:
-            folder = RunFolder(self.path).ema_model(float(self.weights))
-        except ValueError as error:
-            raise ValueError(f"weights is {self.weights}; {remedy}, or the decay of a further EMA") from error
-        if not folder.is_dir():
-            kept = sorted(found.name.removeprefix(EMA_MODEL) for found in self.path.glob(f"{EMA_MODEL}*"))
-            more = f", or the decay {' or '.join(kept)}" if kept else ": it has no further EMA"
-            raise ValueError(f"weights is {self.weights}, but {self.path} has no such EMA; {remedy}{more}")
-        return folder
 
 
 def is_model(path: Path) -> bool:
@@ -146,7 +107,7 @@ def with_data(source: Source, data: dict[str, Any], file: Path) -> Source:
 
 
 def default_settings(config: ModelConfig) -> EvaluationConfig:
-    """How the papers sample such a model, with fewer steps than their 250 where a solver allows it."""
+    """Settings of the papers for such a model, with fewer steps than their 250 where a solver allows it."""
     settings: dict[str, Any] = {"batch_size": 16}
     if config.process == "ddpm":
         settings |= {"solver": "ddpm", "steps": 250}
@@ -173,7 +134,7 @@ def _read_pipeline(path: Path) -> Source:
 
 
 def _read_data(model_folder: Path) -> dict[str, Any]:
-    """What the model remembers of its data; empty for runs of older versions."""
+    """Metadata of the model's data; empty for runs of older versions."""
     file = model_folder / DATA
     return _read_json(file) if file.is_file() else {}
 
