@@ -25,15 +25,7 @@ class Given(NamedTuple):
     """Values by section and field of a recipe."""
 
     def options(self, kind: type[Options], defaults: Mapping[str, Any] | None = None) -> Options:
-        """A dataclass of the verb's own options.
-
-        Args:
-            kind: the dataclass.
-            defaults: values for what is not given.
-
-        Raises:
-            ValueError: one line with the mistake.
-        """
+        """A dataclass of the verb's own options; `defaults` are values for what is not given."""
         return build(kind, {**(defaults or {}), **self.values[kind]})
 
 
