@@ -30,7 +30,7 @@ def build(section: type[Section], values: Mapping[str, Any], prefix: str = "") -
     Raises:
         ValueError: one line: an unknown name, a missing or wrong value, or settings that contradict each other.
     """
-    types = hints(section)
+    types = hints(section)  # type: ignore[arg-type]  # mypy does not know that classes have a hash
     for name in values:
         if name not in types:
             raise ValueError(unknown_name(f"{prefix}{name}", [f"{prefix}{known}" for known in types]))
@@ -60,9 +60,8 @@ def unknown_name(name: str, known: Sequence[str]) -> str:
     if renamed is not None:
         return f"{name} is now {renamed}; rename it"
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
-    return f"there is no {name}" + (
-        f"; did you mean {' or '.join(near)}?" if near else "; see --help all for all names"
-    )
+    remedy = f"did you mean {' or '.join(near)}?" if near else "see --help all for all names"
+    return f"there is no {name}; {remedy}"
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -75,11 +74,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """The value as the type says.
-
-    Raises:
-        ValueError: it is none of that type.
-    """
+    """The value as the type says; a ValueError if it is none of that type."""
     kinds = get_args(hint)
     if get_origin(hint) is Literal:
         if any(value == choice and type(value) is type(choice) for choice in kinds):

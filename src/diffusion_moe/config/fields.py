@@ -59,7 +59,7 @@ def setting(
         group: "text" or "experts" for fields that only models with text or experts read (model).
         reference: the papers' code has it too (model).
         before: the value that runs older than the field were trained with.
-        valid: numbers that it may have, see `check_fields`.
+        valid: numbers that it may have, see `Settings`.
     """
     metadata = {
         "change": "never" if affects else change,
@@ -90,52 +90,54 @@ def older_values(section: type) -> dict[str, Any]:
     return {f.name: f.metadata["before"] for f in fields if f.metadata.get("before", UNKNOWN) is not UNKNOWN}
 
 
+@cache
 def hints(section: type) -> dict[str, Any]:
     """The types of a dataclass' fields."""
-    return _hints(section)
-
-
-@cache
-def _hints(section: type) -> dict[str, Any]:
     known = get_type_hints(section)
     return {field.name: known[field.name] for field in dataclasses.fields(section)}
 
 
 def require(condition: bool, message: str) -> None:
-    """Refuse a setting.
-
-    Raises:
-        ValueError: the condition does not hold.
-    """
+    """Refuse a setting by a ValueError unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
-def require_default(settings: Any, section: str, name: str, reason: str, remedy: str = "remove it") -> None:
-    """Refuse another value than a field's default.
+class Settings:
+    """Base of the sections of a recipe: the checks that all share. Messages begin with the section's name."""
 
-    Raises:
-        ValueError: the field has another value.
-    """
-    value = getattr(settings, name)
-    if value != type(settings).__dataclass_fields__[name].default:
-        shown = ", ".join(value) if isinstance(value, tuple) else value
-        raise ValueError(f"{section}.{name} is {shown}, {reason}; {remedy}")
+    def __post_init__(self) -> None:
+        """Check the numbers, the elements of a tuple each, and the values of Literals.
 
+        Raises:
+            ValueError: a number is outside of its field's range, or a value is not one of the field's.
+        """
+        types = hints(type(self))  # type: ignore[arg-type]  # mypy does not know that classes have a hash
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            name, hint, valid = field.name, types[field.name], field.metadata["valid"]
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                choices = ", ".join(map(str, get_args(hint)))
+                raise ValueError(f"{self.section}.{name} is {value!r}; choose one of {choices}")
+            values = value if isinstance(value, tuple) else (value,)
+            if valid is not None and value is not None and not all(map(valid.holds, values)):
+                verb = "are" if isinstance(value, tuple) else "is"
+                raise ValueError(f"{self.section}.{name} {verb} {value}; {valid.remedy}")
 
-def check_fields(settings: Any, section: str) -> None:
-    """Check the numbers of a section, the elements of a tuple each, and the values of its Literals.
+    @property
+    def section(self) -> str:
+        """Name of the section: model for `ModelConfig`."""
+        return type(self).__name__.removesuffix("Config").lower()
 
-    Raises:
-        ValueError: a number is outside of its field's range, or a value is not one of the field's.
-    """
-    for field in dataclasses.fields(settings):
-        valid, value = field.metadata["valid"], getattr(settings, field.name)
-        hint = hints(type(settings))[field.name]
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
-            raise ValueError(f"{section}.{field.name} is {value!r}; choose one of {choices}")
-        values = value if isinstance(value, tuple) else (value,)
-        if valid is not None and value is not None and not all(map(valid.holds, values)):
-            verb = "are" if isinstance(value, tuple) else "is"
-            raise ValueError(f"{section}.{field.name} {verb} {value}; {valid.remedy}")
+    def require_default(self, name: str, reason: str, remedy: str = "remove it") -> None:
+        """Refuse another value than a field's default."""
+        value = getattr(self, name)
+        if value != getattr(type(self), name):
+            shown = ", ".join(value) if isinstance(value, tuple) else value
+            raise ValueError(f"{self.section}.{name} is {shown}, {reason}; {remedy}")
+
+    def require_divisible(self, name: str, divisor: str) -> None:
+        """Refuse a number that is not a multiple of another field's."""
+        value, by = getattr(self, name), getattr(self, divisor)
+        message = f"{self.section}.{name} {value} is not divisible by {self.section}.{divisor} {by}"
+        require(value % by == 0, message)

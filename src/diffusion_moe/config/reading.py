@@ -43,11 +43,7 @@ def find_recipe(name: str) -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """The content of a YAML file; a ValueError if it cannot be read."""
     try:
         return yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -113,20 +109,6 @@ def parse_options(arguments: Sequence[str], types: Mapping[str, Any]) -> dict[st
     return values
 
 
-def section_types(sections: Mapping[str, type] = SECTIONS) -> dict[str, Any]:
-    """The types of all fields of some sections by dotted name."""
-    return {f"{name}.{key}": kind for name, section in sections.items() for key, kind in hints(section).items()}
-
-
-def nested(values: Mapping[str, Any]) -> Sections:
-    """Values by dotted name, nested."""
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = value
-    return sections
-
-
 def merge(*layers: Sections) -> Sections:
     """Sections of several layers; a later layer's value counts."""
     names = dict.fromkeys(name for layer in layers for name in layer)
@@ -134,19 +116,16 @@ def merge(*layers: Sections) -> Sections:
 
 
 def build_recipe(sections: Sections) -> Recipe:
-    """A recipe out of plain values.
-
-    Raises:
-        ValueError: one line with the mistake.
-    """
+    """A recipe out of plain values."""
     return Recipe(**{name: build(SECTIONS[name], fields, f"{name}.") for name, fields in sections.items()})
 
 
 def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: a shipped one's name, or a YAML file; then apply options such as `--model.depth=4`.
-
-    Raises:
-        ValueError: one line with the mistake.
-    """
+    """Read a recipe: a shipped one's name, or a YAML file; then apply options such as `--model.depth=4`."""
     file = path if isinstance(path, Path) else find_recipe(path)
-    return build_recipe(merge(read_sections(file), nested(parse_options(overrides, section_types()))))
+    types = {f"{name}.{key}": kind for name, section in SECTIONS.items() for key, kind in hints(section).items()}
+    given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for name, value in parse_options(overrides, types).items():
+        section, _, key = name.partition(".")
+        given[section][key] = value
+    return build_recipe(merge(read_sections(file), given))

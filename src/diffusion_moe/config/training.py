@@ -13,16 +13,15 @@ from .fields import (
     POSITIVE_OR_NULL,
     SEED,
     Range,
-    check_fields,
+    Settings,
     require,
-    require_default,
     setting,
 )
 from .model import Prediction
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """The training loop."""
 
     steps: int = setting(10000, change="constant", common=True, valid=POSITIVE)
@@ -63,11 +62,8 @@ class TrainingConfig:
     """auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "training")
-        require(
-            self.batch_size % self.accumulation == 0,
-            f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}",
-        )
+        super().__post_init__()
+        self.require_divisible("batch_size", "accumulation")
         decays = self.extra_ema_decays
         require(
             len({self.ema_decay, *decays}) == 1 + len(decays),
@@ -76,7 +72,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Settings):
     """Sampling of training times, dropout of classes and captions, and the prediction that the loss compares."""
 
     loss: Prediction | None = setting(None)
@@ -99,12 +95,9 @@ class DiffusionConfig:
     """Share of training samples whose caption is replaced by the null prompt, for guidance (model.text_dim); decided by
     the same random number as class_dropout."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "diffusion")
-
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW and its schedule."""
 
     learning_rate: float = setting(1e-4, common=True, valid=POSITIVE)
@@ -122,12 +115,9 @@ class OptimizerConfig:
     max_grad_norm: float | None = setting(1.0, valid=POSITIVE._replace(remedy="use null for no clipping"))
     """Maximum norm of the gradient, which is clipped to it; null: no clipping."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "optimizer")
-
 
 @dataclass(frozen=True)
-class InitConfig:
+class InitConfig(Settings):
     """The checkpoint to start from, and which weights are trained; see docs/training.md."""
 
     from_checkpoint: str | None = setting(None, change="never", common=True)
@@ -153,11 +143,11 @@ class InitConfig:
         if self.from_checkpoint is None:
             for name in type(self).__dataclass_fields__:
                 reason = "but init.from_checkpoint is missing"
-                require_default(self, "init", name, reason, "give the model to start from")
-        check_fields(self, "init")
+                self.require_default(name, reason, "give the model to start from")
+        super().__post_init__()
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_targets"):
-                require_default(self, "init", name, "but init.lora_rank is null", "give a rank")
+                self.require_default(name, "but init.lora_rank is null", "give a rank")
         require(bool(self.lora_targets), "init.lora_targets are empty; name layers, or set init.lora_rank to null")
         require(
             self.lora_rank is None or not self.freeze,
@@ -168,11 +158,11 @@ class InitConfig:
             "init.upcycle is true, but adapters cannot train its new routers; set init.lora_rank to null",
         )
         if not self.upcycle:
-            require_default(self, "init", "upcycle_noise", "but init.upcycle is false")
+            self.require_default("upcycle_noise", "but init.upcycle is false")
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Settings):
     """Distribution over processes: replicate x shard x experts must be the number that torchrun started."""
 
     replicate: int = setting(1, change="always", common=True, valid=POSITIVE)
@@ -185,12 +175,9 @@ class ParallelConfig:
     """Tokens that DiffMoE's experts choose from: those of a process, or of all processes. Global gathers all scores in
     each MoE layer."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "parallel")
-
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Settings):
     """Logs, validation and previews while training."""
 
     every: int = setting(20, change="always", valid=POSITIVE)
@@ -207,6 +194,3 @@ class LoggingConfig:
     """Held-out images for validate_every, the first of their split."""
     sample_every: int = setting(0, change="always", common=True, valid=NOT_NEGATIVE._replace(remedy="use 0 for never"))
     """Steps between grids of generated images, in previews/; 0: never."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "logging")
