@@ -14,7 +14,7 @@ from diffusion_moe.diffusion import ddpm
 from diffusion_moe.diffusion.guidance import inside
 from diffusion_moe.diffusion.solvers import even_times
 from diffusion_moe.moe import routers_of
-from diffusion_moe.pipelines.request import Request
+from diffusion_moe.pipelines.denoising import Request
 
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5, "hidden_size": 32, "depth": 2,

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-Form = Literal["same", "patch", "pointwise", "lead", "experts", "expert_biases"]
+Form = Literal["same", "patch", "pointwise", "lead", "experts"]
 """Difference of shape between the reference format and ours.
 
 same: none.
 patch: a convolution (D, C, P, P) there, a matrix (D, C * P * P) here.
 pointwise: the same with P = 1.
 lead: a first axis of length 1 there.
-experts: a matrix per module there, one stack of transposed matrices here.
-expert_biases: the same with vectors.
+experts: a matrix or vector per module there, one stack of transposed matrices or of vectors here.
 """
 
 
@@ -31,7 +30,7 @@ class Row(NamedTuple):
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    """Reference names; with {e} for the expert's index in the forms of experts."""
+    """Reference names; with {e} for the expert's index in the form of experts."""
     form: Form = "same"
 
 
@@ -44,7 +43,7 @@ class Layout:
     patch: tuple[int, ...] = ()
     """C, P, P of the patch embedding."""
     reference_rows: dict[str, int] = field(default_factory=dict)
-    """Rows of each part of a joined reference matrix, if they differ."""
+    """Rows of each part of a joined reference matrix by the name of its layer, if they differ."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Reference tensors that are settings here."""
 
@@ -54,7 +53,7 @@ class Layout:
 
     def expanded(self, row: Row) -> list[str]:
         """Reference names of a row, with every expert's index filled in."""
-        if row.form not in ("experts", "expert_biases"):
+        if row.form != "experts":
             return list(row.theirs)
         return [name.format(e=e) for e in range(self.num_experts) for name in row.theirs]
 
@@ -97,10 +96,9 @@ def to_reference(layout: Layout, state: Mapping[str, Tensor]) -> State:
 
 
 def _join_theirs(layout: Layout, row: Row, state: Mapping[str, Tensor]) -> Tensor:
-    if row.form in ("experts", "expert_biases"):
+    if row.form == "experts":
         each = [torch.cat([state[name.format(e=e)] for name in row.theirs]) for e in range(layout.num_experts)]
-        stack = torch.stack(each)
-        return stack.transpose(1, 2) if row.form == "experts" else stack
+        return _transposed(torch.stack(each))
     joined = torch.cat([state[name] for name in row.theirs])
     if row.form == "lead":
         return joined[0]
@@ -108,9 +106,8 @@ def _join_theirs(layout: Layout, row: Row, state: Mapping[str, Tensor]) -> Tenso
 
 
 def _split_ours(layout: Layout, row: Row, joined: Tensor) -> State:
-    if row.form in ("experts", "expert_biases"):
-        stack = joined.transpose(1, 2) if row.form == "experts" else joined
-        parts = [part for matrix in stack for part in matrix.chunk(len(row.theirs))]
+    if row.form == "experts":
+        parts = [part for matrix in _transposed(joined) for part in matrix.chunk(len(row.theirs))]
         return dict(zip(layout.expanded(row), parts))
     if row.form == "patch":
         joined = joined.unflatten(1, layout.patch)
@@ -120,8 +117,13 @@ def _split_ours(layout: Layout, row: Row, joined: Tensor) -> State:
         joined = joined[None]
     if len(row.theirs) == 1:
         return {row.theirs[0]: joined}
-    sizes = [layout.reference_rows.get(name, len(joined) // len(row.theirs)) for name in row.theirs]
+    sizes = [layout.reference_rows[name.split(".")[-2]] for name in row.theirs]
     return dict(zip(row.theirs, joined.split(sizes)))
+
+
+def _transposed(stack: Tensor) -> Tensor:
+    """Each matrix of a stack transposed; vectors as they are."""
+    return stack.mT if stack.ndim == 3 else stack
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
