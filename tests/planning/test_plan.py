@@ -14,10 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.models import make_model
-from diffusion_moe.planning.compute import compute_of
 from diffusion_moe.planning.memory import Tensors, received_bytes
 from diffusion_moe.planning.options import PlanOptions
-from diffusion_moe.planning.plan import ROOM, layouts_of, make_plan
+from diffusion_moe.planning.plan import ROOM, compute_of, layouts_of, make_plan
 from diffusion_moe.planning.table import duration
 from diffusion_moe.run_folder import RunFolder
 from diffusion_moe.training.checkpoint import state_tensors

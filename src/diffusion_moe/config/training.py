@@ -175,6 +175,11 @@ class ParallelConfig(Settings):
     """Tokens that DiffMoE's experts choose from: those of a process, or of all processes. Global gathers all scores in
     each MoE layer."""
 
+    @property
+    def processes(self) -> int:
+        """Number of processes."""
+        return self.replicate * self.shard * self.experts
+
 
 @dataclass(frozen=True)
 class LoggingConfig(Settings):

@@ -177,12 +177,10 @@ class ForwardPass:
         """Self-attention."""
         config, B, N, low = self.config, self.images, num_tokens(self.config, index), self.low
         H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
-        in_middle = in_middle_half(config, index)
-        kept = low * T * config.hidden_size + self.cast(f"{name}.")
-        kept += low * T * config.hidden_size if config.dropout and in_middle else 0
+        kept = self.attention_ends(name, index)
         if config.qk_norm:
             kept += self.head_norm(T * H) + self.head_norm(T * K)
-        attention_dropout = config.attention_dropout and in_middle
+        attention_dropout = config.attention_dropout and in_middle_half(config, index)
         projected = low * T * (H + 2 * K) * I
         if config.attention_sinks or attention_dropout:  # torch's plain kernel, in float32
             M = N + config.attention_sinks
@@ -198,13 +196,18 @@ class ForwardPass:
             kept += low * H * N * N
         return kept + self.other_layout(T, N)
 
+    def attention_ends(self, name: str, index: int) -> int:
+        """Input, projections' casts and dropout of either attention."""
+        config, T = self.config, self.images * num_tokens(self.config, index)
+        has_dropout = bool(config.dropout) and in_middle_half(config, index)
+        return self.low * T * config.hidden_size * (1 + has_dropout) + self.cast(f"{name}.")
+
     def cross_attention(self, name: str, index: int) -> int:
         """Attention to the text."""
         config, B, N, low = self.config, self.images, num_tokens(self.config, index), self.low
         H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
         L = config.text_length
-        kept = low * T * config.hidden_size + self.cast(f"{name}.")
-        kept += low * T * config.hidden_size if config.dropout and in_middle_half(config, index) else 0
+        kept = self.attention_ends(name, index)
         kept += low * (2 * T * H * I + B * L * 2 * K * I + B * L) + FLOAT32 * T * H
         if config.qk_norm:
             kept += self.head_norm(T * H) + self.head_norm(B * L * K) + low * B * L * K * I

@@ -110,7 +110,7 @@ class Tensors:
 
     def memory(self, layout: ParallelConfig, activations: int) -> Memory:
         """Memory of a process that holds so many bytes of activations."""
-        alone = layout.replicate * layout.shard * layout.experts == 1
+        alone = layout.processes == 1
         weights = FLOAT32 * sum(p.local_size(layout) for p in self.parameters)
         learning = [FLOAT32 * p.local_size(layout) for p in self.parameters if p.learns]
         copied = sum(learning) if alone else weights  # on one process EMAs share what is frozen
@@ -169,22 +169,18 @@ def _with_adapters(parameters: Sequence[Parameter], rank: int, targets: Sequence
     """A LoRA's matrices beside the targets, and the label table learning if it is one; all else is frozen."""
     used = set()
     for p in parameters:
-        linear = p.name.removesuffix(".weight") if p.name.endswith(".weight") and len(p.shape) == 2 else None
-        layer = p.name if is_expert_matrix(p.name) else linear
-        target = next((t for t in targets if layer is not None and f".{layer}".endswith(f".{t}")), None)
+        stacked = is_expert_matrix(p.name)
+        is_linear = p.name.endswith(".weight") and len(p.shape) == 2
+        layer = p.name.removesuffix(".weight")
+        target = next((t for t in targets if (stacked or is_linear) and f".{layer}".endswith(f".{t}")), None)
         used.add(target)
         if target is None or layer == "y_embedder":
             yield p._replace(learns=target is not None)
-        elif is_expert_matrix(p.name):
-            experts, inputs, outputs = p.shape
-            yield p
-            yield Parameter(f"{layer}.lora_A.default.weight", (experts * rank, inputs), True)
-            yield Parameter(f"{layer}.lora_B.default.weight", (outputs, experts * rank), True)
-        else:
-            outputs, inputs = p.shape
-            yield p._replace(name=f"{layer}.base_layer.weight")
-            yield Parameter(f"{layer}.lora_A.default.weight", (rank, inputs), True)
-            yield Parameter(f"{layer}.lora_B.default.weight", (outputs, rank), True)
+            continue
+        experts, inputs, outputs = p.shape if stacked else (1, p.shape[1], p.shape[0])
+        yield p if stacked else p._replace(name=f"{layer}.base_layer.weight")
+        yield Parameter(f"{layer}.lora_A.default.weight", (experts * rank, inputs), True)
+        yield Parameter(f"{layer}.lora_B.default.weight", (outputs, experts * rank), True)
     for target in targets:
         if target not in used:
             raise ValueError(f"init.lora_targets has {target}, the end of no layer's name")

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import ParallelConfig, Recipe
-from ..counts import Size, images_per_process, model_size, num_image_tokens
+from ..counts import (
+    Size,
+    images_per_process,
+    matmul_rows,
+    model_flops,
+    model_size,
+    num_image_tokens,
+    parameter_shapes,
+)
 from ..training.layout_checks import check_adapters, check_parallel
 from .activations import kept_activations
-from .compute import Compute, compute_of
 from .memory import Memory, Tensors, received_bytes
 from .options import PlanOptions
 
 ROOM = 0.9
 """Share of a GPU's memory that a plan may take; temporaries and the allocator need the rest."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Floating-point operations of one step, over all processes: matmuls alone, two operations a multiply-add."""
+
+    forward: int
+    backward: int
+    """Twice the forward pass: for the gradients of inputs and of weights. Frozen weights take less."""
+    recompute: int
+    """What `training.recompute` computes a second time."""
+
+    @property
+    def model(self) -> int:
+        """Forward and backward: what model FLOP/s utilisation counts."""
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -55,8 +79,8 @@ class Plan:
         return fitting[0] if fitting else min(self.layouts, key=lambda layout: layout.memory.total)
 
     @property
-    def bounds_activations(self) -> bool:
-        """True where the activations are an upper bound: with frozen weights and adapters autograd keeps less."""
+    def trains_a_part(self) -> bool:
+        """True with frozen weights or adapters; the activations are then an upper bound, as autograd keeps less."""
         return bool(self.recipe.init.freeze) or self.recipe.init.lora_rank is not None
 
     @property
@@ -103,7 +127,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     if recipe.training.precision == "auto":  # plans are of GPUs, which have bfloat16
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision="bf16"))
     layouts, training = layouts_of(recipe, options.world), recipe.training
-    world = _product(layouts[0])
+    world = layouts[0].processes
     images = images_per_process(training.batch_size, training.accumulation, world)
     tensors = Tensors(recipe)
     kept = kept_activations(recipe, images, sharded=world > 1).total(training.recompute)
@@ -112,8 +136,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     for layout in layouts:
         memory = tensors.memory(layout, kept + (received if layout.experts > 1 else 0))
         found.append(ProcessLayout(layout, memory, memory.total <= ROOM * 1e9 * options.memory_gb))
-    compute = compute_of(recipe)
-    speed = 1e12 * options.peak_tflops * options.utilisation * world
+    compute, speed = compute_of(recipe), 1e12 * options.peak_tflops * options.utilisation * world
     return Plan(
         recipe=recipe,
         world=world,
@@ -128,6 +151,15 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     )
 
 
+def compute_of(recipe: Recipe) -> Compute:
+    """Count the matmuls of a step."""
+    config, batch, flops = recipe.model, recipe.training.batch_size, model_flops(recipe.model)
+    w_in = {name: shape for name, shape in parameter_shapes(config).items() if name.endswith(".experts.w_in")}
+    first_projections = sum(2 * matmul_rows(config, name) * math.prod(shape[1:]) for name, shape in w_in.items())
+    again = {"none": 0, "experts": first_projections, "blocks": sum(flops.blocks)}
+    return Compute(batch * flops.total, 2 * batch * flops.total, batch * again[recipe.training.recompute])
+
+
 def layouts_of(recipe: Recipe, world: int | None) -> list[ParallelConfig]:
     """The recipe's own layout, or if it has none all of so many processes; the least communication first.
 
@@ -135,13 +167,13 @@ def layouts_of(recipe: Recipe, world: int | None) -> list[ParallelConfig]:
         ValueError: the recipe's layout is of another number of processes, or cannot be; or there is none.
     """
     parallel = recipe.parallel
-    if world is None or _product(parallel) == world:
+    if world is None or parallel.processes == world:
         _check(recipe)
         return [parallel]
-    if _product(parallel) > 1:
+    if parallel.processes > 1:
         raise ValueError(
             f"parallel.replicate x shard x experts is {parallel.replicate} x {parallel.shard} x {parallel.experts} = "
-            f"{_product(parallel)}, but --world is {world}; make them equal, or leave parallel out to compare layouts"
+            f"{parallel.processes}, but --world is {world}; make them equal, or leave parallel out to compare layouts"
         )
     possible, reason = [], ""
     for experts in range(1, world + 1):
@@ -157,10 +189,6 @@ def layouts_of(recipe: Recipe, world: int | None) -> list[ParallelConfig]:
     if not possible:
         raise ValueError(f"no layout of {world} processes is possible; the last one: {reason}")
     return sorted(possible, key=lambda layout: (layout.shard * layout.experts, layout.experts))
-
-
-def _product(parallel: ParallelConfig) -> int:
-    return parallel.replicate * parallel.shard * parallel.experts
 
 
 def _check(recipe: Recipe) -> None:
