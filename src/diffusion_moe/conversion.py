@@ -52,26 +52,22 @@ class ConvertOptions:
 
 
 def to_pipeline(source: str, options: ConvertOptions) -> str:
-    """Write a folder that `DiffusionPipeline.from_pretrained` loads.
+    """Write a folder that `DiffusionPipeline.from_pretrained` loads; return one line for the user.
 
     Args:
         source: a reference checkpoint, a folder that contains one, a hub id, or a folder of this library.
         options: options of the command.
 
-    Returns:
-        One line for the user.
-
     Raises:
         ValueError: the source cannot be read, or the output is not empty.
     """
-    from .checkpoint_formats import read_reference_checkpoint
+    from .checkpoint_formats.convert import read_reference_checkpoint
 
     output = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} is not empty; choose another folder")
     if is_ours(Path(source)):
         _refuse(options, ("config", "format", "file"), "a folder of this library")
-        _refuse_weights(options)
         ours = read_source(Path(source))
         model, metadata = load_weights(ours), ours.weights_metadata() | {"source": source}
         vae = load_decoder(dataclasses.replace(ours, vae=options.vae or ours.vae))
@@ -107,17 +103,15 @@ def save_pipeline(
     encoder: TextEncoder | None = None,
 ) -> None:
     """Write a pipeline folder, complete or not at all, with the metadata of its source."""
+    from .pipelines.class_to_image import ClassToImagePipeline
     from .pipelines.schedulers import default_scheduler
+    from .pipelines.text_to_image import TextToImagePipeline
 
     scheduler = default_scheduler(model.settings)
     pipeline: DenoisingPipeline
     if encoder is None:
-        from .pipelines.class_to_image import ClassToImagePipeline
-
         pipeline = ClassToImagePipeline(model, scheduler, vae, dict(enumerate(class_names)) or None)
     else:
-        from .pipelines.text_to_image import TextToImagePipeline
-
         encoder.model.cpu()
         pipeline = TextToImagePipeline(model, scheduler, encoder.model, encoder.tokenizer, vae)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -130,22 +124,14 @@ def save_pipeline(
 
 
 def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
-    """Write a reference checkpoint of a run, a pipeline folder or a model folder.
-
-    Args:
-        source: the folder.
-        options: options of the command.
-
-    Returns:
-        One line for the user.
+    """Write a reference checkpoint of a run, a pipeline folder or a model folder; return one line for the user.
 
     Raises:
         ValueError: the folder is none of these, or the reference code has no such model.
     """
-    from .checkpoint_formats import write_reference_checkpoint
+    from .checkpoint_formats.convert import write_reference_checkpoint
 
     _refuse(options, ("config", "file", "vae", "class_names"), "--to published")
-    _refuse_weights(options)
     if options.output.exists():
         raise ValueError(f"output {options.output} exists; choose another file")
     ours = read_source(Path(source))
@@ -168,9 +154,6 @@ def _refuse(options: ConvertOptions, names: tuple[str, ...], what: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is {getattr(options, name)}, which is not supported for {what}; remove it")
-
-
-def _refuse_weights(options: ConvertOptions) -> None:
     if options.weights != "ema" or options.trust_pickle:
         given = f"--weights is {options.weights}" if options.weights != "ema" else "--trust-pickle is given"
         raise ValueError(f"{given}, which is not supported for a folder of this library; remove it")

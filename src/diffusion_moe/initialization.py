@@ -51,7 +51,7 @@ class PretrainedSource:
 
     @cached_property
     def _reference(self) -> Backbone:
-        from .checkpoint_formats import read_reference_checkpoint
+        from .checkpoint_formats.convert import read_reference_checkpoint
 
         try:
             return read_reference_checkpoint(str(self.path), weights=self.init.weights).model

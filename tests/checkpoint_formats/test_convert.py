@@ -13,8 +13,10 @@ import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffusion_moe.checkpoint_formats import make_layout, read_settings, to_reference
 from diffusion_moe.checkpoint_formats.convert import _find_config, _from_jit_arguments
+from diffusion_moe.checkpoint_formats.formats import make_layout
+from diffusion_moe.checkpoint_formats.layout import to_reference
+from diffusion_moe.checkpoint_formats.settings import read_settings
 from diffusion_moe.cli import main
 from diffusion_moe.config import ModelConfig, Recipe, to_yaml
 from diffusion_moe.models import make_model

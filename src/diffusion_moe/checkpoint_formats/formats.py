@@ -1,4 +1,4 @@
-"""The reference formats as tables of names. {n} is a block's number, {e} an expert's."""
+"""The reference formats as tables of names. {e} is an expert's number."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ Linear layers hold matrices of (outputs, inputs), so that joining two of them jo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,17 +33,16 @@ class Row(NamedTuple):
     form: Form = "same"
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """A reference format for one architecture."""
 
     rows: list[Row]
-    num_experts: int = 0
-    patch: tuple[int, ...] = ()
+    num_experts: int
+    patch: tuple[int, ...]
     """C, P, P of the patch embedding."""
-    reference_rows: dict[str, int] = field(default_factory=dict)
+    reference_rows: dict[str, int]
     """Rows of each part of a joined reference matrix by the name of its layer, if they differ."""
-    constants: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor]
     """Reference tensors that are settings here."""
 
     def reference_names(self) -> set[str]:
