@@ -50,7 +50,6 @@ def setting(
     """A field of a settings dataclass with its metadata.
 
     Args:
-        default: its default.
         change: when a resumed run may have another value.
         common: `--help` shows it; `--help all` shows every field.
         kinds: values of data.kind that read it; empty: all.
