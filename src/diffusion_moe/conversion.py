@@ -71,7 +71,7 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         ours = read_source(Path(source))
         model, metadata = load_weights(ours), ours.weights_metadata() | {"source": source}
         vae = load_decoder(dataclasses.replace(ours, vae=options.vae or ours.vae))
-        names = list(ours.class_names) or _run_names(Path(source))
+        names = list(ours.class_names)
     else:
         model, metadata = read_reference_checkpoint(
             source, options.config, options.weights, options.format, options.file, options.trust_pickle
@@ -157,19 +157,6 @@ def _refuse(options: ConvertOptions, names: tuple[str, ...], what: str) -> None:
     if options.weights != "ema" or options.trust_pickle:
         given = f"--weights is {options.weights}" if options.weights != "ema" else "--trust-pickle is given"
         raise ValueError(f"{given}, which is not supported for a folder of this library; remove it")
-
-
-def _run_names(path: Path) -> list[str]:
-    """Class names of a run's data, if the data can be read."""
-    from .data import load_dataset
-
-    if not RunFolder(path).recipe.is_file():
-        return []
-    recipe = RunFolder(path).read_recipe()
-    try:
-        return load_dataset(recipe.data, "train").class_names if recipe.model.num_classes else []
-    except ValueError:
-        return []
 
 
 def _read_names(path: Path) -> list[str]:

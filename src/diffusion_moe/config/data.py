@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from .fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Settings, require, setting
+from .fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Settings, setting
 
 FolderClasses = Literal["top", "leaf", "none"]
 """Folders of a folder of images that are its classes."""
@@ -77,10 +77,8 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         # Latents need it too, but their recipes cannot know it.
-        require(
-            self.kind not in IMAGE_FILES or self.path is not None,
-            f"data.path is missing; data.kind {self.kind} needs it",
-        )
+        if self.kind in IMAGE_FILES and self.path is None:
+            raise ValueError(f"data.path is missing; data.kind {self.kind} needs it")
         for field in fields(self):
             if field.metadata["kinds"] and self.kind not in field.metadata["kinds"]:
                 self.require_default(field.name, f"which is not supported for data.kind {self.kind}")
@@ -88,10 +86,8 @@ class DataConfig(Settings):
             self.require_default("text_encoder", "but data.kind latents has encoded captions")
         for text in self.buckets:
             height, _, width = text.partition("x")
-            require(
-                height.isdecimal() and width.isdecimal() and int(height) * int(width) > 0,
-                f"data.buckets holds {text!r}; give sizes such as 256x384",
-            )
+            if not (height.isdecimal() and width.isdecimal() and int(height) * int(width) > 0):
+                raise ValueError(f"data.buckets holds {text!r}; give sizes such as 256x384")
         super().__post_init__()
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..routing_rules import RULES, RoutingRule, rule_of
-from .fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NULL, Settings, names_where, require, setting
+from .fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NULL, Settings, names_where, setting
 
 Activation = Literal["gelu", "silu", "swiglu"]
 Position = Literal["sincos", "rope1d", "rope2d", "sincos+rope2d"]
@@ -155,6 +155,9 @@ class ModelConfig(Settings):
             self.require_divisible("hidden_size", "num_heads")
         if self.num_kv_heads is not None:
             self.require_divisible("num_heads", "num_kv_heads")
+        if self.process == "ddpm" and self.prediction != "epsilon":
+            reason = "but model.process ddpm predicts epsilon; set it to epsilon"
+            raise ValueError(f"model.prediction is {self.prediction!r}, {reason}")
         self._check_positions()
         self._check_backbone()
         self._check_text()
@@ -202,47 +205,33 @@ class ModelConfig(Settings):
         return self.text_dim > 0 or (self.num_classes > 0 and self.null_class)
 
     def _check_positions(self) -> None:
-        require(
-            not self.adds_sincos or self.hidden_size % 4 == 0,
-            f"model.hidden_size {self.hidden_size} is not divisible by 4, as model.position {self.position} needs",
-        )
-        require(
-            not self.rotary_axes or self.head_width % (2 * self.rotary_axes) == 0,
-            f"a head is {self.head_width} wide (model.head_dim, or hidden_size / num_heads), not divisible by "
-            f"{2 * self.rotary_axes}, as model.position {self.position} needs",
-        )
+        need = f"as model.position {self.position} needs"
+        if self.adds_sincos and self.hidden_size % 4:
+            raise ValueError(f"model.hidden_size {self.hidden_size} is not divisible by 4, {need}")
+        if self.rotary_axes and self.head_width % (2 * self.rotary_axes):
+            head = f"a head is {self.head_width} wide (model.head_dim, or hidden_size / num_heads)"
+            raise ValueError(f"{head}, not divisible by {2 * self.rotary_axes}, {need}")
 
     def _check_backbone(self) -> None:
-        require(
-            self.process != "ddpm" or self.prediction == "epsilon",
-            f"model.prediction is {self.prediction!r}, but model.process ddpm predicts epsilon; set it to epsilon",
-        )
         if self.backbone == "dit":
             for name in ("bottleneck_dim", "class_tokens", "class_tokens_from"):
                 self.require_default(name, "but model.backbone is dit")
             return
-        require(
-            self.bottleneck_dim is not None and self.bottleneck_dim > 0,
-            f"model.bottleneck_dim is {self.bottleneck_dim}; model.backbone jit needs a positive one",
-        )
-        require(
-            self.class_tokens == 0 or self.num_classes > 0,
-            f"model.class_tokens is {self.class_tokens}, but model.num_classes is 0; use 0 for an unconditional model",
-        )
-        require(
-            0 <= self.class_tokens_from < self.depth,
-            f"model.class_tokens_from is {self.class_tokens_from}; choose 0 to below model.depth {self.depth}",
-        )
+        if not self.bottleneck_dim or self.bottleneck_dim < 0:
+            raise ValueError(f"model.bottleneck_dim is {self.bottleneck_dim}; model.backbone jit needs a positive one")
+        if not self.num_classes:
+            self.require_default("class_tokens", "but model.num_classes is 0", "use 0 for an unconditional model")
+        if not 0 <= self.class_tokens_from < self.depth:
+            remedy = f"choose 0 to below model.depth {self.depth}"
+            raise ValueError(f"model.class_tokens_from is {self.class_tokens_from}; {remedy}")
 
     def _check_text(self) -> None:
         if not self.text_dim:
             for name in TEXT_FIELDS:
                 self.require_default(name, "but model.text_dim is 0 (no text)")
-        require(
-            self.text_conditioning == "cross" or self.sliding_window == 0,
-            f"model.sliding_window is {self.sliding_window}, but in one sequence with the text tokens are no "
-            "neighbours; set it to 0, or model.text_conditioning to cross",
-        )
+        if self.text_conditioning == "joint":
+            reason = "but in one sequence with the text tokens are no neighbours"
+            self.require_default("sliding_window", reason, "set it to 0, or model.text_conditioning to cross")
 
 
 TEXT_FIELDS = names_where(ModelConfig, group="text")

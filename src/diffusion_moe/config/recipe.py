@@ -11,7 +11,6 @@ import yaml
 
 from .data import DataConfig
 from .evaluation import EvaluationConfig
-from .fields import require
 from .model import ModelConfig
 from .training import DiffusionConfig, InitConfig, LoggingConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 
@@ -31,24 +30,20 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        require(
-            not self.init.upcycle or self.model.router != "dense",
-            "init.upcycle is true, but model.router is dense; choose a routing rule",
-        )
+        if self.init.upcycle and self.model.router == "dense":
+            raise ValueError("init.upcycle is true, but model.router is dense; choose a routing rule")
         if self.model.process == "ddpm":
-            require(
-                self.diffusion.loss in (None, "epsilon"),
-                f"diffusion.loss is {self.diffusion.loss!r}, but model.process ddpm compares epsilon; remove it",
-            )
+            if self.diffusion.loss not in (None, "epsilon"):
+                reason = "but model.process ddpm compares epsilon; remove it"
+                raise ValueError(f"diffusion.loss is {self.diffusion.loss!r}, {reason}")
             self.diffusion.require_default("time", "but model.process ddpm samples uniform steps")
         loss = self.diffusion.loss or self.model.prediction
         if self.model.process == "ddpm" or self.model.prediction in ("velocity", loss):
             reason = f"but from {self.model.prediction} to {loss} nothing is divided"
             self.diffusion.require_default("loss_min_gap", reason)
-        require(
-            self.model.null_class or self.diffusion.class_dropout == 0 or self.model.num_classes == 0,
-            f"diffusion.class_dropout is {self.diffusion.class_dropout}, but model.null_class is false; set it to 0",
-        )
+        dropout = self.diffusion.class_dropout
+        if dropout and self.model.num_classes and not self.model.null_class:
+            raise ValueError(f"diffusion.class_dropout is {dropout}, but model.null_class is false; set it to 0")
 
     @property
     def loss_min_gap(self) -> float:

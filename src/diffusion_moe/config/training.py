@@ -5,18 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import (
-    BELOW_ONE,
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    POSITIVE_OR_NULL,
-    SEED,
-    Range,
-    Settings,
-    require,
-    setting,
-)
+from .fields import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NULL, SEED, Range, Settings, setting
 from .model import Prediction
 
 
@@ -65,10 +54,9 @@ class TrainingConfig(Settings):
         super().__post_init__()
         self.require_divisible("batch_size", "accumulation")
         decays = self.extra_ema_decays
-        require(
-            len({self.ema_decay, *decays}) == 1 + len(decays),
-            f"training.extra_ema_decays are {decays}; they must differ from each other and from ema_decay",
-        )
+        if len({self.ema_decay, *decays}) != 1 + len(decays):
+            remedy = "they must differ from each other and from ema_decay"
+            raise ValueError(f"training.extra_ema_decays are {decays}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -148,15 +136,14 @@ class InitConfig(Settings):
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_targets"):
                 self.require_default(name, "but init.lora_rank is null", "give a rank")
-        require(bool(self.lora_targets), "init.lora_targets are empty; name layers, or set init.lora_rank to null")
-        require(
-            self.lora_rank is None or not self.freeze,
-            f"init.freeze is {self.freeze}, but with init.lora_rank only adapters are trained; remove it",
-        )
-        require(
-            self.lora_rank is None or not self.upcycle,
-            "init.upcycle is true, but adapters cannot train its new routers; set init.lora_rank to null",
-        )
+        elif not self.lora_targets:
+            raise ValueError("init.lora_targets are empty; name layers, or set init.lora_rank to null")
+        elif self.freeze:
+            reason = "but with init.lora_rank only adapters are trained; remove it"
+            raise ValueError(f"init.freeze is {self.freeze}, {reason}")
+        elif self.upcycle:
+            reason = "but adapters cannot train its new routers; set init.lora_rank to null"
+            raise ValueError(f"init.upcycle is true, {reason}")
         if not self.upcycle:
             self.require_default("upcycle_noise", "but init.upcycle is false")
 

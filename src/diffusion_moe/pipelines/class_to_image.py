@@ -68,12 +68,12 @@ class ClassToImagePipeline(DenoisingPipeline):
         if isinstance(labels, Tensor):
             labels = labels.flatten().tolist()
         one = isinstance(labels, str) or not isinstance(labels, Iterable)
-        return [self._label_id(label) for label in ([labels] if one else labels)]  # type: ignore[union-attr, arg-type]
-
-    def _label_id(self, label: Label) -> int:
-        if isinstance(label, str):
-            return class_number(label, self.labels, self.settings.num_classes)
-        return checked(operator.index(label), self.settings.num_classes)
+        each: Iterable[Any] = [labels] if one else labels  # type: ignore[assignment]
+        count = self.settings.num_classes
+        return [
+            class_number(label, self.labels, count) if isinstance(label, str) else checked(operator.index(label), count)
+            for label in each
+        ]
 
     @torch.no_grad()
     @takes_request

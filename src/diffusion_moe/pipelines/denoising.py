@@ -25,7 +25,7 @@ from ..data.latent_space import LatentScaling
 from ..diffusion.guidance import inside
 from ..diffusion.prediction import convert
 from ..moe import scale_thresholds
-from .schedulers import check_scheduler, wants_variance
+from .schedulers import check_scheduler
 
 Conditions = dict[str, Tensor | None]
 """Arguments of the model's forward besides image and time; the first axis is the image."""
@@ -252,7 +252,8 @@ class DenoisingPipeline(DiffusionPipeline):
         channels, guides = request.guidance_channels or C, self.guidance_scale != 1
         if settings.process == "ddpm":
             output = self._predict(x, step, conditions, null if guides else None, channels)
-            return output if wants_variance(self.scheduler) else output[:, :C]
+            # A learned variance is taken together with epsilon.
+            return output if self.scheduler.config.get("variance_type") == "learned_range" else output[:, :C]
         # t is 1 - sigma. Some schedulers round their timesteps, so these are not used.
         t = 1 - self.scheduler.sigmas[i].to(x.device, torch.float32)
         # Rounded, because 1 - sigma differs in the last bits from an end such as 0.1.

@@ -95,8 +95,3 @@ def _ddpm_problem(scheduler: SchedulerMixin, settings: ModelConfig) -> str:
         if variance != "learned_range" or not settings.learn_sigma:
             return f"has variance_type={variance!r}, which the model does not predict (learn_sigma learns a range)"
     return ""
-
-
-def wants_variance(scheduler: SchedulerMixin) -> bool:
-    """True if the scheduler takes the learned variance together with epsilon."""
-    return scheduler.config.get("variance_type") == "learned_range"
