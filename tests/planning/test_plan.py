@@ -147,9 +147,9 @@ def test_files_are_as_large_as_planned(tiny, tmp_path):
     assert main(["train", "digits", *options, f"--output_dir={tmp_path}"]) == 0
     run = RunFolder(tmp_path)
     tensors = sum(tensors_in(path) for path in (run.checkpoints / "step-00000002").glob("*.safetensors"))
-    assert tensors == plan.checkpoint_bytes
+    assert tensors == plan.tensors.checkpoint
     for folder in (run.model, run.ema_model(0.9)):
-        assert sum(tensors_in(path) for path in folder.glob("*.safetensors")) == plan.model_bytes
+        assert sum(tensors_in(path) for path in folder.glob("*.safetensors")) == plan.tensors.published
 
 
 def tensors_in(path):

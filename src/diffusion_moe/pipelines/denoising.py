@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -81,14 +81,9 @@ class Request:
 def takes_request(call: Call) -> Call:
     """Show the fields of `Request` in the signature and docstring of a call that takes them as `**options`."""
     signature = inspect.signature(call)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    names = {parameter.name for parameter in own}
-    further = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(Request)
-        if field.name not in names
-    ]
-    call.__signature__ = signature.replace(parameters=[*own, *further])  # type: ignore[attr-defined]
+    own = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    further = [p for name, p in inspect.signature(Request).parameters.items() if name not in own]
+    call.__signature__ = signature.replace(parameters=[*own.values(), *further])  # type: ignore[attr-defined]
     call.__doc__ = f"{inspect.getdoc(call)}\n\n{inspect.getdoc(Request)}"
     return call
 

@@ -101,7 +101,7 @@ class Tensors:
         self.checkpoint = weights + saved_buffers + self.num_emas * (learning + saved_buffers) + moments
         """Bytes of the tensors in a checkpoint."""
         self.published = FLOAT32 * sum(math.prod(shape) for shape in parameter_shapes(config).values()) + saved_buffers
-        """Bytes of the tensors in the folder model/."""
+        """Bytes of the tensors in the folder model/, and of each further EMA's."""
 
     @property
     def learning(self) -> int:

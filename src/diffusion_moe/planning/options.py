@@ -22,10 +22,9 @@ class PlanOptions:
     """Print one JSON object instead of tables."""
 
     def __post_init__(self) -> None:
-        for name in ("memory_gb", "peak_tflops"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if self.world is not None and self.world < 1:
-            raise ValueError(f"world is {self.world}; it must be positive")
+        for name in ("world", "memory_gb", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
         if not 0 < self.utilisation <= 1:
             raise ValueError(f"utilisation is {self.utilisation}; choose from above 0 to 1")

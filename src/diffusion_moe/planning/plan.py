@@ -59,14 +59,9 @@ class Plan:
     recipe: Recipe
     world: int
     size: Size
-    learning: int
-    """Parameters that are trained."""
+    tensors: Tensors
     tokens_per_image: int
     compute: Compute
-    checkpoint_bytes: int
-    """Tensors of a checkpoint."""
-    model_bytes: int
-    """Tensors of the model that the run exports, and of each further EMA."""
     layouts: tuple[ProcessLayout, ...]
     """The recipe's own, or all possible ones; those with the least communication first."""
     seconds: float
@@ -94,13 +89,13 @@ class Plan:
         images = training.steps * training.batch_size
         return {
             "world": self.world,
-            "parameters": {**self.size._asdict(), "learning": self.learning},
+            "parameters": {**self.size._asdict(), "learning": self.tensors.learning},
             "images_per_step": training.batch_size,
             "images_per_process": self.images_per_process,
             "tokens_per_image": self.tokens_per_image,
             "flops_per_step": dataclasses.asdict(self.compute),
-            "checkpoint_bytes": self.checkpoint_bytes,
-            "model_bytes": self.model_bytes,
+            "checkpoint_bytes": self.tensors.checkpoint,
+            "model_bytes": self.tensors.published,
             "layouts": [_layout_record(layout) for layout in self.layouts],
             "chosen": _layout_record(self.chosen),
             "steps": training.steps,
@@ -141,11 +136,9 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         recipe=recipe,
         world=world,
         size=model_size(recipe.model),
-        learning=tensors.learning,
+        tensors=tensors,
         tokens_per_image=num_image_tokens(recipe.model),
         compute=compute,
-        checkpoint_bytes=tensors.checkpoint,
-        model_bytes=tensors.published,
         layouts=tuple(found),
         seconds=training.steps * compute.model / speed,
     )

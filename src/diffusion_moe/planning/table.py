@@ -28,7 +28,7 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     row("all", f"{plan.size.total:,}")
     row("activated by a token", f"{round(plan.size.activated):,}")
     if plan.trains_a_part:
-        row("that learn", f"{plan.learning:,}")
+        row("that learn", f"{plan.tensors.learning:,}")
     log("a step")
     row("images", f"{training.batch_size:,}, {plan.images_per_process:,} at a time on each process")
     row("tokens", f"{training.batch_size * plan.tokens_per_image:,}, {plan.tokens_per_image:,} an image")
@@ -42,8 +42,8 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
             row(LABELS.get(field, field), f"{_short(value)}B{at_most}")
     row("together", f"{_short(layout.memory.total)}B of {options.memory_gb:g} GB{'' if layout.fits else ': too much'}")
     log("on the disk")
-    row("a checkpoint", f"{_short(plan.checkpoint_bytes)}B")
-    row("the EMA model", f"{_short(plan.model_bytes)}B")
+    row("a checkpoint", f"{_short(plan.tensors.checkpoint)}B")
+    row("the EMA model", f"{_short(plan.tensors.published)}B")
     log("the run")
     images = training.steps * training.batch_size
     row("steps", f"{training.steps:,}")
