@@ -14,11 +14,7 @@ from .sampling.loading import load_decoder, load_text_encoder, load_vae, load_we
 from .sampling.source import CONVERSION, MODEL_CLASSES, read_source
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
-    from .models import Backbone
     from .pipelines.denoising import DenoisingPipeline
-    from .text import TextEncoder
 
 IMAGENET_NAMES = Path(__file__).parent / "data" / "names" / "imagenet.txt"
 """Names of ImageNet-1k's classes, one per line."""
@@ -88,32 +84,23 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         encoder = load_text_encoder(ours, options.text_encoder)
     elif options.text_encoder is not None:
         raise ValueError(f"--text_encoder is {options.text_encoder}, but the model takes no text; remove it")
-    save_pipeline(model.cpu(), None if vae is None else vae.cpu(), names, metadata, output, encoder)
+    from .pipelines.class_to_image import ClassToImagePipeline
+    from .pipelines.schedulers import default_scheduler
+    from .pipelines.text_to_image import TextToImagePipeline
+
+    model, vae, scheduler = model.cpu(), None if vae is None else vae.cpu(), default_scheduler(model.settings)
+    if encoder is None:
+        pipeline = ClassToImagePipeline(model, scheduler, vae, dict(enumerate(names)) or None)
+    else:
+        pipeline = TextToImagePipeline(model, scheduler, encoder.model.cpu(), encoder.tokenizer, vae)
+    save_pipeline(pipeline, metadata, output)
     latents = model.settings.in_channels not in (1, 3) and vae is None
     hint = "; it generates latents: convert with --vae to get images" if latents else ""
     return f"wrote {output} ({metadata.get('format', 'diffusion-moe')}, {metadata.get('weights', 'ema')} weights){hint}"
 
 
-def save_pipeline(
-    model: Backbone,
-    vae: AutoencoderKL | None,
-    class_names: list[str],
-    metadata: dict[str, Any],
-    folder: Path,
-    encoder: TextEncoder | None = None,
-) -> None:
+def save_pipeline(pipeline: DenoisingPipeline, metadata: dict[str, Any], folder: Path) -> None:
     """Write a pipeline folder, complete or not at all, with the metadata of its source."""
-    from .pipelines.class_to_image import ClassToImagePipeline
-    from .pipelines.schedulers import default_scheduler
-    from .pipelines.text_to_image import TextToImagePipeline
-
-    scheduler = default_scheduler(model.settings)
-    pipeline: DenoisingPipeline
-    if encoder is None:
-        pipeline = ClassToImagePipeline(model, scheduler, vae, dict(enumerate(class_names)) or None)
-    else:
-        encoder.model.cpu()
-        pipeline = TextToImagePipeline(model, scheduler, encoder.model, encoder.tokenizer, vae)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)

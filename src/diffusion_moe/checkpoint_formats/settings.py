@@ -209,15 +209,14 @@ def write_settings(kind: str, config: ModelConfig) -> tuple[Settings, Settings |
     Raises:
         ValueError: the reference code has no such model; the message names the settings that differ.
     """
-    if kind == "jit":
-        p, m = _theirs(JIT, config), None
-        if config.router == "dsmoe":
-            m = _dsmoe_moe(config) | {"proj_drop": config.expert_dropout}
-    else:
-        p = _theirs(DIT, config)
+    p, m = _theirs(JIT if kind == "jit" else DIT, config), None
+    if kind != "jit":
         p["class_dropout_prob"] = 0.1 if config.null_class else 0.0
         p["use_swiglu"] = config.mlp_activation == "swiglu"
-        m = _pooled_moe(kind, config) if kind in ("tc", "ec", "diffmoe") else None
+    elif config.router == "dsmoe":
+        m = _dsmoe_moe(config) | {"proj_drop": config.expert_dropout}
+    if kind in ("tc", "ec", "diffmoe"):
+        m = _pooled_moe(kind, config)
     if kind == "diffmoe":
         p["CapacityPred_loss_weight"] = config.capacity_loss_weight
     if kind == "dsmoe":

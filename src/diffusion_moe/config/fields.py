@@ -15,8 +15,6 @@ Change = Literal["never", "asked", "constant", "always"]
 always."""
 Affects = Literal["weights", "labels", "positions", "nothing"]
 """What of a model's weights a field changes: their shapes or meaning; the label table; the positions; nothing."""
-UNKNOWN = object()
-"""Stands for no value."""
 
 
 class Range(NamedTuple):
@@ -44,7 +42,7 @@ def setting(
     affects: Affects | None = None,
     group: str | None = None,
     reference: bool = True,
-    before: Any = UNKNOWN,
+    before: Any = None,
     valid: Range | None = None,
 ) -> Any:
     """A field of a settings dataclass with its metadata.
@@ -57,7 +55,7 @@ def setting(
         affects: what of the weights it changes (model); such a field never changes in a run.
         group: "text" or "experts" for fields that only models with text or experts read (model).
         reference: the papers' code has it too (model).
-        before: the value that runs older than the field were trained with.
+        before: the value that runs older than the field were trained with, if it is not the default.
         valid: numbers that it may have, see `Settings`.
     """
     metadata = {
@@ -76,17 +74,13 @@ def setting(
 
 def names_where(section: type, **metadata: Any) -> frozenset[str]:
     """Fields whose metadata has all these values."""
-    return frozenset(
-        field.name
-        for field in dataclasses.fields(section)
-        if all(field.metadata.get(key) == value for key, value in metadata.items())
-    )
+    return frozenset(field.name for field in dataclasses.fields(section) if metadata.items() <= field.metadata.items())
 
 
 def older_values(section: type) -> dict[str, Any]:
     """Fields that recipes of older versions lack, with the values their runs were trained with."""
     fields = dataclasses.fields(section)
-    return {f.name: f.metadata["before"] for f in fields if f.metadata.get("before", UNKNOWN) is not UNKNOWN}
+    return {field.name: field.metadata["before"] for field in fields if field.metadata["before"] is not None}
 
 
 @cache
@@ -138,5 +132,5 @@ class Settings:
     def require_divisible(self, name: str, divisor: str) -> None:
         """Refuse a number that is not a multiple of another field's."""
         value, by = getattr(self, name), getattr(self, divisor)
-        message = f"{self.section}.{name} {value} is not divisible by {self.section}.{divisor} {by}"
-        require(value % by == 0, message)
+        if value % by:
+            raise ValueError(f"{self.section}.{name} {value} is not divisible by {self.section}.{divisor} {by}")
