@@ -7,16 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .. import counts
 from ..config import ParallelConfig, Recipe
-from ..counts import (
-    Size,
-    images_per_process,
-    matmul_rows,
-    model_flops,
-    model_size,
-    num_image_tokens,
-    parameter_shapes,
-)
 from ..training.layout_checks import check_adapters, check_parallel
 from .activations import kept_activations
 from .memory import Memory, Tensors, received_bytes
@@ -58,7 +50,7 @@ class Plan:
 
     recipe: Recipe
     world: int
-    size: Size
+    size: counts.Size
     tensors: Tensors
     tokens_per_image: int
     compute: Compute
@@ -123,7 +115,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision="bf16"))
     layouts, training = layouts_of(recipe, options.world), recipe.training
     world = layouts[0].processes
-    images = images_per_process(training.batch_size, training.accumulation, world)
+    images = counts.images_per_process(training.batch_size, training.accumulation, world)
     tensors = Tensors(recipe)
     kept = kept_activations(recipe, images, sharded=world > 1).total(training.recompute)
     received = received_bytes(recipe, images)
@@ -135,9 +127,9 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     return Plan(
         recipe=recipe,
         world=world,
-        size=model_size(recipe.model),
+        size=counts.model_size(recipe.model),
         tensors=tensors,
-        tokens_per_image=num_image_tokens(recipe.model),
+        tokens_per_image=counts.num_image_tokens(recipe.model),
         compute=compute,
         layouts=tuple(found),
         seconds=training.steps * compute.model / speed,
@@ -146,9 +138,9 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
 
 def compute_of(recipe: Recipe) -> Compute:
     """Count the matmuls of a step."""
-    config, batch, flops = recipe.model, recipe.training.batch_size, model_flops(recipe.model)
-    w_in = {name: shape for name, shape in parameter_shapes(config).items() if name.endswith(".experts.w_in")}
-    first_projections = sum(2 * matmul_rows(config, name) * math.prod(shape[1:]) for name, shape in w_in.items())
+    config, batch, flops = recipe.model, recipe.training.batch_size, counts.model_flops(recipe.model)
+    w_in = {name: shape for name, shape in counts.parameter_shapes(config).items() if name.endswith(".experts.w_in")}
+    first_projections = sum(2 * counts.matmul_rows(config, name) * math.prod(shape[1:]) for name, shape in w_in.items())
     again = {"none": 0, "experts": first_projections, "blocks": sum(flops.blocks)}
     return Compute(batch * flops.total, 2 * batch * flops.total, batch * again[recipe.training.recompute])
 
