@@ -76,7 +76,6 @@ def model_settings(pretrained: PretrainedSource, run: RunFolder | None = None) -
     """The values of the model section that a recipe with a checkpoint to start from need not have.
 
     Args:
-        pretrained: the checkpoint.
         run: the folder to train in; if it holds a run from this checkpoint its recipe is read instead, so that the
             checkpoint may be deleted by then.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, Process, find_recipe, read_recipe, read_yaml, recipe_names
 from ..models import Backbone, make_model
+from ..storage.files import sha256
 from .files import Checkpoint, Weights, find_file, read_checkpoint, write_checkpoint
 from .formats import FORMATS, detect_format, make_layout
 from .layout import from_reference, to_reference
@@ -73,10 +73,8 @@ def read_reference_checkpoint(
             shape = tuple(expected[name]) if name in expected else "nothing"
             raise ValueError(f"{path} gives {name} of shape {tuple(value.shape)}, but its architecture expects {shape}")
     model.load_state_dict(converted, assign=True)
-    with path.open("rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    record = {"format": kind, "source": source, "file": path.name, "sha256": sha256, "weights": checkpoint.weights}
-    return Converted(model.eval(), record)
+    record = {"format": kind, "source": source, "file": path.name, "sha256": sha256(path)}
+    return Converted(model.eval(), record | {"weights": checkpoint.weights})
 
 
 def _check_format(kind: str | None) -> None:

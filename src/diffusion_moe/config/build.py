@@ -20,11 +20,9 @@ EXPECTED = {int: "int", float: "float", bool: "true or false", str: "text", Path
 
 
 def build(section: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
-    """A dataclass out of values by the names of its fields.
+    """A dataclass out of values by the names of its fields; those that are not given have their defaults.
 
     Args:
-        section: the dataclass.
-        values: those that are given; the others have their defaults.
         prefix: comes before the fields' names in messages, as "model.".
 
     Raises:

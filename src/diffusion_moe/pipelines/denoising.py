@@ -135,13 +135,11 @@ class DenoisingPipeline(DiffusionPipeline):
     def denoise(
         self, count: int, conditions: Conditions, null: Conditions | None, request: Request, return_dict: bool
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate images.
+        """Generate so many images.
 
         Args:
-            count: number of images.
             conditions: conditions of the images.
             null: conditions that guidance leads away from; None: the model has none.
-            request: options of the call.
             return_dict: return an `ImagePipelineOutput`; false: a tuple.
         """
         self.check_request(request)

@@ -51,11 +51,6 @@ class Parameter(NamedTuple):
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
-    def in_float32(self) -> bool:
-        """True in blocks for routers and norms, which are never gathered in bfloat16."""
-        return ".router." in self.name or "norm" in self.name
-
     def local_size(self, layout: ParallelConfig) -> int:
         """Elements that a process holds; FSDP2 pads the last part."""
         if counts.is_expert(self.name):
@@ -70,7 +65,8 @@ class Parameter(NamedTuple):
             itemsize: bytes of an element of the ordinary weights.
         """
         elements = self.size // (layout.experts if counts.is_expert(self.name) else 1)
-        weight = elements * (FLOAT32 if self.in_float32 else itemsize)
+        # Routers and norms are never gathered in bfloat16.
+        weight = elements * (FLOAT32 if ".router." in self.name or "norm" in self.name else itemsize)
         # A gradient has its weight's dtype, and another copy in float32 to be summed over processes.
         return weight, weight + FLOAT32 * elements if self.learns else 0
 
