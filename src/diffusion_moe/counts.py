@@ -107,10 +107,8 @@ def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
     """Images of a micro-batch of one process; a ValueError if the batch cannot be divided evenly."""
     parts = accumulation * world
     if batch_size % parts:
-        raise ValueError(
-            f"training.batch_size {batch_size} is not divisible by training.accumulation {accumulation} x "
-            f"{world} processes = {parts}"
-        )
+        product = f"training.accumulation {accumulation} x {world} processes = {parts}"
+        raise ValueError(f"training.batch_size {batch_size} is not divisible by {product}")
     return batch_size // parts
 
 

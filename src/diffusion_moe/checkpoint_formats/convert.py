@@ -155,12 +155,10 @@ def _settings(
     if kind in NOT_IN_SHAPES:
         return kind, infer_settings(kind, checkpoint.state)
     if kind is None:
-        raise ValueError(
-            f"{path} has the names of a dense DiT, which several formats share; give --format dit or sit, or --config"
-        )
-    raise ValueError(
-        f"{path} does not contain its architecture; give the YAML file it was trained with, or a recipe, with --config"
-    )
+        remedy = "give --format dit or sit, or --config"
+        raise ValueError(f"{path} has the names of a dense DiT, which several formats share; {remedy}")
+    remedy = "give the YAML file it was trained with, or a recipe, with --config"
+    raise ValueError(f"{path} does not contain its architecture; {remedy}")
 
 
 def _find_config(source: str, path: Path) -> str | None:
@@ -233,9 +231,8 @@ def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
     except (KeyError, ValueError) as error:
         raise ValueError(f"the checkpoint is no {FORMATS[kind]}: it lacks {error}") from error
     if dim not in HEADS:
-        raise ValueError(
-            f"the checkpoint has width {dim}, which is no reference size; give its architecture with --config"
-        )
+        remedy = "give its architecture with --config"
+        raise ValueError(f"the checkpoint has width {dim}, which is no reference size; {remedy}")
     blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
     params = {
         "input_size": math.isqrt(tokens) * patch,

@@ -98,7 +98,7 @@ def _typed(value: Any, hint: Any) -> Any:
 
 
 def words(hint: Any) -> str:
-    """What a type expects, for messages and `--help`."""
+    """Words for the values of a type, for messages."""
     kinds = get_args(hint)
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, kinds))}"

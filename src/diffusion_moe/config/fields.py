@@ -11,10 +11,10 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 Change = Literal["never", "asked", "constant", "always"]
-"""When a resumed run may have another value: never; with --resume changed; without it under a constant learning rate;
-always."""
+"""Times when a resumed run may have another value: never; with --resume changed; without it under a constant learning
+rate; always."""
 Affects = Literal["weights", "labels", "positions", "nothing"]
-"""What of a model's weights a field changes: their shapes or meaning; the label table; the positions; nothing."""
+"""Part of a model's weights that a field changes: their shapes or meaning; the label table; the positions; nothing."""
 
 
 class Range(NamedTuple):

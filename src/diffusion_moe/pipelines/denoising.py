@@ -179,9 +179,8 @@ class DenoisingPipeline(DiffusionPipeline):
         if not self.settings.guidable:
             raise ValueError(f"guidance_scale is {scale}, but the model has no null class; set it to 1")
         if self.settings.process == "ddpm" and tuple(interval) != (0.0, 1.0):
-            raise ValueError(
-                f"guidance_interval is {interval}, which is not supported for models of process ddpm; remove it"
-            )
+            reason = "which is not supported for models of process ddpm; remove it"
+            raise ValueError(f"guidance_interval is {interval}, {reason}")
 
     def _check_components(self) -> None:
         check_scheduler(self.scheduler, self.settings)

@@ -53,10 +53,9 @@ class TextToImagePipeline(DenoisingPipeline):
     ) -> None:
         settings = transformer.settings
         if not settings.text_dim or settings.num_classes:
-            raise ValueError(
-                f"the transformer has text_dim {settings.text_dim} and num_classes {settings.num_classes}; this "
-                "pipeline is for models with text and without classes"
-            )
+            given = f"text_dim {settings.text_dim} and num_classes {settings.num_classes}"
+            need = "this pipeline is for models with text and without classes"
+            raise ValueError(f"the transformer has {given}; {need}")
         super().__init__(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -90,14 +89,11 @@ class TextToImagePipeline(DenoisingPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         if negatives is not None and len(negatives) != len(prompts):
-            raise ValueError(
-                f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one per prompt"
-            )
+            counts = f"{len(negatives)} negative prompts for {len(prompts)} prompts"
+            raise ValueError(f"there are {counts}; give one, or one per prompt")
         if num_images_per_prompt < 1 or not prompts:
-            raise ValueError(
-                f"there are {len(prompts)} prompts and num_images_per_prompt is {num_images_per_prompt}; both must be "
-                "positive"
-            )
+            counts = f"{len(prompts)} prompts and num_images_per_prompt is {num_images_per_prompt}"
+            raise ValueError(f"there are {counts}; both must be positive")
         text = self.encode_prompts(prompts)
         negative = text.nothing() if negatives is None else self.encode_prompts(negatives)
         length = max(text.mask.shape[1], negative.mask.shape[1])

@@ -29,7 +29,7 @@ class Memory:
     optimizer: int
     averages: int
     activations: int
-    """What is kept of a micro-batch's forward pass."""
+    """Those kept of a micro-batch's forward pass."""
     gathered: int
     """Other processes' weights while they are used: an estimate."""
 
@@ -83,19 +83,15 @@ class Tensors:
         self.parameters = trained_parameters(config, recipe.init)
         self.buffers, saved_buffers = counts.buffer_bytes(config), counts.buffer_bytes(config, persistent=True)
         self.num_emas = 1 + len(set(recipe.training.extra_ema_decays))
-        weights = FLOAT32 * sum(p.size for p in self.parameters)
-        learning = FLOAT32 * self.learning
+        self.learning = sum(p.size for p in self.parameters if p.learns)
+        """Number of parameters that learn."""
+        weights, learning = FLOAT32 * sum(p.size for p in self.parameters), FLOAT32 * self.learning
         moments = sum(MOMENTS * FLOAT32 * p.size + STEP_BYTES for p in self.parameters if p.learns)
         self.checkpoint = weights + saved_buffers + self.num_emas * (learning + saved_buffers) + moments
         """Bytes of the tensors in a checkpoint."""
         shapes = counts.parameter_shapes(config).values()
         self.published = FLOAT32 * sum(map(math.prod, shapes)) + saved_buffers
         """Bytes of the tensors in the folder model/, and of each further EMA's."""
-
-    @property
-    def learning(self) -> int:
-        """Parameters that learn."""
-        return sum(p.size for p in self.parameters if p.learns)
 
     def memory(self, layout: ParallelConfig, activations: int) -> Memory:
         """Memory of a process that holds so many bytes of activations."""

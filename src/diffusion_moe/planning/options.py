@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What to plan for."""
+    """The processes and GPUs to plan for."""
 
     world: int | None = None
     """Processes, each with a GPU; null: parallel.replicate x shard x experts. Where the recipe leaves these at 1,

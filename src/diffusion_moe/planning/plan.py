@@ -26,7 +26,7 @@ class Compute:
     backward: int
     """Twice the forward pass: for the gradients of inputs and of weights. Frozen weights take less."""
     recompute: int
-    """What `training.recompute` computes a second time."""
+    """Those that `training.recompute` computes a second time."""
 
     @property
     def model(self) -> int:
@@ -57,7 +57,7 @@ class Plan:
     layouts: tuple[ProcessLayout, ...]
     """The recipe's own, or all possible ones; those with the least communication first."""
     seconds: float
-    """To the recipe's last step, at the given utilisation."""
+    """Time to the recipe's last step, at the given utilisation."""
 
     @property
     def chosen(self) -> ProcessLayout:

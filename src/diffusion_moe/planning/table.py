@@ -10,6 +10,8 @@ SHOWN = 12
 """Layouts that are listed."""
 LABELS = {"averages": "EMAs", "gathered": "gathered weights"}
 """Names of kinds of memory, where they differ from the fields'."""
+TIMES = (("days", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1))
+"""Units of a time, and their parts."""
 
 
 def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
@@ -80,14 +82,9 @@ def _short(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In days and hours, hours and minutes, or minutes and seconds."""
+    """A time in days and hours, hours and minutes, or minutes and seconds."""
     if seconds < 60:
         return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} days {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s"
+    seconds = round(seconds)
+    unit, size, smaller, smaller_size = next(row for row in TIMES if seconds >= row[1])
+    return f"{seconds // size} {unit} {seconds % size // smaller_size} {smaller}"
