@@ -48,7 +48,8 @@ def parse(line: CommandLine, arguments: Sequence[str]) -> Given:
             raise ValueError(f"the {line.first[0]} is missing; usage: {line.usage()}")
         first = rest.pop(0)
     options = {option.name: option for option in line.options()}
-    values: dict[type | str, dict[str, Any]] = {key: {} for key in (*line.own, *line.sections)}
+    keys: list[type | str] = [*line.own, *line.sections]
+    values: dict[type | str, dict[str, Any]] = {key: {} for key in keys}
     types = {name: hints(option.kind)[option.field.name] for name, option in options.items()}
     for name, value in parse_options(rest, types).items():
         option = options[name]
