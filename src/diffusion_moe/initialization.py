@@ -68,8 +68,8 @@ class PretrainedSource:
             model = last_weights(RunFolder(self.path), "init.weights")
         else:
             model = load_model(self.source.model_folder)
-        space = None if self.source.latent_space is None else asdict(self.source.latent_space)
-        return Pretrained(name, model, self.source.class_names, space)
+        space = self.source.latent_space
+        return Pretrained(name, model, self.source.class_names, None if space is None else asdict(space))
 
 
 def model_settings(pretrained: PretrainedSource, run: RunFolder | None = None) -> dict[str, Any]:

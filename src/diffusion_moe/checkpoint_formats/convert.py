@@ -145,11 +145,9 @@ def _settings(
         if is_reference(content):
             return _from_yaml(config, content, kind)
         settings = vars(read_recipe(find_recipe(config)).model)
-        if kind is None and settings["router"] == "dense":
-            kind = "dense"
-        if kind is None:
+        if kind is None and settings["router"] != "dense":
             raise ValueError(f"the format of {path} cannot be inferred from its names; give it with --format")
-        return kind, settings
+        return kind or "dense", settings
     if kind == "jit":
         return kind, _from_jit_arguments(path, checkpoint.arguments)
     if kind in NOT_IN_SHAPES:
@@ -170,10 +168,8 @@ def _find_config(source: str, path: Path) -> str | None:
         if len(files) == 1 and is_reference(read_yaml(files[0])):
             return str(files[0])
     known = HUB_NAME.search(source.rstrip("/"))
-    if known:
-        name = re.sub(r"^jitmoe-([blh])16", r"jitmoe-\1-16", known[1].lower())
-        return name if name in recipe_names() else None
-    return None
+    name = re.sub(r"^jitmoe-([blh])16", r"jitmoe-\1-16", known[1].lower()) if known else ""
+    return name if name in recipe_names() else None
 
 
 def is_reference(content: Any) -> bool:

@@ -74,12 +74,11 @@ EXPERTS: dict[str, Table] = {
     "proj": {"w_in": ("gate_proj.weight", "up_proj.weight"), "w_out": "down_proj.weight"},
     "w12": {"w_in": "w12.weight", "b_in": "w12.bias", "w_out": "w3.weight", "b_out": "w3.bias"},
 }
-GATE: Table = {"router.weight": "gate_weight"}
 ROUTER: dict[str, Table] = {
     "tc": {"router.weight": "gate.weight"},
-    "ec": GATE,
+    "ec": {"router.weight": "gate_weight"},
     "diffmoe": {
-        **GATE,
+        "router.weight": "gate_weight",
         "router.threshold": "expert_threshold",
         **_both("router.predictor.0", "capacity_predictor.0"),
         **_both("router.predictor.2", "capacity_predictor.2"),

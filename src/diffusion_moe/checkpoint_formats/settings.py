@@ -52,9 +52,7 @@ JIT = {
 }
 SINKS = {"use_sinks": False, "sliding_window": 0}
 PARAMS: dict[str, Settings] = {
-    "dense": LATENT,
-    "tc": LATENT,
-    "ec": LATENT,
+    **dict.fromkeys(("dense", "tc", "ec"), LATENT),
     "diffmoe": LATENT | {"CapacityPred_loss_weight": 0.01},
     "dsmoe": LATENT | SINKS | {"rope_type": "none", "enable_gqa": False, "norm_type": "layernorm"},
     "jit": JIT,

@@ -33,7 +33,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         with torchrun_log() as log:
             evaluate_images(path, images, log)
         return 0
-    source, options, settings = read_folder("evaluate", evaluate.__doc__, arguments, EvaluateOptions)
+    source, options, settings = read_folder(evaluate, arguments, EvaluateOptions)
     source = dataclasses.replace(source.with_vae(options.vae), weights=options.weights)
     from ..evaluation.evaluate import evaluate_model
     from ..sampling.generate import with_precision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,7 @@ class Folder(NamedTuple):
 
 
 def read_folder(
-    verb: str,
-    description: str | None,
+    verb: Callable[[Sequence[str]], int],
     arguments: Sequence[str],
     options: type,
     hidden: Iterable[str] = (),
@@ -34,12 +33,13 @@ def read_folder(
     """Parse the command line of a verb that samples from a folder.
 
     Args:
+        verb: its function.
         options: the dataclass of the verb's own options.
         hidden: sampling settings that are not options of the verb.
         usual: settings that the verb does not take from the run.
     """
-    own, usual = (options, EvaluationConfig), usual or {}
-    line = CommandLine(verb, description, own, first=FOLDER, hidden={EvaluationConfig: hidden}, defaults=usual)
+    name, own, usual = verb.__name__, (options, EvaluationConfig), usual or {}
+    line = CommandLine(name, verb.__doc__, own, first=FOLDER, hidden={EvaluationConfig: hidden}, defaults=usual)
     given = parse(line, arguments)
     source = read_source(Path(given.first))
     unconditional = is_unconditional(source)

@@ -85,9 +85,8 @@ def _typed(value: Any, hint: Any) -> Any:
     elif kinds:  # a union with None
         return None if value is None else _typed(value, next(kind for kind in kinds if kind is not NoneType))
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-4, without a dot, as text
+        # A text too, because YAML 1.1 reads 1e-4, without a dot, as text.
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
             return float(value)
     elif hint in (str, Path):
         if isinstance(value, str | Path) or (isinstance(value, int | float) and not isinstance(value, bool)):

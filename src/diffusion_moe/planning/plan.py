@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -161,16 +162,15 @@ def layouts_of(recipe: Recipe, world: int | None) -> list[ParallelConfig]:
             f"{parallel.processes}, but --world is {world}; make them equal, or leave parallel out to compare layouts"
         )
     possible, reason = [], ""
-    for experts in range(1, world + 1):
-        for shard in range(1, world // experts + 1):
-            if world % (experts * shard):
-                continue
-            layout = dataclasses.replace(parallel, replicate=world // (experts * shard), shard=shard, experts=experts)
-            try:
-                _check(dataclasses.replace(recipe, parallel=layout))
-                possible.append(layout)
-            except ValueError as error:
-                reason = str(error)
+    for experts, shard in itertools.product(range(1, world + 1), repeat=2):
+        if world % (experts * shard):
+            continue
+        layout = dataclasses.replace(parallel, replicate=world // (experts * shard), shard=shard, experts=experts)
+        try:
+            _check(dataclasses.replace(recipe, parallel=layout))
+            possible.append(layout)
+        except ValueError as error:
+            reason = str(error)
     if not possible:
         raise ValueError(f"no layout of {world} processes is possible; the last one: {reason}")
     return sorted(possible, key=lambda layout: (layout.shard * layout.experts, layout.experts))
