@@ -97,7 +97,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class Settings:
-    """Base of the sections of a recipe: the checks that all share. Messages begin with the section's name."""
+    """Base of the sections of a recipe and of a verb's options: the checks that all share."""
 
     def __post_init__(self) -> None:
         """Check the numbers, the elements of a tuple each, and the values of Literals.
@@ -111,26 +111,27 @@ class Settings:
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 choices = ", ".join(map(str, get_args(hint)))
-                raise ValueError(f"{self.section}.{name} is {value!r}; choose one of {choices}")
+                raise ValueError(f"{self.prefix}{name} is {value!r}; choose one of {choices}")
             values = value if isinstance(value, tuple) else (value,)
             if valid is not None and value is not None and not all(map(valid.holds, values)):
                 verb = "are" if isinstance(value, tuple) else "is"
-                raise ValueError(f"{self.section}.{name} {verb} {value}; {valid.remedy}")
+                raise ValueError(f"{self.prefix}{name} {verb} {value}; {valid.remedy}")
 
     @property
-    def section(self) -> str:
-        """Name of the section: model for `ModelConfig`."""
-        return type(self).__name__.removesuffix("Config").lower()
+    def prefix(self) -> str:
+        """Text before a field's name in messages: "model." for `ModelConfig`; empty for options of a verb."""
+        name = type(self).__name__
+        return f"{name.removesuffix('Config').lower()}." if name.endswith("Config") else ""
 
     def require_default(self, name: str, reason: str, remedy: str = "remove it") -> None:
         """Refuse another value than a field's default."""
         value = getattr(self, name)
         if value != getattr(type(self), name):
             shown = ", ".join(value) if isinstance(value, tuple) else value
-            raise ValueError(f"{self.section}.{name} is {shown}, {reason}; {remedy}")
+            raise ValueError(f"{self.prefix}{name} is {shown}, {reason}; {remedy}")
 
     def require_divisible(self, name: str, divisor: str) -> None:
         """Refuse a number that is not a multiple of another field's."""
         value, by = getattr(self, name), getattr(self, divisor)
         if value % by:
-            raise ValueError(f"{self.section}.{name} {value} is not divisible by {self.section}.{divisor} {by}")
+            raise ValueError(f"{self.prefix}{name} {value} is not divisible by {self.prefix}{divisor} {by}")
