@@ -28,6 +28,7 @@ POSITIVE = Range("it must be positive", lambda value: value > 0)
 POSITIVE_OR_NULL = POSITIVE._replace(remedy="it must be positive, or null")
 FRACTION = Range("choose from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Range("choose from 0 to below 1", lambda value: 0 <= value < 1)
+UP_TO_ONE = Range("it must be above 0 and at most 1", lambda value: 0 < value <= 1)
 SEED = Range("choose from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 NOT_NEGATIVE = Range("use 0 for none", lambda value: value >= 0)
 

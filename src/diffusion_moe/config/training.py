@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NULL, SEED, Range, Settings, setting
+from .fields import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NULL, SEED, UP_TO_ONE, Settings, setting
 from .model import Prediction
 
 
@@ -66,9 +66,7 @@ class DiffusionConfig(Settings):
     loss: Prediction | None = setting(None)
     """Prediction that the mean squared error compares, after converting the model's output to it: velocity, x or
     epsilon; null: the model's own prediction. JiT predicts x and compares velocities."""
-    loss_min_gap: float | None = setting(
-        None, valid=Range("it must be above 0 and at most 1", lambda value: 0 < value <= 1)
-    )
+    loss_min_gap: float | None = setting(None, valid=UP_TO_ONE)
     """Smallest 1 - t (from x) or t (from epsilon) that this conversion divides by; null: model.min_gap. Velocities
     weight errors of x by 1 / max(1 - t, loss_min_gap)^2: with 0.4, late ones 6 times as much as early ones."""
     time: Literal["uniform", "logit_normal"] = setting("uniform")

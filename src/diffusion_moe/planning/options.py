@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config.fields import POSITIVE, Range, Settings, setting
-
-SHARE = Range("choose from above 0 to 1", lambda value: 0 < value <= 1)
+from ..config.fields import POSITIVE, UP_TO_ONE, Settings, setting
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class PlanOptions(Settings):
     """Memory of a GPU, in units of 1e9 bytes."""
     peak_tflops: float = setting(989.0, common=True, valid=POSITIVE)
     """Peak FLOP/s of a GPU, in units of 1e12; 989 is an H100's or H200's in bfloat16."""
-    utilisation: float = setting(0.35, common=True, valid=SHARE)
+    utilisation: float = setting(0.35, common=True, valid=UP_TO_ONE)
     """Share of that peak that training reaches: model_flops_utilisation in a run's metrics.jsonl."""
     json: bool = setting(False, common=True)
     """Print one JSON object instead of tables."""
