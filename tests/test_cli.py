@@ -347,7 +347,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(capsys, tmp_path, tiny
     assert "step-00000002" in out
 
 
-def test_an_unconditional_run_is_sampled_scored_and_drawn(capsys, tmp_path, tiny, monkeypatch):
+def test_an_unconditional_run_is_sampled_scored_and_plotted(capsys, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr("diffusion_moe.evaluation.classifier.EPOCHS", 1)
     folder = tmp_path / "run"
     options = [*tiny, "--model.num_classes=0", "--training.steps=2"]

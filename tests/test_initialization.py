@@ -201,7 +201,7 @@ def test_a_finished_run_needs_its_source_no_more(capsys, tmp_path, base, recipe_
     assert status == 2 and err.count("\n") == 1 and "there is no file or folder" in err
 
 
-def test_upcycling_takes_the_dense_width_unless_told(tmp_path, capsys, tiny):
+def test_upcycling_takes_the_dense_width_unless_given(tmp_path, capsys, tiny):
     dense = tmp_path / "dense"
     options = [*tiny, "--training.steps=1", "--model.router=dense"]
     assert run(capsys, "train", "digits", "--output_dir", dense, *options)[0] == 0

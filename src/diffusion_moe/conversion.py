@@ -14,11 +14,7 @@ from .sampling.loading import CONVERSION, load_decoder, load_text_encoder, load_
 from .sampling.source import MODEL_CLASSES, read_source
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
-    from .models import Backbone
     from .pipelines.denoising import DenoisingPipeline
-    from .text import TextEncoder
 
 IMAGENET_NAMES = Path(__file__).parent / "data" / "names" / "imagenet.txt"
 """Names of ImageNet-1k's classes, one per line."""
@@ -52,30 +48,26 @@ class ConvertOptions:
 
 
 def to_pipeline(source: str, options: ConvertOptions) -> str:
-    """Write a folder that `DiffusionPipeline.from_pretrained` loads.
+    """Write a folder that `DiffusionPipeline.from_pretrained` loads; return one line for the user.
 
     Args:
         source: a reference checkpoint, a folder that contains one, a hub id, or a folder of this library.
         options: options of the command.
 
-    Returns:
-        One line for the user.
-
     Raises:
         ValueError: the source cannot be read, or the output is not empty.
     """
-    from .checkpoint_formats import read_reference_checkpoint
+    from .checkpoint_formats.convert import read_reference_checkpoint
 
     output = options.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} is not empty; choose another folder")
     if is_ours(Path(source)):
         _refuse(options, ("config", "format", "file"), "a folder of this library")
-        _refuse_weights(options)
         ours = read_source(Path(source))
         model, metadata = load_weights(ours), weights_metadata(ours) | {"source": source}
         vae = load_decoder(dataclasses.replace(ours, vae=options.vae or ours.vae))
-        names = list(ours.class_names) or _run_names(Path(source))
+        names = list(ours.class_names)
     else:
         model, metadata = read_reference_checkpoint(
             source, options.config, options.weights, options.format, options.file, options.trust_pickle
@@ -92,34 +84,23 @@ def to_pipeline(source: str, options: ConvertOptions) -> str:
         encoder = load_text_encoder(ours, options.text_encoder)
     elif options.text_encoder is not None:
         raise ValueError(f"--text_encoder is {options.text_encoder}, but the model takes no text; remove it")
-    save_pipeline(model.cpu(), None if vae is None else vae.cpu(), names, metadata, output, encoder)
+    from .pipelines.class_to_image import ClassToImagePipeline
+    from .pipelines.schedulers import default_scheduler
+    from .pipelines.text_to_image import TextToImagePipeline
+
+    model, vae, scheduler = model.cpu(), None if vae is None else vae.cpu(), default_scheduler(model.settings)
+    if encoder is None:
+        pipeline = ClassToImagePipeline(model, scheduler, vae, dict(enumerate(names)) or None)
+    else:
+        pipeline = TextToImagePipeline(model, scheduler, encoder.model.cpu(), encoder.tokenizer, vae)
+    save_pipeline(pipeline, metadata, output)
     latents = model.settings.in_channels not in (1, 3) and vae is None
     hint = "; it generates latents: convert with --vae to get images" if latents else ""
     return f"wrote {output} ({metadata.get('format', 'diffusion-moe')}, {metadata.get('weights', 'ema')} weights){hint}"
 
 
-def save_pipeline(
-    model: Backbone,
-    vae: AutoencoderKL | None,
-    class_names: list[str],
-    metadata: dict[str, Any],
-    folder: Path,
-    encoder: TextEncoder | None = None,
-) -> None:
+def save_pipeline(pipeline: DenoisingPipeline, metadata: dict[str, Any], folder: Path) -> None:
     """Write a pipeline folder, complete or not at all, with the metadata of its source."""
-    from .pipelines.schedulers import default_scheduler
-
-    scheduler = default_scheduler(model.settings)
-    pipeline: DenoisingPipeline
-    if encoder is None:
-        from .pipelines.class_to_image import ClassToImagePipeline
-
-        pipeline = ClassToImagePipeline(model, scheduler, vae, dict(enumerate(class_names)) or None)
-    else:
-        from .pipelines.text_to_image import TextToImagePipeline
-
-        encoder.model.cpu()
-        pipeline = TextToImagePipeline(model, scheduler, encoder.model, encoder.tokenizer, vae)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
@@ -130,22 +111,14 @@ def save_pipeline(
 
 
 def export_reference_checkpoint(source: str, options: ConvertOptions) -> str:
-    """Write a reference checkpoint of a run, a pipeline folder or a model folder.
-
-    Args:
-        source: the folder.
-        options: options of the command.
-
-    Returns:
-        One line for the user.
+    """Write a reference checkpoint of a run, a pipeline folder or a model folder; return one line for the user.
 
     Raises:
         ValueError: the folder is none of these, or the reference code has no such model.
     """
-    from .checkpoint_formats import write_reference_checkpoint
+    from .checkpoint_formats.convert import write_reference_checkpoint
 
     _refuse(options, ("config", "file", "vae", "class_names"), "--to published")
-    _refuse_weights(options)
     if options.output.exists():
         raise ValueError(f"output {options.output} exists; choose another file")
     ours = read_source(Path(source))
@@ -168,25 +141,9 @@ def _refuse(options: ConvertOptions, names: tuple[str, ...], what: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is {getattr(options, name)}, which is not supported for {what}; remove it")
-
-
-def _refuse_weights(options: ConvertOptions) -> None:
     if options.weights != "ema" or options.trust_pickle:
         given = f"--weights is {options.weights}" if options.weights != "ema" else "--trust-pickle is given"
         raise ValueError(f"{given}, which is not supported for a folder of this library; remove it")
-
-
-def _run_names(path: Path) -> list[str]:
-    """Class names of a run's data, if the data can be read."""
-    from .data import load_dataset
-
-    if not RunFolder(path).recipe.is_file():
-        return []
-    recipe = RunFolder(path).read_recipe()
-    try:
-        return load_dataset(recipe.data, "train").class_names if recipe.model.num_classes else []
-    except ValueError:
-        return []
 
 
 def _read_names(path: Path) -> list[str]:

@@ -6,7 +6,6 @@ Tests compare all of it with built models, name by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from .config import ModelConfig
@@ -105,17 +104,11 @@ def num_assignments(config: ModelConfig, index: int, images: int = 1) -> int:
 
 
 def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
-    """Images of a micro-batch of one process.
-
-    Raises:
-        ValueError: the batch cannot be divided evenly.
-    """
+    """Images of a micro-batch of one process; a ValueError if the batch cannot be divided evenly."""
     parts = accumulation * world
     if batch_size % parts:
-        raise ValueError(
-            f"training.batch_size {batch_size} is not divisible by training.accumulation {accumulation} x "
-            f"{world} processes = {parts}"
-        )
+        product = f"training.accumulation {accumulation} x {world} processes = {parts}"
+        raise ValueError(f"training.batch_size {batch_size} is not divisible by {product}")
     return batch_size // parts
 
 
@@ -172,9 +165,9 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
     if config.num_classes:
         shapes["y_embedder.weight"] = (config.num_classes + int(config.null_class), D)
     if config.text_dim:
-        shapes |= {f"text_embedder.{name}": shape for name, shape in _text_embedder(config)}
+        shapes |= {f"text_embedder.{name}": shape for name, shape in _text_embedder(config).items()}
     for index in range(config.depth):
-        shapes |= {f"blocks.{index}.{name}": shape for name, shape in _block(config, index)}
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in _block(config, index).items()}
     if config.backbone == "jit":
         shapes |= _norm(config, "final_layer.norm")
     shapes |= _linear("final_layer.linear", D, config.patch_size**2 * config.in_channels * (1 + config.learn_sigma))
@@ -187,14 +180,12 @@ def buffer_shapes(config: ModelConfig, persistent: bool = False) -> Shapes:
     Args:
         persistent: only those that a file of the model holds.
     """
-    D, tokens = config.hidden_size, num_image_tokens(config)
     shapes: Shapes = {}
     if config.rotary_axes and not persistent:
-        joint = config.text_length if config.text_dim and config.text_conditioning == "joint" else 0
-        rows = tokens + config.class_tokens + joint
+        rows = num_tokens(config, config.depth - 1)  # the last block has all tokens
         shapes |= dict.fromkeys(("rotary_cos", "rotary_sin"), (rows, config.head_width))
     if config.adds_sincos:
-        shapes["pos_embed"] = (tokens, D)
+        shapes["pos_embed"] = (num_image_tokens(config), config.hidden_size)
     if config.text_dim:
         shapes["text_embedder.null_mask"] = (config.text_length,)
         if config.text_null == "empty":
@@ -212,14 +203,11 @@ def buffer_bytes(config: ModelConfig, persistent: bool = False) -> int:
     return sum(size * (1 if name.endswith("null_mask") else 4) for name, size in sizes.items())
 
 
-def _text_embedder(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def _text_embedder(config: ModelConfig) -> Shapes:
     D, W = config.hidden_size, config.text_dim
-    yield from _linear("mlp.0", W, D).items()
-    yield from _linear("mlp.2", D, D).items()
-    yield from _linear("pool.0", config.text_pooled_dim or W, D).items()
-    yield from _linear("pool.2", D, D).items()
-    if config.text_null == "learned":
-        yield from _null_prompt(config).items()
+    mlp = _linear("mlp.0", W, D) | _linear("mlp.2", D, D)
+    pool = _linear("pool.0", config.text_pooled_dim or W, D) | _linear("pool.2", D, D)
+    return mlp | pool | (_null_prompt(config) if config.text_null == "learned" else {})
 
 
 def _null_prompt(config: ModelConfig) -> Shapes:
@@ -227,42 +215,36 @@ def _null_prompt(config: ModelConfig) -> Shapes:
     return {"null_text": (config.text_length, config.text_dim)} | pooled
 
 
-def _block(config: ModelConfig, index: int) -> Iterator[tuple[str, Shape]]:
+def _block(config: ModelConfig, index: int) -> Shapes:
     D, H, I = config.hidden_size, config.num_heads, config.head_width  # noqa: E741
     kv_heads = config.num_kv_heads or H
-    yield from _norm(config, "norm1").items()
-    yield from _norm(config, "norm2").items()
-    yield from _linear("attn.qkv", D, (H + 2 * kv_heads) * I).items()
-    yield from _linear("attn.proj", H * I, D).items()
-    if config.qk_norm:
-        yield from (("attn.q_norm.weight", (I,)), ("attn.k_norm.weight", (I,)))
+    head_norms = ("q_norm.weight", "k_norm.weight") if config.qk_norm else ()
+    shapes = _norm(config, "norm1") | _norm(config, "norm2")
+    shapes |= _linear("attn.qkv", D, (H + 2 * kv_heads) * I) | _linear("attn.proj", H * I, D)
+    shapes |= {f"attn.{name}": (I,) for name in head_norms}
     if config.attention_sinks:
-        yield "attn.sinks", (H,)
+        shapes["attn.sinks"] = (H,)
     if has_cross_attention(config):
-        yield from _norm(config, "cross_norm").items()
-        yield from _linear("cross_attn.q", D, H * I).items()
-        yield from _linear("cross_attn.kv", D, 2 * kv_heads * I).items()
-        yield from _linear("cross_attn.proj", H * I, D).items()
-        if config.qk_norm:
-            yield from (("cross_attn.q_norm.weight", (I,)), ("cross_attn.k_norm.weight", (I,)))
-    yield from _linear("adaln.1", D, 6 * D).items()
+        shapes |= _norm(config, "cross_norm") | _linear("cross_attn.q", D, H * I)
+        shapes |= _linear("cross_attn.kv", D, 2 * kv_heads * I) | _linear("cross_attn.proj", H * I, D)
+        shapes |= {f"cross_attn.{name}": (I,) for name in head_norms}
+    shapes |= _linear("adaln.1", D, 6 * D)
     if is_moe_block(config, index):
-        yield from _moe_layer(config)
-    else:
-        yield from _feed_forward("mlp", D, config.mlp_width, config.mlp_activation, config.mlp_bias).items()
+        return shapes | _moe_layer(config)
+    return shapes | _feed_forward("mlp", D, config.mlp_width, config.mlp_activation, config.mlp_bias)
 
 
-def _moe_layer(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def _moe_layer(config: ModelConfig) -> Shapes:
     D, E, F = config.hidden_size, config.num_experts, config.expert_dim
     columns = F * (2 if config.expert_activation == "swiglu" else 1)
     assert config.rule is not None
-    for name, shape in config.rule.parameter_shapes(config, D).items():
-        yield f"mlp.router.{name}", shape
-    yield from (("mlp.experts.w_in", (E, D, columns)), ("mlp.experts.w_out", (E, F, D)))
+    shapes = {f"mlp.router.{name}": shape for name, shape in config.rule.parameter_shapes(config, D).items()}
+    shapes |= {"mlp.experts.w_in": (E, D, columns), "mlp.experts.w_out": (E, F, D)}
     if config.expert_bias:
-        yield from (("mlp.experts.b_in", (E, columns)), ("mlp.experts.b_out", (E, D)))
+        shapes |= {"mlp.experts.b_in": (E, columns), "mlp.experts.b_out": (E, D)}
     if config.shared in ("gelu", "swiglu"):
-        yield from _feed_forward("mlp.shared", D, config.shared_dim or F, config.shared, config.shared_bias).items()
+        shapes |= _feed_forward("mlp.shared", D, config.shared_dim or F, config.shared, config.shared_bias)
+    return shapes
 
 
 def _feed_forward(name: str, dim: int, width: int, activation: str, bias: bool) -> Shapes:

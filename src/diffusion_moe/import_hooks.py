@@ -12,12 +12,7 @@ Action = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, action: Action) -> None:
-    """Call an action with a module: now if it is imported already, and after each later import.
-
-    Args:
-        name: full name of the module.
-        action: may be called more than once.
-    """
+    """Call an action with the module of a full name: now if it is imported already, and after each later import."""
     _finder.actions.setdefault(name, []).append(action)
     if name in sys.modules:
         action(sys.modules[name])

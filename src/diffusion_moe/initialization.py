@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class PretrainedSource:
-    """The checkpoint that `init.from_checkpoint` names; its weights are read by `load`."""
+    """The checkpoint that `init.from_checkpoint` names; `load` reads its weights.
+
+    Raises:
+        ValueError: it cannot be read, or lacks the weights that are asked for; by each of its methods.
+    """
 
     def __init__(self, init: InitConfig) -> None:
         assert init.from_checkpoint is not None
@@ -26,11 +30,7 @@ class PretrainedSource:
 
     @cached_property
     def source(self) -> Source | None:
-        """The folder, if it is one of this library's; None for a reference checkpoint.
-
-        Raises:
-            ValueError: it has no weights of the kind that is asked for.
-        """
+        """The folder, if it is one of this library's; None for a reference checkpoint."""
         if not is_ours(self.path):
             return None
         source, weights = read_source(self.path), self.init.weights
@@ -42,16 +42,12 @@ class PretrainedSource:
 
     @cached_property
     def config(self) -> ModelConfig:
-        """Its architecture.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
+        """Its architecture."""
         return self._reference.settings if self.source is None else self.source.config
 
     @cached_property
     def _reference(self) -> Backbone:
-        from .checkpoint_formats import read_reference_checkpoint
+        from .checkpoint_formats.convert import read_reference_checkpoint
 
         try:
             return read_reference_checkpoint(str(self.path), weights=self.init.weights).model
@@ -60,11 +56,7 @@ class PretrainedSource:
             raise ValueError(f"init.from_checkpoint: {error}{options if ' --' in str(error) else ''}") from error
 
     def load(self) -> Pretrained:
-        """Read its weights.
-
-        Raises:
-            ValueError: the weights are missing or damaged.
-        """
+        """Read its weights."""
         from .models import load_model
         from .models.trained import last_weights
         from .training.initialization import Pretrained
@@ -76,15 +68,14 @@ class PretrainedSource:
             model = last_weights(RunFolder(self.path), "init.weights")
         else:
             model = load_model(self.source.model_folder)
-        space = None if self.source.latent_space is None else asdict(self.source.latent_space)
-        return Pretrained(name, model, self.source.class_names, space)
+        space = self.source.latent_space
+        return Pretrained(name, model, self.source.class_names, None if space is None else asdict(space))
 
 
 def model_settings(pretrained: PretrainedSource, run: RunFolder | None = None) -> dict[str, Any]:
     """The values of the model section that a recipe with a checkpoint to start from need not have.
 
     Args:
-        pretrained: the checkpoint.
         run: the folder to train in; if it holds a run from this checkpoint its recipe is read instead, so that the
             checkpoint may be deleted by then.
     """

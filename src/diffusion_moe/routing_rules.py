@@ -142,9 +142,8 @@ class DSMoERule(TokenChoiceRule):
             raise ValueError(f"{section}topk_group is {kept}; choose 1 to {section}n_group {groups}")
         reachable = kept * experts // groups
         if settings.top_k > reachable:
-            raise ValueError(
-                f"{section}top_k is {settings.top_k}, but {section}topk_group {kept} leaves {reachable} experts"
-            )
+            reason = f"but {section}topk_group {kept} leaves {reachable} experts"
+            raise ValueError(f"{section}top_k is {settings.top_k}, {reason}")
 
     @classmethod
     def initial_weight(cls, settings: RoutingSettings) -> float:

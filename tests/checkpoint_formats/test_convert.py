@@ -13,8 +13,10 @@ import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffusion_moe.checkpoint_formats import make_layout, read_settings, to_reference
 from diffusion_moe.checkpoint_formats.convert import _find_config, _from_jit_arguments
+from diffusion_moe.checkpoint_formats.formats import make_layout
+from diffusion_moe.checkpoint_formats.layout import to_reference
+from diffusion_moe.checkpoint_formats.settings import read_settings
 from diffusion_moe.cli import main
 from diffusion_moe.config import ModelConfig, Recipe, to_yaml
 from diffusion_moe.models import make_model
@@ -156,7 +158,7 @@ PUBLIC = {
 
 
 @pytest.mark.parametrize("kind", PUBLIC)
-def test_public_formats_are_told_from_their_shapes(capsys, tmp_path, kind):
+def test_public_formats_are_inferred_from_their_shapes(capsys, tmp_path, kind):
     config = ModelConfig(
         sample_size=8, hidden_size=384, depth=2, num_classes=5, learn_sigma=True, position="sincos", **PUBLIC[kind]
     )
@@ -251,19 +253,19 @@ def test_a_vae_and_class_names_are_saved_along(capsys, tmp_path, dsmoe):
     assert status == 0 and "--vae" not in out
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
-    draw = {"num_inference_steps": 2, "output_type": "np"}
+    options = {"num_inference_steps": 2, "output_type": "np"}
     by_name, by_number = (
-        pipe(label, generator=torch.Generator().manual_seed(0), **draw).images for label in ("golden retriever", 4)
+        pipe(label, generator=torch.Generator().manual_seed(0), **options).images for label in ("golden retriever", 4)
     )
     assert by_name.shape == (1, 8, 8, 3) and (by_name == by_number).all()
-    # `sample` takes the folder too, and draws what the pipeline's model draws.
+    # `sample` takes the folder too, and generates what the pipeline's model does.
     arguments = ["sample", str(tmp_path / "out"), "--classes", "golden retriever,1", "--steps=2", "--per_class=2"]
     assert main([*arguments, "--format=npz", f"--output={tmp_path / 's.npz'}"]) == 0
     # Both decode alike: from the same noise, the pipeline's equal steps are Euler's.
     noise = normal(0, "sample", 0, torch.arange(4), (4, 8, 8))
-    images = pipe([4, 4, 1, 1], latents=noise, guidance_scale=1.5, **draw).images
-    drawn = np.load(tmp_path / "s.npz")["images"].astype(int)
-    assert np.abs(drawn - (images * 255).round()).max() <= 1 and drawn.std() > 5
+    images = pipe([4, 4, 1, 1], latents=noise, guidance_scale=1.5, **options).images
+    images_of_command = np.load(tmp_path / "s.npz")["images"].astype(int)
+    assert np.abs(images_of_command - (images * 255).round()).max() <= 1 and images_of_command.std() > 5
     record = json.loads((tmp_path / "s.json").read_text())
     assert record["labels"] == [4, 4, 1, 1] and record["weights"] == "ema" and record["function_evaluations"] == 2
     assert main([*arguments[:2], "--classes", "golden retreiver"]) == 2
@@ -402,5 +404,5 @@ def test_a_run_becomes_a_pipeline(capsys, tmp_path, tiny_options):
     ],
 )
 def test_published_ids_name_their_recipe(tmp_path, source, expected):
-    """Where no YAML file lies beside the weights."""
+    """Weights without a YAML file beside them."""
     assert _find_config(source, tmp_path / "a" / "b" / "weights.pt") == expected

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_moe.checkpoint_formats import detect_format, from_reference, make_layout, read_settings, to_reference
-from diffusion_moe.checkpoint_formats.settings import write_settings
+from diffusion_moe.checkpoint_formats.formats import detect_format, make_layout
+from diffusion_moe.checkpoint_formats.layout import from_reference, to_reference
+from diffusion_moe.checkpoint_formats.settings import read_settings, write_settings
 from diffusion_moe.config import ModelConfig, read_recipe
 from diffusion_moe.models import make_model
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusion_moe.checkpoint_formats import make_layout, read_settings, to_reference
+from diffusion_moe.checkpoint_formats.formats import make_layout
+from diffusion_moe.checkpoint_formats.layout import to_reference
+from diffusion_moe.checkpoint_formats.settings import read_settings
 from diffusion_moe.config import ModelConfig
 from diffusion_moe.models import make_model
 

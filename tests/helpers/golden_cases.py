@@ -14,14 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_moe.checkpoint_formats import (
-    Layout,
-    from_reference,
-    make_layout,
-    read_settings,
-    to_reference,
-    write_settings,
-)
+from diffusion_moe.checkpoint_formats.formats import make_layout
+from diffusion_moe.checkpoint_formats.layout import Layout, from_reference, to_reference
+from diffusion_moe.checkpoint_formats.settings import read_settings, write_settings
 from diffusion_moe.config import ModelConfig
 from diffusion_moe.diffusion.ddpm import ddpm_ancestral, ddpm_losses, linear_schedule, noised, respaced
 from diffusion_moe.diffusion.guidance import guided

@@ -13,7 +13,7 @@ from diffusion_moe.counts import model_size
 from diffusion_moe.data import batches_from, load_dataset
 from diffusion_moe.models import make_model
 from diffusion_moe.moe import ROUTERS, Router, register_router, route_by_token
-from diffusion_moe.planning.compute import compute_of
+from diffusion_moe.planning.plan import compute_of
 from diffusion_moe.routing_rules import RULES
 from diffusion_moe.training.state import make_state
 from diffusion_moe.training.step import train_step

@@ -14,7 +14,7 @@ from diffusion_moe.diffusion import ddpm
 from diffusion_moe.diffusion.guidance import inside
 from diffusion_moe.diffusion.solvers import even_times
 from diffusion_moe.moe import routers_of
-from diffusion_moe.pipelines.request import Request
+from diffusion_moe.pipelines.denoising import Request
 
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5, "hidden_size": 32, "depth": 2,
@@ -63,7 +63,7 @@ def noise_like(model, count, seed=0):
     return torch.randn(count, config.in_channels, config.sample_size, config.sample_size, generator=seeded(seed))
 
 
-def draw(pipe, *args, **kwargs):
+def sample(pipe, *args, **kwargs):
     return pipe(*args, output_type="latent", **kwargs).images
 
 
@@ -108,7 +108,7 @@ def test_flow_euler_is_eulers_method(settings, guidance):
         for name, default in (("scale", 1.0), ("interval", (0.0, 1.0)), ("channels", 3))
     )
     expected = euler_by_hand(model, noise * model.settings.noise_scale, labels, 8, scale, interval, channels)
-    actual = draw(make_pipe(model), [0, 4, 2], num_inference_steps=8, latents=noise, **guidance)
+    actual = sample(make_pipe(model), [0, 4, 2], num_inference_steps=8, latents=noise, **guidance)
     assert expected.std() > 0.3
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -116,7 +116,9 @@ def test_flow_euler_is_eulers_method(settings, guidance):
 def test_guidance_changes_the_image():
     model = make_model()
     noise = noise_like(model, 1)
-    plain, guided = (draw(make_pipe(model), 3, guidance_scale=s, num_inference_steps=4, latents=noise) for s in (1, 4))
+    plain, guided = (
+        sample(make_pipe(model), 3, guidance_scale=s, num_inference_steps=4, latents=noise) for s in (1, 4)
+    )
     assert (plain - guided).abs().max() > 0.05
 
 
@@ -125,7 +127,7 @@ def test_jit_predicts_the_image_and_divides_by_the_gap():
     model = make_model(JiT, **JIT, min_gap=0.06)
     noise, labels = noise_like(model, 2), torch.tensor([1, 3])
     expected = euler_by_hand(model, noise, labels, 40, scale=2.0)
-    actual = draw(make_pipe(model), [1, 3], num_inference_steps=40, guidance_scale=2.0, latents=noise)
+    actual = sample(make_pipe(model), [1, 3], num_inference_steps=40, guidance_scale=2.0, latents=noise)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     model.settings = type(model.settings)(backbone="jit", **{**SMALL, **JIT}, min_gap=1e-3)
     assert (euler_by_hand(model, noise, labels, 40, scale=2.0) - actual).abs().max() > 1e-3
@@ -145,7 +147,7 @@ def test_ddim_is_ddim(guidance):
             data = (x - (1 - alpha_bars[step]).sqrt() * epsilon) / alpha_bars[step].sqrt()
             x = (before.sqrt() * data + (1 - before).sqrt() * epsilon).float()
     options = {"guidance_scale": scale, "guidance_channels": channels}
-    actual = draw(make_pipe(model), [0, 4], num_inference_steps=10, latents=noise, **options)
+    actual = sample(make_pipe(model), [0, 4], num_inference_steps=10, latents=noise, **options)
     torch.testing.assert_close(actual, x, rtol=1e-4, atol=1e-4)
 
 
@@ -153,7 +155,7 @@ def test_ddpm_scheduler_takes_the_learned_variance():
     """Against the library's own ancestral sampling, on the steps 900, 800, ..., 0 and with the same noise."""
     model = make_model(**DDPM)
     scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False)
-    actual = draw(make_pipe(model, scheduler), [0, 4], num_inference_steps=10, generator=seeded(5))
+    actual = sample(make_pipe(model, scheduler), [0, 4], num_inference_steps=10, generator=seeded(5))
     numbers = torch.arange(0, 1000, 100)
     alpha_bars = ddpm.linear_schedule().alpha_bars_S[numbers]
     betas = 1 - alpha_bars / torch.cat((torch.ones(1, dtype=torch.float64), alpha_bars[:-1]))
@@ -164,7 +166,7 @@ def test_ddpm_scheduler_takes_the_learned_variance():
             lambda x, number: model(x, number, labels).sample,
             start,
             ddpm.Schedule(betas, numbers),
-            lambda draw: torch.randn(2, 4, 8, 8, generator=generator),
+            lambda sample: torch.randn(2, 4, 8, 8, generator=generator),
         )
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
@@ -175,8 +177,8 @@ def test_with_a_generator_each_an_image_does_not_depend_on_its_batch(name):
     scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=False) if name == "ddpm" else None
     pipe = make_pipe(model, scheduler)
     options = {"num_inference_steps": 5, "guidance_scale": 2.0}
-    together = draw(pipe, [0, 3, 1], generator=[seeded(s) for s in (10, 11, 12)], **options)
-    alone = draw(pipe, 3, generator=seeded(11), **options)
+    together = sample(pipe, [0, 3, 1], generator=[seeded(s) for s in (10, 11, 12)], **options)
+    alone = sample(pipe, 3, generator=seeded(11), **options)
     # Relative to the image: ddpm divides the last bits of the noisiest step by 0.01.
     assert (together[1] - alone[0]).norm() / alone.norm() < 1e-4
     assert (together[0] - alone[0]).norm() / alone.norm() > 0.1
@@ -187,7 +189,7 @@ def test_where_routing_pools_the_batch_guidance_runs_two_batches():
     model = make_model(router="diffmoe", inference_pool="batch")
     noise, labels, sizes = noise_like(model, 3), torch.tensor([0, 4, 2]), []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    actual = draw(make_pipe(model), [0, 4, 2], num_inference_steps=4, latents=noise, guidance_scale=3.0)
+    actual = sample(make_pipe(model), [0, 4, 2], num_inference_steps=4, latents=noise, guidance_scale=3.0)
     assert sizes == [3] * 8
     expected = euler_by_hand(model, noise, labels, 4, 3.0)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -198,9 +200,9 @@ def test_batches_are_doubled_inside_the_interval_only():
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     pipe = make_pipe(model)
     # t = 0, 1/4, 1/2, 3/4; the ends of the interval are not inside, but 0 is where it starts there.
-    draw(pipe, [0, 1], num_inference_steps=4, guidance_scale=2.0, guidance_interval=(0.25, 0.75))
-    draw(pipe, [0, 1], num_inference_steps=4, guidance_scale=2.0, guidance_interval=(0.0, 0.5))
-    draw(pipe, [0, 1], num_inference_steps=4)
+    sample(pipe, [0, 1], num_inference_steps=4, guidance_scale=2.0, guidance_interval=(0.25, 0.75))
+    sample(pipe, [0, 1], num_inference_steps=4, guidance_scale=2.0, guidance_interval=(0.0, 0.5))
+    sample(pipe, [0, 1], num_inference_steps=4)
     assert sizes == [2, 2, 4, 2] + [4, 4, 2, 2] + [2] * 4
 
 
@@ -208,7 +210,7 @@ def test_batches_are_doubled_inside_the_interval_only():
 def test_ends_of_the_interval_are_met_as_by_equal_times(steps):
     model, guided = make_model(), []
     model.register_forward_pre_hook(lambda module, args: guided.append(len(args[0]) == 2))
-    draw(make_pipe(model), 0, num_inference_steps=steps, guidance_scale=2.0, guidance_interval=(0.1, 0.9))
+    sample(make_pipe(model), 0, num_inference_steps=steps, guidance_scale=2.0, guidance_interval=(0.1, 0.9))
     assert guided == [inside(t, (0.1, 0.9)) for t in even_times(steps)[:-1]]
     assert sum(guided) == steps * 8 // 10 - 1
 
@@ -218,8 +220,8 @@ def test_labels_by_name_and_number():
     assert pipe.get_label_ids(["tench", 3, "Tinca tinca", "golden retriever", np.int64(1)]) == [0, 3, 0, 3, 1]
     assert pipe.get_label_ids("goldfish") == pipe.get_label_ids(1) == pipe.get_label_ids(torch.tensor(1)) == [1]
     noise = noise_like(pipe.transformer, 4)
-    by_name = draw(pipe, ["goldfish", 3], num_images_per_label=2, num_inference_steps=2, latents=noise)
-    by_number = draw(pipe, [1, 1, 3, 3], num_inference_steps=2, latents=noise)
+    by_name = sample(pipe, ["goldfish", 3], num_images_per_label=2, num_inference_steps=2, latents=noise)
+    by_number = sample(pipe, [1, 1, 3, 3], num_inference_steps=2, latents=noise)
     assert torch.equal(by_name, by_number)
 
 
@@ -255,7 +257,7 @@ def test_labels_that_do_not_exist(label, message):
 
 def test_unconditional_model():
     pipe = make_pipe(make_model(num_classes=0))
-    assert draw(pipe, num_images=3, num_inference_steps=2).shape == (3, 3, 8, 8)
+    assert sample(pipe, num_images=3, num_inference_steps=2).shape == (3, 3, 8, 8)
     for options in ({"class_labels": [1]}, {"num_images": 2, "num_images_per_label": 2}):
         with pytest.raises(ValueError, match="the model is unconditional; give num_images"):
             pipe(**options)
@@ -293,7 +295,7 @@ def test_guidance_that_the_model_cannot_give():
 
 def test_output_types():
     pipe, options = make_pipe(), {"num_inference_steps": 2, "latents": noise_like(make_model(), 2)}
-    x = draw(pipe, [0, 1], **options)
+    x = sample(pipe, [0, 1], **options)
     expected = (x / 2 + 0.5).clamp(0, 1)
     tensors, arrays, pictures = (pipe([0, 1], **options, output_type=o).images for o in ("pt", "np", "pil"))
     assert torch.equal(tensors, expected)
@@ -311,7 +313,7 @@ def test_latents_are_decoded_by_the_vae(shift):
     model = make_model(in_channels=4)
     pipe = make_pipe(model, vae=vae)
     options = {"num_inference_steps": 3, "latents": noise_like(model, 2)}
-    latents = draw(pipe, [0, 1], **options)
+    latents = sample(pipe, [0, 1], **options)
     with torch.no_grad():
         expected = (vae.decode(latents / 0.5 + (shift or 0)).sample / 2 + 0.5).clamp(0, 1)
     images = pipe([0, 1], **options, output_type="pt").images
@@ -321,7 +323,7 @@ def test_latents_are_decoded_by_the_vae(shift):
 
 def test_a_latent_model_without_vae_says_what_to_do():
     pipe = make_pipe(make_model(in_channels=4))
-    assert draw(pipe, 0, num_inference_steps=2).shape == (1, 4, 8, 8)
+    assert sample(pipe, 0, num_inference_steps=2).shape == (1, 4, 8, 8)
     with pytest.raises(ValueError, match="needs a vae, as the model generates latents; give one"):
         pipe(0, num_inference_steps=2)
     pipe.register_modules(vae=make_vae())
@@ -343,11 +345,11 @@ def test_callbacks_see_every_step_change_latents_and_interrupt():
         seen.append((i, float(step), tensors["latents"]))
         return {}
 
-    plain = draw(pipe, 2, num_inference_steps=4, latents=noise, callback_on_step_end=look)
+    plain = sample(pipe, 2, num_inference_steps=4, latents=noise, callback_on_step_end=look)
     assert [(i, step) for i, step, _ in seen] == [(0, 1000.0), (1, 750.0), (2, 500.0), (3, 250.0)]
     assert torch.equal(seen[-1][2], plain)
 
-    zero = draw(
+    zero = sample(
         pipe, 2, num_inference_steps=4, latents=noise,
         callback_on_step_end=lambda pipe, i, step, tensors: {"latents": 0 * tensors["latents"]} if i == 3 else {},
     )  # fmt: skip
@@ -357,15 +359,15 @@ def test_callbacks_see_every_step_change_latents_and_interrupt():
         pipe._interrupt = i == 1
         return {}
 
-    stopped = draw(pipe, 2, num_inference_steps=4, latents=noise, callback_on_step_end=stop)
+    stopped = sample(pipe, 2, num_inference_steps=4, latents=noise, callback_on_step_end=stop)
     assert torch.equal(stopped, seen[1][2])
 
 
-def test_a_training_model_draws_in_eval_mode_and_trains_on():
+def test_a_training_model_samples_in_eval_mode_and_trains_on():
     model = make_model(router="diffmoe", dropout=0.5, depth=4)
     noise = noise_like(model, 2)
-    expected = draw(make_pipe(model), [0, 1], num_inference_steps=2, latents=noise)
-    actual = draw(make_pipe(model.train()), [0, 1], num_inference_steps=2, latents=noise)
+    expected = sample(make_pipe(model), [0, 1], num_inference_steps=2, latents=noise)
+    actual = sample(make_pipe(model.train()), [0, 1], num_inference_steps=2, latents=noise)
     assert torch.equal(actual, expected) and all(module.training for module in model.modules())
 
 
@@ -375,7 +377,7 @@ def test_threshold_scale_sets_the_compute_and_is_undone():
     router.register_forward_hook(lambda module, args, routing: counts.append(int(routing.report.counts_E.sum())))
     pipe, noise = make_pipe(model), noise_like(model, 2)
     for scale in (0.5, 1.0, 2.0):
-        draw(pipe, [0, 1], num_inference_steps=1, latents=noise, threshold_scale=scale)
+        sample(pipe, [0, 1], num_inference_steps=1, latents=noise, threshold_scale=scale)
     assert counts[0] > counts[1] > counts[2]
     assert router.threshold_scale == 1.0
 
@@ -383,7 +385,7 @@ def test_threshold_scale_sets_the_compute_and_is_undone():
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        draw(pipe, 0, num_inference_steps=1, threshold_scale=0.5, callback_on_step_end=fail)
+        sample(pipe, 0, num_inference_steps=1, threshold_scale=0.5, callback_on_step_end=fail)
     assert router.threshold_scale == 1.0
 
 
@@ -391,8 +393,8 @@ def test_a_bfloat16_model_is_close_to_float32():
     """All experts are chosen, so rounding cannot reroute; the latents stay in float32."""
     model = make_model(top_k=4)
     options = {"num_inference_steps": 6, "guidance_scale": 2.0, "latents": noise_like(model, 2)}
-    expected = draw(make_pipe(model), [0, 1], **options)
-    actual = draw(make_pipe(model.to(torch.bfloat16)), [0, 1], **options)
+    expected = sample(make_pipe(model), [0, 1], **options)
+    actual = sample(make_pipe(model.to(torch.bfloat16)), [0, 1], **options)
     assert actual.dtype == torch.float32
     assert 0 < (actual - expected).norm() / expected.norm() < 0.03
 
@@ -400,7 +402,7 @@ def test_a_bfloat16_model_is_close_to_float32():
 def test_progress_and_the_number_of_evaluations(capsys):
     pipe = make_pipe(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.set_progress_bar_config(disable=False)
-    draw(pipe, 0, num_inference_steps=7)
+    sample(pipe, 0, num_inference_steps=7)
     assert "7/7" in capsys.readouterr().err
     # Esser et al., arXiv 2403.03206, eq. 23: the shift of equal steps.
     even = torch.linspace(1, 1 / 7, 7)

@@ -67,7 +67,7 @@ def saved(tmp_path_factory):
         ),
     ],
 )
-def test_a_fresh_process_draws_the_same_bits(saved, imports, tmp_path):
+def test_a_fresh_process_samples_the_same_bits(saved, imports, tmp_path):
     folder, expected = saved
     command = [sys.executable, "-c", f"{imports}\n{DRAW}", folder, tmp_path / "out.pt"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

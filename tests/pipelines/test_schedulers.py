@@ -44,7 +44,7 @@ class NormalData(DiT):
         return DiTOutput(sample=share / variance * x) if return_dict else (share / variance * x,)
 
 
-def draw(scheduler, steps, count=4, seed=0, **settings):
+def sample(scheduler, steps, count=4, seed=0, **settings):
     """Noise and latents, both (count, 4, 16, 16)."""
     model = NormalData(**{**SMALL, **settings})
     pipe = ClassToImagePipeline(model, scheduler or default_scheduler(model.settings))
@@ -70,7 +70,7 @@ def draw(scheduler, steps, count=4, seed=0, **settings):
     ids=lambda value: type(value).__name__ if hasattr(value, "config") else str(value),
 )
 def test_flow_schedulers_follow_the_exact_flow(scheduler, steps, prediction, noise_scale):
-    noise, x = draw(scheduler, steps, prediction=prediction, noise_scale=noise_scale, min_gap=1e-3)
+    noise, x = sample(scheduler, steps, prediction=prediction, noise_scale=noise_scale, min_gap=1e-3)
     assert (x - C * noise).norm() / (C * noise).norm() < 0.02
 
 
@@ -87,21 +87,21 @@ def test_flow_schedulers_follow_the_exact_flow(scheduler, steps, prediction, noi
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_ddpm_schedulers_follow_the_exact_flow(scheduler, steps, error, learn_sigma):
     settings = {"process": "ddpm", "prediction": "epsilon", "learn_sigma": learn_sigma}
-    noise, x = draw(scheduler, steps, **settings)
+    noise, x = sample(scheduler, steps, **settings)
     assert (x - C * noise).norm() / (C * noise).norm() < error
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
-def test_the_ddpm_scheduler_draws_the_data(variance):
+def test_the_ddpm_scheduler_samples_the_data(variance):
     scheduler = DDPMScheduler(clip_sample=False, variance_type=variance)
-    noise, x = draw(scheduler, 250, process="ddpm", prediction="epsilon", learn_sigma=True)
+    noise, x = sample(scheduler, 250, process="ddpm", prediction="epsilon", learn_sigma=True)
     assert float(x.std()) == pytest.approx(C, rel=0.03)
     assert abs(torch.corrcoef(torch.stack((x.flatten(), noise.flatten())))[0, 1]) < 0.1, "its noise is its own"
 
 
-def test_stochastic_flow_draws_the_data():
+def test_stochastic_flow_samples_the_data():
     scheduler = DPMSolverMultistepScheduler(**FLOW_SIGMAS, algorithm_type="sde-dpmsolver++")
-    noise, x = draw(scheduler, 100)
+    noise, x = sample(scheduler, 100)
     assert float(x.std()) == pytest.approx(C, rel=0.05)
     assert abs(torch.corrcoef(torch.stack((x.flatten(), noise.flatten())))[0, 1]) < 0.1, "its noise is its own"
 

@@ -14,10 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.models import make_model
-from diffusion_moe.planning.compute import compute_of
 from diffusion_moe.planning.memory import Tensors, received_bytes
 from diffusion_moe.planning.options import PlanOptions
-from diffusion_moe.planning.plan import ROOM, layouts_of, make_plan
+from diffusion_moe.planning.plan import ROOM, compute_of, layouts_of, make_plan
 from diffusion_moe.planning.table import duration
 from diffusion_moe.run_folder import RunFolder
 from diffusion_moe.training.checkpoint import state_tensors
@@ -148,9 +147,9 @@ def test_files_are_as_large_as_planned(tiny, tmp_path):
     assert main(["train", "digits", *options, f"--output_dir={tmp_path}"]) == 0
     run = RunFolder(tmp_path)
     tensors = sum(tensors_in(path) for path in (run.checkpoints / "step-00000002").glob("*.safetensors"))
-    assert tensors == plan.checkpoint_bytes
+    assert tensors == plan.tensors.checkpoint
     for folder in (run.model, run.ema_model(0.9)):
-        assert sum(tensors_in(path) for path in folder.glob("*.safetensors")) == plan.model_bytes
+        assert sum(tensors_in(path) for path in folder.glob("*.safetensors")) == plan.tensors.published
 
 
 def tensors_in(path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, Process, find_recipe, read_recipe, read_yaml, recipe_names
 from ..models import Backbone, make_model
+from ..storage.files import sha256
 from .files import Checkpoint, Weights, find_file, read_checkpoint, write_checkpoint
 from .formats import FORMATS, detect_format, make_layout
 from .layout import from_reference, to_reference
@@ -55,8 +55,7 @@ def read_reference_checkpoint(
     path = find_file(source, file)
     checkpoint = read_checkpoint(path, weights, trust_pickle)
     detected = detect_format(checkpoint.state)
-    if kind is not None and kind not in FORMATS:
-        raise ValueError(f"the format is {kind!r}; choose one of {', '.join(FORMATS)}")
+    _check_format(kind or detected)
     if kind and detected not in (kind, None):
         raise ValueError(f"--format is {kind}, but the names in {path} are those of {detected}")
     try:
@@ -74,8 +73,13 @@ def read_reference_checkpoint(
             shape = tuple(expected[name]) if name in expected else "nothing"
             raise ValueError(f"{path} gives {name} of shape {tuple(value.shape)}, but its architecture expects {shape}")
     model.load_state_dict(converted, assign=True)
-    record = {"format": kind, "source": source, "file": path.name, "sha256": _sha256(path)}
+    record = {"format": kind, "source": source, "file": path.name, "sha256": sha256(path)}
     return Converted(model.eval(), record | {"weights": checkpoint.weights})
+
+
+def _check_format(kind: str | None) -> None:
+    if kind not in (None, *FORMATS):
+        raise ValueError(f"the format is {kind!r}; choose one of {', '.join(FORMATS)}")
 
 
 def _threshold_decay(state: Mapping[str, Tensor]) -> Settings:
@@ -91,8 +95,6 @@ def write_reference_checkpoint(model: Backbone, path: Path, kind: str | None = N
     """Write a model as a reference checkpoint, and a YAML file of its architecture if the reference code reads one.
 
     Args:
-        model: the model.
-        path: the file to write.
         kind: key of `FORMATS`; None: chosen by the model's backbone and router.
 
     Returns:
@@ -105,8 +107,7 @@ def write_reference_checkpoint(model: Backbone, path: Path, kind: str | None = N
     kind = kind or ("jit" if config.backbone == "jit" else "dense" if config.router == "dense" else config.router)
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise ValueError(f"output is {path}; a reference checkpoint ends in .pt, .pth or .safetensors")
-    if kind not in FORMATS:
-        raise ValueError(f"the format is {kind!r}; choose one of {', '.join(FORMATS)}")
+    _check_format(kind)
     params, moe = write_settings(kind, config) if kind in TARGETS or kind == "jit" else ({}, None)
     state = to_reference(make_layout(kind, config), model.state_dict())
     if kind in NOT_IN_SHAPES:
@@ -138,45 +139,37 @@ def _settings(
     source: str, path: Path, checkpoint: Checkpoint, config: str | None, kind: str | None
 ) -> tuple[str, Settings]:
     """The format, and the fields of `ModelConfig`."""
-    if config is None:
-        config = _find_config(source, path)
-    content: Any = read_yaml(Path(config)) if config is not None and Path(config).is_file() else None
-    if config is not None and is_reference(content):
-        return _from_yaml(config, content, kind)
+    config = config or _find_config(source, path)
     if config is not None:
+        content: Any = read_yaml(Path(config)) if Path(config).is_file() else None
+        if is_reference(content):
+            return _from_yaml(config, content, kind)
         settings = vars(read_recipe(find_recipe(config)).model)
-        if kind is None and settings["router"] == "dense":
-            kind = "dense"
-        if kind is None:
+        if kind is None and settings["router"] != "dense":
             raise ValueError(f"the format of {path} cannot be inferred from its names; give it with --format")
-        return kind, settings
+        return kind or "dense", settings
     if kind == "jit":
         return kind, _from_jit_arguments(path, checkpoint.arguments)
     if kind in NOT_IN_SHAPES:
         return kind, infer_settings(kind, checkpoint.state)
     if kind is None:
-        raise ValueError(
-            f"{path} has the names of a dense DiT, which several formats share; give --format dit or sit, or --config"
-        )
-    raise ValueError(
-        f"{path} does not contain its architecture; give the YAML file it was trained with, or a recipe, with --config"
-    )
+        remedy = "give --format dit or sit, or --config"
+        raise ValueError(f"{path} has the names of a dense DiT, which several formats share; {remedy}")
+    remedy = "give the YAML file it was trained with, or a recipe, with --config"
+    raise ValueError(f"{path} does not contain its architecture; {remedy}")
 
 
 def _find_config(source: str, path: Path) -> str | None:
     """YAML file of the checkpoint, or the only one in its folder or the parent folder, or a known hub id's recipe."""
-    beside = path.with_suffix(".yaml")
-    if beside.is_file():
-        return str(beside)
+    if path.with_suffix(".yaml").is_file():
+        return str(path.with_suffix(".yaml"))
     for folder in (path.parent, path.parent.parent):
         files = [*folder.glob("*.yaml"), *folder.glob("*.yml")]
         if len(files) == 1 and is_reference(read_yaml(files[0])):
             return str(files[0])
     known = HUB_NAME.search(source.rstrip("/"))
-    if known:
-        name = re.sub(r"^jitmoe-([blh])16", r"jitmoe-\1-16", known[1].lower())
-        return name if name in recipe_names() else None
-    return None
+    name = re.sub(r"^jitmoe-([blh])16", r"jitmoe-\1-16", known[1].lower()) if known else ""
+    return name if name in recipe_names() else None
 
 
 def is_reference(content: Any) -> bool:
@@ -234,14 +227,11 @@ def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
     except (KeyError, ValueError) as error:
         raise ValueError(f"the checkpoint is no {FORMATS[kind]}: it lacks {error}") from error
     if dim not in HEADS:
-        raise ValueError(
-            f"the checkpoint has width {dim}, which is no reference size; give its architecture with --config"
-        )
+        remedy = "give its architecture with --config"
+        raise ValueError(f"the checkpoint has width {dim}, which is no reference size; {remedy}")
     blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
-    settings: Settings = {
-        "process": "flow" if kind == "sit" else "ddpm",
-        "prediction": "velocity" if kind == "sit" else "epsilon",
-        "sample_size": math.isqrt(tokens) * patch,
+    params = {
+        "input_size": math.isqrt(tokens) * patch,
         "patch_size": patch,
         "in_channels": channels,
         "learn_sigma": out == 2 * channels * patch * patch,
@@ -249,9 +239,8 @@ def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
         "depth": len(blocks),
         "num_heads": HEADS[dim],
         "num_classes": rows - 1,
-        "position": "sincos",
-        "router": "dense",
     }
+    settings = read_settings("dense", params, None, "flow" if kind == "sit" else "ddpm")
     if kind != "dit-moe":
         return settings | {"mlp_dim": len(state["blocks.0.mlp.fc1.bias"])}
     experts = {name.split(".")[4] for name in state if name.startswith("blocks.0.moe.experts.")}
@@ -265,8 +254,3 @@ def infer_settings(kind: str, state: Mapping[str, Tensor]) -> Settings:
         "balance": "aux",
         "moe_layer_freq": 1,
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -55,10 +55,8 @@ def find_file(source: str, name: str | None = None) -> Path:
     folder = path if path.is_dir() else _download(source, name)
     files = sorted(file for file in folder.rglob(name or "*") if file.suffix in ENDINGS and file.is_file())
     if not files:
-        which = "no checkpoint file" if name is None else f"no checkpoint file {name}"
-        raise ValueError(
-            f"{source} holds {which}; give a file, or a folder with a file, that ends in {', '.join(ENDINGS)}"
-        )
+        remedy = f"give a file, or a folder with a file, that ends in {', '.join(ENDINGS)}"
+        raise ValueError(f"{source} holds no checkpoint file{f' {name}' if name else ''}; {remedy}")
     if len(files) != 1:
         found = ", ".join(str(file.relative_to(folder)) for file in files[:8])
         raise ValueError(f"{source} holds {len(files)} checkpoint files ({found}); name one of them with --file")
@@ -83,8 +81,6 @@ def read_checkpoint(path: Path, weights: Weights = "ema", trust_pickle: bool = F
     """Read one set of weights.
 
     Args:
-        path: the file.
-        weights: the set.
         trust_pickle: read a file with more than tensors, which can run any code.
 
     Raises:
@@ -132,11 +128,9 @@ def _read(path: Path, trust_pickle: bool) -> Any:
 
 def _is_state(content: Any) -> bool:
     """True for a dictionary of tensors by name."""
-    return (
-        isinstance(content, Mapping)
-        and len(content) > 0
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-    )
+    if not isinstance(content, Mapping) or not content:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> State:

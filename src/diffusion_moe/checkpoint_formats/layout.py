@@ -7,22 +7,20 @@ Linear layers hold matrices of (outputs, inputs), so that joining two of them jo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-Form = Literal["same", "patch", "pointwise", "lead", "experts", "expert_biases"]
+Form = Literal["same", "patch", "pointwise", "lead", "experts"]
 """Difference of shape between the reference format and ours.
 
 same: none.
 patch: a convolution (D, C, P, P) there, a matrix (D, C * P * P) here.
 pointwise: the same with P = 1.
 lead: a first axis of length 1 there.
-experts: a matrix per module there, one stack of transposed matrices here.
-expert_biases: the same with vectors.
+experts: a matrix or vector per module there, one stack of transposed matrices or of vectors here.
 """
 
 
@@ -31,21 +29,20 @@ class Row(NamedTuple):
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    """Reference names; with {e} for the expert's index in the forms of experts."""
+    """Reference names; with {e} for the expert's index in the form of experts."""
     form: Form = "same"
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """A reference format for one architecture."""
 
     rows: list[Row]
-    num_experts: int = 0
-    patch: tuple[int, ...] = ()
+    num_experts: int
+    patch: tuple[int, ...]
     """C, P, P of the patch embedding."""
-    reference_rows: dict[str, int] = field(default_factory=dict)
-    """Rows of each part of a joined reference matrix, if they differ."""
-    constants: dict[str, Tensor] = field(default_factory=dict)
+    reference_rows: dict[str, int]
+    """Rows of each part of a joined reference matrix by the name of its layer, if they differ."""
+    constants: dict[str, Tensor]
     """Reference tensors that are settings here."""
 
     def reference_names(self) -> set[str]:
@@ -54,7 +51,7 @@ class Layout:
 
     def expanded(self, row: Row) -> list[str]:
         """Reference names of a row, with every expert's index filled in."""
-        if row.form not in ("experts", "expert_biases"):
+        if row.form != "experts":
             return list(row.theirs)
         return [name.format(e=e) for e in range(self.num_experts) for name in row.theirs]
 
@@ -97,10 +94,9 @@ def to_reference(layout: Layout, state: Mapping[str, Tensor]) -> State:
 
 
 def _join_theirs(layout: Layout, row: Row, state: Mapping[str, Tensor]) -> Tensor:
-    if row.form in ("experts", "expert_biases"):
+    if row.form == "experts":
         each = [torch.cat([state[name.format(e=e)] for name in row.theirs]) for e in range(layout.num_experts)]
-        stack = torch.stack(each)
-        return stack.transpose(1, 2) if row.form == "experts" else stack
+        return _transposed(torch.stack(each))
     joined = torch.cat([state[name] for name in row.theirs])
     if row.form == "lead":
         return joined[0]
@@ -108,9 +104,8 @@ def _join_theirs(layout: Layout, row: Row, state: Mapping[str, Tensor]) -> Tenso
 
 
 def _split_ours(layout: Layout, row: Row, joined: Tensor) -> State:
-    if row.form in ("experts", "expert_biases"):
-        stack = joined.transpose(1, 2) if row.form == "experts" else joined
-        parts = [part for matrix in stack for part in matrix.chunk(len(row.theirs))]
+    if row.form == "experts":
+        parts = [part for matrix in _transposed(joined) for part in matrix.chunk(len(row.theirs))]
         return dict(zip(layout.expanded(row), parts))
     if row.form == "patch":
         joined = joined.unflatten(1, layout.patch)
@@ -120,8 +115,13 @@ def _split_ours(layout: Layout, row: Row, joined: Tensor) -> State:
         joined = joined[None]
     if len(row.theirs) == 1:
         return {row.theirs[0]: joined}
-    sizes = [layout.reference_rows.get(name, len(joined) // len(row.theirs)) for name in row.theirs]
+    sizes = [layout.reference_rows[name.split(".")[-2]] for name in row.theirs]
     return dict(zip(row.theirs, joined.split(sizes)))
+
+
+def _transposed(stack: Tensor) -> Tensor:
+    """Each matrix of a stack transposed; vectors as they are."""
+    return stack.mT if stack.ndim == 3 else stack
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

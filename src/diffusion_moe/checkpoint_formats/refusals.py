@@ -19,12 +19,7 @@ HEAD_BYTES = 4096
 
 
 def refusal(path: Path, error: Exception) -> str:
-    """Message on one line: what is wrong with a file, and the remedy.
-
-    Args:
-        path: the file.
-        error: the exception that reading it raised.
-    """
+    """Message on one line: what is wrong with a file whose reading raised `error`, and the remedy."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..config import ModelConfig, Process, names_where, unread_by
 
 Settings = dict[str, Any]
 
-# Our fields by the reference names, where the values are equal.
-COMMON_NAMES = {
+OUR_NAMES = {
     "input_size": "sample_size",
-    **{name: name for name in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")},
-    "num_classes": "num_classes",
-}
-LATENT_NAMES = COMMON_NAMES | {"learn_sigma": "learn_sigma", "head_dim": "head_dim"}
-JIT_NAMES = COMMON_NAMES | {
-    "bottleneck_dim": "bottleneck_dim",
     "in_context_len": "class_tokens",
     "in_context_start": "class_tokens_from",
     "proj_drop": "dropout",
     "attn_drop": "attention_dropout",
-}
-DSMOE_NAMES = {
-    **{name: name for name in ("num_experts", "n_group", "topk_group", "routed_scaling_factor")},
     "moe_intermediate_size": "expert_dim",
     "num_experts_per_tok": "top_k",
 }
+"""Our fields by the reference names of arguments with equal values, where the names differ."""
 ROPE = {"none": "sincos", "1d": "rope1d", "2d": "rope2d"}
 
 # Defaults of the reference constructors; every key they know and that shapes the model.
-LATENT = {
+DIT = {
     "input_size": 32,
     "patch_size": 2,
     "in_channels": 4,
@@ -39,51 +30,48 @@ LATENT = {
     "depth": 28,
     "num_heads": 16,
     "mlp_ratio": 4.0,
-    "class_dropout_prob": 0.1,
     "num_classes": 1000,
     "learn_sigma": True,
-    "use_swiglu": False,
     "head_dim": None,
 }
+LATENT = DIT | {"class_dropout_prob": 0.1, "use_swiglu": False}
+JIT = {
+    "input_size": 256,
+    "patch_size": 16,
+    "in_channels": 3,
+    "hidden_size": 1024,
+    "depth": 24,
+    "num_heads": 16,
+    "mlp_ratio": 4.0,
+    "attn_drop": 0.0,
+    "proj_drop": 0.0,
+    "num_classes": 1000,
+    "bottleneck_dim": 128,
+    "in_context_len": 32,
+    "in_context_start": 8,
+}
+SINKS = {"use_sinks": False, "sliding_window": 0}
 PARAMS: dict[str, Settings] = {
-    "dense": LATENT,
-    "tc": LATENT,
-    "ec": LATENT,
+    **dict.fromkeys(("dense", "tc", "ec"), LATENT),
     "diffmoe": LATENT | {"CapacityPred_loss_weight": 0.01},
-    "dsmoe": LATENT
-    | {
-        "rope_type": "none",
-        "use_sinks": False,
-        "sliding_window": 0,
-        "enable_gqa": False,
-        "norm_type": "layernorm",
-    },
-    "jit": {
-        "input_size": 256,
-        "patch_size": 16,
-        "in_channels": 3,
-        "hidden_size": 1024,
-        "depth": 24,
-        "num_heads": 16,
-        "mlp_ratio": 4.0,
-        "attn_drop": 0.0,
-        "proj_drop": 0.0,
-        "num_classes": 1000,
-        "bottleneck_dim": 128,
-        "in_context_len": 32,
-        "in_context_start": 8,
-    },
+    "dsmoe": LATENT | SINKS | {"rope_type": "none", "enable_gqa": False, "norm_type": "layernorm"},
+    "jit": JIT,
 }
 REQUIRED: Any = object()
 POOLED = {"num_experts": REQUIRED, "capacity": REQUIRED, "n_shared_experts": 0, "interleave": True}
+GROUPED = dict.fromkeys(
+    ("num_experts", "n_group", "topk_group", "routed_scaling_factor", "moe_intermediate_size", "num_experts_per_tok"),
+    REQUIRED,
+)
+SHARED = {"use_shared_expert": REQUIRED, "interleave": True, "skip_first2": False}
 MOE: dict[str, Settings] = {
     "dense": {},
     "tc": POOLED | {"n_shared_experts": None},
     "ec": POOLED,
     "diffmoe": POOLED,
-    "dsmoe": dict.fromkeys((*DSMOE_NAMES, "use_shared_expert"), REQUIRED) | {"interleave": True, "skip_first2": False},
+    "dsmoe": GROUPED | SHARED,
+    "jit": GROUPED | SHARED | {"proj_drop": 0.0},
 }
-MOE["jit"] = MOE["dsmoe"] | {"proj_drop": 0.0}
 
 # Keys of reference files that do not change the model.
 IDLE_PARAMS = {"init_MoeMLP", "use_capacity_schedule", "CapacityPred_loss_weight", "use_flash_attn", "pretraining_tp"}
@@ -107,7 +95,15 @@ def read_settings(
     p = _complete(params, PARAMS[kind], IDLE_PARAMS, "the model's params")
     if kind == "jit":
         return _jit(p, moe)
-    settings = _latent(p) | {"process": process, "prediction": "velocity" if process == "flow" else "epsilon"}
+    settings = _ours(DIT, p) | {
+        "backbone": "dit",
+        "process": process,
+        "prediction": "velocity" if process == "flow" else "epsilon",
+        "null_class": p["class_dropout_prob"] > 0,
+        "position": "sincos",
+        "mlp_activation": "swiglu" if p["use_swiglu"] else "gelu",
+        "mlp_bias": not p["use_swiglu"],
+    }
     if kind == "dense":
         return settings | {"router": "dense"}
     m = _complete(moe or {}, MOE[kind], IDLE_MOE, "MoE_config")
@@ -124,24 +120,12 @@ def _complete(given: Mapping[str, Any], known: Settings, idle: set[str], where: 
     return {name: given.get(name, default) for name, default in known.items()}
 
 
-def _ours(names: Mapping[str, str], values: Settings) -> Settings:
-    return {ours: values[theirs] for theirs, ours in names.items()}
+def _ours(names: Iterable[str], values: Settings) -> Settings:
+    return {OUR_NAMES.get(name, name): values[name] for name in names}
 
 
-def _theirs(names: Mapping[str, str], config: ModelConfig) -> Settings:
-    return {theirs: getattr(config, ours) for theirs, ours in names.items()}
-
-
-def _latent(p: Settings) -> Settings:
-    swiglu = bool(p["use_swiglu"])
-    return {
-        "backbone": "dit",
-        **_ours(LATENT_NAMES, p),
-        "null_class": p["class_dropout_prob"] > 0,
-        "position": "sincos",
-        "mlp_activation": "swiglu" if swiglu else "gelu",
-        "mlp_bias": not swiglu,
-    }
+def _theirs(names: Iterable[str], config: ModelConfig) -> Settings:
+    return {name: getattr(config, OUR_NAMES.get(name, name)) for name in names}
 
 
 def _pooled(kind: str, p: Settings, m: Settings) -> Settings:
@@ -157,9 +141,9 @@ def _pooled(kind: str, p: Settings, m: Settings) -> Settings:
     if kind == "tc":
         settings |= {"top_k": m["capacity"], "balance": "aux", "balance_weight": 0.01}
     else:
-        settings |= {"capacity": m["capacity"]}
+        settings["capacity"] = m["capacity"]
     if kind == "diffmoe":
-        settings |= {"capacity_loss_weight": p["CapacityPred_loss_weight"]}
+        settings["capacity_loss_weight"] = p["CapacityPred_loss_weight"]
         if shared:  # one shared expert of width 8 D, whatever the count
             settings |= {"shared": "gelu", "shared_dim": 8 * p["hidden_size"], "shared_bias": True}
     elif shared:
@@ -187,7 +171,7 @@ def _dsmoe(p: Settings, m: Settings) -> Settings:
 
 def _grouped(m: Settings) -> Settings:
     return {
-        **_ours(DSMOE_NAMES, m),
+        **_ours(GROUPED, m),
         "router": "dsmoe",
         "expert_activation": "swiglu",
         "shared": "swiglu" if m["use_shared_expert"] else "identity",
@@ -198,7 +182,7 @@ def _jit(p: Settings, moe: Mapping[str, Any] | None) -> Settings:
     settings = {
         "backbone": "jit",
         "prediction": "x",
-        **_ours(JIT_NAMES, p),
+        **_ours(JIT, p),
         "class_tokens_from": p["in_context_start"] if p["in_context_len"] else 0,
         "qk_norm": True,
         "norm": "rmsnorm",
@@ -214,12 +198,7 @@ def _jit(p: Settings, moe: Mapping[str, Any] | None) -> Settings:
     m = _complete(moe, MOE["jit"], IDLE_MOE, "moe_config")
     if not m["interleave"]:  # the reference code then makes every layer dense
         return settings
-    return settings | {
-        **_grouped(m),
-        "expert_bias": True,
-        "shared_bias": True,
-        "expert_dropout": m["proj_drop"],
-    }
+    return settings | _grouped(m) | {"expert_bias": True, "shared_bias": True, "expert_dropout": m["proj_drop"]}
 
 
 def write_settings(kind: str, config: ModelConfig) -> tuple[Settings, Settings | None]:
@@ -228,15 +207,14 @@ def write_settings(kind: str, config: ModelConfig) -> tuple[Settings, Settings |
     Raises:
         ValueError: the reference code has no such model; the message names the settings that differ.
     """
-    if kind == "jit":
-        p, m = _theirs(JIT_NAMES, config), None
-        if config.router == "dsmoe":
-            m = _dsmoe_moe(config) | {"proj_drop": config.expert_dropout}
-    else:
-        p = _theirs(LATENT_NAMES, config)
+    p, m = _theirs(JIT if kind == "jit" else DIT, config), None
+    if kind != "jit":
         p["class_dropout_prob"] = 0.1 if config.null_class else 0.0
         p["use_swiglu"] = config.mlp_activation == "swiglu"
-        m = _pooled_moe(kind, config) if kind in ("tc", "ec", "diffmoe") else None
+    elif config.router == "dsmoe":
+        m = _dsmoe_moe(config) | {"proj_drop": config.expert_dropout}
+    if kind in ("tc", "ec", "diffmoe"):
+        m = _pooled_moe(kind, config)
     if kind == "diffmoe":
         p["CapacityPred_loss_weight"] = config.capacity_loss_weight
     if kind == "dsmoe":
@@ -253,7 +231,7 @@ def write_settings(kind: str, config: ModelConfig) -> tuple[Settings, Settings |
 
 
 def _dsmoe_moe(config: ModelConfig) -> Settings:
-    return _theirs(DSMOE_NAMES, config) | {
+    return _theirs(GROUPED, config) | {
         "hidden_size": config.hidden_size,
         "use_shared_expert": config.shared == "swiglu",
         "interleave": config.moe_layer_freq == 2,
@@ -274,35 +252,19 @@ def _pooled_moe(kind: str, config: ModelConfig) -> Settings:
 
 
 def check_writable(kind: str, config: ModelConfig, again: ModelConfig) -> None:
-    """Refuse a model that the reference code lacks, so that it would be read again as another.
-
-    Args:
-        kind: format, for the message.
-        config: the model.
-        again: the settings that reading gives.
-
-    Raises:
-        ValueError: names the settings that differ.
-    """
+    """Refuse a model that the reference code lacks, so that reading gives the settings of another one, `again`."""
     # The reference code may lack what only our training or inference reads.
     free = names_where(ModelConfig, reference=False) | unread_by(config.router)
-    names = [name for name in vars(config) if name not in free]
-    differ = [name for name in names if _effective(config, name) != _effective(again, name)]
+    ours, theirs = _effective(config), _effective(again)
+    differ = [name for name in ours if name not in free and ours[name] != theirs[name]]
     if differ:
-        values = ", ".join(f"{name} {_effective(config, name)!r}" for name in differ)
+        values = ", ".join(f"{name} {ours[name]!r}" for name in differ)
         raise ValueError(f"the reference {kind} code has no model with {values}")
 
 
-def _effective(config: ModelConfig, name: str) -> Any:
-    """The value of a setting, or of the setting that replaces it where it is null."""
-    if name == "mlp_dim":
-        return config.mlp_width
-    if name == "mlp_ratio":  # mlp_dim has its effect
-        return None
-    if name == "head_dim":
-        return config.head_width
-    if name in ("shared_dim", "shared_bias") and config.shared not in ("gelu", "swiglu"):
-        return None
-    if name == "shared_dim":
-        return config.shared_dim or config.expert_dim
-    return getattr(config, name)
+def _effective(config: ModelConfig) -> Settings:
+    """All settings, where one is null the value that replaces it, and where one is not read None."""
+    values = vars(config) | {"mlp_dim": config.mlp_width, "mlp_ratio": None, "head_dim": config.head_width}
+    if config.shared in ("gelu", "swiglu"):
+        return values | {"shared_dim": config.shared_dim or config.expert_dim}
+    return values | {"shared_dim": None, "shared_bias": None}

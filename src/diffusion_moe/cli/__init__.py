@@ -6,59 +6,42 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple
 
 from ..allocator import keep_compiled_products, keep_freed_memory
 from ..config.build import unknown_name
 
 USER_ERROR = 2
-
-
-class Verb(NamedTuple):
-    """Where a verb's function is."""
-
-    module: str
-    """A file of this folder, which has a function of the verb's name."""
-    computes: bool
-    """It runs a model."""
-
-
 VERBS = {
-    "train": Verb("train", True),
-    "inspect": Verb("data", False),
-    "plan": Verb("train", False),
-    "sample": Verb("sample", True),
-    "convert": Verb("convert", False),
-    "encode": Verb("data", True),
-    "text-encoder": Verb("convert", True),
-    "evaluate": Verb("evaluate", True),
-    "stats": Verb("evaluate", True),
-    "sweep": Verb("evaluate", True),
-    "analyze": Verb("sample", True),
-    "bench": Verb("measure", True),
-    "recipes": Verb("measure", False),
+    "train": "train",
+    "inspect": "data",
+    "plan": "train",
+    "sample": "sample",
+    "convert": "convert",
+    "encode": "data",
+    "text-encoder": "convert",
+    "evaluate": "evaluate",
+    "stats": "evaluate",
+    "sweep": "evaluate",
+    "analyze": "sample",
+    "bench": "measure",
+    "recipes": "measure",
 }
+"""The file of each verb in this folder; it has a function of the verb's name."""
+LIGHT_VERBS = ("inspect", "plan", "convert", "recipes")
+"""Verbs that run no model."""
 
 
 def function_of(verb: str) -> Callable[[Sequence[str]], int]:
     """The function of a verb, which takes its arguments and returns the exit status."""
-    return getattr(import_module(f".{VERBS[verb].module}", __name__), verb.replace("-", "_"))
+    return getattr(import_module(f".{VERBS[verb]}", __name__), verb.replace("-", "_"))
 
 
 def usage() -> str:
     """The text of `diffusion-moe --help`."""
-    lines = [f"  {verb:14}{(function_of(verb).__doc__ or '').splitlines()[0]}" for verb in VERBS]
-    return "\n".join(
-        [
-            "usage: diffusion-moe VERB ...",
-            "",
-            "Diffusion transformers with mixtures of experts: train, sample, evaluate.",
-            "",
-            *lines,
-            "",
-            "`diffusion-moe VERB --help` explains the options of a verb.",
-        ]
-    )
+    rows = "\n".join(f"  {verb:14}{(function_of(verb).__doc__ or '').splitlines()[0]}" for verb in VERBS)
+    summary = "Diffusion transformers with mixtures of experts: train, sample, evaluate."
+    note = "`diffusion-moe VERB --help` explains the options of a verb."
+    return f"usage: diffusion-moe VERB ...\n\n{summary}\n\n{rows}\n\n{note}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,10 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         if arguments[0] not in VERBS:
-            raise ValueError(
-                unknown_name(arguments[0], list(VERBS)).replace("no", "no verb", 1).replace("--help all", "--help")
-            )
-        if VERBS[arguments[0]].computes:
+            message = unknown_name(arguments[0], list(VERBS)).replace("--help all", "--help")
+            raise ValueError(message.replace("no", "no verb", 1))
+        if arguments[0] not in LIGHT_VERBS:
             keep_freed_memory()
             keep_compiled_products()
         return function_of(arguments[0])(arguments[1:])

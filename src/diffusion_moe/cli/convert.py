@@ -15,7 +15,7 @@ from .parsing import parse
 def convert(arguments: Sequence[str]) -> int:
     """Make a pipeline folder of a reference checkpoint or a run, or the other way with --to published."""
     first = ("source", "a reference checkpoint, a folder that holds one, a hub id, or a run")
-    given = parse(CommandLine("convert", convert.__doc__ or "", (ConvertOptions,), first=first), arguments)
+    given = parse(CommandLine("convert", convert.__doc__, (ConvertOptions,), first=first), arguments)
     options = given.options(ConvertOptions)
     work = to_pipeline if options.to == "diffusers" else export_reference_checkpoint
     log(work(given.first, options))
@@ -25,7 +25,7 @@ def convert(arguments: Sequence[str]) -> int:
 def text_encoder(arguments: Sequence[str]) -> int:
     """Train a small text encoder and tokenizer for the coloured shapes, from scratch, in a minute."""
     first = ("folder", "its folder; an encoder that is there already is kept")
-    line = CommandLine("text-encoder", text_encoder.__doc__ or "", (TextEncoderOptions,), first=first)
+    line = CommandLine("text-encoder", text_encoder.__doc__, (TextEncoderOptions,), first=first)
     given = parse(line, arguments)
     options = given.options(TextEncoderOptions)
     from ..shapes.text_encoder.train import make_text_encoder

@@ -15,14 +15,9 @@ from .parsing import parse
 def inspect(arguments: Sequence[str]) -> int:
     """Check images before training on them: classes, splits, sizes, unreadable files, copies, what is ignored."""
     usual = read_sections(find_recipe("image-folder"))["data"]
-    line = CommandLine(
-        "inspect",
-        inspect.__doc__ or "",
-        (InspectOptions,),
-        {"data": DataConfig},
-        ("path", "the images, as data.path; a folder unless --data.kind says otherwise"),
-        defaults={f"data.{name}": value for name, value in usual.items()},
-    )
+    first = ("path", "the images, as data.path; a folder unless --data.kind says otherwise")
+    defaults = {f"data.{name}": value for name, value in usual.items()}
+    line = CommandLine("inspect", inspect.__doc__, (InspectOptions,), {"data": DataConfig}, first, defaults=defaults)
     given = parse(line, arguments)
     if "path" in given.sections["data"]:
         raise ValueError(f"--data.path and {given.first} are both given; give the images once")
@@ -37,14 +32,9 @@ def inspect(arguments: Sequence[str]) -> int:
 def encode(arguments: Sequence[str]) -> int:
     """Encode a data set's images by a VAE into a latent cache to train on; under torchrun, by several processes."""
     usual = {"kind": "folder", "image_size": 256}
-    line = CommandLine(
-        "encode",
-        encode.__doc__ or "",
-        (EncodeOptions, DataConfig),
-        first=("images", "a folder of images, or what --kind huggingface takes"),
-        left_out={DataConfig: names_where(DataConfig, encode=False)},
-        defaults=usual,
-    )
+    own, first = (EncodeOptions, DataConfig), ("images", "a folder of images, or what --kind huggingface takes")
+    hidden = names_where(DataConfig, encode=False)
+    line = CommandLine("encode", encode.__doc__, own, first=first, hidden={DataConfig: hidden}, defaults=usual)
     given = parse(line, arguments)
     options = given.options(EncodeOptions)
     data = given.options(DataConfig, usual | {"path": given.first})

@@ -25,16 +25,15 @@ def evaluate(arguments: Sequence[str]) -> int:
     """
     path = _path(arguments)
     if path is not None and (path.suffix == ".npz" or path.is_dir()) and not is_model(path):
-        line = CommandLine(
-            "evaluate", evaluate.__doc__ or "", (ImagesOptions,), first=("images", "a folder of images or an .npz")
-        )
-        images = parse(line, arguments).options(ImagesOptions)
+        first = ("images", "a folder of images or an .npz")
+        given = parse(CommandLine("evaluate", evaluate.__doc__, (ImagesOptions,), first=first), arguments)
+        images = given.options(ImagesOptions)
         from ..evaluation.evaluate import evaluate_images
 
         with torchrun_log() as log:
             evaluate_images(path, images, log)
         return 0
-    source, options, settings = read_folder("evaluate", evaluate.__doc__ or "", arguments, EvaluateOptions)
+    source, options, settings = read_folder(evaluate, arguments, EvaluateOptions)
     source = dataclasses.replace(source.with_vae(options.vae), weights=options.weights)
     from ..evaluation.evaluate import evaluate_model
     from ..sampling.generate import with_precision
@@ -51,14 +50,9 @@ def stats(arguments: Sequence[str]) -> int:
     path = _path(arguments)
     is_run = path is not None and RunFolder(path).recipe.is_file()
     has_recipe = path is None or is_run or not (path.is_dir() or path.suffix == ".npz")
-    line = CommandLine(
-        "stats",
-        stats.__doc__ or "",
-        (StatsOptions,),
-        {"data": DataConfig} if has_recipe else {},
-        ("data", "a recipe's name or file, a run, a folder of images, or an .npz"),
-    )
-    given = parse(line, arguments)
+    sections = {"data": DataConfig} if has_recipe else {}
+    first = ("data", "a recipe's name or file, a run, a folder of images, or an .npz")
+    given = parse(CommandLine("stats", stats.__doc__, (StatsOptions,), sections, first), arguments)
     data = None
     if has_recipe:
         file = RunFolder(Path(given.first)).recipe if is_run else find_recipe(given.first)
@@ -73,22 +67,15 @@ def stats(arguments: Sequence[str]) -> int:
 
 def sweep(arguments: Sequence[str]) -> int:
     """Score a grid of guidance, weights, steps, solvers and thresholds: a table, a CSV and figures."""
-    line = CommandLine(
-        "sweep",
-        sweep.__doc__ or "",
-        (SweepOptions, EvaluationConfig),
-        first=FOLDER,
-        left_out={EvaluationConfig: AXES},
-    )
+    own = (SweepOptions, EvaluationConfig)
+    line = CommandLine("sweep", sweep.__doc__, own, first=FOLDER, hidden={EvaluationConfig: AXES})
     given = parse(line, arguments)
     source = read_source(Path(given.first))
-    options = given.options(SweepOptions)
-    lists, others = ({}, {}) if options.grid is None else read_grid(options.grid)
-    own = SweepOptions.__dataclass_fields__
-    options = given.options(SweepOptions, {k: v for k, v in others.items() if k in own})
-    settings = given.options(
-        EvaluationConfig, vars(source.settings) | {k: v for k, v in others.items() if k not in own}
-    )
+    grid = given.options(SweepOptions).grid
+    lists, others = ({}, {}) if grid is None else read_grid(grid)
+    sweeps = {name: others.pop(name) for name in SweepOptions.__dataclass_fields__ if name in others}
+    options = given.options(SweepOptions, sweeps)
+    settings = given.options(EvaluationConfig, vars(source.settings) | others)
     if is_unconditional(source):
         settings = dataclasses.replace(settings, guidance_scale=1.0)
     from ..evaluation.sweep import sweep as run_sweep

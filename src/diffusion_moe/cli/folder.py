@@ -1,8 +1,8 @@
-"""What verbs that sample from a folder share: its model, the verb's options, and settings that default to the run's."""
+"""The command line of verbs that sample from a folder: its model, their options, and settings like the run's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,38 +24,26 @@ class Folder(NamedTuple):
 
 
 def read_folder(
-    verb: str,
-    description: str,
+    verb: Callable[[Sequence[str]], int],
     arguments: Sequence[str],
     options: type,
-    left_out: Iterable[str] = (),
+    hidden: Iterable[str] = (),
     usual: Mapping[str, Any] | None = None,
 ) -> Folder:
     """Parse the command line of a verb that samples from a folder.
 
     Args:
-        verb: its name.
-        description: its docstring.
-        arguments: its command line.
-        options: the dataclass of its own options.
-        left_out: sampling settings that are not options of the verb.
+        verb: its function.
+        options: the dataclass of the verb's own options.
+        hidden: sampling settings that are not options of the verb.
         usual: settings that the verb does not take from the run.
-
-    Raises:
-        ValueError: one line with the mistake.
     """
-    line = CommandLine(
-        verb,
-        description,
-        (options, EvaluationConfig),
-        first=FOLDER,
-        left_out={EvaluationConfig: left_out},
-        defaults=usual or {},
-    )
+    name, own, usual = verb.__name__, (options, EvaluationConfig), usual or {}
+    line = CommandLine(name, verb.__doc__, own, first=FOLDER, hidden={EvaluationConfig: hidden}, defaults=usual)
     given = parse(line, arguments)
     source = read_source(Path(given.first))
     unconditional = is_unconditional(source)
-    defaults = vars(source.settings) | ({"guidance_scale": 1.0} if unconditional else {}) | dict(usual or {})
+    defaults = {**vars(source.settings), **({"guidance_scale": 1.0} if unconditional else {}), **usual}
     settings = given.options(EvaluationConfig, defaults)
     if unconditional and settings.guidance_scale != 1:
         raise ValueError(f"guidance_scale is {settings.guidance_scale}, but the model is unconditional; remove it")

@@ -46,7 +46,7 @@ def help_text(line: CommandLine, everything: bool) -> str:
 
 
 def _describe(line: CommandLine, everything: bool) -> str:
-    lines = [f"usage: {line.usage()}", "", *textwrap.wrap(" ".join(line.description.split()), WIDTH), ""]
+    lines = [f"usage: {line.usage()}", "", *textwrap.wrap(" ".join((line.description or "").split()), WIDTH), ""]
     if line.first is not None:
         lines += [*_row(line.first[0].upper(), line.first[1]), ""]
     heading = ""
@@ -60,10 +60,9 @@ def _describe(line: CommandLine, everything: bool) -> str:
             heading = title
         default = line.default(option)
         note = " (required)" if default is MISSING else f" (default: {as_text(default) or repr(default)})"
-        name, doc = option.field.name, field_docs(option.kind)[option.field.name]
-        lines += _row(
-            f"--{option.name} {_placeholder(hints(option.kind)[name])}", doc + ("" if default is None else note)
-        )
+        placeholder = _placeholder(hints(option.kind)[option.field.name])
+        doc = field_docs(option.kind)[option.field.name] + ("" if default is None else note)
+        lines += _row(f"--{option.name} {placeholder}", doc)
     return "\n".join(lines)
 
 

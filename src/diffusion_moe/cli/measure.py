@@ -27,10 +27,8 @@ def bench(arguments: Sequence[str]) -> int:
     """Time the layer, a training step, sampling, matmuls, or the growth of cost: one JSON line a measurement."""
     check_old_words(arguments)
     choices = get_args(What)
-    line = CommandLine(
-        "bench", bench.__doc__ or "", (BenchOptions,), first=("subject", f"what to time: {', '.join(choices)}")
-    )
-    given = parse(line, arguments)
+    first = ("subject", f"what to time: {', '.join(choices)}")
+    given = parse(CommandLine("bench", bench.__doc__, (BenchOptions,), first=first), arguments)
     if given.first not in choices:
         raise ValueError(f"the subject is {given.first}; choose one of {', '.join(choices)}")
     options = given.options(BenchOptions)
@@ -44,7 +42,7 @@ def bench(arguments: Sequence[str]) -> int:
 
 def recipes(arguments: Sequence[str]) -> int:
     """List the shipped recipes with their parameters (M of 2^20, as the papers count)."""
-    line = CommandLine("recipes", recipes.__doc__ or "", (RecipesOptions,))
+    line = CommandLine("recipes", recipes.__doc__, (RecipesOptions,))
     options = parse(line, arguments).options(RecipesOptions)
     from ..counts import PAPER_MILLION, model_flops, model_size
 

@@ -19,21 +19,16 @@ class Given(NamedTuple):
 
     first: str
     """The first argument."""
-    values: Mapping[type, dict[str, Any]]
-    """Values by dataclass and field of the verb's own options."""
-    sections: Sections
-    """Values by section and field of a recipe."""
+    values: Mapping[type | str, dict[str, Any]]
+    """Values by field, of the verb's own dataclasses and of a recipe's sections by name."""
+
+    @property
+    def sections(self) -> Sections:
+        """Values by section and field of a recipe."""
+        return {name: values for name, values in self.values.items() if isinstance(name, str)}
 
     def options(self, kind: type[Options], defaults: Mapping[str, Any] | None = None) -> Options:
-        """A dataclass of the verb's own options.
-
-        Args:
-            kind: the dataclass.
-            defaults: values for what is not given.
-
-        Raises:
-            ValueError: one line with the mistake.
-        """
+        """A dataclass of the verb's own options; `defaults` are values for what is not given."""
         return build(kind, {**(defaults or {}), **self.values[kind]})
 
 
@@ -53,10 +48,10 @@ def parse(line: CommandLine, arguments: Sequence[str]) -> Given:
             raise ValueError(f"the {line.first[0]} is missing; usage: {line.usage()}")
         first = rest.pop(0)
     options = {option.name: option for option in line.options()}
-    own: dict[type, dict[str, Any]] = {kind: {} for kind in line.own}
-    sections: dict[str, dict[str, Any]] = {name: {} for name in line.sections}
+    keys: list[type | str] = [*line.own, *line.sections]
+    values: dict[type | str, dict[str, Any]] = {key: {} for key in keys}
     types = {name: hints(option.kind)[option.field.name] for name, option in options.items()}
     for name, value in parse_options(rest, types).items():
         option = options[name]
-        (sections[option.section] if option.section else own[option.kind])[option.field.name] = value
-    return Given(first, own, sections)
+        values[option.section or option.kind][option.field.name] = value
+    return Given(first, values)

@@ -12,7 +12,7 @@ from .output import log
 
 def sample(arguments: Sequence[str]) -> int:
     """Generate images from a run, a converted folder or a pipeline folder; settings default to the run's recipe."""
-    source, options, settings = read_folder("sample", sample.__doc__ or "", arguments, SampleOptions, {"num_samples"})
+    source, options, settings = read_folder(sample, arguments, SampleOptions, {"num_samples"})
     from ..sampling.generate import with_precision
     from ..sampling.sample import generate_images
 
@@ -28,7 +28,7 @@ def analyze(arguments: Sequence[str]) -> int:
 
     hidden = {"acceleration"}  # it would hide the routers
     usual = {"num_samples": 100, "steps": 20}
-    source, options, settings = read_folder("analyze", analyze.__doc__ or "", arguments, AnalyzeOptions, hidden, usual)
+    source, options, settings = read_folder(analyze, arguments, AnalyzeOptions, hidden, usual)
     from ..analysis.run import analyze as write_report
     from ..sampling.generate import with_precision
 

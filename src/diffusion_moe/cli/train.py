@@ -46,7 +46,7 @@ def train(arguments: Sequence[str]) -> int:
 
     Options override the recipe. The defaults below are those of fields that neither sets.
     """
-    line = CommandLine("train", train.__doc__ or "", (TrainOptions,), SECTIONS, RECIPE)
+    line = CommandLine("train", train.__doc__, (TrainOptions,), SECTIONS, RECIPE)
     given = parse(line, arguments)
     file, options = find_recipe(given.first), given.options(TrainOptions)
     folder = options.output_dir or Path("runs") / file.stem
@@ -72,7 +72,7 @@ def plan(arguments: Sequence[str]) -> int:
 
     Options override the recipe. The defaults below are those of fields that neither sets.
     """
-    given = parse(CommandLine("plan", plan.__doc__ or "", (PlanOptions,), SECTIONS, RECIPE), arguments)
+    given = parse(CommandLine("plan", plan.__doc__, (PlanOptions,), SECTIONS, RECIPE), arguments)
     file, options = find_recipe(given.first), given.options(PlanOptions)
     recipe = _choose(file, given.sections).recipe
     from ..planning.plan import make_plan

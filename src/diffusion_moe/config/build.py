@@ -20,17 +20,15 @@ EXPECTED = {int: "int", float: "float", bool: "true or false", str: "text", Path
 
 
 def build(section: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
-    """A dataclass out of values by the names of its fields.
+    """A dataclass out of values by the names of its fields; those that are not given have their defaults.
 
     Args:
-        section: the dataclass.
-        values: those that are given; the others have their defaults.
         prefix: comes before the fields' names in messages, as "model.".
 
     Raises:
         ValueError: one line: an unknown name, a missing or wrong value, or settings that contradict each other.
     """
-    types = hints(section)
+    types = hints(section)  # type: ignore[arg-type]  # mypy does not know that classes have a hash
     for name in values:
         if name not in types:
             raise ValueError(unknown_name(f"{prefix}{name}", [f"{prefix}{known}" for known in types]))
@@ -60,9 +58,8 @@ def unknown_name(name: str, known: Sequence[str]) -> str:
     if renamed is not None:
         return f"{name} is now {renamed}; rename it"
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
-    return f"there is no {name}" + (
-        f"; did you mean {' or '.join(near)}?" if near else "; see --help all for all names"
-    )
+    remedy = f"did you mean {' or '.join(near)}?" if near else "see --help all for all names"
+    return f"there is no {name}; {remedy}"
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -75,11 +72,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """The value as the type says.
-
-    Raises:
-        ValueError: it is none of that type.
-    """
+    """The value as the type says; a ValueError if it is none of that type."""
     kinds = get_args(hint)
     if get_origin(hint) is Literal:
         if any(value == choice and type(value) is type(choice) for choice in kinds):
@@ -92,9 +85,8 @@ def _typed(value: Any, hint: Any) -> Any:
     elif kinds:  # a union with None
         return None if value is None else _typed(value, next(kind for kind in kinds if kind is not NoneType))
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-4, without a dot, as text
+        # A text too, because YAML 1.1 reads 1e-4, without a dot, as text.
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
             return float(value)
     elif hint in (str, Path):
         if isinstance(value, str | Path) or (isinstance(value, int | float) and not isinstance(value, bool)):
@@ -105,7 +97,7 @@ def _typed(value: Any, hint: Any) -> Any:
 
 
 def words(hint: Any) -> str:
-    """What a type expects, for messages and `--help`."""
+    """Words for the values of a type, for messages."""
     kinds = get_args(hint)
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, kinds))}"

@@ -5,22 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from .fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, check_fields, require, require_default, setting
+from .fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Settings, setting
 
 FolderClasses = Literal["top", "leaf", "none"]
 """Folders of a folder of images that are its classes."""
-
-
 ShapesLayout = Literal["free", "grid"]
 """Positions of the objects in scenes of coloured shapes."""
-
-
 IMAGE_FILES = ("folder", "huggingface", "webdataset")
 """Values of data.kind whose images are files to decode."""
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """The data set."""
 
     kind: Literal["digits", "shapes", "folder", "huggingface", "webdataset", "latents"] = setting("digits", common=True)
@@ -81,22 +77,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         # Latents need it too, but their recipes cannot know it.
-        require(
-            self.kind not in IMAGE_FILES or self.path is not None,
-            f"data.path is missing; data.kind {self.kind} needs it",
-        )
+        if self.kind in IMAGE_FILES and self.path is None:
+            raise ValueError(f"data.path is missing; data.kind {self.kind} needs it")
         for field in fields(self):
             if field.metadata["kinds"] and self.kind not in field.metadata["kinds"]:
-                require_default(self, "data", field.name, f"which is not supported for data.kind {self.kind}")
+                self.require_default(field.name, f"which is not supported for data.kind {self.kind}")
         if self.kind == "latents":
-            require_default(self, "data", "text_encoder", "but data.kind latents has encoded captions")
+            self.require_default("text_encoder", "but data.kind latents has encoded captions")
         for text in self.buckets:
             height, _, width = text.partition("x")
-            require(
-                height.isdecimal() and width.isdecimal() and int(height) * int(width) > 0,
-                f"data.buckets holds {text!r}; give sizes such as 256x384",
-            )
-        check_fields(self, "data")
+            if not (height.isdecimal() and width.isdecimal() and int(height) * int(width) > 0):
+                raise ValueError(f"data.buckets holds {text!r}; give sizes such as 256x384")
+        super().__post_init__()
 
     @property
     def bucket_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import NOT_NEGATIVE, POSITIVE, SEED, check_fields, require, setting
+from .fields import NOT_NEGATIVE, POSITIVE, SEED, Settings, require, setting
 
 FLOW_SOLVERS = ("euler", "heun", "heun_euler", "dopri5", "sde")
-
-
 DDPM_SOLVERS = ("ddpm", "ddim")
-
-
 Solver = Literal["euler", "heun", "heun_euler", "dopri5", "sde", "ddpm", "ddim"]
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """Generation and evaluation of images."""
 
     num_samples: int = setting(1000, change="always", valid=POSITIVE)
@@ -57,6 +53,6 @@ class EvaluationConfig:
     """Seed of the noise; image i is a function of this seed and i."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "evaluation")
+        super().__post_init__()
         low, high = self.guidance_interval
         require(0 <= low <= high <= 1, f"evaluation.guidance_interval is {low}, {high}; give 0 <= low <= high <= 1")

@@ -6,21 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..routing_rules import RULES, RoutingRule, rule_of
-from .fields import (
-    BELOW_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    POSITIVE_OR_NULL,
-    check_fields,
-    names_where,
-    require,
-    require_default,
-    setting,
-)
+from .fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NULL, Settings, names_where, setting
 
-Router = str
-"""dense, or a name in `routing_rules.RULES`."""
-Balance = Literal["none", "aux", "bias"]
 Activation = Literal["gelu", "silu", "swiglu"]
 Position = Literal["sincos", "rope1d", "rope2d", "sincos+rope2d"]
 Shared = Literal["none", "identity", "gelu", "swiglu"]
@@ -29,7 +16,7 @@ Prediction = Literal["velocity", "x", "epsilon"]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The diffusion transformer. The fields are the arguments of `diffusion_moe.DiT` and `diffusion_moe.JiT`."""
 
     backbone: Literal["dit", "jit"] = setting("dit", affects="weights")
@@ -65,7 +52,7 @@ class ModelConfig:
     """Index of the first block with class tokens (backbone: jit)."""
     num_heads: int = setting(6, affects="weights", common=True, valid=POSITIVE)
     """Attention heads."""
-    num_kv_heads: int | None = setting(None, affects="weights")
+    num_kv_heads: int | None = setting(None, affects="weights", valid=POSITIVE_OR_NULL)
     """Key and value heads (grouped-query attention); null: as many as num_heads."""
     head_dim: int | None = setting(None, affects="weights", valid=POSITIVE_OR_NULL)
     """Width of a head; null: hidden_size / num_heads."""
@@ -112,12 +99,12 @@ class ModelConfig:
     text_null: Literal["learned", "empty"] = setting("learned", affects="weights", group="text")
     """Text features without a prompt, for guidance and dropout: a learned sequence, or the encoder's features of the
     empty prompt (text_dim above 0)."""
-    router: Router = setting("dsmoe", affects="weights", group="experts", common=True)
+    router: str = setting("dsmoe", affects="weights", group="experts", common=True)
     """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (expert choice over
     the batch with a capacity predictor), dsmoe (sigmoid grouped top-k)."""
     num_experts: int = setting(16, affects="weights", group="experts", common=True)
     """Routed experts of a layer."""
-    expert_dim: int = setting(768, affects="weights", group="experts", common=True)
+    expert_dim: int = setting(768, affects="weights", group="experts", common=True, valid=POSITIVE)
     """Hidden width of one expert."""
     expert_activation: Literal["gelu", "swiglu"] = setting("swiglu", affects="weights", group="experts")
     """Activation of the experts."""
@@ -142,7 +129,7 @@ class ModelConfig:
     """Hidden width of the shared expert; null: expert_dim."""
     shared_bias: bool = setting(False, affects="weights", group="experts")
     """Biases in the shared expert."""
-    balance: Balance = setting("none", affects="nothing", group="experts", reference=False)
+    balance: Literal["none", "aux", "bias"] = setting("none", affects="nothing", group="experts", reference=False)
     """Load balancing of token-choice routers (router: tc, dsmoe): none, an auxiliary loss, or the correction bias,
     moved after each step (DeepSeek-V3)."""
     balance_weight: float = setting(0.01, affects="nothing", group="experts", reference=False)
@@ -156,31 +143,26 @@ class ModelConfig:
     inference_pool: Literal["image", "batch"] = setting("image", affects="nothing", group="experts", reference=False)
     """Tokens that thresholds choose from at inference (router: diffmoe): those of each image, or of the whole batch as
     in the paper."""
-    moe_layer_freq: int = setting(2, affects="weights", group="experts")
+    moe_layer_freq: int = setting(2, affects="weights", group="experts", valid=POSITIVE)
     """Period of blocks with an MoE layer: 1: all blocks; 2: blocks 1, 3, ...; n: the last of every n."""
     first_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)
     """Number of first blocks that are dense whatever moe_layer_freq is."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "model")
-        require(
-            self.sample_size % self.patch_size == 0,
-            f"model.sample_size {self.sample_size} is not divisible by model.patch_size {self.patch_size}",
-        )
-        require(
-            self.head_dim is not None or self.hidden_size % self.num_heads == 0,
-            f"model.hidden_size {self.hidden_size} is not divisible by model.num_heads {self.num_heads}",
-        )
-        kv_heads = self.num_kv_heads
-        require(
-            kv_heads is None or (kv_heads > 0 and self.num_heads % kv_heads == 0),
-            f"model.num_heads {self.num_heads} is not divisible by model.num_kv_heads {kv_heads}",
-        )
+        super().__post_init__()
+        self.require_divisible("sample_size", "patch_size")
+        if self.head_dim is None:
+            self.require_divisible("hidden_size", "num_heads")
+        if self.num_kv_heads is not None:
+            self.require_divisible("num_heads", "num_kv_heads")
+        if self.process == "ddpm" and self.prediction != "epsilon":
+            reason = "but model.process ddpm predicts epsilon; set it to epsilon"
+            raise ValueError(f"model.prediction is {self.prediction!r}, {reason}")
         self._check_positions()
         self._check_backbone()
         self._check_text()
         if self.rule is not None:
-            self._check_experts()
+            self.rule.check(self, "model.")
 
     @property
     def rule(self) -> type[RoutingRule] | None:
@@ -217,59 +199,39 @@ class ModelConfig:
         """True if the sine-cosine table is added to the tokens."""
         return self.position in ("sincos", "sincos+rope2d")
 
-    def _check_positions(self) -> None:
-        require(
-            not self.adds_sincos or self.hidden_size % 4 == 0,
-            f"model.hidden_size {self.hidden_size} is not divisible by 4, as model.position {self.position} needs",
-        )
-        require(
-            not self.rotary_axes or self.head_width % (2 * self.rotary_axes) == 0,
-            f"a head is {self.head_width} wide (model.head_dim, or hidden_size / num_heads), not divisible by "
-            f"{2 * self.rotary_axes}, as model.position {self.position} needs",
-        )
-
-    def _check_backbone(self) -> None:
-        require(
-            self.process != "ddpm" or self.prediction == "epsilon",
-            f"model.prediction is {self.prediction!r}, but model.process ddpm predicts epsilon; set it to epsilon",
-        )
-        if self.backbone == "dit":
-            for name in ("bottleneck_dim", "class_tokens", "class_tokens_from"):
-                require_default(self, "model", name, "but model.backbone is dit")
-            return
-        require(
-            self.bottleneck_dim is not None and self.bottleneck_dim > 0,
-            f"model.bottleneck_dim is {self.bottleneck_dim}; model.backbone jit needs a positive one",
-        )
-        require(
-            self.class_tokens == 0 or self.num_classes > 0,
-            f"model.class_tokens is {self.class_tokens}, but model.num_classes is 0; use 0 for an unconditional model",
-        )
-        require(
-            0 <= self.class_tokens_from < self.depth,
-            f"model.class_tokens_from is {self.class_tokens_from}; choose 0 to below model.depth {self.depth}",
-        )
-
-    def _check_text(self) -> None:
-        if not self.text_dim:
-            for name in TEXT_FIELDS:
-                require_default(self, "model", name, "but model.text_dim is 0 (no text)")
-        require(
-            self.text_conditioning == "cross" or self.sliding_window == 0,
-            f"model.sliding_window is {self.sliding_window}, but in one sequence with the text tokens are no "
-            "neighbours; set it to 0, or model.text_conditioning to cross",
-        )
-
     @property
     def guidable(self) -> bool:
         """True if the model has an output for no class or no prompt, as guidance needs."""
         return self.text_dim > 0 or (self.num_classes > 0 and self.null_class)
 
-    def _check_experts(self) -> None:
-        for name in ("expert_dim", "moe_layer_freq"):
-            require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive")
-        if self.rule is not None:
-            self.rule.check(self, "model.")
+    def _check_positions(self) -> None:
+        need = f"as model.position {self.position} needs"
+        if self.adds_sincos and self.hidden_size % 4:
+            raise ValueError(f"model.hidden_size {self.hidden_size} is not divisible by 4, {need}")
+        if self.rotary_axes and self.head_width % (2 * self.rotary_axes):
+            head = f"a head is {self.head_width} wide (model.head_dim, or hidden_size / num_heads)"
+            raise ValueError(f"{head}, not divisible by {2 * self.rotary_axes}, {need}")
+
+    def _check_backbone(self) -> None:
+        if self.backbone == "dit":
+            for name in ("bottleneck_dim", "class_tokens", "class_tokens_from"):
+                self.require_default(name, "but model.backbone is dit")
+            return
+        if not self.bottleneck_dim or self.bottleneck_dim < 0:
+            raise ValueError(f"model.bottleneck_dim is {self.bottleneck_dim}; model.backbone jit needs a positive one")
+        if not self.num_classes:
+            self.require_default("class_tokens", "but model.num_classes is 0", "use 0 for an unconditional model")
+        if not 0 <= self.class_tokens_from < self.depth:
+            remedy = f"choose 0 to below model.depth {self.depth}"
+            raise ValueError(f"model.class_tokens_from is {self.class_tokens_from}; {remedy}")
+
+    def _check_text(self) -> None:
+        if not self.text_dim:
+            for name in TEXT_FIELDS:
+                self.require_default(name, "but model.text_dim is 0 (no text)")
+        if self.text_conditioning == "joint":
+            reason = "but in one sequence with the text tokens are no neighbours"
+            self.require_default("sliding_window", reason, "set it to 0, or model.text_conditioning to cross")
 
 
 TEXT_FIELDS = names_where(ModelConfig, group="text")

@@ -26,11 +26,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a shipped recipe, or `name` itself if it is a path to a YAML file.
-
-    Raises:
-        ValueError: no such file or recipe; the message names the nearest recipes.
-    """
+    """The file of a shipped recipe, or `name` itself if it is a path to a YAML file."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.parent != Path():
         if not path.is_file():
@@ -43,11 +39,7 @@ def find_recipe(name: str) -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """The content of a YAML file; a ValueError if it cannot be read."""
     try:
         return yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -55,14 +47,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_sections(path: Path, old_names: bool = False) -> Sections:
-    """The sections of a recipe file.
+    """The sections of a recipe file; an unknown key is refused with its full path.
 
     Args:
-        path: the file.
         old_names: take names of the version before too, as in the recipe of a run.
-
-    Raises:
-        ValueError: unreadable file, not a mapping of sections, or an unknown key, with its full path.
     """
     sections = read_yaml(path)
     if not isinstance(sections, dict):
@@ -75,20 +63,16 @@ def read_sections(path: Path, old_names: bool = False) -> Sections:
         if not isinstance(fields, dict):
             raise ValueError(f"recipe {path}: {section} is {fields!r}; expected a mapping of its fields")
         known = [f"{section}.{name}" for name in hints(SECTIONS[section])]
-        for key in fields:
-            if f"{section}.{key}" not in known:
-                raise ValueError(f"recipe {path}: {unknown_name(f'{section}.{key}', known)}")
+        for name in (f"{section}.{key}" for key in fields):
+            if name not in known:
+                raise ValueError(f"recipe {path}: {unknown_name(name, known)}")
     return sections
 
 
 def parse_options(arguments: Sequence[str], types: Mapping[str, Any]) -> dict[str, Any]:
     """The plain values of `--name=value` and `--name value`, by name; a dash in a name means an underscore.
 
-    A switch (type bool) needs no value. The last of several values of one option counts.
-
-    Args:
-        arguments: of the command line.
-        types: of all known options.
+    A switch (type bool) needs no value. The last of several values of one option counts. `types` has all known options.
 
     Raises:
         ValueError: an unknown option, or one without its value.
@@ -102,29 +86,14 @@ def parse_options(arguments: Sequence[str], types: Mapping[str, Any]) -> dict[st
         name = given[2:].replace("-", "_")
         if name not in types:
             raise ValueError(unknown_name(f"--{name}", [f"--{known}" for known in types]))
-        if not equals:
-            if types[name] is bool and (not rest or rest[0].startswith("--")):
-                text = "true"
-            elif rest:
-                text = rest.pop(0)
-            else:
-                raise ValueError(f"{given} has no value; give one")
+        if not equals and types[name] is bool and (not rest or rest[0].startswith("--")):
+            text = "true"
+        elif not equals and not rest:
+            raise ValueError(f"{given} has no value; give one")
+        elif not equals:
+            text = rest.pop(0)
         values[name] = parse_text(text, types[name])
     return values
-
-
-def section_types(sections: Mapping[str, type] = SECTIONS) -> dict[str, Any]:
-    """The types of all fields of some sections by dotted name."""
-    return {f"{name}.{key}": kind for name, section in sections.items() for key, kind in hints(section).items()}
-
-
-def nested(values: Mapping[str, Any]) -> Sections:
-    """Values by dotted name, nested."""
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = value
-    return sections
 
 
 def merge(*layers: Sections) -> Sections:
@@ -134,19 +103,16 @@ def merge(*layers: Sections) -> Sections:
 
 
 def build_recipe(sections: Sections) -> Recipe:
-    """A recipe out of plain values.
-
-    Raises:
-        ValueError: one line with the mistake.
-    """
+    """A recipe out of plain values."""
     return Recipe(**{name: build(SECTIONS[name], fields, f"{name}.") for name, fields in sections.items()})
 
 
 def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: a shipped one's name, or a YAML file; then apply options such as `--model.depth=4`.
-
-    Raises:
-        ValueError: one line with the mistake.
-    """
+    """Read a recipe: a shipped one's name, or a YAML file; then apply options such as `--model.depth=4`."""
     file = path if isinstance(path, Path) else find_recipe(path)
-    return build_recipe(merge(read_sections(file), nested(parse_options(overrides, section_types()))))
+    types = {f"{name}.{key}": kind for name, section in SECTIONS.items() for key, kind in hints(section).items()}
+    given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for name, value in parse_options(overrides, types).items():
+        section, _, key = name.partition(".")
+        given[section][key] = value
+    return build_recipe(merge(read_sections(file), given))

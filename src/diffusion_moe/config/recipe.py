@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,6 @@ import yaml
 
 from .data import DataConfig
 from .evaluation import EvaluationConfig
-from .fields import require, require_default
 from .model import ModelConfig
 from .training import DiffusionConfig, InitConfig, LoggingConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 
@@ -30,25 +30,20 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        require(
-            not self.init.upcycle or self.model.router != "dense",
-            "init.upcycle is true, but model.router is dense; choose a routing rule",
-        )
+        if self.init.upcycle and self.model.router == "dense":
+            raise ValueError("init.upcycle is true, but model.router is dense; choose a routing rule")
         if self.model.process == "ddpm":
-            require(
-                self.diffusion.loss in (None, "epsilon"),
-                f"diffusion.loss is {self.diffusion.loss!r}, but model.process ddpm compares epsilon; remove it",
-            )
-            require_default(self.diffusion, "diffusion", "time", "but model.process ddpm samples uniform steps")
+            if self.diffusion.loss not in (None, "epsilon"):
+                reason = "but model.process ddpm compares epsilon; remove it"
+                raise ValueError(f"diffusion.loss is {self.diffusion.loss!r}, {reason}")
+            self.diffusion.require_default("time", "but model.process ddpm samples uniform steps")
         loss = self.diffusion.loss or self.model.prediction
-        divides = self.model.process == "flow" and self.model.prediction != "velocity" and loss != self.model.prediction
-        if not divides:
+        if self.model.process == "ddpm" or self.model.prediction in ("velocity", loss):
             reason = f"but from {self.model.prediction} to {loss} nothing is divided"
-            require_default(self.diffusion, "diffusion", "loss_min_gap", reason)
-        require(
-            self.model.null_class or self.diffusion.class_dropout == 0 or self.model.num_classes == 0,
-            f"diffusion.class_dropout is {self.diffusion.class_dropout}, but model.null_class is false; set it to 0",
-        )
+            self.diffusion.require_default("loss_min_gap", reason)
+        dropout = self.diffusion.class_dropout
+        if dropout and self.model.num_classes and not self.model.null_class:
+            raise ValueError(f"diffusion.class_dropout is {dropout}, but model.null_class is false; set it to 0")
 
     @property
     def loss_min_gap(self) -> float:
@@ -62,11 +57,7 @@ SECTIONS: dict[str, type] = {name: value.default_factory for name, value in Reci
 
 def to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The recipe as nested plain values, ready for YAML or JSON."""
-    sections = dataclasses.asdict(recipe)
-    return {
-        section: {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-        for section, fields in sections.items()
-    }
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))  # tuples become lists, which YAML has
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -5,24 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import (
-    BELOW_ONE,
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    POSITIVE_OR_NULL,
-    SEED,
-    Range,
-    check_fields,
-    require,
-    require_default,
-    setting,
-)
+from .fields import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NULL, SEED, UP_TO_ONE, Settings, setting
 from .model import Prediction
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """The training loop."""
 
     steps: int = setting(10000, change="constant", common=True, valid=POSITIVE)
@@ -63,28 +51,22 @@ class TrainingConfig:
     """auto: the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "training")
-        require(
-            self.batch_size % self.accumulation == 0,
-            f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}",
-        )
+        super().__post_init__()
+        self.require_divisible("batch_size", "accumulation")
         decays = self.extra_ema_decays
-        require(
-            len({self.ema_decay, *decays}) == 1 + len(decays),
-            f"training.extra_ema_decays are {decays}; they must differ from each other and from ema_decay",
-        )
+        if len({self.ema_decay, *decays}) != 1 + len(decays):
+            remedy = "they must differ from each other and from ema_decay"
+            raise ValueError(f"training.extra_ema_decays are {decays}; {remedy}")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Settings):
     """Sampling of training times, dropout of classes and captions, and the prediction that the loss compares."""
 
     loss: Prediction | None = setting(None)
     """Prediction that the mean squared error compares, after converting the model's output to it: velocity, x or
     epsilon; null: the model's own prediction. JiT predicts x and compares velocities."""
-    loss_min_gap: float | None = setting(
-        None, valid=Range("it must be above 0 and at most 1", lambda value: 0 < value <= 1)
-    )
+    loss_min_gap: float | None = setting(None, valid=UP_TO_ONE)
     """Smallest 1 - t (from x) or t (from epsilon) that this conversion divides by; null: model.min_gap. Velocities
     weight errors of x by 1 / max(1 - t, loss_min_gap)^2: with 0.4, late ones 6 times as much as early ones."""
     time: Literal["uniform", "logit_normal"] = setting("uniform")
@@ -99,12 +81,9 @@ class DiffusionConfig:
     """Share of training samples whose caption is replaced by the null prompt, for guidance (model.text_dim); decided by
     the same random number as class_dropout."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "diffusion")
-
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW and its schedule."""
 
     learning_rate: float = setting(1e-4, common=True, valid=POSITIVE)
@@ -122,12 +101,9 @@ class OptimizerConfig:
     max_grad_norm: float | None = setting(1.0, valid=POSITIVE._replace(remedy="use null for no clipping"))
     """Maximum norm of the gradient, which is clipped to it; null: no clipping."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "optimizer")
-
 
 @dataclass(frozen=True)
-class InitConfig:
+class InitConfig(Settings):
     """The checkpoint to start from, and which weights are trained; see docs/training.md."""
 
     from_checkpoint: str | None = setting(None, change="never", common=True)
@@ -153,26 +129,25 @@ class InitConfig:
         if self.from_checkpoint is None:
             for name in type(self).__dataclass_fields__:
                 reason = "but init.from_checkpoint is missing"
-                require_default(self, "init", name, reason, "give the model to start from")
-        check_fields(self, "init")
+                self.require_default(name, reason, "give the model to start from")
+        super().__post_init__()
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_targets"):
-                require_default(self, "init", name, "but init.lora_rank is null", "give a rank")
-        require(bool(self.lora_targets), "init.lora_targets are empty; name layers, or set init.lora_rank to null")
-        require(
-            self.lora_rank is None or not self.freeze,
-            f"init.freeze is {self.freeze}, but with init.lora_rank only adapters are trained; remove it",
-        )
-        require(
-            self.lora_rank is None or not self.upcycle,
-            "init.upcycle is true, but adapters cannot train its new routers; set init.lora_rank to null",
-        )
+                self.require_default(name, "but init.lora_rank is null", "give a rank")
+        elif not self.lora_targets:
+            raise ValueError("init.lora_targets are empty; name layers, or set init.lora_rank to null")
+        elif self.freeze:
+            reason = "but with init.lora_rank only adapters are trained; remove it"
+            raise ValueError(f"init.freeze is {self.freeze}, {reason}")
+        elif self.upcycle:
+            reason = "but adapters cannot train its new routers; set init.lora_rank to null"
+            raise ValueError(f"init.upcycle is true, {reason}")
         if not self.upcycle:
-            require_default(self, "init", "upcycle_noise", "but init.upcycle is false")
+            self.require_default("upcycle_noise", "but init.upcycle is false")
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Settings):
     """Distribution over processes: replicate x shard x experts must be the number that torchrun started."""
 
     replicate: int = setting(1, change="always", common=True, valid=POSITIVE)
@@ -185,12 +160,14 @@ class ParallelConfig:
     """Tokens that DiffMoE's experts choose from: those of a process, or of all processes. Global gathers all scores in
     each MoE layer."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "parallel")
+    @property
+    def processes(self) -> int:
+        """Number of processes."""
+        return self.replicate * self.shard * self.experts
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Settings):
     """Logs, validation and previews while training."""
 
     every: int = setting(20, change="always", valid=POSITIVE)
@@ -207,6 +184,3 @@ class LoggingConfig:
     """Held-out images for validate_every, the first of their split."""
     sample_every: int = setting(0, change="always", common=True, valid=NOT_NEGATIVE._replace(remedy="use 0 for never"))
     """Steps between grids of generated images, in previews/; 0: never."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "logging")

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..models import Backbone
 from ..models.labels import by_name, checked, class_number
-from .denoising import Conditions, DenoisingPipeline
-from .request import Request, takes_request
+from .denoising import Conditions, DenoisingPipeline, Request, takes_request
 
 Label = int | str
 
@@ -49,10 +48,9 @@ class ClassToImagePipeline(DenoisingPipeline):
         vae: AutoencoderKL | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
     ) -> None:
-        super().__init__()
         if transformer.settings.text_dim:
             raise ValueError("the transformer takes text; use TextToImagePipeline")
-        self.set_up(transformer, scheduler, vae)
+        super().__init__(transformer=transformer, scheduler=scheduler, vae=vae)
         names = None if id2label is None else {int(number): name for number, name in id2label.items()}
         self.register_to_config(id2label=names)
         self.labels = by_name(names or {})
@@ -70,12 +68,12 @@ class ClassToImagePipeline(DenoisingPipeline):
         if isinstance(labels, Tensor):
             labels = labels.flatten().tolist()
         one = isinstance(labels, str) or not isinstance(labels, Iterable)
-        return [self._label_id(label) for label in ([labels] if one else labels)]  # type: ignore[union-attr, arg-type]
-
-    def _label_id(self, label: Label) -> int:
-        if isinstance(label, str):
-            return class_number(label, self.labels, self.settings.num_classes)
-        return checked(operator.index(label), self.settings.num_classes)
+        each: Iterable[Any] = [labels] if one else labels  # type: ignore[assignment]
+        count = self.settings.num_classes
+        return [
+            class_number(label, self.labels, count) if isinstance(label, str) else checked(operator.index(label), count)
+            for label in each
+        ]
 
     @torch.no_grad()
     @takes_request
@@ -100,13 +98,11 @@ class ClassToImagePipeline(DenoisingPipeline):
             ValueError: arguments that do not fit the model or each other; the message says what would.
         """
         labels, request = self._class_numbers(class_labels, num_images_per_label, num_images), Request(**options)
-        conditions: Conditions = {}
+        class_B, null_class = torch.tensor(labels, device=self._execution_device), self.transformer.null_class
+        conditions: Conditions = {"class_labels": class_B} if self.settings.num_classes else {}
         null: Conditions | None = None
-        if self.settings.num_classes:
-            class_B = torch.tensor(labels, device=self._execution_device)
-            conditions = {"class_labels": class_B}
-            if self.transformer.null_class is not None:
-                null = {"class_labels": torch.full_like(class_B, self.transformer.null_class)}
+        if null_class is not None:
+            null = {"class_labels": torch.full_like(class_B, null_class)}
         return self.denoise(len(labels), conditions, null, request, return_dict)
 
     def _class_numbers(

@@ -6,17 +6,17 @@ Shape suffixes: B images, C channels, H and W pixels of the model's own space (l
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -24,14 +24,68 @@ from ..config import ModelConfig
 from ..data.latent_space import LatentScaling
 from ..diffusion.guidance import inside
 from ..diffusion.prediction import convert
-from ..models import Backbone
 from ..moe import scale_thresholds
-from .request import Request
-from .schedulers import check_scheduler, wants_variance
+from .schedulers import check_scheduler
 
 Conditions = dict[str, Tensor | None]
 """Arguments of the model's forward besides image and time; the first axis is the image."""
+StepCallback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+Call = TypeVar("Call", bound=Callable[..., Any])
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Further options, by name.
+
+    Args:
+        num_inference_steps: steps of the scheduler.
+        guidance_scale: s in uncond + s * (cond - uncond); 1 for none.
+        guidance_interval: times t strictly between which there is guidance; 0 is noise, 1 is data. The whole interval
+            includes both ends.
+        guidance_channels: number of first channels that are guided; None: all.
+        height: height of the images, in pixels; None: the model's own.
+        width: width of the images, in pixels; None: the model's own.
+        generator: one for the whole batch, or one per image, which makes each image independent of its batch.
+        latents: initial noise of standard deviation 1, (B, C, H, W).
+        threshold_scale: factor on the routers' thresholds during the call (`moe.scale_thresholds`); below 1 more
+            experts for each token, above 1 fewer.
+        output_type: pil; np, (B, H, W, C) in [0, 1]; pt, (B, C, H, W) in [0, 1]; or latent, the model's own output.
+        callback_on_step_end: called with the pipeline, the index of the step, the scheduler's timestep, and the
+            tensors of callback_on_step_end_tensor_inputs, which its return value replaces.
+        callback_on_step_end_tensor_inputs: names of those tensors; only latents exist.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_channels: int | None = None
+    height: int | None = None
+    width: int | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
+    latents: Tensor | None = None
+    threshold_scale: float = 1.0
+    output_type: str = "pil"
+    callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+
+    @property
+    def callback_inputs(self) -> Sequence[str]:
+        """Names of the tensors that the callback gets."""
+        callback = self.callback_on_step_end
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            return callback.tensor_inputs
+        return self.callback_on_step_end_tensor_inputs
+
+
+def takes_request(call: Call) -> Call:
+    """Show the fields of `Request` in the signature and docstring of a call that takes them as `**options`."""
+    signature = inspect.signature(call)
+    own = {name: p for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    further = [p for name, p in inspect.signature(Request).parameters.items() if name not in own]
+    call.__signature__ = signature.replace(parameters=[*own.values(), *further])  # type: ignore[attr-defined]
+    call.__doc__ = f"{inspect.getdoc(call)}\n\n{inspect.getdoc(Request)}"
+    return call
 
 
 class DenoisingPipeline(DiffusionPipeline):
@@ -40,21 +94,11 @@ class DenoisingPipeline(DiffusionPipeline):
     _optional_components = ["vae"]  # noqa: RUF012 - the names and types are diffusers'
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
-    def set_up(self, transformer: Backbone, scheduler: SchedulerMixin, vae: AutoencoderKL | None, **more: Any) -> None:
-        """Register the components.
-
-        Args:
-            transformer: a DiT or JiT.
-            scheduler: a scheduler that fits it.
-            vae: the decoder of its latents, if any.
-            more: further components by name.
-
-        Raises:
-            ValueError: the scheduler or the vae does not fit the transformer.
-        """
-        check_scheduler(scheduler, transformer.settings)
-        check_vae(vae, transformer.settings)
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, **more)
+    def __init__(self, **components: Any) -> None:
+        """Register the components by name: transformer, scheduler, vae (or None), and further ones of a subclass."""
+        super().__init__()
+        self.register_modules(**components)
+        self._check_components()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale, self._interrupt = 1.0, False
 
@@ -64,71 +108,53 @@ class DenoisingPipeline(DiffusionPipeline):
         return self.transformer.settings
 
     @property
-    def generates_pixels(self) -> bool:
-        """True if the transformer's output is the image itself."""
-        return self.vae is None and self.settings.in_channels in (1, 3)
-
-    @property
     def guidance_scale(self) -> float:
         """Guidance scale of the next steps; a callback may set `_guidance_scale`."""
         return self._guidance_scale
-
-    @property
-    def interrupt(self) -> bool:
-        """True to skip the next steps; a callback may set `_interrupt`."""
-        return self._interrupt
 
     @property
     def downscaling(self) -> int:
         """Ratio of the image's height to that of its latents."""
         return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def check_request(self, request: Request) -> Sequence[str]:
-        """Check a call.
-
-        Returns:
-            Names of the tensors that the callback gets.
-
-        Raises:
-            ValueError: arguments that do not fit the model or each other; the message says what would.
-        """
-        check_scheduler(self.scheduler, self.settings)
-        check_vae(self.vae, self.settings)
+    def check_request(self, request: Request) -> None:
+        """Refuse options that do not fit the model or each other; the message says what would."""
+        self._check_components()
         self._check_guidance(request.guidance_scale, request.guidance_interval, request.guidance_channels)
-        self._check_output_type(request.output_type)
-        callback, inputs = request.callback_on_step_end, request.callback_on_step_end_tensor_inputs
-        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-            inputs = callback.tensor_inputs
-        unknown = set(inputs) - set(self._callback_tensor_inputs)
+        output_type, unknown = request.output_type, set(request.callback_inputs) - set(self._callback_tensor_inputs)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
+        if output_type != "latent" and self.vae is None and self.settings.in_channels not in (1, 3):
+            raise ValueError(
+                f"output_type {output_type!r} needs a vae, as the model generates latents; give one "
+                "(pipe.register_modules(vae=AutoencoderKL.from_pretrained(...))) or output_type='latent'"
+            )
         if unknown:
             raise ValueError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}")
-        return inputs
 
     def denoise(
         self, count: int, conditions: Conditions, null: Conditions | None, request: Request, return_dict: bool
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate images.
+        """Generate so many images.
 
         Args:
-            count: number of images.
             conditions: conditions of the images.
             null: conditions that guidance leads away from; None: the model has none.
-            request: options of the call.
             return_dict: return an `ImagePipelineOutput`; false: a tuple.
         """
-        callback, callback_inputs = request.callback_on_step_end, self.check_request(request)
+        self.check_request(request)
         self._guidance_scale, self._interrupt = request.guidance_scale, False
-        x = self._noise(count, request)
-        step_options = self._step_options(request.generator)
-        channels = request.guidance_channels or self.settings.in_channels
+        x, callback = self._noise(count, request), request.callback_on_step_end
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_options = {"generator": request.generator} if takes_generator else {}
         with self._inference(request.threshold_scale):
             for i, step in enumerate(self.progress_bar(self._timesteps(request.num_inference_steps))):
-                if self.interrupt:
+                if self._interrupt:  # a callback may set it
                     continue
-                output = self._scheduler_input(x, i, step, conditions, null, channels, request.guidance_interval)
+                output = self._scheduler_input(x, i, step, conditions, null, request)
                 x = self.scheduler.step(output, step, x, **step_options, return_dict=False)[0]
                 if callback is not None:
-                    tensors = {"latents": x} if callback_inputs else {}
+                    tensors = {"latents": x} if request.callback_inputs else {}
                     x = callback(self, i, step, tensors).get("latents", x)  # type: ignore[operator]
         output_type = request.output_type
         images = self.image_processor.postprocess(x if output_type == "latent" else self.decode(x), output_type)
@@ -153,17 +179,15 @@ class DenoisingPipeline(DiffusionPipeline):
         if not self.settings.guidable:
             raise ValueError(f"guidance_scale is {scale}, but the model has no null class; set it to 1")
         if self.settings.process == "ddpm" and tuple(interval) != (0.0, 1.0):
-            raise ValueError(
-                f"guidance_interval is {interval}, which is not supported for models of process ddpm; remove it"
-            )
+            reason = "which is not supported for models of process ddpm; remove it"
+            raise ValueError(f"guidance_interval is {interval}, {reason}")
 
-    def _check_output_type(self, output_type: str) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
-        if output_type != "latent" and self.vae is None and not self.generates_pixels:
+    def _check_components(self) -> None:
+        check_scheduler(self.scheduler, self.settings)
+        if self.vae is not None and self.vae.config.latent_channels != self.settings.in_channels:
             raise ValueError(
-                f"output_type {output_type!r} needs a vae, as the model generates latents; give one "
-                "(pipe.register_modules(vae=AutoencoderKL.from_pretrained(...))) or output_type='latent'"
+                f"the vae has {self.vae.config.latent_channels} latent channels, but the transformer "
+                f"{self.settings.in_channels}; use the vae whose latents it was trained on"
             )
 
     def _noise(self, count: int, request: Request) -> Tensor:
@@ -200,10 +224,6 @@ class DenoisingPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(steps, device=self._execution_device, **even)
         return self.scheduler.timesteps
 
-    def _step_options(self, generator: Any) -> dict[str, Any]:
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if takes_generator else {}
-
     @contextmanager
     def _inference(self, threshold_scale: float) -> Iterator[None]:
         """Context with the transformer in eval mode and its thresholds scaled."""
@@ -217,25 +237,19 @@ class DenoisingPipeline(DiffusionPipeline):
             self.transformer.train(training)
 
     def _scheduler_input(
-        self,
-        x: Tensor,
-        i: int,
-        step: Tensor,
-        conditions: Conditions,
-        null: Conditions | None,
-        channels: int,
-        interval: tuple[float, float],
+        self, x: Tensor, i: int, step: Tensor, conditions: Conditions, null: Conditions | None, request: Request
     ) -> Tensor:
         """Input of the scheduler at its i-th step: epsilon, with its variance if wanted, or dx/dsigma, float32."""
         settings, C = self.settings, self.settings.in_channels
-        guides = self.guidance_scale != 1
+        channels, guides = request.guidance_channels or C, self.guidance_scale != 1
         if settings.process == "ddpm":
             output = self._predict(x, step, conditions, null if guides else None, channels)
-            return output if wants_variance(self.scheduler) else output[:, :C]
+            # A learned variance is taken together with epsilon.
+            return output if self.scheduler.config.get("variance_type") == "learned_range" else output[:, :C]
         # t is 1 - sigma. Some schedulers round their timesteps, so these are not used.
         t = 1 - self.scheduler.sigmas[i].to(x.device, torch.float32)
         # Rounded, because 1 - sigma differs in the last bits from an end such as 0.1.
-        guides = guides and inside(t.round(decimals=6), interval)
+        guides = guides and inside(t.round(decimals=6), request.guidance_interval)
         output = self._predict(x, t, conditions, null if guides else None, channels)
         return -convert(output[:, :C], x, t, settings.prediction, "velocity", settings.min_gap)
 
@@ -256,16 +270,3 @@ class DenoisingPipeline(DiffusionPipeline):
             without, output = output_of(torch.cat((x, x)), both).chunk(2)
         guided_part = torch.lerp(without[:, :channels], output[:, :channels], self.guidance_scale)
         return torch.cat((guided_part, output[:, channels:]), dim=1)
-
-
-def check_vae(vae: AutoencoderKL | None, settings: ModelConfig) -> None:
-    """Refuse a vae whose latents have another number of channels than the transformer's.
-
-    Raises:
-        ValueError: the numbers differ.
-    """
-    if vae is not None and vae.config.latent_channels != settings.in_channels:
-        raise ValueError(
-            f"the vae has {vae.config.latent_channels} latent channels, but the transformer {settings.in_channels}; "
-            "use the vae whose latents it was trained on"
-        )

@@ -20,14 +20,10 @@ from ..config import ModelConfig, Process
 # DDPM section 4: the schedule that models of process ddpm are trained on.
 STEPS, BETA_START, BETA_END = 1000, 1e-4, 0.02
 
+MULTISTEP = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 FITTING: dict[Process, tuple[type, ...]] = {
-    "flow": (
-        FlowMatchEulerDiscreteScheduler,
-        FlowMatchHeunDiscreteScheduler,
-        DPMSolverMultistepScheduler,
-        UniPCMultistepScheduler,
-    ),
-    "ddpm": (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler),
+    "flow": (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, *MULTISTEP),
+    "ddpm": (DDIMScheduler, DDPMScheduler, *MULTISTEP),
 }
 """Classes that the pipelines are tested with, by the model's process."""
 
@@ -40,14 +36,7 @@ def default_scheduler(settings: ModelConfig) -> SchedulerMixin:
     """
     if settings.process == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=1.0)
-    return DDIMScheduler(
-        num_train_timesteps=STEPS,
-        beta_start=BETA_START,
-        beta_end=BETA_END,
-        beta_schedule="linear",
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
+    return DDIMScheduler(STEPS, BETA_START, BETA_END, "linear", clip_sample=False, timestep_spacing="trailing")
 
 
 def check_scheduler(scheduler: SchedulerMixin, settings: ModelConfig) -> None:
@@ -70,13 +59,10 @@ def _problem(scheduler: SchedulerMixin, settings: ModelConfig) -> str:
     config = scheduler.config
     if settings.process == "ddpm":
         return _ddpm_problem(scheduler, settings)
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler):
-        draws = config.get("stochastic_sampling", False)
-    else:
-        if config.prediction_type != "flow_prediction" or not config.use_flow_sigmas:
-            return "must be made with prediction_type='flow_prediction' and use_flow_sigmas=True"
-        draws = "sde" in config.get("algorithm_type", "")
-    if draws and settings.noise_scale != 1:
+    if isinstance(scheduler, MULTISTEP) and (config.prediction_type != "flow_prediction" or not config.use_flow_sigmas):
+        return "must be made with prediction_type='flow_prediction' and use_flow_sigmas=True"
+    adds_noise = config.get("stochastic_sampling", False) or "sde" in config.get("algorithm_type", "")
+    if adds_noise and settings.noise_scale != 1:
         return f"draws noise of standard deviation 1, but the model's noise_scale is {settings.noise_scale}"
     return ""
 
@@ -95,8 +81,3 @@ def _ddpm_problem(scheduler: SchedulerMixin, settings: ModelConfig) -> str:
         if variance != "learned_range" or not settings.learn_sigma:
             return f"has variance_type={variance!r}, which the model does not predict (learn_sigma learns a range)"
     return ""
-
-
-def wants_variance(scheduler: SchedulerMixin) -> bool:
-    """True if the scheduler takes the learned variance together with epsilon."""
-    return scheduler.config.get("variance_type") == "learned_range"

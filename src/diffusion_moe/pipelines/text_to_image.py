@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import Backbone
 from ..text import TextEncoder, TextFeatures
-from .denoising import DenoisingPipeline
-from .request import Request, takes_request
+from .denoising import DenoisingPipeline, Request, takes_request
 
 Prompt = str | Sequence[str]
 logger = logging.getLogger(__name__)
@@ -52,14 +51,14 @@ class TextToImagePipeline(DenoisingPipeline):
         tokenizer: PreTrainedTokenizerBase,
         vae: AutoencoderKL | None = None,
     ) -> None:
-        super().__init__()
         settings = transformer.settings
         if not settings.text_dim or settings.num_classes:
-            raise ValueError(
-                f"the transformer has text_dim {settings.text_dim} and num_classes {settings.num_classes}; this "
-                "pipeline is for models with text and without classes"
-            )
-        self.set_up(transformer, scheduler, vae, text_encoder=text_encoder, tokenizer=tokenizer)
+            given = f"text_dim {settings.text_dim} and num_classes {settings.num_classes}"
+            need = "this pipeline is for models with text and without classes"
+            raise ValueError(f"the transformer has {given}; {need}")
+        super().__init__(
+            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
 
     @torch.no_grad()
     @takes_request
@@ -88,12 +87,13 @@ class TextToImagePipeline(DenoisingPipeline):
         request = Request(guidance_scale=guidance_scale, **options)
         self.check_request(request)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = self._negatives(negative_prompt, len(prompts))
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        if negatives is not None and len(negatives) != len(prompts):
+            counts = f"{len(negatives)} negative prompts for {len(prompts)} prompts"
+            raise ValueError(f"there are {counts}; give one, or one per prompt")
         if num_images_per_prompt < 1 or not prompts:
-            raise ValueError(
-                f"there are {len(prompts)} prompts and num_images_per_prompt is {num_images_per_prompt}; both must be "
-                "positive"
-            )
+            counts = f"{len(prompts)} prompts and num_images_per_prompt is {num_images_per_prompt}"
+            raise ValueError(f"there are {counts}; both must be positive")
         text = self.encode_prompts(prompts)
         negative = text.nothing() if negatives is None else self.encode_prompts(negatives)
         length = max(text.mask.shape[1], negative.mask.shape[1])
@@ -111,16 +111,6 @@ class TextToImagePipeline(DenoisingPipeline):
         dtype = self.transformer.dtype
         pooled = None if text.pooled is None else text.pooled.to(dtype)
         return text._replace(features=text.features.to(dtype), pooled=pooled)
-
-    def _negatives(self, negative_prompt: Prompt | None, count: int) -> list[str] | None:
-        if negative_prompt is None:
-            return None
-        negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
-        if len(negatives) != count:
-            raise ValueError(
-                f"there are {len(negatives)} negative prompts for {count} prompts; give one, or one per prompt"
-            )
-        return negatives
 
 
 # The public name, which save_pretrained writes and from_pretrained looks up.

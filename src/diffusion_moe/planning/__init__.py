@@ -1,1 +1,1 @@
-"""What a recipe will take, before it is run: parameters, compute, memory, disk and time."""
+"""Needs of a recipe before it is run: parameters, compute, memory, disk and time."""

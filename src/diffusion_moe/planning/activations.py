@@ -11,20 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .. import counts
 from ..config import InitConfig, Recipe
-from ..counts import (
-    TIME_FREQUENCIES,
-    block_index,
-    has_cross_attention,
-    in_middle_half,
-    is_expert_matrix,
-    is_moe_block,
-    matmul_rows,
-    num_assignments,
-    num_image_tokens,
-    num_tokens,
-    parameter_shapes,
-)
 from ..routing_rules import TokenChoiceRule
 from .memory import trained_parameters
 
@@ -67,7 +55,7 @@ def kept_activations(recipe: Recipe, images: int, sharded: bool = False) -> Kept
     blocks[0] += counted.shared_by_blocks()
     for layer, kept in counted.adapters(recipe.init):
         if layer.startswith("blocks."):
-            blocks[block_index(layer)] += kept
+            blocks[counts.block_index(layer)] += kept
         else:
             outside += kept
     return Kept(outside, tuple(blocks), counted.block_inputs())
@@ -82,7 +70,7 @@ class ForwardPass:
         self.low = 2 if recipe.training.precision == "bf16" else FLOAT32
         """Bytes of an element of ordinary activations."""
         self.sharded = sharded
-        self.shapes = parameter_shapes(recipe.model)
+        self.shapes = counts.parameter_shapes(recipe.model)
 
     def cast(self, *prefixes: str) -> int:
         """Matrices that autocast casts and keeps; where blocks are sharded, theirs are gathered in low precision."""
@@ -96,13 +84,13 @@ class ForwardPass:
     def outside(self) -> int:
         """Embedders, output layer and loss."""
         config, B, D = self.config, self.images, self.config.hidden_size
-        patches = B * num_image_tokens(config) * config.in_channels * config.patch_size**2
+        patches = B * counts.num_image_tokens(config) * config.in_channels * config.patch_size**2
         kept = self.low * patches
         if config.backbone == "jit":
             assert config.bottleneck_dim is not None
-            kept += self.low * B * num_image_tokens(config) * config.bottleneck_dim
+            kept += self.low * B * counts.num_image_tokens(config) * config.bottleneck_dim
             kept += self.cast("x_embedder.proj2.")
-        kept += self.low * B * (TIME_FREQUENCIES + 2 * D) + self.cast("t_embedder.mlp.2.")
+        kept += self.low * B * (counts.TIME_FREQUENCIES + 2 * D) + self.cast("t_embedder.mlp.2.")
         kept += INT64 * B if config.num_classes else 0
         kept += self.text_embedder() if config.text_dim else 0
         loss = FLOAT32 * patches * (1 + config.learn_sigma)
@@ -127,14 +115,14 @@ class ForwardPass:
 
     def final_layer(self) -> int:
         config, B, D, low = self.config, self.images, self.config.hidden_size, self.low
-        T = B * num_image_tokens(config)
+        T = B * counts.num_image_tokens(config)
         kept = low * (2 * B * D + 2 * T * D)  # condition, scale, normed and modulated tokens
         kept += self.cast("final_layer.")
         rms = config.backbone == "jit" and config.norm == "rmsnorm"
         if rms and low < FLOAT32:
             return kept + self.norm(T, rms=True)
         # The norm keeps the tokens of text and class too, because it gets a part of one tensor.
-        others = num_tokens(config, config.depth - 1) - num_image_tokens(config)
+        others = counts.num_tokens(config, config.depth - 1) - counts.num_image_tokens(config)
         return kept + self.norm(T, rms) + low * B * others * D
 
     def norm(self, tokens: int, rms: bool) -> int:
@@ -147,42 +135,40 @@ class ForwardPass:
     def block_inputs(self) -> int:
         """Tokens of each block, and what all share: the condition, and the text with its mask."""
         config = self.config
-        tokens = self.images * sum(num_tokens(config, index) for index in range(config.depth))
-        mask = self.images * config.text_length if has_cross_attention(config) else 0
+        tokens = self.images * sum(counts.num_tokens(config, index) for index in range(config.depth))
+        mask = self.images * config.text_length if counts.has_cross_attention(config) else 0
         return self.low * tokens * config.hidden_size + self.shared_by_blocks() + mask
 
     def shared_by_blocks(self) -> int:
         """The condition, in float32 with a table of classes, and the text."""
         config, D = self.config, self.config.hidden_size
-        text = self.low * self.images * config.text_length * D if has_cross_attention(config) else 0
+        text = self.low * self.images * config.text_length * D if counts.has_cross_attention(config) else 0
         return (FLOAT32 if config.num_classes else self.low) * self.images * D + text
 
     def block(self, index: int) -> int:
         """Block `index`, without what it shares with others."""
         config, B, D, low = self.config, self.images, self.config.hidden_size, self.low
-        name, T = f"blocks.{index}", B * num_tokens(config, index)
+        name, T = f"blocks.{index}", B * counts.num_tokens(config, index)
         rms = config.norm == "rmsnorm"
         kept = low * 7 * B * D + self.cast(f"{name}.adaln.")  # condition, then shifts, scales and gates
         # Twice: norm, scale, normed tokens, result before the gate.
         kept += 2 * (self.norm(T, rms) + low * (B * D + 2 * T * D))
         kept += self.attention(f"{name}.attn", index)
-        if has_cross_attention(config):
+        if counts.has_cross_attention(config):
             kept += self.norm(T, rms) + self.cross_attention(f"{name}.cross_attn", index)
-        if is_moe_block(config, index):
-            return kept + self.moe_layer(f"{name}.mlp", T, num_assignments(config, index, B))
-        dropout = bool(config.dropout) and in_middle_half(config, index)
+        if counts.is_moe_block(config, index):
+            return kept + self.moe_layer(f"{name}.mlp", T, counts.num_assignments(config, index, B))
+        dropout = bool(config.dropout) and counts.in_middle_half(config, index)
         return kept + low * T * D + self.feed_forward(f"{name}.mlp", T, config.mlp_activation, dropout)
 
     def attention(self, name: str, index: int) -> int:
         """Self-attention."""
-        config, B, N, low = self.config, self.images, num_tokens(self.config, index), self.low
+        config, B, N, low = self.config, self.images, counts.num_tokens(self.config, index), self.low
         H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
-        in_middle = in_middle_half(config, index)
-        kept = low * T * config.hidden_size + self.cast(f"{name}.")
-        kept += low * T * config.hidden_size if config.dropout and in_middle else 0
+        kept = self.attention_ends(name, index)
         if config.qk_norm:
             kept += self.head_norm(T * H) + self.head_norm(T * K)
-        attention_dropout = config.attention_dropout and in_middle
+        attention_dropout = config.attention_dropout and counts.in_middle_half(config, index)
         projected = low * T * (H + 2 * K) * I
         if config.attention_sinks or attention_dropout:  # torch's plain kernel, in float32
             M = N + config.attention_sinks
@@ -198,13 +184,18 @@ class ForwardPass:
             kept += low * H * N * N
         return kept + self.other_layout(T, N)
 
+    def attention_ends(self, name: str, index: int) -> int:
+        """Input, projections' casts and dropout of either attention."""
+        config, T = self.config, self.images * counts.num_tokens(self.config, index)
+        has_dropout = bool(config.dropout) and counts.in_middle_half(config, index)
+        return self.low * T * config.hidden_size * (1 + has_dropout) + self.cast(f"{name}.")
+
     def cross_attention(self, name: str, index: int) -> int:
         """Attention to the text."""
-        config, B, N, low = self.config, self.images, num_tokens(self.config, index), self.low
+        config, B, N, low = self.config, self.images, counts.num_tokens(self.config, index), self.low
         H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
         L = config.text_length
-        kept = low * T * config.hidden_size + self.cast(f"{name}.")
-        kept += low * T * config.hidden_size if config.dropout and in_middle_half(config, index) else 0
+        kept = self.attention_ends(name, index)
         kept += low * (2 * T * H * I + B * L * 2 * K * I + B * L) + FLOAT32 * T * H
         if config.qk_norm:
             kept += self.head_norm(T * H) + self.head_norm(B * L * K) + low * B * L * K * I
@@ -273,12 +264,12 @@ class ForwardPass:
         """Each layer with an adapter, and at most what is kept more because of that."""
         for p in trained_parameters(self.config, init):
             layer, found, _ = p.name.partition(".lora_A.")
-            if found and is_expert_matrix(layer):
+            if found and counts.is_expert_matrix(layer):
                 experts, inputs, outputs = self.shapes[layer]
                 merged = FLOAT32 * experts * inputs * outputs
                 yield layer, merged + self.low * p.shape[0] * (inputs + outputs)  # and casts of the adapter
             elif found:
-                rank, rows = p.shape[0], self.images * matmul_rows(self.config, f"{layer}.weight")
+                rank, rows = p.shape[0], self.images * counts.matmul_rows(self.config, f"{layer}.weight")
                 outputs, inputs = self.shapes[f"{layer}.weight"]
                 kept = self.low * rows * rank
                 if ".mlp." in layer:  # each operator of the network keeps its input

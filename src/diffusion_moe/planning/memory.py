@@ -8,16 +8,8 @@ from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from .. import counts
 from ..config import InitConfig, ModelConfig, ParallelConfig, Recipe
-from ..counts import (
-    block_index,
-    buffer_bytes,
-    is_expert,
-    is_expert_matrix,
-    is_moe_block,
-    num_assignments,
-    parameter_shapes,
-)
 
 FLOAT32 = 4
 """Bytes of an element of a weight, gradient or moment."""
@@ -37,7 +29,7 @@ class Memory:
     optimizer: int
     averages: int
     activations: int
-    """What is kept of a micro-batch's forward pass."""
+    """Those kept of a micro-batch's forward pass."""
     gathered: int
     """Other processes' weights while they are used: an estimate."""
 
@@ -59,14 +51,9 @@ class Parameter(NamedTuple):
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
-    def in_float32(self) -> bool:
-        """True in blocks for routers and norms, which are never gathered in bfloat16."""
-        return ".router." in self.name or "norm" in self.name
-
     def local_size(self, layout: ParallelConfig) -> int:
         """Elements that a process holds; FSDP2 pads the last part."""
-        if is_expert(self.name):
+        if counts.is_expert(self.name):
             columns = math.ceil(self.shape[1] / layout.shard)
             return self.shape[0] // layout.experts * columns * math.prod(self.shape[2:])
         return math.ceil(self.shape[0] / (layout.shard * layout.experts)) * math.prod(self.shape[1:])
@@ -77,8 +64,9 @@ class Parameter(NamedTuple):
         Args:
             itemsize: bytes of an element of the ordinary weights.
         """
-        elements = self.size // (layout.experts if is_expert(self.name) else 1)
-        weight = elements * (FLOAT32 if self.in_float32 else itemsize)
+        elements = self.size // (layout.experts if counts.is_expert(self.name) else 1)
+        # Routers and norms are never gathered in bfloat16.
+        weight = elements * (FLOAT32 if ".router." in self.name or "norm" in self.name else itemsize)
         # A gradient has its weight's dtype, and another copy in float32 to be summed over processes.
         return weight, weight + FLOAT32 * elements if self.learns else 0
 
@@ -93,24 +81,21 @@ class Tensors:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, config = recipe, recipe.model
         self.parameters = trained_parameters(config, recipe.init)
-        self.buffers, saved_buffers = buffer_bytes(config), buffer_bytes(config, persistent=True)
+        self.buffers, saved_buffers = counts.buffer_bytes(config), counts.buffer_bytes(config, persistent=True)
         self.num_emas = 1 + len(set(recipe.training.extra_ema_decays))
-        weights = FLOAT32 * sum(p.size for p in self.parameters)
-        learning = FLOAT32 * self.learning
+        self.learning = sum(p.size for p in self.parameters if p.learns)
+        """Number of parameters that learn."""
+        weights, learning = FLOAT32 * sum(p.size for p in self.parameters), FLOAT32 * self.learning
         moments = sum(MOMENTS * FLOAT32 * p.size + STEP_BYTES for p in self.parameters if p.learns)
         self.checkpoint = weights + saved_buffers + self.num_emas * (learning + saved_buffers) + moments
         """Bytes of the tensors in a checkpoint."""
-        self.published = FLOAT32 * sum(math.prod(shape) for shape in parameter_shapes(config).values()) + saved_buffers
-        """Bytes of the tensors in the folder model/."""
-
-    @property
-    def learning(self) -> int:
-        """Parameters that learn."""
-        return sum(p.size for p in self.parameters if p.learns)
+        shapes = counts.parameter_shapes(config).values()
+        self.published = FLOAT32 * sum(map(math.prod, shapes)) + saved_buffers
+        """Bytes of the tensors in the folder model/, and of each further EMA's."""
 
     def memory(self, layout: ParallelConfig, activations: int) -> Memory:
         """Memory of a process that holds so many bytes of activations."""
-        alone = layout.replicate * layout.shard * layout.experts == 1
+        alone = layout.processes == 1
         weights = FLOAT32 * sum(p.local_size(layout) for p in self.parameters)
         learning = [FLOAT32 * p.local_size(layout) for p in self.parameters if p.learns]
         copied = sum(learning) if alone else weights  # on one process EMAs share what is frozen
@@ -132,15 +117,16 @@ class Tensors:
                 outer += FLOAT32 * p.size * (2 if p.learns else 1)
                 continue
             weight, gradient = p.gathered(layout, itemsize)
-            weights[block_index(p.name)] += weight
-            gradients[block_index(p.name)] += gradient
+            weights[counts.block_index(p.name)] += weight
+            gradients[counts.block_index(p.name)] += gradient
         return outer + 2 * max(weights) + max(gradients)
 
 
 def received_bytes(recipe: Recipe, images: int) -> int:
     """Bytes that expert parallelism keeps of rows received from other processes, under an even load."""
     config, itemsize = recipe.model, 2 if recipe.training.precision == "bf16" else FLOAT32
-    rows = [num_assignments(config, index, images) for index in range(config.depth) if is_moe_block(config, index)]
+    moe_blocks = [index for index in range(config.depth) if counts.is_moe_block(config, index)]
+    rows = [counts.num_assignments(config, index, images) for index in moe_blocks]
     kept = max(rows, default=0) if recipe.training.recompute == "blocks" else sum(rows)
     return kept * (itemsize * config.hidden_size + INDEX_BYTES)
 
@@ -151,7 +137,7 @@ def trained_parameters(config: ModelConfig, init: InitConfig) -> list[Parameter]
     Raises:
         ValueError: a pattern or a target names nothing, or nothing is left to learn.
     """
-    shapes = parameter_shapes(config)
+    shapes = counts.parameter_shapes(config)
     parameters = [Parameter(name, shape, init.lora_rank is None) for name, shape in shapes.items()]
     if init.lora_rank is not None:
         parameters = list(_with_adapters(parameters, init.lora_rank, init.lora_targets))
@@ -169,22 +155,18 @@ def _with_adapters(parameters: Sequence[Parameter], rank: int, targets: Sequence
     """A LoRA's matrices beside the targets, and the label table learning if it is one; all else is frozen."""
     used = set()
     for p in parameters:
-        linear = p.name.removesuffix(".weight") if p.name.endswith(".weight") and len(p.shape) == 2 else None
-        layer = p.name if is_expert_matrix(p.name) else linear
-        target = next((t for t in targets if layer is not None and f".{layer}".endswith(f".{t}")), None)
+        stacked = counts.is_expert_matrix(p.name)
+        is_linear = p.name.endswith(".weight") and len(p.shape) == 2
+        layer = p.name.removesuffix(".weight")
+        target = next((t for t in targets if (stacked or is_linear) and f".{layer}".endswith(f".{t}")), None)
         used.add(target)
         if target is None or layer == "y_embedder":
             yield p._replace(learns=target is not None)
-        elif is_expert_matrix(p.name):
-            experts, inputs, outputs = p.shape
-            yield p
-            yield Parameter(f"{layer}.lora_A.default.weight", (experts * rank, inputs), True)
-            yield Parameter(f"{layer}.lora_B.default.weight", (outputs, experts * rank), True)
-        else:
-            outputs, inputs = p.shape
-            yield p._replace(name=f"{layer}.base_layer.weight")
-            yield Parameter(f"{layer}.lora_A.default.weight", (rank, inputs), True)
-            yield Parameter(f"{layer}.lora_B.default.weight", (outputs, rank), True)
+            continue
+        experts, inputs, outputs = p.shape if stacked else (1, p.shape[1], p.shape[0])
+        yield p if stacked else p._replace(name=f"{layer}.base_layer.weight")
+        yield Parameter(f"{layer}.lora_A.default.weight", (experts * rank, inputs), True)
+        yield Parameter(f"{layer}.lora_B.default.weight", (outputs, experts * rank), True)
     for target in targets:
         if target not in used:
             raise ValueError(f"init.lora_targets has {target}, the end of no layer's name")

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..config.fields import POSITIVE, UP_TO_ONE, Settings, setting
+
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What to plan for."""
+class PlanOptions(Settings):
+    """The processes and GPUs to plan for."""
 
-    world: int | None = None
+    world: int | None = setting(None, common=True, valid=POSITIVE)
     """Processes, each with a GPU; null: parallel.replicate x shard x experts. Where the recipe leaves these at 1,
     layouts of so many processes are compared."""
-    memory_gb: float = 80.0
+    memory_gb: float = setting(80.0, common=True, valid=POSITIVE)
     """Memory of a GPU, in units of 1e9 bytes."""
-    peak_tflops: float = 989.0
+    peak_tflops: float = setting(989.0, common=True, valid=POSITIVE)
     """Peak FLOP/s of a GPU, in units of 1e12; 989 is an H100's or H200's in bfloat16."""
-    utilisation: float = 0.35
+    utilisation: float = setting(0.35, common=True, valid=UP_TO_ONE)
     """Share of that peak that training reaches: model_flops_utilisation in a run's metrics.jsonl."""
-    json: bool = False
+    json: bool = setting(False, common=True)
     """Print one JSON object instead of tables."""
-
-    def __post_init__(self) -> None:
-        for name in ("memory_gb", "peak_tflops"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if self.world is not None and self.world < 1:
-            raise ValueError(f"world is {self.world}; it must be positive")
-        if not 0 < self.utilisation <= 1:
-            raise ValueError(f"utilisation is {self.utilisation}; choose from above 0 to 1")

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from .. import counts
 from ..config import ParallelConfig, Recipe
-from ..counts import Size, images_per_process, model_size, num_image_tokens
 from ..training.layout_checks import check_adapters, check_parallel
 from .activations import kept_activations
-from .compute import Compute, compute_of
 from .memory import Memory, Tensors, received_bytes
 from .options import PlanOptions
 
 ROOM = 0.9
 """Share of a GPU's memory that a plan may take; temporaries and the allocator need the rest."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Floating-point operations of one step, over all processes: matmuls alone, two operations a multiply-add."""
+
+    forward: int
+    backward: int
+    """Twice the forward pass: for the gradients of inputs and of weights. Frozen weights take less."""
+    recompute: int
+    """Those that `training.recompute` computes a second time."""
+
+    @property
+    def model(self) -> int:
+        """Forward and backward: what model FLOP/s utilisation counts."""
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -34,19 +51,14 @@ class Plan:
 
     recipe: Recipe
     world: int
-    size: Size
-    learning: int
-    """Parameters that are trained."""
+    size: counts.Size
+    tensors: Tensors
     tokens_per_image: int
     compute: Compute
-    checkpoint_bytes: int
-    """Tensors of a checkpoint."""
-    model_bytes: int
-    """Tensors of the model that the run exports, and of each further EMA."""
     layouts: tuple[ProcessLayout, ...]
     """The recipe's own, or all possible ones; those with the least communication first."""
     seconds: float
-    """To the recipe's last step, at the given utilisation."""
+    """Time to the recipe's last step, at the given utilisation."""
 
     @property
     def chosen(self) -> ProcessLayout:
@@ -55,8 +67,8 @@ class Plan:
         return fitting[0] if fitting else min(self.layouts, key=lambda layout: layout.memory.total)
 
     @property
-    def bounds_activations(self) -> bool:
-        """True where the activations are an upper bound: with frozen weights and adapters autograd keeps less."""
+    def trains_a_part(self) -> bool:
+        """True with frozen weights or adapters; the activations are then an upper bound, as autograd keeps less."""
         return bool(self.recipe.init.freeze) or self.recipe.init.lora_rank is not None
 
     @property
@@ -70,13 +82,13 @@ class Plan:
         images = training.steps * training.batch_size
         return {
             "world": self.world,
-            "parameters": {**self.size._asdict(), "learning": self.learning},
+            "parameters": {**self.size._asdict(), "learning": self.tensors.learning},
             "images_per_step": training.batch_size,
             "images_per_process": self.images_per_process,
             "tokens_per_image": self.tokens_per_image,
             "flops_per_step": dataclasses.asdict(self.compute),
-            "checkpoint_bytes": self.checkpoint_bytes,
-            "model_bytes": self.model_bytes,
+            "checkpoint_bytes": self.tensors.checkpoint,
+            "model_bytes": self.tensors.published,
             "layouts": [_layout_record(layout) for layout in self.layouts],
             "chosen": _layout_record(self.chosen),
             "steps": training.steps,
@@ -103,8 +115,8 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     if recipe.training.precision == "auto":  # plans are of GPUs, which have bfloat16
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, precision="bf16"))
     layouts, training = layouts_of(recipe, options.world), recipe.training
-    world = _product(layouts[0])
-    images = images_per_process(training.batch_size, training.accumulation, world)
+    world = layouts[0].processes
+    images = counts.images_per_process(training.batch_size, training.accumulation, world)
     tensors = Tensors(recipe)
     kept = kept_activations(recipe, images, sharded=world > 1).total(training.recompute)
     received = received_bytes(recipe, images)
@@ -112,20 +124,26 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     for layout in layouts:
         memory = tensors.memory(layout, kept + (received if layout.experts > 1 else 0))
         found.append(ProcessLayout(layout, memory, memory.total <= ROOM * 1e9 * options.memory_gb))
-    compute = compute_of(recipe)
-    speed = 1e12 * options.peak_tflops * options.utilisation * world
+    compute, speed = compute_of(recipe), 1e12 * options.peak_tflops * options.utilisation * world
     return Plan(
         recipe=recipe,
         world=world,
-        size=model_size(recipe.model),
-        learning=tensors.learning,
-        tokens_per_image=num_image_tokens(recipe.model),
+        size=counts.model_size(recipe.model),
+        tensors=tensors,
+        tokens_per_image=counts.num_image_tokens(recipe.model),
         compute=compute,
-        checkpoint_bytes=tensors.checkpoint,
-        model_bytes=tensors.published,
         layouts=tuple(found),
         seconds=training.steps * compute.model / speed,
     )
+
+
+def compute_of(recipe: Recipe) -> Compute:
+    """Count the matmuls of a step."""
+    config, batch, flops = recipe.model, recipe.training.batch_size, counts.model_flops(recipe.model)
+    w_in = {name: shape for name, shape in counts.parameter_shapes(config).items() if name.endswith(".experts.w_in")}
+    first_projections = sum(2 * counts.matmul_rows(config, name) * math.prod(shape[1:]) for name, shape in w_in.items())
+    again = {"none": 0, "experts": first_projections, "blocks": sum(flops.blocks)}
+    return Compute(batch * flops.total, 2 * batch * flops.total, batch * again[recipe.training.recompute])
 
 
 def layouts_of(recipe: Recipe, world: int | None) -> list[ParallelConfig]:
@@ -135,32 +153,27 @@ def layouts_of(recipe: Recipe, world: int | None) -> list[ParallelConfig]:
         ValueError: the recipe's layout is of another number of processes, or cannot be; or there is none.
     """
     parallel = recipe.parallel
-    if world is None or _product(parallel) == world:
+    if world is None or parallel.processes == world:
         _check(recipe)
         return [parallel]
-    if _product(parallel) > 1:
+    if parallel.processes > 1:
         raise ValueError(
             f"parallel.replicate x shard x experts is {parallel.replicate} x {parallel.shard} x {parallel.experts} = "
-            f"{_product(parallel)}, but --world is {world}; make them equal, or leave parallel out to compare layouts"
+            f"{parallel.processes}, but --world is {world}; make them equal, or leave parallel out to compare layouts"
         )
     possible, reason = [], ""
-    for experts in range(1, world + 1):
-        for shard in range(1, world // experts + 1):
-            if world % (experts * shard):
-                continue
-            layout = dataclasses.replace(parallel, replicate=world // (experts * shard), shard=shard, experts=experts)
-            try:
-                _check(dataclasses.replace(recipe, parallel=layout))
-                possible.append(layout)
-            except ValueError as error:
-                reason = str(error)
+    for experts, shard in itertools.product(range(1, world + 1), repeat=2):
+        if world % (experts * shard):
+            continue
+        layout = dataclasses.replace(parallel, replicate=world // (experts * shard), shard=shard, experts=experts)
+        try:
+            _check(dataclasses.replace(recipe, parallel=layout))
+            possible.append(layout)
+        except ValueError as error:
+            reason = str(error)
     if not possible:
         raise ValueError(f"no layout of {world} processes is possible; the last one: {reason}")
     return sorted(possible, key=lambda layout: (layout.shard * layout.experts, layout.experts))
-
-
-def _product(parallel: ParallelConfig) -> int:
-    return parallel.replicate * parallel.shard * parallel.experts
 
 
 def _check(recipe: Recipe) -> None:

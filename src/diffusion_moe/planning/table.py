@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ..log import Log
 from .options import PlanOptions
-from .plan import Plan, ProcessLayout
+from .plan import Plan
 
 SHOWN = 12
 """Layouts that are listed."""
-MEMORY = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "averages": "EMAs",
-    "activations": "activations",
-    "gathered": "gathered weights",
-}
+LABELS = {"averages": "EMAs", "gathered": "gathered weights"}
+"""Names of kinds of memory, where they differ from the fields'."""
+TIMES = (("days", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1))
+"""Units of a time, and their parts."""
 
 
 def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
@@ -25,13 +19,18 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     if len(plan.layouts) > 1:
         _print_layouts(plan, options, log)
     layout, training, compute = plan.chosen, plan.recipe.training, plan.compute
-    log(f"{name} on {_processes(plan.world)}{_layout(layout) if plan.world > 1 else ''}")
-    row = _rows(log)
+    sizes = layout.parallel
+    spread = f"replicate {sizes.replicate} x shard {sizes.shard} x experts {sizes.experts}"
+    log(f"{name} on 1 process" if plan.world == 1 else f"{name} on {plan.world} processes, {spread}")
+
+    def row(label: str, value: str) -> None:
+        log(f"  {label:22}{value}")
+
     log("parameters")
     row("all", f"{plan.size.total:,}")
     row("activated by a token", f"{round(plan.size.activated):,}")
-    if plan.learning < plan.size.total - _tables(plan):
-        row("that learn", f"{plan.learning:,}")
+    if plan.trains_a_part:
+        row("that learn", f"{plan.tensors.learning:,}")
     log("a step")
     row("images", f"{training.batch_size:,}, {plan.images_per_process:,} at a time on each process")
     row("tokens", f"{training.batch_size * plan.tokens_per_image:,}, {plan.tokens_per_image:,} an image")
@@ -39,14 +38,14 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     if compute.recompute:
         row("recomputed", f"{_short(compute.recompute)}FLOP")
     log("memory of a process")
-    for field, label in MEMORY.items():
-        if value := getattr(layout.memory, field):
-            at_most = ", at most" if field == "activations" and plan.bounds_activations else ""
-            row(label, f"{_short(value)}B{at_most}")
+    for field, value in vars(layout.memory).items():
+        if value:
+            at_most = ", at most" if field == "activations" and plan.trains_a_part else ""
+            row(LABELS.get(field, field), f"{_short(value)}B{at_most}")
     row("together", f"{_short(layout.memory.total)}B of {options.memory_gb:g} GB{'' if layout.fits else ': too much'}")
     log("on the disk")
-    row("a checkpoint", f"{_short(plan.checkpoint_bytes)}B")
-    row("the EMA model", f"{_short(plan.model_bytes)}B")
+    row("a checkpoint", f"{_short(plan.tensors.checkpoint)}B")
+    row("the EMA model", f"{_short(plan.tensors.published)}B")
     log("the run")
     images = training.steps * training.batch_size
     row("steps", f"{training.steps:,}")
@@ -58,10 +57,6 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
         log("to fit: a larger training.accumulation, training.recompute blocks, or more processes")
 
 
-def _rows(log: Log) -> Callable[[str, str], None]:
-    return lambda label, value: log(f"  {label:22}{value}")
-
-
 def _print_layouts(plan: Plan, options: PlanOptions, log: Log) -> None:
     log(f"layouts of {plan.world} processes, least communication first")
     log(f"  {'replicate':>9} {'shard':>6} {'experts':>8} {'memory':>10}   of {options.memory_gb:g} GB")
@@ -71,28 +66,11 @@ def _print_layouts(plan: Plan, options: PlanOptions, log: Log) -> None:
     for layout in shown:
         parallel = layout.parallel
         mark = ("fits" if layout.fits else "too much") + (", suggested" if layout is plan.chosen else "")
-        sizes = (
-            f"{parallel.replicate:9} {parallel.shard:6} {parallel.experts:8} {_short(layout.memory.total) + 'B':>10}"
-        )
-        log(f"  {sizes}   {mark}")
+        memory = f"{_short(layout.memory.total)}B"
+        log(f"  {parallel.replicate:9} {parallel.shard:6} {parallel.experts:8} {memory:>10}   {mark}")
     if len(plan.layouts) > len(shown):
         log(f"  and {len(plan.layouts) - len(shown)} more (--json lists all)")
     log("")
-
-
-def _tables(plan: Plan) -> int:
-    """Fixed positions, which the papers count as parameters."""
-    model = plan.recipe.model
-    return plan.tokens_per_image * model.hidden_size if model.adds_sincos else 0
-
-
-def _processes(world: int) -> str:
-    return "1 process" if world == 1 else f"{world} processes"
-
-
-def _layout(layout: ProcessLayout) -> str:
-    parallel = layout.parallel
-    return f", replicate {parallel.replicate} x shard {parallel.shard} x experts {parallel.experts}"
 
 
 def _short(count: float) -> str:
@@ -104,14 +82,9 @@ def _short(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In days and hours, hours and minutes, or minutes and seconds."""
+    """A time in days and hours, hours and minutes, or minutes and seconds."""
     if seconds < 60:
         return f"{seconds:.2g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} days {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s"
+    seconds = round(seconds)
+    unit, size, smaller, smaller_size = next(row for row in TIMES if seconds >= row[1])
+    return f"{seconds // size} {unit} {seconds % size // smaller_size} {smaller}"
