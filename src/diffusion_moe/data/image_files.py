@@ -13,9 +13,8 @@ from torch import Tensor
 from ..config import DataConfig
 from .dataset import Batch, ImageDataset
 from .decoding import decode_pixels, open_image, parse_background, upright_size
-from .image_table import ImageFile, ImageTable
+from .image_table import ImageFile, ImageTable, Split
 from .listing import hash_names
-from .splits import Split, split_table
 
 
 def nearest_bucket(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> int:
@@ -40,11 +39,9 @@ class ImageFileDataset(ImageDataset):
         self.background = parse_background(config.background)
         self.class_names = table.class_names
         self.notes = table.notes
-        self.selected = split_table(table, config.test_fraction, split)
+        self.selected = table.indices(config.test_fraction, split)
         """Index in the table of each image of the split."""
         self.labels = table.labels[self.selected]
-        if len(self) == 0:
-            raise ValueError(f"data.path {config.path} gives no image for the {split} split; see data.test_fraction")
         if config.buckets:
             self.bucket_sizes = config.bucket_sizes
             self.buckets = self._find_buckets()

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+
+Split = Literal["train", "test"]
+"""Training or held-out images."""
 
 
 class ImageFile(NamedTuple):
@@ -57,6 +60,22 @@ class ImageTable:
     """Lines for the user: splits found, and what is left out."""
     left_out: Sequence[tuple[str, int]] = ()
     """Reason and count of what is left out."""
+
+    def indices(self, test_fraction: float, split: Split) -> np.ndarray:
+        """Indices of one split: as the data says, or else by `split_indices`."""
+        if self.held_out is None:
+            return split_indices(self.labels, test_fraction, split)
+        return np.flatnonzero(self.held_out == (split == "test"))
+
+
+def split_indices(labels: np.ndarray, test_fraction: float, split: Split) -> np.ndarray:
+    """Indices of one split, the same for every seed; `test_fraction` of each class is for testing."""
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels) if test_fraction else ():
+        members = np.flatnonzero(labels == label)
+        shuffled = np.random.RandomState(int(label)).permutation(members)
+        held_out[shuffled[: round(test_fraction * len(members))]] = True
+    return np.flatnonzero(held_out == (split == "test"))
 
 
 def as_captions(value: Any) -> tuple[str, ...]:

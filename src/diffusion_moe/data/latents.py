@@ -22,9 +22,9 @@ from .captions import HEADER as CAPTIONS
 from .captions import CachedCaptions
 from .dataset import Batch, ImageDataset
 from .float16_files import DTYPE, Float16Files
+from .image_table import Split, split_indices
 from .latent_space import LatentScaling, LatentSpace
 from .listing import hash_names
-from .splits import Split, split_indices
 
 HEADER = "latents.json"
 SHARDS = "shards"
@@ -222,8 +222,6 @@ class LatentCache(ImageDataset):
         self.selected = split_indices(self.header.labels, config.test_fraction, split)
         """Stored image of each index."""
         self.labels = self.header.labels[self.selected]
-        if len(self) == 0:
-            raise ValueError(f"data.path {config.path} gives no image for the {split} split; see data.test_fraction")
         vae = self.plan.space
         self.space = LatentSpace(vae.vae, vae.encoder_sha256, self._scaling(config.normalize))
         self._ends = np.cumsum([shard.images for shard in self.header.shards])

@@ -13,7 +13,7 @@ from ..shapes.rendering import render
 from ..shapes.sampling import arrange, sample_contents
 from ..shapes.scene import Content, contents
 from .dataset import Batch, ImageDataset
-from .splits import Split
+from .image_table import Split
 
 SCENES = 100_000
 """Scenes of both splits together."""

@@ -14,7 +14,6 @@ from ..config import DataConfig
 from ..data.decoding import decode_pixels, parse_background
 from ..data.image_table import ImageTable
 from ..data.load import read_table
-from ..data.splits import split_table
 from ..log import Log
 from .contact_sheet import write_contact_sheet
 from .examine import examine_image, map_images
@@ -42,7 +41,7 @@ def inspect(config: DataConfig, options: InspectOptions, log: Log) -> Report:
     with _progress("reading", len(indices)) as progress:
         examined = list(map_images(table, indices, examine_image, progress))
     held_out = np.zeros(len(indices), dtype=bool)
-    held_out[split_table(table, config.test_fraction, "test")] = True
+    held_out[table.indices(config.test_fraction, "test")] = True
     report = Report(config, table, held_out, examined, equal_files(examined))
     readable = np.array([not found.problem for found in examined])
     written = []
