@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,24 +53,21 @@ class LeftOut:
     """Number of files that are not listed, by reason, with a few names of each."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.examples: dict[str, list[str]] = {}
+        self.counts = Counter[str]()
+        self.examples: dict[str, list[str]] = defaultdict(list)
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
         """Count files; `name` is one of them, or their folder."""
-        self.counts[reason] = self.counts.get(reason, 0) + count
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append(name)
+        self.counts[reason] += count
+        if len(self.examples[reason]) < EXAMPLES:
+            self.examples[reason].append(name)
 
     def __str__(self) -> str:
         """One line, as "images beside the class folders: 1 (loose.png)"; empty if nothing is left out."""
         parts = []
         for reason, count in self.counts.items():
-            names = [printable(name) for name in self.examples[reason]]
-            if count > len(names):
-                names.append("...")
-            parts.append(f"{reason}: {count} ({', '.join(names)})")
+            names = ", ".join(map(printable, self.examples[reason]))
+            parts.append(f"{reason}: {count} ({names}{', ...' if count > len(self.examples[reason]) else ''})")
         return "; ".join(parts)
 
 
@@ -133,7 +130,7 @@ def list_images(folder: Path, classes: FolderClasses = "top") -> Listing:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of images")
     left_out = LeftOut()
-    found = _Scan(str(folder), left_out).folders()
+    found = _scan(str(folder), left_out)
     splits = _find_splits(found, classes, folder)
     groups: dict[str, list[_Image]] = defaultdict(list)
     for part in splits or ("",):
@@ -143,25 +140,34 @@ def list_images(folder: Path, classes: FolderClasses = "top") -> Listing:
         for other in found:
             if other.images and _top(other.path) not in splits:
                 left_out.add(OTHER_SPLIT, other.path or other.images[0], len(other.images))
+    if not groups and left_out.counts[BESIDE]:
+        raise ValueError(
+            f"{folder} holds {left_out.counts[BESIDE]} images, but no class folders; put the images of each class into "
+            "a sub-folder, or set data.classes to none"
+        )
     if not groups:
-        raise ValueError(_nothing_listed(folder, left_out))
+        seen = f" (left out: {left_out})" if left_out.counts else ""
+        raise ValueError(
+            f"{folder} holds no images{seen}; give a folder of images, one sub-folder a class if there are classes"
+        )
     return _listing(folder, groups, splits, found, left_out)
 
 
-class _Folder(NamedTuple):
+@dataclass
+class _Folder:
     """The files that are directly in one folder."""
 
     path: str
     """Path in the listed folder, with slashes; empty for the listed folder."""
     real: str
     """Path with links resolved."""
-    images: list[str]
-    """Names of its images, in natural order."""
-    links: Mapping[str, str]
-    """Real path of each image that is a link, by name."""
-    metadata: list[str]
-    linked: bool
+    linked: bool = False
     """True if its path has a link in it."""
+    images: list[str] = field(default_factory=list)
+    """Names of its images, in natural order."""
+    links: dict[str, str] = field(default_factory=dict)
+    """Real path of each image that is a link, by name."""
+    metadata: list[str] = field(default_factory=list)
 
 
 class _Image(NamedTuple):
@@ -173,68 +179,53 @@ class _Image(NamedTuple):
         return f"{self.folder.path}/{self.name}" if self.folder.path else self.name
 
     @property
-    def is_link(self) -> bool:
-        return self.folder.linked or self.name in self.folder.links
-
-    @property
     def real(self) -> str:
         return self.folder.links.get(self.name) or f"{self.folder.real}/{self.name}"
 
 
-class _Scan:
-    """Walk through a folder. Linked folders come last, so that no plain folder is taken for a copy."""
+def _scan(root: str, left_out: LeftOut) -> list[_Folder]:
+    """All folders, in natural order of their paths."""
+    found: list[_Folder] = []
+    visited: dict[str, set[str]] = defaultdict(set)  # real paths, by folder at the top
+    todo = deque([_Folder("", os.path.realpath(root))])
+    while todo:
+        folder = todo.popleft()
+        top = visited[_top(folder.path)]
+        if folder.real in top or (folder.path and folder.real in visited[""]):  # a link upwards would never end
+            left_out.add(AGAIN, folder.path)
+            continue
+        top.add(folder.real)
+        found.append(folder)
+        _read(root, folder, todo, left_out)
+    return sorted(found, key=lambda folder: _path_key(folder.path))
 
-    def __init__(self, root: str, left_out: LeftOut) -> None:
-        self.root = root
-        self.real_root = os.path.realpath(root)
-        self.left_out = left_out
-        self.plain = [("", self.real_root)]
-        """Folders to visit: path in the listed folder, and real path."""
-        self.linked: list[tuple[str, str]] = []
-        """Linked folders to visit."""
 
-    def folders(self) -> list[_Folder]:
-        """All folders, in natural order of their paths."""
-        found = []
-        visited: dict[str, set[str]] = defaultdict(set)  # real paths, by folder at the top
-        while self.plain or self.linked:
-            path, real = self.plain.pop() if self.plain else self.linked.pop(0)
-            top = visited[_top(path)]
-            if real in top or (path and real in visited[""]):  # a link to a folder above would never end
-                self.left_out.add(AGAIN, path)
-                continue
-            top.add(real)
-            found.append(self._read(path, real))
-        return sorted(found, key=lambda folder: _path_key(folder.path))
-
-    def _read(self, path: str, real: str) -> _Folder:
-        """Sort a folder's files, and note its sub-folders for later."""
-        suffixes, links = image_suffixes(), {}
-        images: list[str] = []
-        metadata: list[str] = []
-        with os.scandir(f"{self.root}/{path}") as entries:
-            for entry in entries:
-                name = entry.name
-                inside = f"{path}/{name}" if path else name
-                if name.startswith("."):
-                    self.left_out.add(HIDDEN, inside)
-                elif entry.is_dir():
-                    if entry.is_symlink():
-                        self.linked.append((inside, os.path.realpath(entry.path)))
-                    else:
-                        self.plain.append((inside, f"{real}/{name}"))
-                elif not entry.is_file():
-                    self.left_out.add(NO_FILE, inside)
-                elif name[name.rfind(".") :].lower() in suffixes:
-                    images.append(name)
-                    if entry.is_symlink():
-                        links[name] = os.path.realpath(entry.path)
-                elif name in METADATA:
-                    metadata.append(inside)
+def _read(root: str, folder: _Folder, todo: deque[_Folder], left_out: LeftOut) -> None:
+    """Sort a folder's files, and add its sub-folders to those to visit."""
+    suffixes = image_suffixes()
+    with os.scandir(f"{root}/{folder.path}") as entries:
+        for entry in entries:
+            name = entry.name
+            path = f"{folder.path}/{name}".lstrip("/")
+            if name.startswith("."):
+                left_out.add(HIDDEN, path)
+            elif entry.is_dir():
+                # Linked folders come last, so that no plain folder is taken for a copy.
+                if entry.is_symlink():
+                    todo.append(_Folder(path, os.path.realpath(entry.path), linked=True))
                 else:
-                    self.left_out.add(NO_IMAGE, inside)
-        linked = real != f"{self.real_root}/{path}".rstrip("/")
-        return _Folder(path, real, sorted(images, key=natural_key), links, metadata, linked)
+                    todo.appendleft(_Folder(path, f"{folder.real}/{name}", folder.linked))
+            elif not entry.is_file():
+                left_out.add(NO_FILE, path)
+            elif name[name.rfind(".") :].lower() in suffixes:
+                folder.images.append(name)
+                if entry.is_symlink():
+                    folder.links[name] = os.path.realpath(entry.path)
+            elif name in METADATA:
+                folder.metadata.append(path)
+            else:
+                left_out.add(NO_IMAGE, path)
+    folder.images.sort(key=natural_key)
 
 
 def _path_key(path: str) -> list[tuple[Any, str]]:
@@ -318,7 +309,7 @@ def _listing(
             paths.sort(key=_path_key)
         files += paths
         counts.append(len(images))
-        links += sum(image.is_link for image in images)
+        links += sum(image.folder.linked or image.name in image.folder.links for image in images)
     held_out = None if splits is None else np.array([_top(file) == splits[1] for file in files])
     return Listing(
         folder=folder,
@@ -347,14 +338,3 @@ def _without_copies(images: list[_Image], left_out: LeftOut) -> list[_Image]:
             seen.add(image.real)
         kept.append(image)
     return kept
-
-
-def _nothing_listed(folder: Path, left_out: LeftOut) -> str:
-    beside = left_out.counts.get(BESIDE, 0)
-    if beside:
-        return (
-            f"{folder} holds {beside} images, but no class folders; put the images of each class into a "
-            "sub-folder, or set data.classes to none"
-        )
-    seen = f" (left out: {left_out})" if left_out.counts else ""
-    return f"{folder} holds no images{seen}; give a folder of images, one sub-folder a class if there are classes"

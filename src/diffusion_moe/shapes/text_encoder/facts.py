@@ -51,9 +51,7 @@ class Example(NamedTuple):
 def training_examples(seed: int, step: int, count: int, masked: float = MASKED) -> list[Example]:
     """Examples as a function of (seed, step): single objects, counts and pairs equally often."""
     rng = random.Random(derive_seed(seed, "text/examples", step))
-    kinds: dict[str, list[Content]] = {kind: [] for kind in MENTIONS}
-    for content in seen_contents():
-        kinds[content.kind].append(content)
+    kinds = {kind: [content for content in seen_contents() if content.kind == kind] for kind in MENTIONS}
     chosen = [rng.choice(kinds[rng.choice(list(kinds))]) for _ in range(count)]
     return [example(content, rng.choice(MENTIONS[content.kind]), rng, masked) for content in chosen]
 
