@@ -33,8 +33,6 @@ from .float16_files import DTYPE, Float16Files
 
 HEADER, FOLDER, EMPTY = "captions.json", "captions", "empty"
 VERSION = 1
-Captions = Callable[[int], Sequence[str]]
-"""Captions of an image by its index."""
 
 
 class CaptionFeatures(ABC):
@@ -43,12 +41,13 @@ class CaptionFeatures(ABC):
     space: TextSpace
 
     @abstractmethod
-    def counts(self, indices: Tensor) -> Tensor:
-        """Number of captions of each image, int64."""
+    def take(self, indices: Tensor, shares: Tensor) -> TextFeatures:
+        """Features of one caption of each image, float16 or float32.
 
-    @abstractmethod
-    def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
-        """Features of caption `numbers[i]` of image `indices[i]`, float16 or float32."""
+        Args:
+            indices: the images, int64, (B,).
+            shares: position of each caption among its image's, [0, 1); 0 is the first.
+        """
 
     @abstractmethod
     def empty(self) -> TextFeatures:
@@ -56,8 +55,7 @@ class CaptionFeatures(ABC):
 
     def sample(self, seed: int, indices: Tensor, epochs: Tensor) -> TextFeatures:
         """Features of one caption of each image, a function of (seed, epoch, index)."""
-        numbers = uniform(seed, "caption", epochs, indices).double() * self.counts(indices)
-        return self.take(indices, numbers.long())
+        return self.take(indices, uniform(seed, "caption", epochs, indices))
 
 
 class EncodedCaptions(CaptionFeatures):
@@ -65,11 +63,11 @@ class EncodedCaptions(CaptionFeatures):
 
     Args:
         config: names the encoder.
-        captions: captions of each image.
+        captions: captions of an image by its index.
         images: number of images.
     """
 
-    def __init__(self, config: DataConfig, captions: Captions, images: int) -> None:
+    def __init__(self, config: DataConfig, captions: Callable[[int], Sequence[str]], images: int) -> None:
         assert config.text_encoder is not None
         self.captions = captions
         self.images = images
@@ -86,13 +84,12 @@ class EncodedCaptions(CaptionFeatures):
         del self.encoder  # so that loading processes get the features without it
         return _Encoded(captions, [text.cast(torch.float16) for text in features])
 
-    def counts(self, indices: Tensor) -> Tensor:
-        return torch.tensor([len(self.encoded.captions[index]) for index in indices.tolist()])
-
-    def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
-        captions, features = self.encoded
-        pairs = zip(indices.tolist(), numbers.tolist())
-        return TextFeatures.together([features[captions[index][number]] for index, number in pairs])
+    def take(self, indices: Tensor, shares: Tensor) -> TextFeatures:
+        found = []
+        for index, share in zip(indices.tolist(), shares.tolist()):
+            captions = self.encoded.captions[index]
+            found.append(self.encoded.features[captions[int(share * len(captions))]])
+        return TextFeatures.together(found)
 
     def empty(self) -> TextFeatures:
         return self.encoded.features[0]
@@ -154,12 +151,10 @@ class CachedCaptions(CaptionFeatures):
         self.caption_counts = np.concatenate(counts[1:])
         self.caption_ends = np.concatenate([np.cumsum(each) for each in counts[1:]])
 
-    def counts(self, indices: Tensor) -> Tensor:
-        return torch.from_numpy(self.caption_counts[self.selected[indices.numpy()]])
-
-    def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
+    def take(self, indices: Tensor, shares: Tensor) -> TextFeatures:
         images = self.selected[indices.numpy()]
-        captions = self.caption_ends[images] - self.caption_counts[images] + numbers.numpy()
+        counts = self.caption_counts[images]
+        captions = self.caption_ends[images] - counts + (shares.double().numpy() * counts).astype(np.int64)
         shards = np.searchsorted(self.ends, images, side="right")
         return TextFeatures.together([self._read(f"{shard:05d}", i) for shard, i in zip(shards, captions.tolist())])
 

@@ -154,12 +154,12 @@ def _encode_shards(
     vae: AutoencoderKL, dataset: ImageFileDataset, plan: CachePlan, options: EncodeOptions, todo: list[int], log: Log
 ) -> None:
     # Batches end where shards do, so that they are the same for any distribution of the shards.
-    batches = [
-        (shard, list(plan.indices(shard)[start : start + options.batch_size]))
-        for shard in todo
-        for start in range(0, len(plan.indices(shard)), options.batch_size)
-    ]
-    total = sum(len(indices) for _, indices in batches)
+    size = options.batch_size
+    batches = {
+        shard: [indices[start : start + size] for start in range(0, len(indices), size)]
+        for shard, indices in ((shard, plan.indices(shard)) for shard in todo)
+    }
+    total = sum(len(plan.indices(shard)) for shard in todo)
     done, logged = 0, time.monotonic()
 
     def encoded(batch: DecodedBatch) -> EncodedBatch:
@@ -171,10 +171,9 @@ def _encode_shards(
         latents = latents_of(vae, batch, dataset, plan) if batch.indices else np.zeros((0, *plan.image_shape), DTYPE)
         return EncodedBatch(latents, dataset.labels[batch.indices].tolist(), batch.skipped)
 
-    shards = [shard for shard, _ in batches]
-    loaded = load_batches(_Decoder(dataset), [indices for _, indices in batches], dataset.config.num_workers)
-    for shard, part in itertools.groupby(zip(shards, loaded), key=lambda pair: pair[0]):
-        write_shard(options.output, plan, shard, (encoded(batch) for _, batch in part))
+    loaded = load_batches(_Decoder(dataset), itertools.chain(*batches.values()), dataset.config.num_workers)
+    for shard, parts in batches.items():
+        write_shard(options.output, plan, shard, map(encoded, itertools.islice(loaded, len(parts))))
 
 
 @torch.no_grad()

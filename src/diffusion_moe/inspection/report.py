@@ -49,9 +49,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        widths, heights = self._sides()
-        size = {"width": _spread(widths), "height": _spread(heights)} if len(widths) else {}
-        sides = np.minimum(widths, heights)
+        sides = np.array([(found.width, found.height) for found in self.examined if found.width]).reshape(-1, 2)
+        # Smallest, median and largest of each side.
+        spread = np.quantile(sides, (0, 0.5, 1), axis=0).astype(int).T.tolist() if len(sides) else []
         return {
             "path": self.config.path,
             "kind": self.config.kind,
@@ -61,10 +61,10 @@ class Report:
             "unreadable": self.unreadable(),
             "ignored": dict(self.table.left_out),
             "notes": list(self.table.notes),
-            "sizes": size,
+            "sizes": dict(zip(("width", "height"), spread)),
             "modes": dict(Counter(found.mode for found in self.examined if found.mode).most_common()),
             "image_size": self.config.image_size,
-            "smaller_than_image_size": int((sides < self.config.image_size).sum()),
+            "smaller_than_image_size": int((sides.min(axis=1) < self.config.image_size).sum()),
             "duplicates": {
                 "images": sum(len(group) - 1 for group in self.copies),
                 "groups": len(self.copies),
@@ -103,25 +103,13 @@ class Report:
             yield f"  {name}: {problem}"
         if len(unreadable) > SHOWN_PROBLEMS:
             yield f"  and {len(unreadable) - SHOWN_PROBLEMS} more; --json lists them"
-        line = f"files equal to another one: {copies['images']}"
-        if copies["images"]:
-            line += (
-                f" (groups of equal files: {copies['groups']}; of them in several classes: "
-                f"{copies['groups_across_classes']}, in training and held out: {copies['groups_across_split']})"
-            )
-        yield line
+        groups = (
+            f" (groups of equal files: {copies['groups']}; of them in several classes: "
+            f"{copies['groups_across_classes']}, in training and held out: {copies['groups_across_split']})"
+        )
+        yield f"files equal to another one: {copies['images']}{groups if copies['images'] else ''}"
         for names in copies["examples"]:
             yield f"  {' = '.join(names)}"
-
-    def _sides(self) -> tuple[np.ndarray, np.ndarray]:
-        """Widths and heights in pixels of the images whose size is known."""
-        known = [found for found in self.examined if found.width]
-        return np.array([found.width for found in known]), np.array([found.height for found in known])
-
-
-def _spread(values: np.ndarray) -> list[int]:
-    """Smallest, median and largest value."""
-    return [int(values.min()), int(np.median(values)), int(values.max())]
 
 
 def equal_files(examined: Sequence[Examined]) -> list[tuple[int, ...]]:
