@@ -26,9 +26,6 @@ class FolderFiles:
     folder: Path
     files: list[str]
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def __getitem__(self, index: int) -> ImageFile:
         path = f"{self.folder}/{self.files[index]}"
         return ImageFile(printable(path), path)
@@ -49,14 +46,14 @@ def read_folder(config: DataConfig) -> ImageTable:
         listing = list_images(Path(config.path), config.classes or ("none" if config.caption_column else "top"))
     except ValueError as error:
         raise ValueError(f"data.path {error}") from error
-    captions = None
+    captions: list[tuple[str, ...]] = []
     if config.caption_column is not None:
         listing, captions = _with_captions(listing, config.caption_column)
     return ImageTable(
         images=FolderFiles(listing.folder, listing.files),
         labels=listing.labels,
         class_names=listing.class_names,
-        captions=captions,
+        captions=captions.__getitem__ if captions else None,
         held_out=listing.held_out,
         notes=listing.notes(),
         left_out=tuple(listing.left_out.counts.items()),

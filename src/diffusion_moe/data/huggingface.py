@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def read_huggingface(config: DataConfig) -> ImageTable:
         raise ValueError(f"data.image_column {config.image_column} of {config.path} holds {feature}")
     images = table.select_columns([config.image_column]).cast_column(config.image_column, datasets.Image(decode=False))
     labels, class_names = _classes(table, config.label_column)
+    column = config.caption_column
     return ImageTable(
         HuggingFaceFiles(images, config.image_column, str(config.path)),
         labels,
         class_names,
-        captions=None if config.caption_column is None else ColumnCaptions(table, config.caption_column),
+        captions=None if column is None else partial(_captions, table.select_columns([column]), column),
         notes=notes,
     )
 
@@ -55,9 +57,6 @@ class HuggingFaceFiles:
     column: str
     dataset: str
     """Name for messages."""
-
-    def __len__(self) -> int:
-        return len(self.table)
 
     def __getitem__(self, index: int) -> ImageFile:
         image = self.table[index][self.column] or {"path": None, "bytes": b""}
@@ -74,18 +73,12 @@ class HuggingFaceFiles:
                 yield (name or "").removeprefix(folder)
 
 
-class ColumnCaptions:
-    """A column of texts, or of lists of texts."""
-
-    def __init__(self, table: Any, column: str) -> None:
-        self.texts = table.select_columns([column])
-        self.column = column
-
-    def __getitem__(self, index: int) -> tuple[str, ...]:
-        try:
-            return as_captions(self.texts[index][self.column])
-        except ValueError as error:
-            raise ValueError(f"data.caption_column {self.column} in row {index}: {error}") from error
+def _captions(table: Any, column: str, index: int) -> tuple[str, ...]:
+    """Captions of a row, from a column of texts, or of lists of texts."""
+    try:
+        return as_captions(table[index][column])
+    except ValueError as error:
+        raise ValueError(f"data.caption_column {column} in row {index}: {error}") from error
 
 
 def _load(config: DataConfig) -> tuple[Any, list[str]]:

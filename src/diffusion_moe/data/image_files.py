@@ -56,7 +56,7 @@ class ImageFileDataset(ImageDataset):
         return Batch(images, torch.from_numpy(self.labels[used]), skipped, indices=used)
 
     def captions(self, index: int) -> Sequence[str]:
-        return () if self.table.captions is None else self.table.captions[int(self.selected[index])]
+        return () if self.table.captions is None else self.table.captions(int(self.selected[index]))
 
     def decode(self, index: int, like: int | None = None) -> Tensor | None:
         """One image, CHW, float32, [-1, 1]; None for an unreadable one that may be skipped.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -29,19 +29,11 @@ class ImageFile(NamedTuple):
 class ImageFiles(Protocol):
     """Image files by index."""
 
-    def __len__(self) -> int: ...
-
     def __getitem__(self, index: int, /) -> ImageFile: ...
 
     def names(self) -> Iterator[str]:
         """Name of each image, relative to the data set."""
         ...
-
-
-class CaptionColumn(Protocol):
-    """Captions by index."""
-
-    def __getitem__(self, index: int, /) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -52,8 +44,8 @@ class ImageTable:
     labels: np.ndarray
     """Class of each image, int64."""
     class_names: list[str]
-    captions: CaptionColumn | None = None
-    """Captions of each image, if there are any."""
+    captions: Callable[[int], Sequence[str]] | None = None
+    """Captions of an image by its index, if there are any."""
     held_out: np.ndarray | None = None
     """True for images of the held-out split, bool; None if the data does not say."""
     notes: Sequence[str] = ()

@@ -15,10 +15,10 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -132,10 +132,10 @@ def list_images(folder: Path, classes: FolderClasses = "top") -> Listing:
     left_out = LeftOut()
     found = _scan(str(folder), left_out)
     splits = _find_splits(found, classes, folder)
-    groups: dict[str, list[_Image]] = defaultdict(list)
+    groups: dict[str, list[_Folder]] = defaultdict(list)
     for part in splits or ("",):
-        for name, images in _group(found, classes, part, left_out).items():
-            groups[name] += images
+        for name, folders in _group(found, classes, part, left_out).items():
+            groups[name] += folders
     if splits is not None:
         for other in found:
             if other.images and _top(other.path) not in splits:
@@ -150,7 +150,21 @@ def list_images(folder: Path, classes: FolderClasses = "top") -> Listing:
         raise ValueError(
             f"{folder} holds no images{seen}; give a folder of images, one sub-folder a class if there are classes"
         )
-    return _listing(folder, groups, splits, found, left_out)
+    names = sorted(groups, key=natural_key)
+    images = [_images_of(groups[name], left_out) for name in names]
+    files = [path for each in images for path, _ in each]
+    held_out = None if splits is None else np.array([_top(file) == splits[1] for file in files])
+    return Listing(
+        folder=folder,
+        files=files,
+        labels=np.repeat(np.arange(len(names), dtype=np.int64), [len(each) for each in images]),
+        class_names=[printable(name) for name in names],
+        held_out=held_out,
+        left_out=left_out,
+        metadata=[path for each in found for path in each.metadata],
+        links=sum(is_link for each in images for _, is_link in each),
+        split_folders=splits,
+    )
 
 
 @dataclass
@@ -168,19 +182,6 @@ class _Folder:
     links: dict[str, str] = field(default_factory=dict)
     """Real path of each image that is a link, by name."""
     metadata: list[str] = field(default_factory=list)
-
-
-class _Image(NamedTuple):
-    folder: _Folder
-    name: str
-
-    @property
-    def path(self) -> str:
-        return f"{self.folder.path}/{self.name}" if self.folder.path else self.name
-
-    @property
-    def real(self) -> str:
-        return self.folder.links.get(self.name) or f"{self.folder.real}/{self.name}"
 
 
 def _scan(root: str, left_out: LeftOut) -> list[_Folder]:
@@ -236,25 +237,22 @@ def _top(path: str) -> str:
     return path.partition("/")[0]
 
 
-def _group(found: list[_Folder], classes: FolderClasses, part: str, left_out: LeftOut) -> dict[str, list[_Image]]:
-    """Images of each class, by class name.
+def _group(found: list[_Folder], classes: FolderClasses, part: str, left_out: LeftOut) -> dict[str, list[_Folder]]:
+    """Folders with images of each class, by class name.
 
     Args:
         part: the folder at the top that holds the classes; empty for the listed folder itself.
     """
     below = {folder.path[len(part) :].lstrip("/"): folder for folder in found if not part or _top(folder.path) == part}
-    with_images = {path for path, folder in below.items() if folder.images}
-    parents = {parent for path in with_images for parent in _parents(path)}
-    occupied = with_images | parents
-    groups: dict[str, list[_Image]] = defaultdict(list)
+    parents = {parent for path, folder in below.items() if folder.images for parent in _parents(path)}
+    groups: dict[str, list[_Folder]] = defaultdict(list)
     for path, folder in below.items():
         name = {"top": _top(path), "leaf": "" if path in parents else path, "none": "all"}[classes]
         if folder.images and name:
-            groups[name] += [_Image(folder, image) for image in folder.images]
+            groups[name].append(folder)
         elif folder.images:
             left_out.add(BESIDE, f"{folder.path}/{folder.images[0]}".lstrip("/"), len(folder.images))
-    for path, folder in below.items():
-        if path and "/" not in path and path not in occupied:
+        elif path and "/" not in path and path not in parents:
             left_out.add(EMPTY, folder.path)
     return groups
 
@@ -291,50 +289,20 @@ def _find_splits(found: list[_Folder], classes: FolderClasses, folder: Path) -> 
     return None
 
 
-def _listing(
-    folder: Path,
-    groups: Mapping[str, list[_Image]],
-    splits: tuple[str, str] | None,
-    found: list[_Folder],
-    left_out: LeftOut,
-) -> Listing:
-    names = sorted(groups, key=natural_key)
-    files: list[str] = []
-    counts = []
-    links = 0
-    for name in names:
-        images = _without_copies(groups[name], left_out)
-        paths = [image.path for image in images]
-        if len({id(image.folder) for image in images}) > 1:  # a single folder is sorted already
-            paths.sort(key=_path_key)
-        files += paths
-        counts.append(len(images))
-        links += sum(image.folder.linked or image.name in image.folder.links for image in images)
-    held_out = None if splits is None else np.array([_top(file) == splits[1] for file in files])
-    return Listing(
-        folder=folder,
-        files=files,
-        labels=np.repeat(np.arange(len(names), dtype=np.int64), counts),
-        class_names=[printable(name) for name in names],
-        held_out=held_out,
-        left_out=left_out,
-        metadata=[path for each in found for path in each.metadata],
-        links=links,
-        split_folders=splits,
-    )
-
-
-def _without_copies(images: list[_Image], left_out: LeftOut) -> list[_Image]:
-    """Each file once, without links to other files of the class and second links to a file elsewhere."""
-    if not any(image.folder.links for image in images):
-        return images
-    seen = {image.real for image in images if image.name not in image.folder.links}
-    kept = []
-    for image in images:
-        if image.name in image.folder.links:
-            if image.real in seen:
-                left_out.add(AGAIN, image.path)
+def _images_of(folders: list[_Folder], left_out: LeftOut) -> list[tuple[str, bool]]:
+    """Path of each image of a class, in natural order, and True for links; a file that it holds already is left out."""
+    images = []
+    plain = (f"{folder.real}/{name}" for folder in folders for name in folder.images if name not in folder.links)
+    seen = set(plain) if any(folder.links for folder in folders) else set()
+    for folder in folders:
+        for name in folder.images:
+            path, real = f"{folder.path}/{name}".lstrip("/"), folder.links.get(name)
+            if real in seen:
+                left_out.add(AGAIN, path)
                 continue
-            seen.add(image.real)
-        kept.append(image)
-    return kept
+            if real is not None:
+                seen.add(real)
+            images.append((path, folder.linked or real is not None))
+    if len(folders) > 1:  # a single folder is sorted already
+        images.sort(key=lambda image: _path_key(image[0]))
+    return images

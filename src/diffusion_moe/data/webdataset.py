@@ -44,9 +44,6 @@ class TarFiles:
     """The tar or folder of tars, for messages."""
     members: Sequence[TarMember]
 
-    def __len__(self) -> int:
-        return len(self.members)
-
     def __getitem__(self, index: int) -> ImageFile:
         member = self.members[index]
         with member.tar.open("rb") as file:
@@ -101,7 +98,7 @@ def read_webdataset(config: DataConfig) -> ImageTable:
         images=TarFiles(path, [sample.image for sample in with_image if sample.image is not None]),
         labels=numbers,
         class_names=[str(i) for i in range(classes)] if classes > 1 else ["all"],
-        captions=None if column is None else [_captions(sample, column) for sample in with_image],
+        captions=None if column is None else [_captions(sample, column) for sample in with_image].__getitem__,
         notes=[f"{path}: left out: {listed}"] if left_out else [],
         left_out=left_out,
     )

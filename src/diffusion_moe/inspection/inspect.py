@@ -37,7 +37,7 @@ def inspect(config: DataConfig, options: InspectOptions, log: Log) -> Report:
         raise ValueError("data.buckets makes images of several sizes, which --pixels cannot hold; remove one")
     parse_background(config.background)
     table = read_table(config)
-    indices = range(len(table.images))
+    indices = range(len(table.labels))
     with _progress("reading", len(indices)) as progress:
         examined = list(map_images(table, indices, examine_image, progress))
     held_out = np.zeros(len(indices), dtype=bool)

@@ -5,6 +5,7 @@ Shape suffixes: B captions, L tokens of a caption, W width of features, F facts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -49,15 +50,6 @@ class FactBatch(NamedTuple):
     """Classes of the whole captions, the facts of the second object after those of the first."""
 
 
-class Predictions(NamedTuple):
-    """Logits of each fact."""
-
-    words: list[Tensor]
-    """(B, L, classes)."""
-    whole: list[Tensor]
-    """(B, classes + 1)."""
-
-
 class FactReader(nn.Module):
     """The encoder and the linear layers that predict facts."""
 
@@ -79,29 +71,32 @@ class FactReader(nn.Module):
         self.of_words = nn.ModuleList(nn.Linear(options.width, count) for count in classes)
         self.of_whole = nn.ModuleList(nn.Linear(options.width, count + 1) for count in OBJECTS * classes)
 
-    def forward(self, batch: FactBatch) -> Predictions:
-        """Predictions from every word and from their mean."""
+    def forward(self, batch: FactBatch) -> dict[str, list[Tensor]]:
+        """Logits of each fact: from every word, (B, L, classes), and from their mean, (B, classes + 1)."""
         out = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         x_BLW = out.last_hidden_state
         mask_BL1 = batch.attention_mask[..., None].to(x_BLW.dtype)
         # As `models.text.TextEmbedder` takes it: normalised, then the mean.
         mean_BW = (F.layer_norm(x_BLW, x_BLW.shape[-1:]) * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
-        return Predictions([reader(x_BLW) for reader in self.of_words], [reader(mean_BW) for reader in self.of_whole])
+        return {
+            "words": [reader(x_BLW) for reader in self.of_words],
+            "mean": [reader(mean_BW) for reader in self.of_whole],
+        }
 
     def loss(self, batch: FactBatch) -> Tensor:
         """Cross-entropy in nats, summed over the facts of an object, mean over objects; of words and whole together."""
-        read = self(batch)
-        pairs = [*zip(read.words, batch.facts_BLF.unbind(-1)), *zip(read.whole, batch.objects_BF.unbind(-1))]
+        truths = [*batch.facts_BLF.unbind(-1), *batch.objects_BF.unbind(-1)]
         losses = [
-            F.cross_entropy(logits.flatten(0, -2), truth.flatten(), ignore_index=IGNORED) for logits, truth in pairs
+            F.cross_entropy(logits.flatten(0, -2), truth.flatten(), ignore_index=IGNORED)
+            for logits, truth in zip(itertools.chain(*self(batch).values()), truths)
         ]
         return torch.stack(losses).sum()
 
     @torch.no_grad()
     def accuracy(self, batch: FactBatch) -> dict[str, float]:
         """Shares of captions whose facts are all predicted correctly, from the words and from the mean."""
-        read, shares = self(batch), {}
-        for name, logits, truth in (("words", read.words, batch.facts_BLF), ("mean", read.whole, batch.objects_BF)):
+        shares = {}
+        for (name, logits), truth in zip(self(batch).items(), (batch.facts_BLF, batch.objects_BF)):
             found = torch.stack([fact.argmax(dim=-1) for fact in logits], dim=-1)
             right_B = ((found == truth) | (truth == IGNORED)).flatten(1).all(dim=1)
             shares[name] = right_B.float().mean().item()
