@@ -104,7 +104,7 @@ def batches_from(
     wanted = None if positions is None else [int(position) for position in positions]
     for number, count in zip(chosen[step:].tolist(), batch_sizes[step:].tolist()):
         batch = list(itertools.islice(streams[number], count))
-        yield [SampledImage(*batch[position], position) for position in (range(count) if wanted is None else wanted)]
+        yield [SampledImage(batch[i][0], batch[i][1], i) for i in (range(count) if wanted is None else wanted)]
 
 
 def _stream(images: np.ndarray, seed: int, first: int) -> Iterator[tuple[int, int]]:
