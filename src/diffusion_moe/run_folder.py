@@ -74,7 +74,8 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds files but no recipe.yaml, so it is not a run; choose another --output_dir"
             )
-        if occupied and (changes := difference(self.read_recipe(), recipe)):
+        changes = difference(self.read_recipe(), recipe) if occupied else []
+        if changes:
             self._check_changes(changes, resume)
             return
         try:

@@ -20,8 +20,7 @@ from diffusion_moe.shapes.text_encoder.facts import (
     training_examples,
 )
 from diffusion_moe.shapes.text_encoder.options import TextEncoderOptions
-from diffusion_moe.shapes.text_encoder.tokenizer import make_tokenizer
-from diffusion_moe.shapes.text_encoder.train import FactReader, make_text_encoder, rate, to_batch, train
+from diffusion_moe.shapes.text_encoder.train import FactReader, make_text_encoder, make_tokenizer, rate, to_batch, train
 from diffusion_moe.text import load_encoder
 
 TINY = ["--width=16", "--layers=1", "--heads=2", "--steps=12", "--batch_size=16"]

@@ -58,10 +58,10 @@ class TarFiles:
 @dataclass
 class _Sample:
     name: str
-    image: TarMember | None = None
+    images: list[TarMember] = field(default_factory=list)
+    """Its images, of which the last one is read."""
     texts: dict[str, bytes] = field(default_factory=dict)
     """Content of the .txt, .json and .cls files, by ending."""
-    further_images: int = 0
 
 
 def read_webdataset(config: DataConfig) -> ImageTable:
@@ -78,7 +78,7 @@ def read_webdataset(config: DataConfig) -> ImageTable:
     if not tars:
         raise ValueError(f"data.path {path} holds no .tar files; give a tar, or a folder of tars")
     samples = [sample for tar in tars for sample in _samples(tar)]
-    with_image = [sample for sample in samples if sample.image is not None]
+    with_image = [sample for sample in samples if sample.images]
     if not with_image:
         raise ValueError(f"data.path {path} holds no images; samples need a file that ends in .jpg, .png or the like")
     labels = [_label(sample) for sample in with_image]
@@ -89,13 +89,13 @@ def read_webdataset(config: DataConfig) -> ImageTable:
     classes = int(numbers.max()) + 1
     counts = {
         "files beside the tars": 0 if path.is_file() else len(list(path.iterdir())) - len(tars),
-        "images of samples that have another": sum(sample.further_images for sample in samples),
+        "images of samples that have another": sum(len(sample.images) - 1 for sample in with_image),
         "samples without an image": len(samples) - len(with_image),
     }
     left_out = [(reason, count) for reason, count in counts.items() if count]
     listed = ", ".join(f"{count} {reason}" for reason, count in left_out)
     return ImageTable(
-        images=TarFiles(path, [sample.image for sample in with_image if sample.image is not None]),
+        images=TarFiles(path, [sample.images[-1] for sample in with_image]),
         labels=numbers,
         class_names=[str(i) for i in range(classes)] if classes > 1 else ["all"],
         captions=None if column is None else [_captions(sample, column) for sample in with_image].__getitem__,
@@ -115,8 +115,7 @@ def _samples(path: Path) -> list[_Sample]:
                 key = f"{folder}{slash}{stem}"
                 sample = samples.setdefault(key, _Sample(f"sample {key} of {path}"))
                 if f".{ending.lower()}" in image_suffixes():
-                    sample.further_images += sample.image is not None
-                    sample.image = TarMember(path, member.name, member.offset_data, member.size)
+                    sample.images.append(TarMember(path, member.name, member.offset_data, member.size))
                 elif ending in ("txt", "json", LABEL):
                     content = tar.extractfile(member)
                     assert content is not None

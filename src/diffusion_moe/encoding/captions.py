@@ -22,9 +22,8 @@ from ..data.latents import CachePlan
 from ..log import Log
 from ..run_folder import write_atomically
 from ..text import TextEncoder, TextFeatures, TextSpace, load_encoder
-from .files import differences, record_path, write_json
+from .files import Process, differences, record_path, write_json
 from .options import EncodeOptions
-from .process import Process
 
 
 def claim_captions(dataset: ImageFileDataset, options: EncodeOptions, log: Log) -> TextEncoder | None:

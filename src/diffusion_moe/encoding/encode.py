@@ -29,9 +29,8 @@ from ..log import Log
 from ..randomness import normal
 from ..sampling.loading import load_vae
 from .captions import claim_captions, encode_captions, missing_captions
-from .files import SKIPPED, EncodedBatch, claim, finish, is_done, missing_shards, write_shard
+from .files import SKIPPED, EncodedBatch, Process, claim, finish, is_done, missing_shards, write_shard
 from .options import EncodeOptions
-from .process import Process
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

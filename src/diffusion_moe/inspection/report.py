@@ -34,21 +34,13 @@ class Report:
         """Path of an image in the folder, or its row in the data set."""
         return self.table.images[index].name.removeprefix(f"{str(self.config.path).rstrip('/')}/")
 
-    def classes(self) -> dict[str, int]:
-        """Number of images by class name, in the order of the labels."""
-        counts = np.bincount(self.table.labels, minlength=len(self.table.class_names))
-        return dict(zip(self.table.class_names, counts.tolist()))
-
-    def unreadable(self) -> dict[str, str]:
-        """Reason for each file that cannot be read."""
-        return {self.name(i): found.problem for i, found in enumerate(self.examined) if found.problem}
-
     def copies_across(self, values: np.ndarray) -> int:
         """Number of groups of equal files whose images differ in `values`, one an image."""
         return sum(len(set(values[list(group)].tolist())) > 1 for group in self.copies)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON; the classes are in the order of their labels."""
+        counts = np.bincount(self.table.labels, minlength=len(self.table.class_names))
         sides = np.array([(found.width, found.height) for found in self.examined if found.width]).reshape(-1, 2)
         # Smallest, median and largest of each side.
         spread = np.quantile(sides, (0, 0.5, 1), axis=0).astype(int).T.tolist() if len(sides) else []
@@ -56,9 +48,9 @@ class Report:
             "path": self.config.path,
             "kind": self.config.kind,
             "images": len(self.examined),
-            "classes": self.classes(),
+            "classes": dict(zip(self.table.class_names, counts.tolist())),
             "held_out": int(self.held_out.sum()),
-            "unreadable": self.unreadable(),
+            "unreadable": {self.name(i): found.problem for i, found in enumerate(self.examined) if found.problem},
             "ignored": dict(self.table.left_out),
             "notes": list(self.table.notes),
             "sizes": dict(zip(("width", "height"), spread)),
@@ -76,7 +68,8 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The report as text."""
-        facts, classes = self.to_dict(), self.classes()
+        facts = self.to_dict()
+        classes = facts["classes"]
         count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
         yield f"{self.config.path}: {facts['images']} images in {count}, {facts['held_out']} of them held out"
         held_out = np.bincount(self.table.labels[self.held_out], minlength=len(classes))

@@ -16,8 +16,9 @@ from typing import NamedTuple
 from ...randomness import derive_seed
 from ..captions import MENTIONS, NUMBERS, PLURALS, Mention, describe
 from ..scene import COLOURS, CONVERSE, RELATIONS, SHAPES, SIZES, Content, contents, held_out, seen_contents
-from .tokenizer import UNKNOWN
 
+UNKNOWN = "<unk>"
+"""The word that stands for unknown ones."""
 NONE = "none"
 """Value of a fact that is not mentioned."""
 FACTS: dict[str, tuple[str, ...]] = {

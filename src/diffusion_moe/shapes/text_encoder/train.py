@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils import logging
@@ -23,9 +24,8 @@ from transformers.utils import logging
 from ...log import Log
 from ...randomness import derive_seed
 from ..captions import WORDS
-from .facts import FACTS, IGNORED, OBJECTS, Example, held_out_examples, texts, training_examples
+from .facts import FACTS, IGNORED, OBJECTS, UNKNOWN, Example, held_out_examples, texts, training_examples
 from .options import TextEncoderOptions
-from .tokenizer import make_tokenizer
 
 RECORD = "training.json"
 """File in the encoder's folder with its options and accuracy."""
@@ -35,6 +35,19 @@ LINES = 5
 """Number of lines of progress."""
 SEEN = 500
 """Number of seen captions for the accuracy."""
+PAD, EOS = "<pad>", "</s>"
+
+
+def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word, in lower case, without punctuation; `</s>` ends a text, and other words are `<unk>`."""
+    vocabulary = {word: number for number, word in enumerate((PAD, EOS, UNKNOWN, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
 
 
 class FactBatch(NamedTuple):
