@@ -17,7 +17,7 @@ from .config.reading import Sections, build_recipe, merge, read_sections
 from .log import Log
 
 Resume = Literal["auto", "never", "changed"]
-"""How an existing run is handled: resume it, refuse it, or resume it with another recipe."""
+"""Handling of an existing run: resume it, refuse it, or resume it with another recipe."""
 ORIGIN = "training.json"
 """File of a model's folder: the number of training steps, and the decay of its EMA."""
 HANDOVER_SECONDS = 120.0

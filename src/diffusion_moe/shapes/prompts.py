@@ -62,7 +62,7 @@ class _Rule(NamedTuple):
 
     kind: str
     mentions: tuple[Mention, ...]
-    """What its texts may say; they require all they say."""
+    """Facts that its texts may mention; they require all of them."""
     axis: Axis
     """The one axis along which its held-out contents are held out."""
 

@@ -43,7 +43,7 @@ class ShapesReport:
 
     tallies: dict[Category, dict[Split, Tally]]
     scores: tuple[ImageScore, ...]
-    """Of each image, in the order of the prompts."""
+    """Scores of the images, in the order of the prompts."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: means over categories, overall and for each split, and the scores of every category."""
