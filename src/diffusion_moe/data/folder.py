@@ -56,7 +56,7 @@ def read_folder(config: DataConfig) -> ImageTable:
         captions=captions.__getitem__ if captions else None,
         held_out=listing.held_out,
         notes=listing.notes(),
-        left_out=tuple(listing.left_out.counts.items()),
+        left_out=listing.left_out.counts,
     )
 
 

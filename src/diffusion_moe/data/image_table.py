@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -20,10 +19,6 @@ class ImageFile(NamedTuple):
     """Path, or row in the data set, for messages."""
     source: str | bytes
     """Path of the file, or its content."""
-
-    def content(self) -> bytes:
-        """Bytes of the file."""
-        return self.source if isinstance(self.source, bytes) else Path(self.source).read_bytes()
 
 
 class ImageFiles(Protocol):
@@ -50,8 +45,8 @@ class ImageTable:
     """True for images of the held-out split, bool; None if the data does not say."""
     notes: Sequence[str] = ()
     """Lines for the user: splits found, and what is left out."""
-    left_out: Sequence[tuple[str, int]] = ()
-    """Reason and count of what is left out."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of files that are left out, by reason."""
 
     def indices(self, test_fraction: float, split: Split) -> np.ndarray:
         """Indices of one split: as the data says, or else by `split_indices`."""

@@ -92,8 +92,8 @@ def read_webdataset(config: DataConfig) -> ImageTable:
         "images of samples that have another": sum(len(sample.images) - 1 for sample in with_image),
         "samples without an image": len(samples) - len(with_image),
     }
-    left_out = [(reason, count) for reason, count in counts.items() if count]
-    listed = ", ".join(f"{count} {reason}" for reason, count in left_out)
+    left_out = {reason: count for reason, count in counts.items() if count}
+    listed = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
     return ImageTable(
         images=TarFiles(path, [sample.images[-1] for sample in with_image]),
         labels=numbers,

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DataConfig
+from ..config import require
+from ..config.data import IMAGE_FILES, DataConfig
 from ..data import load_dataset
 from ..data.dataset import load_batches
 from ..data.float16_files import DTYPE
@@ -54,12 +55,10 @@ def encode(data: DataConfig, options: EncodeOptions, log: Log = print) -> str:
         ValueError: data or VAE cannot be used, the output is another cache, an image cannot be read or stored.
     """
     process = Process.here()
-    if data.kind not in ("folder", "huggingface", "webdataset"):
-        raise ValueError(f"kind is {data.kind}; encode takes folder, huggingface or webdataset")
+    require(data.kind in IMAGE_FILES, f"kind is {data.kind}; encode takes folder, huggingface or webdataset")
     vae = load_vae(options.vae)
     channels = vae.config.in_channels
-    if channels not in (1, 3):
-        raise ValueError(f"the VAE {options.vae} takes {channels} channels; give one of images, 1 or 3")
+    require(channels in (1, 3), f"the VAE {options.vae} takes {channels} channels; give one of images, 1 or 3")
     data = dataclasses.replace(data, caption_column=options.captions, channels=channels, flip=False, test_fraction=0.0)
     dataset = load_dataset(data, "train")
     assert isinstance(dataset, ImageFileDataset)

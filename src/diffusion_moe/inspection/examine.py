@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
@@ -45,7 +46,8 @@ class Examined(NamedTuple):
 def examine_image(table: ImageTable, index: int) -> Examined:
     """Examine one file of a table."""
     try:
-        content = table.images[index].content()
+        source = table.images[index].source
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
         return Examined(0, 0, "", b"", error.strerror or str(error))
     return examine(content)
