@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,36 +41,31 @@ def read_huggingface(config: DataConfig) -> ImageTable:
     labels, class_names = _classes(table, config.label_column)
     column = config.caption_column
     return ImageTable(
-        HuggingFaceFiles(images, config.image_column, str(config.path)),
-        labels,
-        class_names,
+        image=partial(_image, images, config.path),
+        names=partial(_names, images, config.path),
+        labels=labels,
+        class_names=class_names,
         captions=None if column is None else partial(_captions, table.select_columns([column]), column),
         notes=notes,
     )
 
 
-@dataclass
-class HuggingFaceFiles:
-    """A column of a `datasets.Dataset` whose values are mappings of `path` and `bytes`."""
+def _image(table: Any, dataset: str | None, index: int) -> ImageFile:
+    """Image of a row; a table's only column holds mappings of `path` and `bytes`."""
+    (image,) = table[index].values()
+    image = image or {"path": None, "bytes": b""}
+    if image["bytes"] is None:
+        return ImageFile(str(image["path"]), str(image["path"]))
+    path = f" ({image['path']})" if image["path"] else ""
+    return ImageFile(f"row {index} of {dataset}{path}", image["bytes"])
 
-    table: Any
-    column: str
-    dataset: str
-    """Name for messages."""
 
-    def __getitem__(self, index: int) -> ImageFile:
-        image = self.table[index][self.column] or {"path": None, "bytes": b""}
-        if image["bytes"] is None:
-            return ImageFile(str(image["path"]), str(image["path"]))
-        path = f" ({image['path']})" if image["path"] else ""
-        return ImageFile(f"row {index} of {self.dataset}{path}", image["bytes"])
-
-    def names(self) -> Iterator[str]:
-        """Paths, relative to the data set's folder if they are in it."""
-        folder = f"{Path(self.dataset).absolute()}/"
-        for chunk in self.table.data[self.column].chunks:
-            for name in chunk.field("path").to_pylist():
-                yield (name or "").removeprefix(folder)
+def _names(table: Any, dataset: str | None) -> Iterator[str]:
+    """Paths of the images, relative to the data set's folder if they are in it."""
+    folder = f"{Path(str(dataset)).absolute()}/"
+    for chunk in table.data[table.column_names[0]].chunks:
+        for name in chunk.field("path").to_pylist():
+            yield (name or "").removeprefix(folder)
 
 
 def _captions(table: Any, column: str, index: int) -> tuple[str, ...]:

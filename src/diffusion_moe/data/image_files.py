@@ -90,7 +90,7 @@ class ImageFileDataset(ImageDataset):
 
     def identity(self) -> str:
         """A hash of the names and classes of all splits' images, in order; the files' contents are not read."""
-        return hash_names(self.table.images.names(), self.table.labels)
+        return hash_names(self.table.names(), self.table.labels)
 
     def _readable(self, requested: int) -> tuple[int, Tensor]:
         """Index and pixels of an image, or of the next readable one of the split."""
@@ -102,7 +102,7 @@ class ImageFileDataset(ImageDataset):
         raise ValueError(f"no image under data.path {self.config.path} can be read")
 
     def _file(self, index: int) -> ImageFile:
-        return self.table.images[int(self.selected[index])]
+        return self.table.image(int(self.selected[index]))
 
     def _find_buckets(self) -> np.ndarray:
         """Bucket of each image, from its header; an unreadable one is put into the first bucket."""

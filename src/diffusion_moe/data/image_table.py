@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -21,21 +21,14 @@ class ImageFile(NamedTuple):
     """Path of the file, or its content."""
 
 
-class ImageFiles(Protocol):
-    """Image files by index."""
-
-    def __getitem__(self, index: int, /) -> ImageFile: ...
-
-    def names(self) -> Iterator[str]:
-        """Name of each image, relative to the data set."""
-        ...
-
-
 @dataclass(frozen=True)
 class ImageTable:
     """Image files of all splits with their metadata."""
 
-    images: ImageFiles
+    image: Callable[[int], ImageFile]
+    """File of an image by its index."""
+    names: Callable[[], Iterable[str]]
+    """Names of all images, relative to the data set."""
     labels: np.ndarray
     """Class of each image, int64."""
     class_names: list[str]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,25 +35,6 @@ class TarMember(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.tar.name}/{self.name}"
-
-
-@dataclass
-class TarFiles:
-    """Images in tars."""
-
-    path: Path
-    """The tar or folder of tars, for messages."""
-    members: Sequence[TarMember]
-
-    def __getitem__(self, index: int) -> ImageFile:
-        member = self.members[index]
-        with member.tar.open("rb") as file:
-            file.seek(member.offset)
-            return ImageFile(f"row {index} of {self.path} ({member})", file.read(member.size))
-
-    def names(self) -> Iterator[str]:
-        """Name of each tar with that of the image in it."""
-        return map(str, self.members)
 
 
 @dataclass
@@ -94,14 +76,23 @@ def read_webdataset(config: DataConfig) -> ImageTable:
     }
     left_out = {reason: count for reason, count in counts.items() if count}
     listed = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    members = [sample.images[-1] for sample in with_image]
     return ImageTable(
-        images=TarFiles(path, [sample.images[-1] for sample in with_image]),
+        image=partial(_image, path, members),
+        names=partial(map, str, members),
         labels=numbers,
         class_names=[str(i) for i in range(classes)] if classes > 1 else ["all"],
         captions=None if column is None else [_captions(sample, column) for sample in with_image].__getitem__,
         notes=[f"{path}: left out: {listed}"] if left_out else [],
         left_out=left_out,
     )
+
+
+def _image(path: Path, members: Sequence[TarMember], index: int) -> ImageFile:
+    member = members[index]
+    with member.tar.open("rb") as file:
+        file.seek(member.offset)
+        return ImageFile(f"row {index} of {path} ({member})", file.read(member.size))
 
 
 def _samples(path: Path) -> list[_Sample]:

@@ -45,7 +45,7 @@ def write_contact_sheet(path: Path, config: DataConfig, table: ImageTable, reada
         members = np.flatnonzero((table.labels == label) & readable)
         pen.text((GAP, top), f"{table.class_names[label][:26]}\n{len(members)} images", fill="black", font=font)
         for column, index in enumerate(_evenly(members, COLUMNS)):
-            image = decode_image(table.images[int(index)].source, config.channels, background)
+            image = decode_image(table.image(index).source, config.channels, background)
             image = cover_and_crop(image, config.image_size, config.image_size)
             sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (NAME_WIDTH + column * (cell + GAP), top))
     path.parent.mkdir(parents=True, exist_ok=True)

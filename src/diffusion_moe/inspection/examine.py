@@ -46,7 +46,7 @@ class Examined(NamedTuple):
 def examine_image(table: ImageTable, index: int) -> Examined:
     """Examine one file of a table."""
     try:
-        source = table.images[index].source
+        source = table.image(index).source
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
         return Examined(0, 0, "", b"", error.strerror or str(error))

@@ -76,7 +76,7 @@ def _write_pixels(path: Path, report: Report, readable: np.ndarray) -> None:
 def _pixels_of(
     table: ImageTable, index: int, size: tuple[int, int, int], background: tuple[int, int, int]
 ) -> np.ndarray:
-    return decode_pixels(table.images[index].source, *size, background)
+    return decode_pixels(table.image(index).source, *size, background)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class Report:
 
     def name(self, index: int) -> str:
         """Path of an image in the folder, or its row in the data set."""
-        return self.table.images[index].name.removeprefix(f"{str(self.config.path).rstrip('/')}/")
+        return self.table.image(index).name.removeprefix(f"{str(self.config.path).rstrip('/')}/")
 
     def copies_across(self, values: np.ndarray) -> int:
         """Number of groups of equal files whose images differ in `values`, one an image."""
