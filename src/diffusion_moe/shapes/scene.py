@@ -58,6 +58,7 @@ HELD_OUT_RELATIONS: Set[tuple[Shape, Relation, Shape]] = {
     ("triangle", "below", "circle"),
 }
 """Each pair of shapes that is seen together lacks one relation; the converse says the same."""
+_HELD_OUT_EITHER_WAY = HELD_OUT_RELATIONS | {(b, CONVERSE[relation], a) for a, relation, b in HELD_OUT_RELATIONS}
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,9 @@ def held_out(content: Content) -> frozenset[Axis]:
         "size": any((look.shape, look.size) in HELD_OUT_SIZES for look in content.looks),
         "count": content.kind == "count" and (len(shapes), shapes[0]) in HELD_OUT_COUNTS,
         "pair": frozenset(shapes) in HELD_OUT_PAIRS,
-        "relation": content.relation is not None and _is_held_out_relation(shapes[0], content.relation, shapes[1]),
+        "relation": (shapes[0], content.relation, shapes[-1]) in _HELD_OUT_EITHER_WAY,
     }
     return frozenset(axis for axis, holds in axes.items() if holds)
-
-
-def _is_held_out_relation(first: Shape, relation: Relation, second: Shape) -> bool:
-    """True if training never shows this relation of the two shapes."""
-    return not HELD_OUT_RELATIONS.isdisjoint({(first, relation, second), (second, CONVERSE[relation], first)})
 
 
 @lru_cache
