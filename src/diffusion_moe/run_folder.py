@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import socket
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from .config.reading import Sections, build_recipe, merge, read_sections
 from .log import Log
 
 Resume = Literal["auto", "never", "changed"]
-"""How an existing run is handled: resume it, refuse it, or resume it with another recipe."""
+"""Handling of an existing run: resume it, refuse it, or resume it with another recipe."""
 ORIGIN = "training.json"
 """File of a model's folder: the number of training steps, and the decay of its EMA."""
 HANDOVER_SECONDS = 120.0
@@ -73,7 +74,8 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds files but no recipe.yaml, so it is not a run; choose another --output_dir"
             )
-        if occupied and (changes := difference(self.read_recipe(), recipe)):
+        changes = difference(self.read_recipe(), recipe) if occupied else []
+        if changes:
             self._check_changes(changes, resume)
             return
         try:
@@ -159,28 +161,35 @@ def _locked(file: TextIO) -> bool:
     try:
         # A POSIX lock belongs to the process: data workers, which may outlive it for seconds, do not inherit it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError | PermissionError)
     return True
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds either the whole old file or the whole new one."""
-    with replace_atomically(path) as file:
+def write_atomically(path: Path, content: str | bytes, shared: bool = False) -> None:
+    """Write a file so that a reader finds either the whole old file or the whole new one; see `replace_atomically`."""
+    with replace_atomically(path, shared) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def replace_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that replaces `path` once all of it is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
+def replace_atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
+    """Open a file that replaces `path` once all of it is on the disk.
+
+    Args:
+        path: the file.
+        shared: several processes may write it at a time.
+    """
+    writer = f"{platform.node()}-{os.getpid()}." if shared else ""
+    partial = path.with_name(f".{path.name}.{writer}partial")
     try:
         with partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write, as to a full disk, names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)

@@ -40,8 +40,9 @@ def record(run: RunFolder, recipe: Recipe, step: int, resume: Resume, log: Log) 
     if step and (changes or known):
         if not known:
             _write(run, 0, run.recipe.read_text())
-        in_force = max((first for first in known if first <= step), default=0)
-        if changes if not known else difference(read_run_recipe(known[in_force]), recipe):
+            known = recipes_in(run)
+        in_force = max(first for first in known if first <= step)
+        if difference(read_run_recipe(known[in_force]), recipe):
             _write(run, step, to_yaml(recipe))
     if changes:
         log(f"the recipe changes after step {step}:")

@@ -36,14 +36,14 @@ def stream(step, last, **changes):
 
 def test_batches_are_of_one_bucket_and_every_image_comes_once_an_epoch():
     batches = stream(0, 400)
-    assert all(len({int(BUCKETS[draw.image]) for draw in batch}) == 1 for batch in batches)
-    draws = [draw for batch in batches for draw in batch]
+    assert all(len({int(BUCKETS[sample.image]) for sample in batch}) == 1 for batch in batches)
+    samples = [sample for batch in batches for sample in batch]
     for bucket in range(3):
         images = np.flatnonzero(bucket == BUCKETS).tolist()
-        own = [draw for draw in draws if draw.image in images]
+        own = [sample for sample in samples if sample.image in images]
         for epoch in range(own[-1].epoch):
-            assert sorted(draw.image for draw in own if draw.epoch == epoch) == images
-        assert len(own) / len(draws) == pytest.approx(len(images) / 60, abs=0.06)
+            assert sorted(sample.image for sample in own if sample.epoch == epoch) == images
+        assert len(own) / len(samples) == pytest.approx(len(images) / 60, abs=0.06)
     assert stream(0, 400, seed=4) != batches
 
 
@@ -61,8 +61,8 @@ def test_batches_of_another_size_continue_the_stream_of_each_bucket():
     assert whole[:20] == plain[:20] and [len(batch) for batch in whole[19:21] + whole[89:91]] == [8, 6, 6, 16]
     for bucket in range(3):
         images = np.flatnonzero(bucket == BUCKETS).tolist()
-        own = [draw[:2] for batch in whole for draw in batch if draw.image in images]
-        expected = [draw[:2] for batch in stream(0, 1000) for draw in batch if draw.image in images]
+        own = [sample[:2] for batch in whole for sample in batch if sample.image in images]
+        expected = [sample[:2] for batch in stream(0, 1000) for sample in batch if sample.image in images]
         assert own == expected[: len(own)]
     assert stream(57, 200, batch_size=segments) == whole[57:]
 
@@ -90,7 +90,7 @@ def test_images_take_the_size_of_their_bucket(pictures):
         data.read([0, 1])
 
 
-def test_what_stands_in_for_an_unreadable_image_takes_its_size(pictures):
+def test_a_replacement_of_an_unreadable_image_takes_its_size(pictures):
     (pictures / "all" / "03.png").write_bytes(b"broken")
     data = load_dataset(config(pictures, on_corrupt="skip"), "train")
     assert data.buckets[3] == 0 and data.read([1, 3]).images.shape == (2, 1, 4, 12)

@@ -120,8 +120,9 @@ def test_ranks_load_their_part_of_each_batch(folder):
     whole = list(batches_from(0, 5, len(data), 6, seed=2))
     for rank in range(3):
         positions = torch.cat(positions_of(6, 1, rank, 3))
-        for all_draws, draws in zip(whole, batches_from(0, 5, len(data), 6, seed=2, positions=positions), strict=True):
-            expected, part = data.__getitems__(all_draws), data.__getitems__(draws)
+        shares = batches_from(0, 5, len(data), 6, seed=2, positions=positions)
+        for batch, share in zip(whole, shares, strict=True):
+            expected, part = data.__getitems__(batch), data.__getitems__(share)
             assert torch.equal(part.positions, positions)
             assert torch.equal(part.images, expected.images[positions])
             assert torch.equal(part.labels, expected.labels[positions])
@@ -132,8 +133,8 @@ def test_about_half_of_the_images_are_flipped_and_others_each_epoch():
     plain = load_dataset(DataConfig(), "train").read_all().images
     epochs = []
     for epoch in range(2):
-        drawn = data.__getitems__([SampledImage(image, epoch) for image in range(len(data))]).images
-        same, mirrored = (drawn == plain).flatten(1).all(1), (drawn == plain.flip(-1)).flatten(1).all(1)
+        augmented = data.__getitems__([SampledImage(image, epoch) for image in range(len(data))]).images
+        same, mirrored = (augmented == plain).flatten(1).all(1), (augmented == plain.flip(-1)).flatten(1).all(1)
         assert bool((same | mirrored).all())
         assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.05)
         epochs.append(mirrored)

@@ -137,8 +137,8 @@ def test_one_transparent_level_of_16_bits():
     chunk = b"tRNS" + (0).to_bytes(2, "big")
     import zlib
 
-    place = content.index(b"IDAT") - 4
-    content = content[:place] + (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + content[place:]
+    start = content.index(b"IDAT") - 4
+    content = content[:start] + (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + content[start:]
     assert np.array(decode_image(content, 1, (100, 100, 100))).tolist() == [[100, 255]]
 
 
@@ -233,7 +233,7 @@ def test_the_first_frame_of_an_animation():
     ("content", "expected"),
     [(b"", "it is empty"), (b"<html>404</html>", "it is not an image that Pillow reads")],
 )
-def test_what_is_no_image_is_said(content, expected):
+def test_files_that_are_no_images_are_refused_with_the_reason(content, expected):
     with pytest.raises(ValueError, match=expected):
         levels(content)
 
@@ -273,7 +273,7 @@ def test_center_crop_takes_the_middle():
 
 
 def test_images_twice_too_large_are_halved_by_means_first():
-    """As ADM does: at twice the size and four times it, every pixel is the mean of a square."""
+    """ADM's rule: at twice the size and four times it, every pixel is the mean of a square."""
     pixels = np.random.RandomState(0).randint(0, 255, (16, 24), dtype=np.uint8)
     halved = np.array(cover_and_crop(Image.fromarray(pixels), 8, 8))
     means = pixels.reshape(8, 2, 12, 2).mean((1, 3))[:, 2:10]

@@ -19,7 +19,7 @@ LABELS = [2, 0, 1, 2, 0, 1]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """What `datasets` keeps of a test goes with the test."""
+    """Keep the cache of `datasets` in the folder of the test."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
 
 

@@ -1,4 +1,4 @@
-"""How a model sees latents, and back."""
+"""Latents scaled for a model, and back."""
 
 from dataclasses import asdict
 

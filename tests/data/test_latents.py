@@ -73,20 +73,20 @@ def test_empty_and_short_shards_are_passed_over(tmp_path, skipped):
     torch.testing.assert_close(images, (values[:, 0, 0] - SHIFT) * SCALE)
 
 
-def test_a_drawn_latent_is_mean_plus_std_times_noise_of_seed_epoch_and_index(tmp_path):
+def test_a_sampled_latent_is_mean_plus_std_times_noise_of_seed_epoch_and_index(tmp_path):
     values, seed = write_cache(tmp_path), 3
     data = load_dataset(config(tmp_path, flip=True), "train", seed=seed)
     indices, epochs = torch.tensor([7, 0, 7, 9]), torch.tensor([0, 1, 1, 2])
-    drawn = data.read_augmented(indices, epochs).images
+    sampled = data.read_augmented(indices, epochs).images
     noise = normal(seed, "posterior", epochs, indices, SHAPE)
     view = (uniform(seed, "flip", epochs, indices) < 0.5).long()
     mean, std = values[indices, view].unbind(1)
-    torch.testing.assert_close(drawn, (mean + std * noise - SHIFT) * SCALE, rtol=0, atol=1e-6)
+    torch.testing.assert_close(sampled, (mean + std * noise - SHIFT) * SCALE, rtol=0, atol=1e-6)
     alone = data.read_augmented(indices[2:3], epochs[2:3]).images
-    assert torch.equal(alone, drawn[2:3])
+    assert torch.equal(alone, sampled[2:3])
 
 
-def test_both_views_are_drawn_and_without_flip_only_the_first(tmp_path):
+def test_both_views_are_sampled_and_without_flip_only_the_first(tmp_path):
     values = write_cache(tmp_path, store="samples")
     for flip, expected in ((True, {0, 1}), (False, {0})):
         data = load_dataset(config(tmp_path, flip=flip), "train")
@@ -100,8 +100,8 @@ def test_both_views_are_drawn_and_without_flip_only_the_first(tmp_path):
 def test_stored_samples_are_given_as_they_are(tmp_path):
     values = write_cache(tmp_path, store="samples", flip=False)
     data = load_dataset(config(tmp_path), "train")
-    drawn = data.read_augmented(torch.arange(10), torch.arange(10)).images
-    torch.testing.assert_close(drawn, (values[:, 0, 0] - SHIFT) * SCALE)
+    sampled = data.read_augmented(torch.arange(10), torch.arange(10)).images
+    torch.testing.assert_close(sampled, (values[:, 0, 0] - SHIFT) * SCALE)
 
 
 def test_channels_can_be_normalised_by_the_statistics_of_the_header(tmp_path):

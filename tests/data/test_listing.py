@@ -178,7 +178,7 @@ def test_the_hash_sees_names_classes_and_order(make):
 
 
 def test_ten_thousand_files_are_ready_in_a_second(make):
-    """Of processor time, which a busy machine does not change; it takes about a third of that."""
+    """Processor time, which a busy machine does not change; it takes about a third of the second."""
     folder = make(*(f"{name}/{i}.jpg" for name in range(20) for i in range(500)))
     load_dataset(DataConfig(kind="folder", path=str(folder)), "train")  # imports
     start = time.process_time()

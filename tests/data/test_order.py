@@ -15,18 +15,18 @@ def test_a_resumed_order_continues_the_first_and_no_image_is_dropped(size, batch
     whole = list(batches_from(0, steps, size, batch_size, seed=3))
     cut = min(cut, steps)
     assert list(batches_from(cut, steps, size, batch_size, seed=3)) == whole[cut:]
-    assert all([draw.position for draw in batch] == list(range(batch_size)) for batch in whole)
-    stream = [draw for batch in whole for draw in batch]
+    assert all([sample.position for sample in batch] == list(range(batch_size)) for batch in whole)
+    stream = [sample for batch in whole for sample in batch]
     assert len(stream) == steps * batch_size
     for epoch in range(len(stream) // size):
         part = stream[epoch * size : (epoch + 1) * size]
-        assert sorted(draw.image for draw in part) == list(range(size))
-        assert {draw.epoch for draw in part} == {epoch}
+        assert sorted(sample.image for sample in part) == list(range(size))
+        assert {sample.epoch for sample in part} == {epoch}
 
 
 def test_batches_of_other_sizes_cut_the_same_stream():
-    small = [draw[:2] for batch in batches_from(0, 12, 17, 4, seed=1) for draw in batch]
-    large = [draw[:2] for batch in batches_from(0, 4, 17, 12, seed=1) for draw in batch]
+    small = [sample[:2] for batch in batches_from(0, 12, 17, 4, seed=1) for sample in batch]
+    large = [sample[:2] for batch in batches_from(0, 4, 17, 12, seed=1) for sample in batch]
     assert small == large
 
 
@@ -48,7 +48,7 @@ def test_the_ranks_shares_of_a_micro_batch_make_that_of_one_process(micro, accum
         assert {len(share[m]) for share in shares} == {micro}
 
 
-def test_places_are_these():
+def test_positions_are_these():
     assert [part.tolist() for part in positions_of(12, accumulation=2, rank=1, world=3)] == [[2, 3], [8, 9]]
 
 
@@ -58,7 +58,7 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_the_arithmetic():
 
 
 @pytest.mark.parametrize("size", [5, 17, 100])
-def test_a_rank_draws_its_part_of_every_batch_across_epochs(size):
+def test_a_rank_reads_its_part_of_every_batch_across_epochs(size):
     whole = list(batches_from(2, 9, size, 12, seed=4))
     for rank in range(3):
         positions = torch.cat(positions_of(12, 2, rank, 3))
@@ -82,8 +82,8 @@ def test_batches_of_changing_sizes_drop_no_image_and_give_none_twice(size, parts
     segments = segments_of(parts)
     whole = list(batches_from(0, steps, size, segments, seed=3))
     assert [len(batch) for batch in whole] == [size for steps, size in parts for _ in range(steps)]
-    assert [draw[:2] for batch in whole for draw in batch] == [
-        draw[:2] for (draw,) in batches_from(0, total, size, 1, seed=3)
+    assert [sample[:2] for batch in whole for sample in batch] == [
+        sample[:2] for (sample,) in batches_from(0, total, size, 1, seed=3)
     ]
     cut = min(cut, steps)
     assert list(batches_from(cut, steps, size, segments, seed=3)) == whole[cut:]

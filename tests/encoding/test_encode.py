@@ -28,7 +28,7 @@ SIZE, SHARD = 16, 4
 
 
 def quietly(line):
-    """Takes what the command says."""
+    """A log that shows nothing."""
 
 
 def images_of(folder, **changes):
@@ -93,7 +93,7 @@ def test_the_header_says_what_it_holds(cache, pictures, vae_folder):
     np.testing.assert_allclose(header.channel_std, variance.sqrt(), rtol=1e-9)
 
 
-def test_samples_are_draws_of_seed_view_and_index(tmp_path, pictures, vae_folder):
+def test_samples_are_functions_of_seed_view_and_index(tmp_path, pictures, vae_folder):
     write(tmp_path / "cache", pictures, vae_folder, store="samples", seed=5)
     expected = []
     for view, moments in enumerate(posterior(pictures, vae_folder).unbind(1)):
@@ -215,7 +215,7 @@ def test_a_data_set_without_a_readable_image_gives_no_cache(tmp_path, broken_pic
 
 
 @pytest.mark.parametrize(("factor", "shown"), [(1e6, r"\d"), (float("nan"), "nan")])
-def test_what_float16_cannot_hold_is_named(tmp_path, pictures, vae_folder, factor, shown):
+def test_values_that_float16_cannot_hold_are_named(tmp_path, pictures, vae_folder, factor, shown):
     vae = AutoencoderKL.from_pretrained(vae_folder)
     with torch.no_grad():
         vae.quant_conv.weight.mul_(factor)

@@ -70,23 +70,23 @@ def expected_image(run_folder, vae_folder, shift, scale):
     return ((image[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
 
 
-def drawn_image(capsys, folder, output, *options):
+def sampled_image(capsys, folder, output, *options):
     command = ["sample", folder, "--classes=bee", "--per_class=1", "--steps=2", "--guidance_scale=1", "--format=png"]
     status, _, err = run(capsys, *command, "--output", output, *options)
     assert (status, err) == (0, "")
     return np.array(Image.open(output / "class0001-000000.png")).astype(float)
 
 
-def test_a_run_on_a_cache_draws_images_by_the_cache_s_vae(capsys, tmp_path, trained, vae_folder):
+def test_a_run_on_a_cache_samples_images_by_the_cache_s_vae(capsys, tmp_path, trained, vae_folder):
     record = json.loads((trained / "model" / "data.json").read_text())
     assert record["class_names"] == ["ant", "bee"]
     assert record["latent_space"]["scaling"] == {"shift": [0.1], "scale": [0.5]}
     assert len((trained / "metrics.jsonl").read_text().splitlines()) == 1
-    found = drawn_image(capsys, trained, tmp_path / "out")
+    found = sampled_image(capsys, trained, tmp_path / "out")
     expected = expected_image(trained, vae_folder, [0.1], [0.5])
     np.testing.assert_allclose(found, expected, atol=1)
     assert found.std() > 1
-    of_its_model = drawn_image(capsys, trained / "model", tmp_path / "model")
+    of_its_model = sampled_image(capsys, trained / "model", tmp_path / "model")
     np.testing.assert_array_equal(of_its_model, found)
 
 
@@ -97,10 +97,10 @@ def test_normalised_channels_are_undone_by_the_same_record_also_in_a_pipeline(
     command = ["train", "dsmoe-s-e16", "--output_dir", folder, f"--data.path={cache}", "--data.normalize=channel"]
     assert run(capsys, *command, *tiny)[0] == 0
     expected = expected_image(folder, vae_folder, header.channel_mean, [1 / std for std in header.channel_std])
-    found = drawn_image(capsys, folder, tmp_path / "out")
+    found = sampled_image(capsys, folder, tmp_path / "out")
     np.testing.assert_allclose(found, expected, atol=1)
     assert run(capsys, "convert", folder, "--output", tmp_path / "pipeline")[0] == 0
-    converted = drawn_image(capsys, tmp_path / "pipeline", tmp_path / "converted")
+    converted = sampled_image(capsys, tmp_path / "pipeline", tmp_path / "converted")
     np.testing.assert_array_equal(converted, found)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.get_label_ids(["bee"]) == [1]
@@ -112,7 +112,7 @@ def test_normalised_channels_are_undone_by_the_same_record_also_in_a_pipeline(
 
 
 def test_a_vae_that_has_moved_is_given_by_option_and_must_be_the_same(capsys, tmp_path, trained, cache):
-    expected = drawn_image(capsys, trained, tmp_path / "before")
+    expected = sampled_image(capsys, trained, tmp_path / "before")
     vae = cache.with_name("vae")
     vae.rename(tmp_path / "moved")
     try:
@@ -121,7 +121,7 @@ def test_a_vae_that_has_moved_is_given_by_option_and_must_be_the_same(capsys, tm
         assert f"cannot load the VAE {vae}" in err
         assert "if it was moved, give its folder with --vae" in err
         assert err.count("\n") == 1
-        found = drawn_image(capsys, trained, tmp_path / "after", f"--vae={tmp_path / 'moved'}")
+        found = sampled_image(capsys, trained, tmp_path / "after", f"--vae={tmp_path / 'moved'}")
         np.testing.assert_array_equal(found, expected)
         published = ["convert", trained, "--to=published", "--output", tmp_path / "x.pt", "--format=dsmoe"]
         assert run(capsys, *published)[0] == 0

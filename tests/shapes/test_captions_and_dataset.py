@@ -20,8 +20,8 @@ def config(**changes):
     return DataConfig(kind="shapes", **{"image_size": 16, "channels": 3} | changes)
 
 
-def all_texts(content, mention, draws=60):
-    return {describe(content, mention, random.Random(seed)) for seed in range(draws)}
+def all_texts(content, mention, count=60):
+    return {describe(content, mention, random.Random(seed)) for seed in range(count)}
 
 
 def test_all_phrasings_of_a_single_object():

@@ -22,7 +22,7 @@ def image_of(*items, size=32):
     return render(scenes_of(Scene(items)), size)
 
 
-def drawn(inside, size=64, colour="blue", fine=8):
+def rendered(inside, size=64, colour="blue", fine=8):
     """An image of the points (x, y) in [0, 1] that are inside."""
     points = (np.arange(size * fine) + 0.5) / (size * fine)
     x, y = np.meshgrid(points, points)
@@ -53,7 +53,7 @@ def scenes(draw):
 
 @given(scenes(), st.sampled_from([32, 64]))
 @settings(max_examples=60, deadline=None)
-def test_what_is_drawn_is_found(scene, size):
+def test_rendered_objects_are_found(scene, size):
     found = detect(image_of(*scene.items, size=size))[0]
     assert len(found) == len(scene.items)
     for item in scene.items:
@@ -73,7 +73,7 @@ def test_every_content_is_read_back(size, blur, noise):
     assert read_back(scenes, spoiled(render(scenes, size), blur, noise, seed=0)).float().mean() >= 0.99
 
 
-def test_read_back_tells_wrong_pictures_from_right_ones():
+def test_read_back_separates_wrong_pictures_from_right_ones():
     right = sample_scenes(0, "train", torch.arange(12))
     assert read_back(right, render(right, 32)).all()
     moved = Scenes(right.shape, right.colour, right.x.roll(1, 0), right.y, right.radius)
@@ -131,7 +131,7 @@ STRANGE = {
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", STRANGE)
 def test_what_is_no_shape_is_one_unknown_patch(name, size):
-    assert shapes_found(drawn(STRANGE[name], size)) == [[(None, "blue")]]
+    assert shapes_found(rendered(STRANGE[name], size)) == [[(None, "blue")]]
 
 
 def test_random_blobs_are_seldom_taken_for_shapes():
@@ -167,7 +167,7 @@ def test_colours_off_the_palette_are_unknown():
 
 
 def test_shapes_too_small_or_too_large_are_none():
-    """Drawn as whole squares, of radius 0.07 and 0.4."""
+    """Rendered as whole squares, of radius 0.07 and 0.4."""
     for radius in (0.07, 0.4):
         found = detect(image_of(Item("square", "red", 0.5, 0.5, radius), size=64))[0]
         assert [(thing.shape, thing.colour) for thing in found] == [(None, "red")]

@@ -1,4 +1,4 @@
-"""What is asked: the same for the same seed, held out where it says so, and never shown in training."""
+"""Prompts: the same for the same seed, held out where it says so, and never shown in training."""
 
 import random
 
@@ -39,7 +39,7 @@ def test_numbers_of_questions_follow_from_the_held_out_sets():
 
 
 def test_no_training_scene_fulfils_a_held_out_question():
-    """By construction: every content that training shows, placed, against everything that is held out."""
+    """Every content that training shows, arranged, against everything that is held out."""
     rows = torch.tensor([row for row, content in enumerate(contents()) if not held_out(content)]).repeat(3)
     scenes = arrange(rows, 0, "any", torch.arange(len(rows)))
     asked = [question.requirement for category in CATEGORIES for question in questions(category, "held_out")]
@@ -59,9 +59,9 @@ def test_every_seen_question_is_fulfilled_by_training_scenes():
 
 def test_no_training_caption_is_a_held_out_prompt():
     """All phrasings of all that training shows, against many prompts; and the data set's own captions."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     captions = {
-        describe(content, mention, draw)
+        describe(content, mention, rng)
         for content in seen_contents()
         for mention in MENTIONS[content.kind]
         for _ in range(30)

@@ -106,8 +106,8 @@ def test_one_by_one_and_in_a_batch_are_the_same():
         )
 
 
-def test_drawing_is_a_few_operations_whatever_the_number(monkeypatch):
-    """One coverage a shape and one draw of random numbers, for ten scenes and for a thousand."""
+def test_rendering_is_a_few_operations_whatever_the_number(monkeypatch):
+    """One coverage a shape and one call for random numbers, for ten scenes and for a thousand."""
     calls = []
     real, uniforms = rendering.coverage, sampling.uniforms
     monkeypatch.setattr(rendering, "coverage", lambda *args: calls.append("coverage") or real(*args))

@@ -42,14 +42,14 @@ def test_true_images_score_one(perfect, images):
 
 
 def test_chance_is_one_over_the_number_of_questions(perfect):
-    """Where each question is answered by its own pictures alone, and all are asked alike."""
+    """Each question is answered by its own pictures alone, and all are asked alike."""
     for category, number in {"two_object": 6, "counting": 12, "colors": 24, "position": 16, "color_attr": 120}.items():
         for split in SPLITS:
             assert perfect.tallies[category][split].chance == pytest.approx(1 / number, abs=1e-9)
 
 
 def test_chance_of_single_objects_counts_the_pictures_that_answer_two_questions(perfect):
-    """Of 12 questions: "a large cross" is answered by itself alone, so 1/12. "a circle" by the small and the large one
+    """Twelve questions: "a large cross" is answered by itself alone, so 1/12. "a circle" by the small and the large one
     too, 3/12; with a size, by itself and perhaps by the plain one."""
     assert perfect.tallies["single_object"]["held_out"].chance == pytest.approx(1 / 12, abs=1e-9)
     # 12 prompts over 11 questions: four plain ones at 3/12, seven with a size at 1/12 to 2/12, and one more of them.
@@ -114,7 +114,7 @@ def test_picture_frames_right_ones_green_and_wrong_ones_red(prompts, images):
     assert shot.size == (2 * 148 + 12, 2 * 218 + 12)
     corners = [shot.getpixel((12 + column * 148, 12 + row * 218)) for row in (0, 1) for column in (0, 1)]
     assert corners == [(26, 152, 80)] * 2 + [(215, 48, 39)] * 2
-    # The picture itself lies within the frame, four times enlarged.
+    # The picture itself is within the frame, four times enlarged.
     middle = ((shown[0] + 1) * 127.5).round().byte()
     for y, x in ((0, 0), (16, 16), (31, 31)):
         assert shot.getpixel((16 + 4 * x + 2, 16 + 4 * y + 2)) == tuple(middle[:, y, x].tolist())

@@ -1,4 +1,4 @@
-"""What scenes hold and where: purity, room between objects, relations, and what is held out."""
+"""Contents of scenes and their positions: purity, room between objects, relations, and what is held out."""
 
 import itertools
 
@@ -42,7 +42,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["free", "grid"])
 
 
 def everything(repeats, layout="free"):
-    """Every content, placed several times; the rows beside the scenes."""
+    """Every content, arranged several times; the rows beside the scenes."""
     rows = torch.arange(len(contents())).repeat(repeats)
     return rows.tolist(), arrange(rows, 0, "every", torch.arange(len(rows)), layout)
 
@@ -54,7 +54,7 @@ def test_numbers_of_contents_follow_from_the_choices():
     assert len(set(contents())) == 840
 
 
-def test_held_out_contents_are_what_the_sets_say():
+def test_held_out_contents_are_those_of_the_sets():
     red, blue, green = (Look("circle", colour) for colour in ("red", "blue", "green"))
     assert held_out(Content((red,))) == frozenset()
     assert held_out(Content((Look("circle", "purple"),))) == {"look"}
@@ -113,15 +113,15 @@ def test_kinds_come_in_their_shares_and_contents_of_a_kind_alike():
     counts = torch.bincount(rows, minlength=len(contents()))
     for kind, share in KIND_SHARES.items():
         members = [row for row, content in enumerate(contents()) if content.kind == kind and not held_out(content)]
-        drawn = counts[members]
-        assert drawn.sum().item() / 40000 == pytest.approx(share, abs=0.012)
-        assert drawn.amin() > 0.5 * 40000 * share / len(members)
+        sampled = counts[members]
+        assert sampled.sum().item() / 40000 == pytest.approx(share, abs=0.012)
+        assert sampled.amin() > 0.5 * 40000 * share / len(members)
     assert counts[[row for row, content in enumerate(contents()) if held_out(content)]].sum() == 0
 
 
 @LAYOUTS
 def test_objects_keep_their_distance_and_their_sizes(layout):
-    """Of every content: boxes stay EDGE inside the image and GAP apart along x or y."""
+    """Boxes of every content stay EDGE inside the image and GAP apart along x or y."""
     rows, scenes = everything(12, layout)
     reach = scenes.radius * torch.tensor([REACH[shape] for shape in SHAPES])[scenes.shape]
     there = scenes.radius > 0
@@ -136,7 +136,7 @@ def test_objects_keep_their_distance_and_their_sizes(layout):
 
 
 def test_objects_go_everywhere():
-    """Single objects reach all edges; so do pairs and counts. No place is preferred to its mirror image."""
+    """Single objects reach all edges; so do pairs and counts. No position is preferred to its mirror image."""
     rows, scenes = everything(12)
     kinds = [contents()[row].kind for row in rows]
     for kind in KIND_SHARES:
@@ -148,7 +148,7 @@ def test_objects_go_everywhere():
             assert z.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_grid_has_nine_places():
+def test_the_grid_has_nine_positions():
     """For small objects and for large ones; lone ones are at each of them as often."""
     _, scenes = everything(60, "grid")
     there = scenes.radius > 0
@@ -157,9 +157,9 @@ def test_the_grid_has_nine_places():
     step = torch.tensor(GRID)[large.long()]
     x, y = ((z - 0.5) / step for z in (scenes.x, scenes.y))
     assert max((z - z.round())[there].abs().amax() for z in (x, y)) < 1e-5
-    place_of = (3 * (x.round() + 1) + y.round() + 1).long()[:, 0]
+    position_of = (3 * (x.round() + 1) + y.round() + 1).long()[:, 0]
     for members in (large[:, 0], ~large[:, 0]):
-        counts = torch.bincount(place_of[members & (there.sum(1) == 1)])
+        counts = torch.bincount(position_of[members & (there.sum(1) == 1)])
         assert len(counts) == 9 and counts.amin() > 0.8 * counts.sum() / 9
 
 

@@ -134,7 +134,7 @@ def test_true_images_are_right(size, blur, noise):
     assert sum(score.correct for score in score_images(prompts, images)) >= 0.99 * len(prompts)
 
 
-def test_a_verdict_holds_what_was_found():
+def test_a_score_has_the_detections():
     score = score_of(YELLOW, image_of(item("cross", "white", 0.4, 0.6)))
     assert [(thing.shape, thing.colour) for thing in score.found] == [("cross", "white")]
     assert (score.found[0].x, score.found[0].y) == pytest.approx((0.4, 0.6), abs=0.01)

@@ -20,15 +20,14 @@ from diffusion_moe.shapes.text_encoder.facts import (
     training_examples,
 )
 from diffusion_moe.shapes.text_encoder.options import TextEncoderOptions
-from diffusion_moe.shapes.text_encoder.tokenizer import make_tokenizer
-from diffusion_moe.shapes.text_encoder.train import FactReader, make_text_encoder, rate, to_batch, train
+from diffusion_moe.shapes.text_encoder.train import FactReader, make_text_encoder, make_tokenizer, rate, to_batch, train
 from diffusion_moe.text import load_encoder
 
 TINY = ["--width=16", "--layers=1", "--heads=2", "--steps=12", "--batch_size=16"]
 PAIR = Content((Look("circle", "red"), Look("square", "blue")), "left of")
 
 
-def told(some):
+def mentioned(some):
     """Words of an example that name an object, with their facts as words."""
     named = [(word, row) for word, row in zip(some.words, some.facts) if row != (IGNORED,) * len(FACTS)]
     values = list(FACTS.values())
@@ -45,19 +44,19 @@ def test_a_token_is_a_word():
 
 
 def test_the_facts_of_a_pair():
-    """Whichever is named first, each object's own colour, and where it stands."""
+    """Whichever is named first, each object's own colour, and its position."""
     circle, square = ("circle", "one", "none", "red", "left of"), ("square", "one", "none", "blue", "right of")
     mention, seen = Mention(colour=True, relation=True), set()
     for seed in range(20):
         some = example(PAIR, mention, random.Random(seed))
-        assert sorted(told(some)) == [("circle", *circle), ("square", *square)]
+        assert sorted(mentioned(some)) == [("circle", *circle), ("square", *square)]
         seen.add(some.words.index("circle") < some.words.index("square"))
     assert seen == {True, False}
-    silent = told(example(PAIR, Mention(), random.Random(0)))
+    silent = mentioned(example(PAIR, Mention(), random.Random(0)))
     assert sorted(silent) == [(s, s, "one", "none", "none", "none") for s in ("circle", "square")]
 
 
-def test_the_whole_tells_of_both_objects_in_their_order():
+def test_the_whole_caption_has_the_facts_of_both_objects_in_order():
     """An object that is not named is none; what an unknown word says is not asked here either."""
     some = example(PAIR, Mention(colour=True), random.Random(3))
     nouns = [row for row in some.facts if row != (IGNORED,) * len(FACTS)]
@@ -70,19 +69,19 @@ def test_the_whole_tells_of_both_objects_in_their_order():
 
 def test_the_facts_of_counts_and_sizes():
     three = Content((Look("cross", "white"),) * 3)
-    assert told(example(three, Mention(colour=True), random.Random(0))) == [
+    assert mentioned(example(three, Mention(colour=True), random.Random(0))) == [
         ("crosses", "cross", "three", "none", "white", "none")
     ]
     large = Content((Look("circle", "red", "large"),))
-    assert told(example(large, Mention(size=True), random.Random(0))) == [
+    assert mentioned(example(large, Mention(size=True), random.Random(0))) == [
         ("circle", "circle", "one", "large", "none", "none")
     ]
 
 
-def test_what_an_unknown_word_says_is_not_asked():
+def test_facts_of_an_unknown_word_are_not_asked():
     some = example(PAIR, Mention(colour=True, relation=True), random.Random(1), masked=1.0)
     assert some.words.count("<unk>") == 4
-    assert sorted(told(some)) == [("<unk>", "?", "one", "none", "?", r) for r in ("left of", "right of")]
+    assert sorted(mentioned(some)) == [("<unk>", "?", "one", "none", "?", r) for r in ("left of", "right of")]
     examples = training_examples(0, 1, 2000)
     shown = sum(word in SHAPES or word in COLOURS or word == "<unk>" for some in examples for word in some.words)
     assert 0.1 < sum(some.words.count("<unk>") for some in examples) / shown < 0.2
@@ -114,7 +113,7 @@ def test_the_rate_rises_and_falls():
     assert [round(rate(step, 100), 4) for step in (1, 5, 10, 55, 100)] == [0.1, 0.5, 1.0, 0.5, 0.0]
 
 
-def test_facts_stand_at_their_tokens():
+def test_facts_are_at_their_tokens():
     tokenizer = make_tokenizer(WORDS)
     batch = to_batch(tokenizer, training_examples(0, 1, 50, masked=0.0))
     named = batch.facts_BLF[..., 0] != IGNORED
@@ -125,7 +124,7 @@ def test_facts_stand_at_their_tokens():
     ]
 
 
-def test_training_learns_to_tell_whose_colour_is_whose():
+def test_training_learns_the_colour_of_each_object():
     options = TextEncoderOptions(width=32, layers=2, heads=2, steps=200, batch_size=64)
     tokenizer = make_tokenizer(WORDS)
     torch.manual_seed(0)
@@ -148,7 +147,7 @@ def test_the_command_writes_an_encoder_that_training_reads(tmp_path, capsys):
     assert record["options"]["steps"] == 12 and set(record["read_right"]) == {"seen", "held_out"}
     assert record["read_right"]["seen"].keys() == {"words", "mean"}
     assert not list(folder.glob("*.bin")) and not (tmp_path / "encoder.partial").exists()
-    # Words hear of each other: "red" is not the same beside a circle and beside a square.
+    # Words see each other: "red" is not the same beside a circle and beside a square.
     red = [encoder.encode([f"a red {shape}"]).features[0, 1] for shape in ("circle", "square")]
     assert (red[0] - red[1]).abs().max() > 1e-3
     # Once more: the same options find it, others are refused; elsewhere the same bits.
@@ -162,7 +161,7 @@ def test_the_command_writes_an_encoder_that_training_reads(tmp_path, capsys):
     assert load_encoder(str(again), 16).sha256() == space.sha256 != load_encoder(str(other), 16).sha256()
 
 
-def test_what_is_there_stays(tmp_path):
+def test_existing_files_stay(tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ValueError, match="holds something else, or an encoder of other options or version"):
         make_text_encoder(tmp_path, TextEncoderOptions(steps=1))

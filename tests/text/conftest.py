@@ -44,8 +44,8 @@ TINY_T2I = [
 @pytest.fixture(scope="session")
 def tiny_t2i(tiny_options, captioned_folder, text_encoder_folder):
     """Options that make the digits recipe a tiny text-to-image one on the captioned folder."""
-    places = [f"--data.path={captioned_folder}", f"--data.text_encoder={text_encoder_folder}"]
-    return [*tiny_options, *TINY_T2I, *places]
+    paths = [f"--data.path={captioned_folder}", f"--data.text_encoder={text_encoder_folder}"]
+    return [*tiny_options, *TINY_T2I, *paths]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Captions of every kind of data set, in memory and in a cache, and which one is drawn."""
+"""Captions of every kind of data set, in memory and in a cache, and which one is sampled."""
 
 import io
 import json
@@ -105,7 +105,7 @@ def test_tars_that_cannot_be_used(tars, tmp_path):
         load_dataset(config(tars, kind="webdataset"), "train")
 
 
-def draws(epochs, images=24):
+def sampled(epochs, images=24):
     return [SampledImage(i, epoch, i) for epoch in epochs for i in range(images)]
 
 
@@ -128,7 +128,7 @@ def test_cached_features_are_those_encoded_in_memory(
     own = {"kind": "folder", "caption_column": "text", "text_encoder": str(encoder), "text_length": 12}
     memory = load_dataset(config(captioned_folder, **own), "train", seed=3)
     cache = load_dataset(config(tmp_path / "cache", kind="latents", image_size=8, channels=1), "train", seed=3)
-    expected, batch = memory.__getitems__(draws((0, 1))).text, cache.__getitems__(draws((0, 1))).text
+    expected, batch = memory.__getitems__(sampled((0, 1))).text, cache.__getitems__(sampled((0, 1))).text
     assert torch.equal(expected.mask, batch.mask)
     torch.testing.assert_close(batch.features, expected.features, rtol=2e-3, atol=2e-3)
     assert (batch.pooled is None) == (kind == "t5")
@@ -165,20 +165,20 @@ def test_captions_may_be_added_later_and_resume_where_they_stopped(
     assert "captions is text and text_encoder None; give both or neither" in capsys.readouterr().err
 
 
-def test_which_caption_is_drawn_depends_on_seed_epoch_and_image_alone(captioned_folder, text_encoder_folder):
+def test_the_sampled_caption_depends_on_seed_epoch_and_image_alone(captioned_folder, text_encoder_folder):
     own = {"kind": "folder", "caption_column": "text", "text_encoder": str(text_encoder_folder), "text_length": 12}
     data = load_dataset(config(captioned_folder, **own), "train", seed=1)
-    whole = data.__getitems__(draws(range(20))).text
+    whole = data.__getitems__(sampled(range(20))).text
     lengths = whole.mask.sum(dim=1).view(20, 24)
     assert set(lengths.flatten().tolist()) == {4, 8}
     assert 0.4 < float((lengths == 4).float().mean()) < 0.6
-    part = data.__getitems__(draws(range(20))[30:33]).text
+    part = data.__getitems__(sampled(range(20))[30:33]).text
     assert torch.equal(part.mask.sum(dim=1), lengths.flatten()[30:33])
-    again = load_dataset(config(captioned_folder, **own), "train", seed=2).__getitems__(draws(range(20))).text
+    again = load_dataset(config(captioned_folder, **own), "train", seed=2).__getitems__(sampled(range(20))).text
     assert not torch.equal(again.mask.sum(dim=1).view(20, 24), lengths)
 
 
-def test_an_image_that_stands_in_for_another_brings_its_own_caption(tmp_path, captioned_folder, text_encoder_folder):
+def test_a_replacement_of_an_image_brings_its_own_caption(tmp_path, captioned_folder, text_encoder_folder):
     import shutil
 
     shutil.copytree(captioned_folder, tmp_path / "pictures")

@@ -57,14 +57,14 @@ def reference(captioned_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory, tiny_t2i):
-    """Of 24 pictures 5 are held out."""
+    """Five of 24 pictures are held out."""
     folder = tmp_path_factory.mktemp("run") / "run"
     assert main(["train", "digits", "--output_dir", str(folder), *tiny_t2i, "--training.steps=2"]) == 0
     return with_noise(folder)
 
 
 def expected_digest(folder, texts):
-    """Of the images that the options ask for, by hand: text k mod their number for image k."""
+    """Texts of the images that the options ask for: text k mod their number for image k."""
     source = read_source(folder)
     encoded = load_text_encoder(source).encode_all([texts[i % len(texts)] for i in range(12)], 5)
     text, sampler = TextFeatures.together(encoded), load_sampler(source)
@@ -124,7 +124,7 @@ def test_points_of_other_prompts_are_other_points(capsys, text_run, reference, t
 
 
 def test_other_prompts_are_other_work(text_run, tmp_path):
-    """What is unfinished goes on with the same prompts alone, whatever file they come from."""
+    """An unfinished one resumes with the same prompts alone, whatever file they come from."""
     sampler, identities = load_sampler(read_source(text_run), SETTINGS), []
     for name, text in (("a", "a red square"), ("b", "a blue square"), ("c", "a red square")):
         (tmp_path / name).write_text(text)
@@ -138,8 +138,8 @@ def test_captions_of_a_latent_cache(
 ):
     encoder = shutil.copytree(text_encoder_folder, tmp_path / "encoder")
     text = ["--captions=text", f"--text_encoder={encoder}", "--text_length=12", "--flip=false"]
-    places = [f"--vae={vae_folder}", f"--output={tmp_path / 'cache'}"]
-    assert main(["encode", str(captioned_folder), *places, *text, "--image_size=16", "--device=cpu"]) == 0
+    paths = [f"--vae={vae_folder}", f"--output={tmp_path / 'cache'}"]
+    assert main(["encode", str(captioned_folder), *paths, *text, "--image_size=16", "--device=cpu"]) == 0
     options = [*tiny_options, "--model.sample_size=8", "--model.text_dim=16", "--model.text_length=12"]
     options += ["--data.num_workers=0", "--training.device=cpu", "--training.precision=fp32", "--training.steps=2"]
     options += [f"--data.path={tmp_path / 'cache'}", "--data.test_fraction=0.2"]

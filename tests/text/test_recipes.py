@@ -12,7 +12,7 @@ from diffusion_moe.counts import PAPER_MILLION, model_size
 from diffusion_moe.shapes.captions import MENTIONS, WORDS, describe
 from diffusion_moe.shapes.scene import contents
 from diffusion_moe.shapes.text_encoder.options import TextEncoderOptions
-from diffusion_moe.shapes.text_encoder.tokenizer import make_tokenizer
+from diffusion_moe.shapes.text_encoder.train import make_tokenizer
 
 NAMES = ["t2i-diffmoe-l-e16", "t2i-dit-l", "t2i-dsmoe-l-e48", "t2i-dsmoe-s-e16"]
 PAGE = Path(__file__).parents[2] / "docs" / "text-to-image.md"

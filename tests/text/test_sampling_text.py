@@ -37,7 +37,7 @@ def pipeline_folder(trained, tmp_path_factory):
 
 
 def sample(folder, output, *options):
-    """What the command draws, uint8, NHWC."""
+    """Images that the command samples, uint8, NHWC."""
     common = ["--format=npz", "--output", str(output), "--per_class=3", "--steps=10"]
     assert main(["sample", str(folder), *common, *options]) == 0
     return np.load(output)
@@ -78,7 +78,7 @@ def test_files_are_named_by_what_they_show(trained, tmp_path, capsys):
     assert list((trained / "previews").glob("step-00000150.png"))
 
 
-def test_the_pipeline_draws_what_the_command_draws(trained, pipeline_folder, tmp_path):
+def test_the_pipeline_samples_the_images_of_the_command(trained, pipeline_folder, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(pipeline_folder)
     assert type(pipe) is diffusion_moe.TextToImagePipeline
     pipe.set_progress_bar_config(disable=True)

@@ -33,8 +33,6 @@ from .float16_files import DTYPE, Float16Files
 
 HEADER, FOLDER, EMPTY = "captions.json", "captions", "empty"
 VERSION = 1
-Captions = Callable[[int], Sequence[str]]
-"""Captions of an image by its index."""
 
 
 class CaptionFeatures(ABC):
@@ -43,12 +41,13 @@ class CaptionFeatures(ABC):
     space: TextSpace
 
     @abstractmethod
-    def counts(self, indices: Tensor) -> Tensor:
-        """Number of captions of each image, int64."""
+    def take(self, indices: Tensor, shares: Tensor) -> TextFeatures:
+        """Features of one caption of each image, float16 or float32.
 
-    @abstractmethod
-    def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
-        """Features of caption `numbers[i]` of image `indices[i]`, float16 or float32."""
+        Args:
+            indices: the images, int64, (B,).
+            shares: position of each caption among its image's, [0, 1); 0 is the first.
+        """
 
     @abstractmethod
     def empty(self) -> TextFeatures:
@@ -56,8 +55,7 @@ class CaptionFeatures(ABC):
 
     def sample(self, seed: int, indices: Tensor, epochs: Tensor) -> TextFeatures:
         """Features of one caption of each image, a function of (seed, epoch, index)."""
-        numbers = uniform(seed, "caption", epochs, indices).double() * self.counts(indices)
-        return self.take(indices, numbers.long())
+        return self.take(indices, uniform(seed, "caption", epochs, indices))
 
 
 class EncodedCaptions(CaptionFeatures):
@@ -65,11 +63,11 @@ class EncodedCaptions(CaptionFeatures):
 
     Args:
         config: names the encoder.
-        captions: captions of each image.
+        captions: captions of an image by its index.
         images: number of images.
     """
 
-    def __init__(self, config: DataConfig, captions: Captions, images: int) -> None:
+    def __init__(self, config: DataConfig, captions: Callable[[int], Sequence[str]], images: int) -> None:
         assert config.text_encoder is not None
         self.captions = captions
         self.images = images
@@ -77,56 +75,40 @@ class EncodedCaptions(CaptionFeatures):
         self.space = self.encoder.space()
 
     @cached_property
-    def table(self) -> _CaptionTable:
+    def encoded(self) -> _Encoded:
         """Encoded captions of all images."""
         numbers = {"": 0}
         captions = [[numbers.setdefault(text, len(numbers)) for text in self.captions(i)] for i in range(self.images)]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         features = self.encoder.to(device).encode_all(list(numbers))
         del self.encoder  # so that loading processes get the features without it
-        first = _starts([len(each) for each in captions])
-        return _CaptionTable(
-            [_half(text) for text in features], first, np.array([n for each in captions for n in each])
-        )
+        return _Encoded(captions, [text.cast(torch.float16) for text in features])
 
-    def counts(self, indices: Tensor) -> Tensor:
-        return torch.from_numpy(np.diff(self.table.first)[indices.numpy()])
-
-    def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
-        table = self.table
-        distinct = table.captions[table.first[indices.numpy()] + numbers.numpy()]
-        return TextFeatures.together([table.features[number] for number in distinct.tolist()])
+    def take(self, indices: Tensor, shares: Tensor) -> TextFeatures:
+        found = []
+        for index, share in zip(indices.tolist(), shares.tolist()):
+            captions = self.encoded.captions[index]
+            found.append(self.encoded.features[captions[int(share * len(captions))]])
+        return TextFeatures.together(found)
 
     def empty(self) -> TextFeatures:
-        return self.table.features[0]
+        return self.encoded.features[0]
 
 
-class _CaptionTable(NamedTuple):
+class _Encoded(NamedTuple):
+    captions: list[list[int]]
+    """Index in `features` of each image's captions."""
     features: list[TextFeatures]
     """Features of each distinct caption, (1, L, W), float16; the first is the empty prompt."""
-    first: np.ndarray
-    """Index in `captions` of each image's first one, and of the end, int64."""
-    captions: np.ndarray
-    """Index in `features` of all captions of one image after another, int64."""
-
-
-def _half(text: TextFeatures) -> TextFeatures:
-    pooled = None if text.pooled is None else text.pooled.half()
-    return text._replace(features=text.features.half(), pooled=pooled)
-
-
-def _starts(counts: Sequence[int]) -> np.ndarray:
-    """Sums of the counts before each, and of all, int64."""
-    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
 
 
 class CaptionShard(NamedTuple):
     """Captions of one shard of latents."""
 
-    first_caption: np.ndarray
-    """First caption of each image, and the end, int64."""
-    first_token: np.ndarray
-    """First token of each caption, and the end, int64."""
+    counts: list[int]
+    """Captions of each image."""
+    lengths: list[int]
+    """Tokens of each caption."""
 
 
 class CachedCaptions(CaptionFeatures):
@@ -154,7 +136,8 @@ class CachedCaptions(CaptionFeatures):
             self.sha256 = hashlib.sha256(str(header["captions_sha256"]).encode() + selected.tobytes()).hexdigest()
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / HEADER} cannot be read ({error!r}); encode the captions again") from error
-        self.shards: dict[str, CaptionShard] = {}
+        self.token_ends: dict[str, np.ndarray] = {}
+        counts = []
         for name in [EMPTY, *(f"{number:05d}" for number in range(len(ends)))]:
             shard = read_shard(folder, name, self.space)
             if shard is None:
@@ -162,39 +145,31 @@ class CachedCaptions(CaptionFeatures):
                     f"the captions of {folder} are not finished, or files are damaged; run the same `diffusion-moe "
                     "encode --captions` command again"
                 )
-            self.shards[name] = shard
+            self.token_ends[name] = np.cumsum(shard.lengths)
+            counts.append(np.array(shard.counts, dtype=np.int64))
+        # Number of each image's captions, and their end in the image's shard.
+        self.caption_counts = np.concatenate(counts[1:])
+        self.caption_ends = np.concatenate([np.cumsum(each) for each in counts[1:]])
 
-    def counts(self, indices: Tensor) -> Tensor:
-        captions = [self._captions(index) for index in indices.tolist()]
-        return torch.tensor([end - first for _, first, end in captions])
-
-    def take(self, indices: Tensor, numbers: Tensor) -> TextFeatures:
-        texts = []
-        for index, number in zip(indices.tolist(), numbers.tolist()):
-            name, first, _ = self._captions(index)
-            texts.append(self._read(name, first + number))
-        return TextFeatures.together(texts)
+    def take(self, indices: Tensor, shares: Tensor) -> TextFeatures:
+        images = self.selected[indices.numpy()]
+        counts = self.caption_counts[images]
+        captions = self.caption_ends[images] - counts + (shares.double().numpy() * counts).astype(np.int64)
+        shards = np.searchsorted(self.ends, images, side="right")
+        return TextFeatures.together([self._read(f"{shard:05d}", i) for shard, i in zip(shards, captions.tolist())])
 
     def empty(self) -> TextFeatures:
         return self._read(EMPTY, 0)
 
-    def _captions(self, index: int) -> tuple[str, int, int]:
-        """Shard of an image, its first caption there, and the end of its captions."""
-        stored = int(self.selected[index])
-        number = int(np.searchsorted(self.ends, stored, side="right"))
-        name = f"{number:05d}"
-        image = stored - (int(self.ends[number - 1]) if number else 0)
-        first, end = self.shards[name].first_caption[image : image + 2]
-        return name, int(first), int(end)
-
     def _read(self, name: str, caption: int) -> TextFeatures:
-        first, end = self.shards[name].first_token[caption : caption + 2]
-        files = feature_files(self.folder, name, self.space)
-        features = torch.from_numpy(np.array(self.files(files[0], (self.space.width,))[first:end]))[None]
+        """Features of one caption of a shard, (1, L, W)."""
+        files, ends = feature_files(self.folder, name, self.space), self.token_ends[name]
+        first = ends[caption - 1] if caption else 0
+        tokens = torch.from_numpy(np.array(self.files(files[0], (self.space.width,))[first : ends[caption]]))
         pooled = None
         if self.space.pooled_width:
-            pooled = torch.from_numpy(np.array(self.files(files[1], (self.space.pooled_width,))[caption]))[None]
-        return TextFeatures(features, torch.ones(features.shape[:2], dtype=torch.bool), pooled)
+            pooled = torch.from_numpy(np.array(self.files(files[1], (self.space.pooled_width,))[[caption]]))
+        return TextFeatures.padded([tokens], pooled)
 
 
 def feature_files(folder: Path, name: str, space: TextSpace) -> list[Path]:
@@ -214,6 +189,6 @@ def read_shard(folder: Path, name: str, space: TextSpace) -> CaptionShard | None
         for file, size in zip(feature_files(folder, name, space), sizes):
             if file.stat().st_size != size * DTYPE.itemsize:
                 return None
-        return CaptionShard(_starts(counts), _starts(lengths))
+        return CaptionShard(counts, lengths)
     except (OSError, KeyError, TypeError, ValueError):
         return None

@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 """Formats that Pillow cannot decode, or hands to another program (EPS to Ghostscript)."""
 COMMON = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats to try first, which makes opening a file several times faster."""
-BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
-"""Tags of TIFF."""
 WHITE_IS_ZERO, SIGNED = 0, 2
-"""Values of PHOTOMETRIC and SAMPLE_FORMAT."""
+"""Values of TIFF's tags PHOTOMETRIC_INTERPRETATION and SAMPLEFORMAT."""
 
 # Pillow warns of large images, broken EXIF and the like; the decoder raises errors for those that matter.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -64,8 +63,6 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         ValueError: the file is not an image, or too large; the message does not name it.
         OSError: the file cannot be read.
     """
-    if isinstance(source, bytes) and not source:
-        raise ValueError("it is empty")
     try:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=image_formats())
     except Image.DecompressionBombError as error:
@@ -74,7 +71,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
             f"it has more than {limit} pixels, Pillow's limit against files made to fill the memory; make it smaller"
         ) from error
     except Image.UnidentifiedImageError as error:
-        empty = not isinstance(source, bytes) and Path(source).stat().st_size == 0
+        empty = not (source if isinstance(source, bytes) else Path(source).stat().st_size)
         raise ValueError("it is empty" if empty else "it is not an image that Pillow reads") from error
 
 
@@ -111,7 +108,10 @@ def decode_image(
     with open_image(source) as opened:
         opened.load()
         profile = opened.info.get("icc_profile")
-        image = _eight_bits(_upright(opened), opened)
+        image: Image.Image = opened
+        with suppress(Exception):  # Pillow raises almost anything on broken EXIF: then the image stays as stored
+            image = ImageOps.exif_transpose(opened)
+        image = _eight_bits(image, opened)
     image, alpha = _split_alpha(image)
     image = _in_srgb(image, profile)
     if alpha is not None:
@@ -147,12 +147,6 @@ def cover_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    with suppress(Exception):  # Pillow raises almost anything on broken EXIF: leave the image as stored
-        return ImageOps.exif_transpose(image)
-    return image
-
-
 def _eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
     """Convert a grey image of more bits to mode L or LA; other images are unchanged.
 
@@ -175,7 +169,7 @@ def _eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
     if not (values.min() >= 0 and values.max() <= white):  # NaN fails too
         raise ValueError(f"its values go from {values.min():g} to {values.max():g}, but {rule}; scale them")
     scaled = values / white
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
         scaled = 1 - scaled
     grey = Image.fromarray(np.rint(scaled * 255).astype(np.uint8))
     transparent = opened.info.get("transparency")
@@ -187,8 +181,8 @@ def _eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
 def _white(opened: Image.Image, tags: Mapping[int, Any]) -> int:
     """The integer for white: the largest of the file's type."""
     if tags:
-        signed = tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED
-        return 2 ** (tags.get(BITS, (1,))[0] - signed) - 1
+        signed = tags.get(SAMPLEFORMAT, (1,))[0] == SIGNED
+        return 2 ** (tags.get(BITSPERSAMPLE, (1,))[0] - signed) - 1
     # Pillow scales a PNM to 16 bits whatever its maximum; mode I of other formats has signed 32 bits.
     return 2**31 - 1 if opened.mode == "I" and opened.format not in ("PPM", "PNG") else 2**16 - 1
 

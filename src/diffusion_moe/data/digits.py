@@ -11,7 +11,7 @@ import torch
 
 from ..config import DataConfig
 from .dataset import Batch, ImageDataset
-from .splits import Split, split_indices
+from .image_table import Split, split_indices
 
 
 class Digits(ImageDataset):

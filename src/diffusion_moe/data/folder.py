@@ -6,7 +6,8 @@ import csv
 import json
 import posixpath
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,6 @@ from .image_table import ImageFile, ImageTable, as_captions
 from .listing import Listing, list_images, printable
 
 NO_CAPTION = "images without a line in the metadata files"
-
-
-@dataclass
-class FolderFiles:
-    """Files of a listing."""
-
-    folder: Path
-    files: list[str]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> ImageFile:
-        path = f"{self.folder}/{self.files[index]}"
-        return ImageFile(printable(path), path)
-
-    def names(self) -> Iterator[str]:
-        """Paths in the folder."""
-        return iter(self.files)
 
 
 def read_folder(config: DataConfig) -> ImageTable:
@@ -49,18 +31,24 @@ def read_folder(config: DataConfig) -> ImageTable:
         listing = list_images(Path(config.path), config.classes or ("none" if config.caption_column else "top"))
     except ValueError as error:
         raise ValueError(f"data.path {error}") from error
-    captions = None
+    captions: list[tuple[str, ...]] = []
     if config.caption_column is not None:
         listing, captions = _with_captions(listing, config.caption_column)
     return ImageTable(
-        images=FolderFiles(listing.folder, listing.files),
+        image=partial(_image, listing),
+        names=partial(iter, listing.files),
         labels=listing.labels,
         class_names=listing.class_names,
-        captions=captions,
+        captions=captions.__getitem__ if captions else None,
         held_out=listing.held_out,
         notes=listing.notes(),
-        left_out=tuple(listing.left_out.counts.items()),
+        left_out=listing.left_out.counts,
     )
+
+
+def _image(listing: Listing, index: int) -> ImageFile:
+    path = f"{listing.folder}/{listing.files[index]}"
+    return ImageFile(printable(path), path)
 
 
 def _with_captions(listing: Listing, column: str) -> tuple[Listing, list[tuple[str, ...]]]:

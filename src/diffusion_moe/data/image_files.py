@@ -13,9 +13,8 @@ from torch import Tensor
 from ..config import DataConfig
 from .dataset import Batch, ImageDataset
 from .decoding import decode_pixels, open_image, parse_background, upright_size
-from .image_table import ImageFile, ImageTable
+from .image_table import ImageFile, ImageTable, Split
 from .listing import hash_names
-from .splits import Split, split_table
 
 
 def nearest_bucket(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> int:
@@ -40,11 +39,9 @@ class ImageFileDataset(ImageDataset):
         self.background = parse_background(config.background)
         self.class_names = table.class_names
         self.notes = table.notes
-        self.selected = split_table(table, config.test_fraction, split)
+        self.selected = table.indices(config.test_fraction, split)
         """Index in the table of each image of the split."""
         self.labels = table.labels[self.selected]
-        if len(self) == 0:
-            raise ValueError(f"data.path {config.path} gives no image for the {split} split; see data.test_fraction")
         if config.buckets:
             self.bucket_sizes = config.bucket_sizes
             self.buckets = self._find_buckets()
@@ -59,7 +56,7 @@ class ImageFileDataset(ImageDataset):
         return Batch(images, torch.from_numpy(self.labels[used]), skipped, indices=used)
 
     def captions(self, index: int) -> Sequence[str]:
-        return () if self.table.captions is None else self.table.captions[int(self.selected[index])]
+        return () if self.table.captions is None else self.table.captions(int(self.selected[index]))
 
     def decode(self, index: int, like: int | None = None) -> Tensor | None:
         """One image, CHW, float32, [-1, 1]; None for an unreadable one that may be skipped.
@@ -93,7 +90,7 @@ class ImageFileDataset(ImageDataset):
 
     def identity(self) -> str:
         """A hash of the names and classes of all splits' images, in order; the files' contents are not read."""
-        return hash_names(self.table.images.names(), self.table.labels)
+        return hash_names(self.table.names(), self.table.labels)
 
     def _readable(self, requested: int) -> tuple[int, Tensor]:
         """Index and pixels of an image, or of the next readable one of the split."""
@@ -105,7 +102,7 @@ class ImageFileDataset(ImageDataset):
         raise ValueError(f"no image under data.path {self.config.path} can be read")
 
     def _file(self, index: int) -> ImageFile:
-        return self.table.images[int(self.selected[index])]
+        return self.table.image(int(self.selected[index]))
 
     def _find_buckets(self) -> np.ndarray:
         """Bucket of each image, from its header; an unreadable one is put into the first bucket."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,9 +22,9 @@ from .captions import HEADER as CAPTIONS
 from .captions import CachedCaptions
 from .dataset import Batch, ImageDataset
 from .float16_files import DTYPE, Float16Files
+from .image_table import Split, split_indices
 from .latent_space import LatentScaling, LatentSpace
 from .listing import hash_names
-from .splits import Split, split_indices
 
 HEADER = "latents.json"
 SHARDS = "shards"
@@ -90,7 +90,7 @@ class CachePlan:
         fields = {name: content[name] for name in cls.__dataclass_fields__}
         fields["space"] = LatentSpace.from_dict(content["space"])
         fields["class_names"] = tuple(map(str, content["class_names"]))
-        fields["latent_shape"] = tuple(int(side) for side in content["latent_shape"])
+        fields["latent_shape"] = tuple(map(int, content["latent_shape"]))
         plan = cls(**fields)
         sizes = (*plan.latent_shape, plan.images, plan.shard_images, plan.image_size)
         if len(plan.latent_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -222,10 +222,7 @@ class LatentCache(ImageDataset):
         self.selected = split_indices(self.header.labels, config.test_fraction, split)
         """Stored image of each index."""
         self.labels = self.header.labels[self.selected]
-        if len(self) == 0:
-            raise ValueError(f"data.path {config.path} gives no image for the {split} split; see data.test_fraction")
-        vae = self.plan.space
-        self.space = LatentSpace(vae.vae, vae.encoder_sha256, self._scaling(config.normalize))
+        self.space = replace(self.plan.space, scaling=self._scaling(config.normalize))
         self._ends = np.cumsum([shard.images for shard in self.header.shards])
         if (self.folder / CAPTIONS).is_file():
             self.texts = CachedCaptions(self.folder, self.selected, self._ends)

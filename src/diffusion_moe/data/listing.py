@@ -14,11 +14,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -53,24 +53,21 @@ class LeftOut:
     """Number of files that are not listed, by reason, with a few names of each."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.examples: dict[str, list[str]] = {}
+        self.counts = Counter[str]()
+        self.examples: dict[str, list[str]] = defaultdict(list)
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
         """Count files; `name` is one of them, or their folder."""
-        self.counts[reason] = self.counts.get(reason, 0) + count
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append(name)
+        self.counts[reason] += count
+        if len(self.examples[reason]) < EXAMPLES:
+            self.examples[reason].append(name)
 
     def __str__(self) -> str:
         """One line, as "images beside the class folders: 1 (loose.png)"; empty if nothing is left out."""
         parts = []
         for reason, count in self.counts.items():
-            names = [printable(name) for name in self.examples[reason]]
-            if count > len(names):
-                names.append("...")
-            parts.append(f"{reason}: {count} ({', '.join(names)})")
+            names = ", ".join(map(printable, self.examples[reason]))
+            parts.append(f"{reason}: {count} ({names}{', ...' if count > len(self.examples[reason]) else ''})")
         return "; ".join(parts)
 
 
@@ -133,108 +130,103 @@ def list_images(folder: Path, classes: FolderClasses = "top") -> Listing:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of images")
     left_out = LeftOut()
-    found = _Scan(str(folder), left_out).folders()
+    found = _scan(str(folder), left_out)
     splits = _find_splits(found, classes, folder)
-    groups: dict[str, list[_Image]] = defaultdict(list)
+    groups: dict[str, list[_Folder]] = defaultdict(list)
     for part in splits or ("",):
-        for name, images in _group(found, classes, part, left_out).items():
-            groups[name] += images
+        for name, folders in _group(found, classes, part, left_out).items():
+            groups[name] += folders
     if splits is not None:
         for other in found:
             if other.images and _top(other.path) not in splits:
                 left_out.add(OTHER_SPLIT, other.path or other.images[0], len(other.images))
+    if not groups and left_out.counts[BESIDE]:
+        raise ValueError(
+            f"{folder} holds {left_out.counts[BESIDE]} images, but no class folders; put the images of each class into "
+            "a sub-folder, or set data.classes to none"
+        )
     if not groups:
-        raise ValueError(_nothing_listed(folder, left_out))
-    return _listing(folder, groups, splits, found, left_out)
+        seen = f" (left out: {left_out})" if left_out.counts else ""
+        raise ValueError(
+            f"{folder} holds no images{seen}; give a folder of images, one sub-folder a class if there are classes"
+        )
+    names = sorted(groups, key=natural_key)
+    images = [_images_of(groups[name], left_out) for name in names]
+    files = [path for each in images for path, _ in each]
+    held_out = None if splits is None else np.array([_top(file) == splits[1] for file in files])
+    return Listing(
+        folder=folder,
+        files=files,
+        labels=np.repeat(np.arange(len(names), dtype=np.int64), [len(each) for each in images]),
+        class_names=[printable(name) for name in names],
+        held_out=held_out,
+        left_out=left_out,
+        metadata=[path for each in found for path in each.metadata],
+        links=sum(is_link for each in images for _, is_link in each),
+        split_folders=splits,
+    )
 
 
-class _Folder(NamedTuple):
+@dataclass
+class _Folder:
     """The files that are directly in one folder."""
 
     path: str
     """Path in the listed folder, with slashes; empty for the listed folder."""
     real: str
     """Path with links resolved."""
-    images: list[str]
-    """Names of its images, in natural order."""
-    links: Mapping[str, str]
-    """Real path of each image that is a link, by name."""
-    metadata: list[str]
-    linked: bool
+    linked: bool = False
     """True if its path has a link in it."""
+    images: list[str] = field(default_factory=list)
+    """Names of its images, in natural order."""
+    links: dict[str, str] = field(default_factory=dict)
+    """Real path of each image that is a link, by name."""
+    metadata: list[str] = field(default_factory=list)
 
 
-class _Image(NamedTuple):
-    folder: _Folder
-    name: str
+def _scan(root: str, left_out: LeftOut) -> list[_Folder]:
+    """All folders, in natural order of their paths."""
+    found: list[_Folder] = []
+    visited: dict[str, set[str]] = defaultdict(set)  # real paths, by folder at the top
+    todo = deque([_Folder("", os.path.realpath(root))])
+    while todo:
+        folder = todo.popleft()
+        top = visited[_top(folder.path)]
+        if folder.real in top or (folder.path and folder.real in visited[""]):  # a link upwards would never end
+            left_out.add(AGAIN, folder.path)
+            continue
+        top.add(folder.real)
+        found.append(folder)
+        _read(root, folder, todo, left_out)
+    return sorted(found, key=lambda folder: _path_key(folder.path))
 
-    @property
-    def path(self) -> str:
-        return f"{self.folder.path}/{self.name}" if self.folder.path else self.name
 
-    @property
-    def is_link(self) -> bool:
-        return self.folder.linked or self.name in self.folder.links
-
-    @property
-    def real(self) -> str:
-        return self.folder.links.get(self.name) or f"{self.folder.real}/{self.name}"
-
-
-class _Scan:
-    """Walk through a folder. Linked folders come last, so that no plain folder is taken for a copy."""
-
-    def __init__(self, root: str, left_out: LeftOut) -> None:
-        self.root = root
-        self.real_root = os.path.realpath(root)
-        self.left_out = left_out
-        self.plain = [("", self.real_root)]
-        """Folders to visit: path in the listed folder, and real path."""
-        self.linked: list[tuple[str, str]] = []
-        """Linked folders to visit."""
-
-    def folders(self) -> list[_Folder]:
-        """All folders, in natural order of their paths."""
-        found = []
-        visited: dict[str, set[str]] = defaultdict(set)  # real paths, by folder at the top
-        while self.plain or self.linked:
-            path, real = self.plain.pop() if self.plain else self.linked.pop(0)
-            top = visited[_top(path)]
-            if real in top or (path and real in visited[""]):  # a link to a folder above would never end
-                self.left_out.add(AGAIN, path)
-                continue
-            top.add(real)
-            found.append(self._read(path, real))
-        return sorted(found, key=lambda folder: _path_key(folder.path))
-
-    def _read(self, path: str, real: str) -> _Folder:
-        """Sort a folder's files, and note its sub-folders for later."""
-        suffixes, links = image_suffixes(), {}
-        images: list[str] = []
-        metadata: list[str] = []
-        with os.scandir(f"{self.root}/{path}") as entries:
-            for entry in entries:
-                name = entry.name
-                inside = f"{path}/{name}" if path else name
-                if name.startswith("."):
-                    self.left_out.add(HIDDEN, inside)
-                elif entry.is_dir():
-                    if entry.is_symlink():
-                        self.linked.append((inside, os.path.realpath(entry.path)))
-                    else:
-                        self.plain.append((inside, f"{real}/{name}"))
-                elif not entry.is_file():
-                    self.left_out.add(NO_FILE, inside)
-                elif name[name.rfind(".") :].lower() in suffixes:
-                    images.append(name)
-                    if entry.is_symlink():
-                        links[name] = os.path.realpath(entry.path)
-                elif name in METADATA:
-                    metadata.append(inside)
+def _read(root: str, folder: _Folder, todo: deque[_Folder], left_out: LeftOut) -> None:
+    """Sort a folder's files, and add its sub-folders to those to visit."""
+    suffixes = image_suffixes()
+    with os.scandir(f"{root}/{folder.path}") as entries:
+        for entry in entries:
+            name = entry.name
+            path = f"{folder.path}/{name}".lstrip("/")
+            if name.startswith("."):
+                left_out.add(HIDDEN, path)
+            elif entry.is_dir():
+                # Linked folders come last, so that no plain folder is taken for a copy.
+                if entry.is_symlink():
+                    todo.append(_Folder(path, os.path.realpath(entry.path), linked=True))
                 else:
-                    self.left_out.add(NO_IMAGE, inside)
-        linked = real != f"{self.real_root}/{path}".rstrip("/")
-        return _Folder(path, real, sorted(images, key=natural_key), links, metadata, linked)
+                    todo.appendleft(_Folder(path, f"{folder.real}/{name}", folder.linked))
+            elif not entry.is_file():
+                left_out.add(NO_FILE, path)
+            elif name[name.rfind(".") :].lower() in suffixes:
+                folder.images.append(name)
+                if entry.is_symlink():
+                    folder.links[name] = os.path.realpath(entry.path)
+            elif name in METADATA:
+                folder.metadata.append(path)
+            else:
+                left_out.add(NO_IMAGE, path)
+    folder.images.sort(key=natural_key)
 
 
 def _path_key(path: str) -> list[tuple[Any, str]]:
@@ -245,25 +237,22 @@ def _top(path: str) -> str:
     return path.partition("/")[0]
 
 
-def _group(found: list[_Folder], classes: FolderClasses, part: str, left_out: LeftOut) -> dict[str, list[_Image]]:
-    """Images of each class, by class name.
+def _group(found: list[_Folder], classes: FolderClasses, part: str, left_out: LeftOut) -> dict[str, list[_Folder]]:
+    """Folders with images of each class, by class name.
 
     Args:
         part: the folder at the top that holds the classes; empty for the listed folder itself.
     """
     below = {folder.path[len(part) :].lstrip("/"): folder for folder in found if not part or _top(folder.path) == part}
-    with_images = {path for path, folder in below.items() if folder.images}
-    parents = {parent for path in with_images for parent in _parents(path)}
-    occupied = with_images | parents
-    groups: dict[str, list[_Image]] = defaultdict(list)
+    parents = {parent for path, folder in below.items() if folder.images for parent in _parents(path)}
+    groups: dict[str, list[_Folder]] = defaultdict(list)
     for path, folder in below.items():
         name = {"top": _top(path), "leaf": "" if path in parents else path, "none": "all"}[classes]
         if folder.images and name:
-            groups[name] += [_Image(folder, image) for image in folder.images]
+            groups[name].append(folder)
         elif folder.images:
             left_out.add(BESIDE, f"{folder.path}/{folder.images[0]}".lstrip("/"), len(folder.images))
-    for path, folder in below.items():
-        if path and "/" not in path and path not in occupied:
+        elif path and "/" not in path and path not in parents:
             left_out.add(EMPTY, folder.path)
     return groups
 
@@ -300,61 +289,20 @@ def _find_splits(found: list[_Folder], classes: FolderClasses, folder: Path) -> 
     return None
 
 
-def _listing(
-    folder: Path,
-    groups: Mapping[str, list[_Image]],
-    splits: tuple[str, str] | None,
-    found: list[_Folder],
-    left_out: LeftOut,
-) -> Listing:
-    names = sorted(groups, key=natural_key)
-    files: list[str] = []
-    counts = []
-    links = 0
-    for name in names:
-        images = _without_copies(groups[name], left_out)
-        paths = [image.path for image in images]
-        if len({id(image.folder) for image in images}) > 1:  # a single folder is sorted already
-            paths.sort(key=_path_key)
-        files += paths
-        counts.append(len(images))
-        links += sum(image.is_link for image in images)
-    held_out = None if splits is None else np.array([_top(file) == splits[1] for file in files])
-    return Listing(
-        folder=folder,
-        files=files,
-        labels=np.repeat(np.arange(len(names), dtype=np.int64), counts),
-        class_names=[printable(name) for name in names],
-        held_out=held_out,
-        left_out=left_out,
-        metadata=[path for each in found for path in each.metadata],
-        links=links,
-        split_folders=splits,
-    )
-
-
-def _without_copies(images: list[_Image], left_out: LeftOut) -> list[_Image]:
-    """Each file once, without links to other files of the class and second links to a file elsewhere."""
-    if not any(image.folder.links for image in images):
-        return images
-    seen = {image.real for image in images if image.name not in image.folder.links}
-    kept = []
-    for image in images:
-        if image.name in image.folder.links:
-            if image.real in seen:
-                left_out.add(AGAIN, image.path)
+def _images_of(folders: list[_Folder], left_out: LeftOut) -> list[tuple[str, bool]]:
+    """Path of each image of a class, in natural order, and True for links; a file that it holds already is left out."""
+    images = []
+    plain = (f"{folder.real}/{name}" for folder in folders for name in folder.images if name not in folder.links)
+    seen = set(plain) if any(folder.links for folder in folders) else set()
+    for folder in folders:
+        for name in folder.images:
+            path, real = f"{folder.path}/{name}".lstrip("/"), folder.links.get(name)
+            if real in seen:
+                left_out.add(AGAIN, path)
                 continue
-            seen.add(image.real)
-        kept.append(image)
-    return kept
-
-
-def _nothing_listed(folder: Path, left_out: LeftOut) -> str:
-    beside = left_out.counts.get(BESIDE, 0)
-    if beside:
-        return (
-            f"{folder} holds {beside} images, but no class folders; put the images of each class into a "
-            "sub-folder, or set data.classes to none"
-        )
-    seen = f" (left out: {left_out})" if left_out.counts else ""
-    return f"{folder} holds no images{seen}; give a folder of images, one sub-folder a class if there are classes"
+            if real is not None:
+                seen.add(real)
+            images.append((path, folder.linked or real is not None))
+    if len(folders) > 1:  # a single folder is sorted already
+        images.sort(key=lambda image: _path_key(image[0]))
+    return images

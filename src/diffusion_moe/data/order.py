@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -98,18 +99,18 @@ def batches_from(
         shares = np.cumsum([len(images) for images in members]) / len(buckets)
         sampled = uniform(seed, "bucket", 0, torch.arange(last_step)).numpy()
         chosen = np.searchsorted(shares, sampled, side="right").clip(max=len(members) - 1)
-    seen = [int(batch_sizes[:step][chosen[:step] == number].sum()) for number in range(len(members))]
-    epochs = [-1] * len(members)
-    orders: list[list[int]] = [[]] * len(members)
+    done = [int(batch_sizes[:step][chosen[:step] == number].sum()) for number in range(len(members))]
+    streams = [_stream(images, its_seed, first) for images, its_seed, first in zip(members, seeds, done)]
     wanted = None if positions is None else [int(position) for position in positions]
-    for number, count in zip(chosen[step:], batch_sizes[step:]):
-        images, start = members[number], seen[number]
-        seen[number] += int(count)
-        batch = []
-        for position in range(count) if wanted is None else wanted:
-            epoch, i = divmod(start + position, len(images))
-            if epoch != epochs[number]:
-                epochs[number] = epoch
-                orders[number] = epoch_order(len(images), seeds[number], epoch)
-            batch.append(SampledImage(int(images[orders[number][i]]), epoch, position))
-        yield batch
+    for number, count in zip(chosen[step:].tolist(), batch_sizes[step:].tolist()):
+        batch = list(itertools.islice(streams[number], count))
+        yield [SampledImage(batch[i][0], batch[i][1], i) for i in (range(count) if wanted is None else wanted)]
+
+
+def _stream(images: np.ndarray, seed: int, first: int) -> Iterator[tuple[int, int]]:
+    """Images with their epochs, one epoch's permutation after another, without the `first` ones."""
+    epoch, start = divmod(first, len(images))
+    while True:
+        for i in epoch_order(len(images), seed, epoch)[start:]:
+            yield int(images[i]), epoch
+        epoch, start = epoch + 1, 0

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..config import DataConfig
+from ..config import DataConfig, require
 from ..shapes.captions import caption
 from ..shapes.rendering import render
 from ..shapes.sampling import arrange, sample_contents
 from ..shapes.scene import Content, contents
 from .dataset import Batch, ImageDataset
-from .splits import Split
+from .image_table import Split
 
 SCENES = 100_000
 """Scenes of both splits together."""
@@ -28,12 +28,9 @@ class Shapes(ImageDataset):
 
     def __init__(self, config: DataConfig, split: Split, seed: int) -> None:
         super().__init__(config.flip, seed)
-        if config.flip:
-            raise ValueError("data.flip is true, but captions of shapes say left and right; set it to false")
-        if config.path is not None:
-            raise ValueError(f"data.path is {config.path}, but shapes are rendered, not read; remove it")
-        if config.channels != 3:
-            raise ValueError(f"data.channels is {config.channels}, but shapes have colours; set it to 3")
+        require(not config.flip, "data.flip is true, but captions of shapes say left and right; set it to false")
+        require(config.path is None, f"data.path is {config.path}, but shapes are rendered, not read; remove it")
+        require(config.channels == 3, f"data.channels is {config.channels}, but shapes have colours; set it to 3")
         test = round(SCENES * config.test_fraction)
         self.size = config.image_size
         self.stream = f"shapes/{split}"

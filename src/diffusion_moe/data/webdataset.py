@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,34 +38,12 @@ class TarMember(NamedTuple):
 
 
 @dataclass
-class TarFiles:
-    """Images in tars."""
-
-    path: Path
-    """The tar or folder of tars, for messages."""
-    members: Sequence[TarMember]
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> ImageFile:
-        member = self.members[index]
-        with member.tar.open("rb") as file:
-            file.seek(member.offset)
-            return ImageFile(f"row {index} of {self.path} ({member})", file.read(member.size))
-
-    def names(self) -> Iterator[str]:
-        """Name of each tar with that of the image in it."""
-        return map(str, self.members)
-
-
-@dataclass
 class _Sample:
     name: str
-    image: TarMember | None = None
+    images: list[TarMember] = field(default_factory=list)
+    """Its images, of which the last one is read."""
     texts: dict[str, bytes] = field(default_factory=dict)
     """Content of the .txt, .json and .cls files, by ending."""
-    further_images: int = 0
 
 
 def read_webdataset(config: DataConfig) -> ImageTable:
@@ -81,7 +60,7 @@ def read_webdataset(config: DataConfig) -> ImageTable:
     if not tars:
         raise ValueError(f"data.path {path} holds no .tar files; give a tar, or a folder of tars")
     samples = [sample for tar in tars for sample in _samples(tar)]
-    with_image = [sample for sample in samples if sample.image is not None]
+    with_image = [sample for sample in samples if sample.images]
     if not with_image:
         raise ValueError(f"data.path {path} holds no images; samples need a file that ends in .jpg, .png or the like")
     labels = [_label(sample) for sample in with_image]
@@ -92,19 +71,28 @@ def read_webdataset(config: DataConfig) -> ImageTable:
     classes = int(numbers.max()) + 1
     counts = {
         "files beside the tars": 0 if path.is_file() else len(list(path.iterdir())) - len(tars),
-        "images of samples that have another": sum(sample.further_images for sample in samples),
+        "images of samples that have another": sum(len(sample.images) - 1 for sample in with_image),
         "samples without an image": len(samples) - len(with_image),
     }
-    left_out = [(reason, count) for reason, count in counts.items() if count]
-    listed = ", ".join(f"{count} {reason}" for reason, count in left_out)
+    left_out = {reason: count for reason, count in counts.items() if count}
+    listed = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    members = [sample.images[-1] for sample in with_image]
     return ImageTable(
-        images=TarFiles(path, [sample.image for sample in with_image if sample.image is not None]),
+        image=partial(_image, path, members),
+        names=partial(map, str, members),
         labels=numbers,
         class_names=[str(i) for i in range(classes)] if classes > 1 else ["all"],
-        captions=None if column is None else [_captions(sample, column) for sample in with_image],
+        captions=None if column is None else [_captions(sample, column) for sample in with_image].__getitem__,
         notes=[f"{path}: left out: {listed}"] if left_out else [],
         left_out=left_out,
     )
+
+
+def _image(path: Path, members: Sequence[TarMember], index: int) -> ImageFile:
+    member = members[index]
+    with member.tar.open("rb") as file:
+        file.seek(member.offset)
+        return ImageFile(f"row {index} of {path} ({member})", file.read(member.size))
 
 
 def _samples(path: Path) -> list[_Sample]:
@@ -118,8 +106,7 @@ def _samples(path: Path) -> list[_Sample]:
                 key = f"{folder}{slash}{stem}"
                 sample = samples.setdefault(key, _Sample(f"sample {key} of {path}"))
                 if f".{ending.lower()}" in image_suffixes():
-                    sample.further_images += sample.image is not None
-                    sample.image = TarMember(path, member.name, member.offset_data, member.size)
+                    sample.images.append(TarMember(path, member.name, member.offset_data, member.size))
                 elif ending in ("txt", "json", LABEL):
                     content = tar.extractfile(member)
                     assert content is not None

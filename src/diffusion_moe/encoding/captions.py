@@ -20,10 +20,10 @@ from ..data.float16_files import DTYPE
 from ..data.image_files import ImageFileDataset
 from ..data.latents import CachePlan
 from ..log import Log
+from ..run_folder import write_atomically
 from ..text import TextEncoder, TextFeatures, TextSpace, load_encoder
-from .files import differences, record_path, write_json, write_whole
+from .files import Process, differences, record_path, write_json
 from .options import EncodeOptions
-from .process import Process
 
 
 def claim_captions(dataset: ImageFileDataset, options: EncodeOptions, log: Log) -> TextEncoder | None:
@@ -100,6 +100,6 @@ def _write(folder: Path, name: str, space: TextSpace, counts: list[int], texts: 
                 f"a caption's feature is {np.abs(features).max():g}, but float16 holds finite ones up to 65504; take "
                 "another text encoder, or --text_precision fp32"
             )
-        write_whole(file, stored.tobytes())
+        write_atomically(file, stored.tobytes(), shared=True)
     lengths = [text.features.shape[1] for text in texts]
     write_json(folder / FOLDER / f"{name}.json", {"counts": counts, "lengths": lengths})

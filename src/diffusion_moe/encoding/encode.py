@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DataConfig
+from ..config import require
+from ..config.data import IMAGE_FILES, DataConfig
 from ..data import load_dataset
 from ..data.dataset import load_batches
 from ..data.float16_files import DTYPE
@@ -29,9 +30,8 @@ from ..log import Log
 from ..randomness import normal
 from ..sampling.loading import load_vae
 from .captions import claim_captions, encode_captions, missing_captions
-from .files import SKIPPED, EncodedBatch, claim, finish, is_done, missing_shards, write_shard
+from .files import SKIPPED, EncodedBatch, Process, claim, finish, is_done, missing_shards, write_shard
 from .options import EncodeOptions
-from .process import Process
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -55,12 +55,10 @@ def encode(data: DataConfig, options: EncodeOptions, log: Log = print) -> str:
         ValueError: data or VAE cannot be used, the output is another cache, an image cannot be read or stored.
     """
     process = Process.here()
-    if data.kind not in ("folder", "huggingface", "webdataset"):
-        raise ValueError(f"kind is {data.kind}; encode takes folder, huggingface or webdataset")
+    require(data.kind in IMAGE_FILES, f"kind is {data.kind}; encode takes folder, huggingface or webdataset")
     vae = load_vae(options.vae)
     channels = vae.config.in_channels
-    if channels not in (1, 3):
-        raise ValueError(f"the VAE {options.vae} takes {channels} channels; give one of images, 1 or 3")
+    require(channels in (1, 3), f"the VAE {options.vae} takes {channels} channels; give one of images, 1 or 3")
     data = dataclasses.replace(data, caption_column=options.captions, channels=channels, flip=False, test_fraction=0.0)
     dataset = load_dataset(data, "train")
     assert isinstance(dataset, ImageFileDataset)
@@ -154,12 +152,12 @@ def _encode_shards(
     vae: AutoencoderKL, dataset: ImageFileDataset, plan: CachePlan, options: EncodeOptions, todo: list[int], log: Log
 ) -> None:
     # Batches end where shards do, so that they are the same for any distribution of the shards.
-    batches = [
-        (shard, list(plan.indices(shard)[start : start + options.batch_size]))
-        for shard in todo
-        for start in range(0, len(plan.indices(shard)), options.batch_size)
-    ]
-    total = sum(len(indices) for _, indices in batches)
+    size = options.batch_size
+    batches = {
+        shard: [indices[start : start + size] for start in range(0, len(indices), size)]
+        for shard, indices in ((shard, plan.indices(shard)) for shard in todo)
+    }
+    total = sum(len(plan.indices(shard)) for shard in todo)
     done, logged = 0, time.monotonic()
 
     def encoded(batch: DecodedBatch) -> EncodedBatch:
@@ -171,10 +169,9 @@ def _encode_shards(
         latents = latents_of(vae, batch, dataset, plan) if batch.indices else np.zeros((0, *plan.image_shape), DTYPE)
         return EncodedBatch(latents, dataset.labels[batch.indices].tolist(), batch.skipped)
 
-    shards = [shard for shard, _ in batches]
-    loaded = load_batches(_Decoder(dataset), [indices for _, indices in batches], dataset.config.num_workers)
-    for shard, part in itertools.groupby(zip(shards, loaded), key=lambda pair: pair[0]):
-        write_shard(options.output, plan, shard, (encoded(batch) for _, batch in part))
+    loaded = load_batches(_Decoder(dataset), itertools.chain(*batches.values()), dataset.config.num_workers)
+    for shard, parts in batches.items():
+        write_shard(options.output, plan, shard, map(encoded, itertools.islice(loaded, len(parts))))
 
 
 @torch.no_grad()

@@ -8,19 +8,55 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from ..data.latents import HEADER, SHARDS, CacheHeader, CachePlan, LatentShard, read_plan, shard_path
-from ..run_folder import replace_atomically
+from ..distributed import choose_device
+from ..run_folder import replace_atomically, write_atomically
 
 SKIPPED = "skipped.txt"
 """File of the cache with the names of unreadable images, a line each."""
+
+
+class Process(NamedTuple):
+    """One of the processes that encode, by torchrun's variables."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def here(cls) -> Process:
+        """This process, from RANK, WORLD_SIZE and LOCAL_RANK.
+
+        Raises:
+            ValueError: a variable is not a number, or the rank is too large.
+        """
+        numbers = []
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+            text = os.environ.get(name, default)
+            if not text.isdecimal():
+                raise ValueError(f"the variable {name} is {text!r}; expected a number, as torchrun sets it")
+            numbers.append(int(text))
+        process = cls(*numbers)
+        if process.rank >= process.world:
+            raise ValueError(f"the variable RANK is {process.rank}; expected less than WORLD_SIZE {process.world}")
+        return process
+
+    def shards(self, plan: CachePlan) -> range:
+        """Shards of a cache that this process encodes."""
+        return range(self.rank, plan.shards, self.world)
+
+    def device(self, name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+        """This process' device for an option; each process gets a GPU of its own."""
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        return choose_device(name)
 
 
 class EncodedBatch(NamedTuple):
@@ -82,7 +118,7 @@ def write_shard(folder: Path, plan: CachePlan, shard: int, batches: Iterable[Enc
     skipped: list[tuple[int, str]] = []
     # Sums of x and of x^2 over images, views, height and width, a channel each; x is sampled from the posterior.
     moments = np.zeros((2, plan.latent_shape[0]))
-    with _named(path), replace_atomically(path) as file:
+    with replace_atomically(path) as file:
         for batch in batches:
             content = batch.latents.tobytes()
             file.write(content)
@@ -92,14 +128,8 @@ def write_shard(folder: Path, plan: CachePlan, shard: int, batches: Iterable[Enc
             # E[x] is the mean of the means, E[x^2] that of mean^2 + std^2; of a stored sample, those of x itself.
             parts = batch.latents.astype(np.float64)
             moments += np.stack([parts[:, :, 0].sum((0, 1, 3, 4)), (parts**2).sum((0, 1, 2, 4, 5))])
-    record = {
-        "images": len(labels),
-        "sha256": digest.hexdigest(),
-        "labels": labels,
-        "skipped": skipped,
-        "moments": moments.tolist(),
-    }
-    write_json(record_path(folder, shard), record)
+    record = {"images": len(labels), "sha256": digest.hexdigest(), "labels": labels, "skipped": skipped}
+    write_json(record_path(folder, shard), record | {"moments": moments.tolist()})
 
 
 def record_path(folder: Path, shard: int) -> Path:
@@ -112,10 +142,9 @@ def is_done(folder: Path, plan: CachePlan, shard: int, verify: bool) -> bool:
     path = shard_path(folder, shard)
     try:
         record = json.loads(record_path(folder, shard).read_text())
-        if path.stat().st_size != record["images"] * plan.image_bytes:
-            return False
-        if not verify:
-            return True
+        whole = path.stat().st_size == record["images"] * plan.image_bytes
+        if not whole or not verify:
+            return whole
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -149,30 +178,11 @@ def finish(folder: Path, plan: CachePlan) -> CacheHeader:
         shards=tuple(LatentShard(record["images"], record["sha256"]) for record in records),
     )
     if header.skipped:
-        write_whole(folder / SKIPPED, "".join(f"{name}\n" for _, name in header.skipped).encode())
+        write_atomically(folder / SKIPPED, "".join(f"{name}\n" for _, name in header.skipped), shared=True)
     write_json(folder / HEADER, header.to_dict())
     return header
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name the file in the error of a failed write, as to a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, (json.dumps(content) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """As `run_folder.write_atomically`, but several processes may write the same file at a time."""
-    partial = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
-    with _named(path), partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Write a JSON file whole or not at all; several processes may write the same one at a time."""
+    write_atomically(path, json.dumps(content) + "\n", shared=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..config import DataConfig
-from ..data.decoding import decode_pixels, parse_background
+from ..data.decoding import cover_and_crop, decode_image, parse_background
 from ..data.image_table import ImageTable
 
 COLUMNS = 12
@@ -35,16 +36,17 @@ def write_contact_sheet(path: Path, config: DataConfig, table: ImageTable, reada
     scale = max(1, CELL // config.image_size)
     cell = config.image_size * scale
     sheet = Image.new("RGB", (NAME_WIDTH + COLUMNS * (cell + GAP) + GAP, len(labels) * (cell + GAP) + GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), _font()
+    pen = ImageDraw.Draw(sheet)
+    # matplotlib's font has Greek and Cyrillic letters too.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 13)
     background = parse_background(config.background)
     for line, label in enumerate(labels):
         top = GAP + line * (cell + GAP)
         members = np.flatnonzero((table.labels == label) & readable)
         pen.text((GAP, top), f"{table.class_names[label][:26]}\n{len(members)} images", fill="black", font=font)
         for column, index in enumerate(_evenly(members, COLUMNS)):
-            source = table.images[int(index)].source
-            pixels = decode_pixels(source, config.image_size, config.image_size, config.channels, background)
-            image = Image.fromarray(pixels.squeeze(2) if config.channels == 1 else pixels)
+            image = decode_image(table.image(index).source, config.channels, background)
+            image = cover_and_crop(image, config.image_size, config.image_size)
             sheet.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (NAME_WIDTH + column * (cell + GAP), top))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
@@ -54,10 +56,3 @@ def write_contact_sheet(path: Path, config: DataConfig, table: ImageTable, reada
 def _evenly(values: np.ndarray, wanted: int) -> Sequence[int]:
     count = min(len(values), wanted)
     return values[np.arange(count) * len(values) // max(1, count)].tolist()
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    """matplotlib's font, which has Greek and Cyrillic letters too."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 13)

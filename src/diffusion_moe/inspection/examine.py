@@ -6,6 +6,7 @@ The checksums of a PNG and the end of a JPEG show that the file is whole. Other 
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
@@ -42,7 +46,8 @@ class Examined(NamedTuple):
 def examine_image(table: ImageTable, index: int) -> Examined:
     """Examine one file of a table."""
     try:
-        content = table.images[index].content()
+        source = table.image(index).source
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
         return Examined(0, 0, "", b"", error.strerror or str(error))
     return examine(content)
@@ -94,20 +99,16 @@ def map_images(
     Raises:
         ChildProcessError: a process was killed.
     """
-    chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
-    processes = min(len(os.sched_getaffinity(0)), len(chunks)) if sys.platform == "linux" else 1
-    if processes < 2:
-        for done, index in enumerate(indices, start=1):
-            yield work(table, index)
-            progress(done)
-        return
-    done = 0
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(table, work)) as pool:
+    processes = min(len(os.sched_getaffinity(0)), math.ceil(len(indices) / CHUNK)) if sys.platform == "linux" else 1
+    with ExitStack() as stack:
+        results: Iterator[Result] = map(partial(work, table), indices)
+        if processes > 1:
+            context = multiprocessing.get_context("fork")
+            pool = stack.enter_context(ProcessPoolExecutor(processes, context, _begin, (table, work)))
+            results = pool.map(_work_on, indices, chunksize=CHUNK)
         try:
-            for results in pool.map(_work_on, chunks):
-                yield from results
-                done += len(results)
+            for done, result in enumerate(results, start=1):
+                yield result
                 progress(done)
         except BrokenProcessPool as error:
             message = "a process that reads images was killed; if memory is short, free some"
@@ -123,5 +124,5 @@ def _begin(table: ImageTable, work: Callable[[ImageTable, int], Any]) -> None:
     _given.update(table=table, work=work)
 
 
-def _work_on(indices: Sequence[int]) -> list[Any]:
-    return [_given["work"](_given["table"], index) for index in indices]
+def _work_on(index: int) -> Any:
+    return _given["work"](_given["table"], index)

@@ -14,7 +14,6 @@ from ..config import DataConfig
 from ..data.decoding import decode_pixels, parse_background
 from ..data.image_table import ImageTable
 from ..data.load import read_table
-from ..data.splits import split_table
 from ..log import Log
 from .contact_sheet import write_contact_sheet
 from .examine import examine_image, map_images
@@ -38,11 +37,11 @@ def inspect(config: DataConfig, options: InspectOptions, log: Log) -> Report:
         raise ValueError("data.buckets makes images of several sizes, which --pixels cannot hold; remove one")
     parse_background(config.background)
     table = read_table(config)
-    indices = range(len(table.images))
+    indices = range(len(table.labels))
     with _progress("reading", len(indices)) as progress:
         examined = list(map_images(table, indices, examine_image, progress))
     held_out = np.zeros(len(indices), dtype=bool)
-    held_out[split_table(table, config.test_fraction, "test")] = True
+    held_out[table.indices(config.test_fraction, "test")] = True
     report = Report(config, table, held_out, examined, equal_files(examined))
     readable = np.array([not found.problem for found in examined])
     written = []
@@ -77,7 +76,7 @@ def _write_pixels(path: Path, report: Report, readable: np.ndarray) -> None:
 def _pixels_of(
     table: ImageTable, index: int, size: tuple[int, int, int], background: tuple[int, int, int]
 ) -> np.ndarray:
-    return decode_pixels(table.images[index].source, *size, background)
+    return decode_pixels(table.image(index).source, *size, background)
 
 
 @contextmanager

@@ -32,39 +32,31 @@ class Report:
 
     def name(self, index: int) -> str:
         """Path of an image in the folder, or its row in the data set."""
-        return self.table.images[index].name.removeprefix(f"{str(self.config.path).rstrip('/')}/")
-
-    def classes(self) -> dict[str, int]:
-        """Number of images by class name, in the order of the labels."""
-        counts = np.bincount(self.table.labels, minlength=len(self.table.class_names))
-        return dict(zip(self.table.class_names, counts.tolist()))
-
-    def unreadable(self) -> dict[str, str]:
-        """Reason for each file that cannot be read."""
-        return {self.name(i): found.problem for i, found in enumerate(self.examined) if found.problem}
+        return self.table.image(index).name.removeprefix(f"{str(self.config.path).rstrip('/')}/")
 
     def copies_across(self, values: np.ndarray) -> int:
         """Number of groups of equal files whose images differ in `values`, one an image."""
         return sum(len(set(values[list(group)].tolist())) > 1 for group in self.copies)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        widths, heights = self._sides()
-        size = {"width": _spread(widths), "height": _spread(heights)} if len(widths) else {}
-        sides = np.minimum(widths, heights)
+        """Plain values for JSON; the classes are in the order of their labels."""
+        counts = np.bincount(self.table.labels, minlength=len(self.table.class_names))
+        sides = np.array([(found.width, found.height) for found in self.examined if found.width]).reshape(-1, 2)
+        # Smallest, median and largest of each side.
+        spread = np.quantile(sides, (0, 0.5, 1), axis=0).astype(int).T.tolist() if len(sides) else []
         return {
             "path": self.config.path,
             "kind": self.config.kind,
             "images": len(self.examined),
-            "classes": self.classes(),
+            "classes": dict(zip(self.table.class_names, counts.tolist())),
             "held_out": int(self.held_out.sum()),
-            "unreadable": self.unreadable(),
+            "unreadable": {self.name(i): found.problem for i, found in enumerate(self.examined) if found.problem},
             "ignored": dict(self.table.left_out),
             "notes": list(self.table.notes),
-            "sizes": size,
+            "sizes": dict(zip(("width", "height"), spread)),
             "modes": dict(Counter(found.mode for found in self.examined if found.mode).most_common()),
             "image_size": self.config.image_size,
-            "smaller_than_image_size": int((sides < self.config.image_size).sum()),
+            "smaller_than_image_size": int((sides.min(axis=1) < self.config.image_size).sum()),
             "duplicates": {
                 "images": sum(len(group) - 1 for group in self.copies),
                 "groups": len(self.copies),
@@ -76,7 +68,8 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The report as text."""
-        facts, classes = self.to_dict(), self.classes()
+        facts = self.to_dict()
+        classes = facts["classes"]
         count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
         yield f"{self.config.path}: {facts['images']} images in {count}, {facts['held_out']} of them held out"
         held_out = np.bincount(self.table.labels[self.held_out], minlength=len(classes))
@@ -103,25 +96,13 @@ class Report:
             yield f"  {name}: {problem}"
         if len(unreadable) > SHOWN_PROBLEMS:
             yield f"  and {len(unreadable) - SHOWN_PROBLEMS} more; --json lists them"
-        line = f"files equal to another one: {copies['images']}"
-        if copies["images"]:
-            line += (
-                f" (groups of equal files: {copies['groups']}; of them in several classes: "
-                f"{copies['groups_across_classes']}, in training and held out: {copies['groups_across_split']})"
-            )
-        yield line
+        groups = (
+            f" (groups of equal files: {copies['groups']}; of them in several classes: "
+            f"{copies['groups_across_classes']}, in training and held out: {copies['groups_across_split']})"
+        )
+        yield f"files equal to another one: {copies['images']}{groups if copies['images'] else ''}"
         for names in copies["examples"]:
             yield f"  {' = '.join(names)}"
-
-    def _sides(self) -> tuple[np.ndarray, np.ndarray]:
-        """Widths and heights in pixels of the images whose size is known."""
-        known = [found for found in self.examined if found.width]
-        return np.array([found.width for found in known]), np.array([found.height for found in known])
-
-
-def _spread(values: np.ndarray) -> list[int]:
-    """Smallest, median and largest value."""
-    return [int(values.min()), int(np.median(values)), int(values.max())]
 
 
 def equal_files(examined: Sequence[Examined]) -> list[tuple[int, ...]]:

@@ -31,7 +31,7 @@ WORDS: tuple[str, ...] = tuple(
 
 @dataclass(frozen=True)
 class Mention:
-    """What a caption says in addition to shapes and counts."""
+    """Facts that a caption mentions in addition to shapes and counts."""
 
     colour: bool = False
     size: bool = False

@@ -118,14 +118,14 @@ def _classify(alpha: np.ndarray, window: tuple[slice, ...], image: tuple[int, ..
     area = float(alpha.sum())
     y, x = (float((alpha.sum(1 - axis) * (np.arange(alpha.shape[axis]) + 0.5)).sum()) / area for axis in (0, 1))
     rendered = np.stack([_rendered(shape, x, y, math.sqrt(area / AREAS[shape]), alpha.shape) for shape in SHAPES])
+    side = math.sqrt(image[0] * image[1])
     overlaps = []
     for blur in BLURS:
-        width = blur * SMOOTHING * math.sqrt(image[0] * image[1])
+        width = blur * SMOOTHING * side
         soft = ndimage.gaussian_filter(rendered, (0, width, width), mode="constant")
         overlaps.append(np.minimum(soft, alpha).sum((1, 2)) / np.maximum(soft, alpha).sum((1, 2)))
     fits = dict(zip(SHAPES, np.max(overlaps, 0).tolist()))
     best = max(SHAPES, key=fits.__getitem__)
-    side = math.sqrt(image[0] * image[1])
     radius = math.sqrt(area / AREAS[best]) / side
     fitting = colour and fits[best] >= LEAST_FIT and RADII[0] <= radius <= RADII[1]
     x, y = (window[1].start + x) / image[1], (window[0].start + y) / image[0]

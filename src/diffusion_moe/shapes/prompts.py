@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -61,7 +62,7 @@ class _Rule(NamedTuple):
 
     kind: str
     mentions: tuple[Mention, ...]
-    """What its texts may say; they require all they say."""
+    """Facts that its texts may mention; they require all of them."""
     axis: Axis
     """The one axis along which its held-out contents are held out."""
 
@@ -78,17 +79,11 @@ _RULES: dict[Category, _Rule] = {
 
 def requirement_of(content: Content, mention: Mention) -> Requirement:
     """Requirement of a text that mentions so much of a content."""
-    looks = content.looks[:1] if content.kind == "count" else content.looks
-    wanted = (
-        RequiredObject(
-            look.shape,
-            len(content.looks) if content.kind == "count" else 1,
-            look.colour if mention.colour else None,
-            look.size if mention.size else None,
-        )
-        for look in looks
+    wanted = tuple(
+        RequiredObject(look.shape, count, look.colour if mention.colour else None, look.size if mention.size else None)
+        for look, count in Counter(content.looks).items()
     )
-    return Requirement(tuple(wanted), content.relation if mention.relation else None)
+    return Requirement(wanted, content.relation if mention.relation else None)
 
 
 class Question(NamedTuple):

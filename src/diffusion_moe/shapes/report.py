@@ -43,7 +43,7 @@ class ShapesReport:
 
     tallies: dict[Category, dict[Split, Tally]]
     scores: tuple[ImageScore, ...]
-    """Of each image, in the order of the prompts."""
+    """Scores of the images, in the order of the prompts."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: means over categories, overall and for each split, and the scores of every category."""
@@ -78,23 +78,20 @@ def make_report(prompts: Sequence[Prompt], images: Tensor, seed: int = 0) -> Sha
     size = min(images.shape[-2:])
     true = detect(render(true_scenes(prompts, seed), size))
     tallies: dict[Category, dict[Split, Tally]] = {}
-    for category in CATEGORIES:
-        members = [i for i, prompt in enumerate(prompts) if prompt.category == category]
-        pool = chance_pool(category, size, seed) if members else []
-        for split in SPLITS:
-            some = [i for i in members if prompts[i].split == split]
-            asked = [prompts[i].requirement for i in some]
-            if some:
-                tallies.setdefault(category, {})[split] = Tally(
-                    n=len(some),
-                    score=fmean(scores[i].correct for i in some),
-                    chance=fmean(not find_errors(r, found) for r, found in product(asked, pool)),
-                    true=fmean(not find_errors(r, true[i]) for i, r in zip(some, asked)),
-                )
+    for category, split in product(CATEGORIES, SPLITS):
+        some = [i for i, prompt in enumerate(prompts) if (prompt.category, prompt.split) == (category, split)]
+        if some:
+            asked, pool = [prompts[i].requirement for i in some], chance_pool(category, size, seed)
+            tallies.setdefault(category, {})[split] = Tally(
+                n=len(some),
+                score=fmean(scores[i].correct for i in some),
+                chance=fmean(not find_errors(r, found) for r, found in product(asked, pool)),
+                true=fmean(not find_errors(r, true[i]) for i, r in zip(some, asked)),
+            )
     return ShapesReport(tallies, tuple(scores))
 
 
-@lru_cache(maxsize=len(CATEGORIES))  # a sweep asks for the same at every point
+@lru_cache(maxsize=len(CATEGORIES))  # both splits and every point of a sweep need the same
 def chance_pool(category: Category, size: int, seed: int) -> list[list[Detection]]:
     """Detections in at least POOL true images of a category, the same number for each of its questions."""
     asked = [

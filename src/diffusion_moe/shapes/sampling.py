@@ -5,15 +5,18 @@ Shapes: S scenes, I = 4 objects at most, the first ones of a scene are used; R =
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..config import ShapesLayout
 from ..randomness import uniforms
-from .scene import COLOURS, LARGE_FROM, MAX_COUNT, SHAPES, SIZES, contents, held_out
+from .scene import COLOURS, LARGE_FROM, RELATIONS, SHAPES, SIZES, Look, contents, held_out
 
 EDGE, GAP = 1 / 32, 0.07
 """Least distance of an object's box to the image's edge and to another box, as a share of the side."""
@@ -44,44 +47,30 @@ class Scenes:
         return len(self.shape)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """`contents()` as tensors, a row each; (840,) or (840, I)."""
+class _Table(NamedTuple):
+    """`contents()` as tensors, a row each; missing objects are 0."""
 
-    count: Tensor
     shape: Tensor
+    """Index into SHAPES, (840, I)."""
     colour: Tensor
-    least: Tensor
-    """Least and greatest radius."""
-    most: Tensor
-    across: Tensor
-    """True if the relation is left or right."""
-    backwards: Tensor
-    """True if the first object of a relation is the right or the lower one."""
-    related: Tensor
+    """Index into COLOURS, (840, I)."""
+    radii: Tensor
+    """Least and greatest radius, (840, I, 2)."""
+    direction: Tensor
+    """Direction of the relation, (840, 2); 0 without one."""
 
 
 @lru_cache
 def _table() -> _Table:
-    colours, rows = list(COLOURS), contents()
-    whole, radii = torch.zeros(2, len(rows), MAX_COUNT).long(), torch.zeros(2, len(rows), MAX_COUNT)
-    for row, content in enumerate(rows):
-        for i, look in enumerate(content.looks):
-            whole[:, row, i] = torch.tensor([SHAPES.index(look.shape), colours.index(look.colour)])
-            radii[:, row, i] = torch.tensor(SIZES[look.size])
-
-    def relation_in(*names: str | None) -> Tensor:
-        return torch.tensor([content.relation in names for content in rows])
+    def padded(values: Callable[[Look], Any]) -> Tensor:
+        rows = [torch.tensor([values(look) for look in content.looks]) for content in contents()]
+        return pad_sequence(rows, batch_first=True)
 
     return _Table(
-        count=torch.tensor([len(content.looks) for content in rows]),
-        shape=whole[0],
-        colour=whole[1],
-        least=radii[0],
-        most=radii[1],
-        across=relation_in("left of", "right of"),
-        backwards=relation_in("right of", "below"),
-        related=~relation_in(None),
+        shape=padded(lambda look: SHAPES.index(look.shape)),
+        colour=padded(lambda look: list(COLOURS).index(look.colour)),
+        radii=padded(lambda look: SIZES[look.size]),
+        direction=torch.tensor([RELATIONS[content.relation] if content.relation else (0, 0) for content in contents()]),
     )
 
 
@@ -124,24 +113,25 @@ def arrange(rows: Tensor, seed: int, stream: str, numbers: Tensor, layout: Shape
         stream: name of the random numbers.
         numbers: numbers of the scenes, int64, (S,).
     """
-    table = _table()
-    shape = table.shape[rows]
+    shape, colour, radii, direction = (part[rows] for part in _table())
     u = uniforms(seed, f"{stream}/places", 0, numbers, 18)
-    slots = _slots(table.count[rows], u[:, 4])
-    related, across, backwards = table.related[rows], table.across[rows], table.backwards[rows]
-    least = table.least[rows]
-    radius = least + u[:, :4] * (table.most[rows] - least)
+    least, most = radii.unbind(-1)
+    radius = least + u[:, :4] * (most - least)
+    slots = _slots((radius > 0).sum(1), u[:, 4])
+    related = direction.any(1)
     if layout == "free":
         reach = radius * torch.tensor([REACH[name] for name in SHAPES])[shape]
         x, y = _spread_over_rows(reach, slots, u[:, 5:15])
         x = torch.where(related[:, None], _aligned(x, y, reach, u[:, 15]), x)
     else:
         x, y = _on_the_grid(radius, slots, related, u[:, 5:12])
+    backwards = direction.sum(1) > 0  # the first object is the right or the lower one
     x, y = (torch.where(backwards[:, None], 1 - z, z) for z in (x, y))
+    across = direction[:, 0] != 0  # left or right
     turned = (across | ~related & (u[:, 16] < 0.5))[:, None]
     x, y = torch.where(turned, y, x), torch.where(turned, x, y)
     empty = radius == 0
-    return Scenes(shape, table.colour[rows], x.masked_fill(empty, 0), y.masked_fill(empty, 0), radius)
+    return Scenes(shape, colour, x.masked_fill(empty, 0), y.masked_fill(empty, 0), radius)
 
 
 def _slots(count: Tensor, u: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, permutations, product
@@ -33,41 +34,31 @@ LARGE_FROM = 0.19
 """Radius from which an object is called large: midway between the sizes."""
 RELATIONS: dict[Relation, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Direction from the second object to the first, (x, y); y runs downwards."""
-CONVERSE: dict[Relation, Relation] = {
-    "left of": "right of",
-    "right of": "left of",
-    "above": "below",
-    "below": "above",
-}
+CONVERSE: dict[Relation, Relation] = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 MAX_COUNT = 4
 
-HELD_OUT_LOOKS: frozenset[tuple[Shape, Colour]] = frozenset(
-    {
-        ("circle", "purple"),
-        ("circle", "yellow"),
-        ("square", "green"),
-        ("triangle", "red"),
-        ("triangle", "white"),
-        ("cross", "blue"),
-    }
-)
+HELD_OUT_LOOKS: Set[tuple[Shape, Colour]] = {
+    ("circle", "purple"),
+    ("circle", "yellow"),
+    ("square", "green"),
+    ("triangle", "red"),
+    ("triangle", "white"),
+    ("cross", "blue"),
+}
 """Each colour lacks one shape."""
-HELD_OUT_SIZES: frozenset[tuple[Shape, Size]] = frozenset({("cross", "large")})
-HELD_OUT_COUNTS: frozenset[tuple[int, Shape]] = frozenset({(2, "triangle"), (3, "square"), (4, "circle")})
+HELD_OUT_SIZES: Set[tuple[Shape, Size]] = {("cross", "large")}
+HELD_OUT_COUNTS: Set[tuple[int, Shape]] = {(2, "triangle"), (3, "square"), (4, "circle")}
 """Each count lacks one shape."""
-HELD_OUT_PAIRS: frozenset[frozenset[Shape]] = frozenset(
-    {frozenset[Shape]({"circle", "cross"}), frozenset[Shape]({"square", "triangle"})}
-)
+HELD_OUT_PAIRS: Set[Set[Shape]] = {frozenset({"circle", "cross"}), frozenset({"square", "triangle"})}
 """Shapes never seen together."""
-HELD_OUT_RELATIONS: frozenset[tuple[Shape, Relation, Shape]] = frozenset(
-    {
-        ("circle", "left of", "square"),
-        ("square", "above", "cross"),
-        ("cross", "right of", "triangle"),
-        ("triangle", "below", "circle"),
-    }
-)
+HELD_OUT_RELATIONS: Set[tuple[Shape, Relation, Shape]] = {
+    ("circle", "left of", "square"),
+    ("square", "above", "cross"),
+    ("cross", "right of", "triangle"),
+    ("triangle", "below", "circle"),
+}
 """Each pair of shapes that is seen together lacks one relation; the converse says the same."""
+_HELD_OUT_EITHER_WAY = HELD_OUT_RELATIONS | {(b, CONVERSE[relation], a) for a, relation, b in HELD_OUT_RELATIONS}
 
 
 @dataclass(frozen=True)
@@ -117,14 +108,9 @@ def held_out(content: Content) -> frozenset[Axis]:
         "size": any((look.shape, look.size) in HELD_OUT_SIZES for look in content.looks),
         "count": content.kind == "count" and (len(shapes), shapes[0]) in HELD_OUT_COUNTS,
         "pair": frozenset(shapes) in HELD_OUT_PAIRS,
-        "relation": content.relation is not None and _is_held_out_relation(shapes[0], content.relation, shapes[1]),
+        "relation": (shapes[0], content.relation, shapes[-1]) in _HELD_OUT_EITHER_WAY,
     }
     return frozenset(axis for axis, holds in axes.items() if holds)
-
-
-def _is_held_out_relation(first: Shape, relation: Relation, second: Shape) -> bool:
-    """True if training never shows this relation of the two shapes."""
-    return not HELD_OUT_RELATIONS.isdisjoint({(first, relation, second), (second, CONVERSE[relation], first)})
 
 
 @lru_cache

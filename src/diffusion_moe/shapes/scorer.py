@@ -18,7 +18,7 @@ class ImageScore:
     """Score of one image."""
 
     errors: tuple[str, ...]
-    """What is wrong; empty if nothing is."""
+    """Reasons why it is wrong; empty if it is right."""
     found: tuple[Detection, ...]
 
     @property

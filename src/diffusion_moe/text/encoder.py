@@ -82,12 +82,12 @@ class TextEncoder:
         self._warn_of_unknown_words(prompts, tokens)
         ids, mask = tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
         output = self.model(input_ids=ids, attention_mask=mask)
-        features, mask, pooled = output.last_hidden_state.float(), mask.bool(), pooled_feature(output)
+        features, mask = output.last_hidden_state, mask.bool()
         if not bool(mask[:, 0].all()):  # padded on the left: move the tokens to the front
             order = (~mask).long().argsort(dim=1, stable=True)
             features = features.gather(1, order[..., None].expand_as(features))
             mask = mask.gather(1, order)
-        return TextFeatures(features, mask, None if pooled is None else pooled.float())
+        return TextFeatures(features, mask, pooled_feature(output)).cast(torch.float32)
 
     def encode_all(self, prompts: Sequence[str], batch_size: int = 64) -> list[TextFeatures]:
         """Features of each prompt by itself, without padding, on the CPU."""
@@ -95,9 +95,8 @@ class TextEncoder:
         for start in range(0, len(prompts), batch_size):
             batch = self.encode(prompts[start : start + batch_size]).to(torch.device("cpu"))
             for i, length in enumerate(batch.mask.sum(dim=1).tolist()):
-                one = slice(i, i + 1)
-                pooled = None if batch.pooled is None else batch.pooled[one]
-                texts.append(TextFeatures(batch.features[one, :length], batch.mask[one, :length], pooled))
+                one = batch.rows(slice(i, i + 1))
+                texts.append(one._replace(features=one.features[:, :length], mask=one.mask[:, :length]))
         return texts
 
     def space(self) -> TextSpace:
@@ -124,10 +123,10 @@ class TextEncoder:
         suspects = [prompt for prompt in prompts if len(prompt) >= self.length // 2]  # a token has a byte at least
         if not suspects:
             return
-        lengths = [len(ids) for ids in self.tokenizer(suspects, truncation=False, verbose=False)["input_ids"]]
-        cut = [(prompt, count) for prompt, count in zip(suspects, lengths) if count > self.length]
+        lengths = map(len, self.tokenizer(suspects, truncation=False, verbose=False)["input_ids"])
+        cut = [f"{prompt[:40]!r}... ({count})" for prompt, count in zip(suspects, lengths) if count > self.length]
         if cut:
-            named = ", ".join(f"{prompt[:40]!r}... ({count})" for prompt, count in cut[:EXAMPLES])
+            named = ", ".join(cut[:EXAMPLES])
             more = f" and {len(cut) - EXAMPLES} more" if len(cut) > EXAMPLES else ""
             self.warn(f"prompts of more than {self.length} tokens are cut to that: {named}{more}")
 
@@ -149,11 +148,8 @@ class TextEncoder:
 
 def pooled_feature(output: Any) -> Tensor | None:
     """Pooled feature, (B, P): CLIP's projected one, that of CLIP's or BERT's pooler, or None."""
-    for name in ("text_embeds", "pooler_output"):
-        pooled = getattr(output, name, None)
-        if pooled is not None:
-            return pooled
-    return None
+    projected = getattr(output, "text_embeds", None)
+    return getattr(output, "pooler_output", None) if projected is None else projected
 
 
 def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Log = _warn) -> TextEncoder:
@@ -172,15 +168,13 @@ def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Lo
     logging.disable_progress_bar()
     name = str(Path(name).resolve()) if Path(name).exists() else name
     model_location, tokenizer_location = _locations(name)
-    safely: dict[str, Any] = {"trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(**model_location, **safely)
-        model = _encoder_class(config).from_pretrained(
-            **model_location, use_safetensors=True, dtype=DTYPES[precision], **safely
-        )
+        config = AutoConfig.from_pretrained(**model_location)
+        kind = _encoder_class(config)
+        model = kind.from_pretrained(**model_location, use_safetensors=True, dtype=DTYPES[precision])
         if config.is_encoder_decoder and hasattr(model, "get_encoder") and hasattr(model, "decoder"):
             model = model.get_encoder()
-        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_location, **safely)
+        tokenizer = AutoTokenizer.from_pretrained(**tokenizer_location)
     except Exception as error:  # transformers raises almost anything on files of other kinds
         raise ValueError(f"cannot load the text encoder {name}: {' '.join(str(error).split())[:300]}") from error
     return TextEncoder(model, tokenizer, length, name, warn)
@@ -188,18 +182,15 @@ def load_encoder(name: str, length: int, precision: Precision = "fp32", warn: Lo
 
 def _locations(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of from_pretrained for the model and for the tokenizer."""
-    path = Path(name)
+    path, parts = Path(name), name.split("/", 2)
+    repository, folder = name, ""
     if (path / "text_encoder").is_dir() and (path / "tokenizer").is_dir():
-        return _location(str(path / "text_encoder")), _location(str(path / "tokenizer"))
-    owner, *rest = name.split("/", 2)
-    if path.exists() or len(rest) < 2 or not rest[1]:
-        return _location(name), _location(name)
-    repository, folder = f"{owner}/{rest[0]}", rest[1]
-    return _location(repository, folder), _location(repository, folder.replace("text_encoder", "tokenizer"))
-
-
-def _location(name: str, folder: str = "") -> dict[str, Any]:
-    return {"pretrained_model_name_or_path": name} | ({"subfolder": folder} if folder else {})
+        folder = "text_encoder"
+    elif not path.exists() and len(parts) == 3:
+        repository, folder = "/".join(parts[:2]), parts[2]
+    encoder: dict[str, Any] = {"pretrained_model_name_or_path": repository, "subfolder": folder}
+    encoder["trust_remote_code"] = False
+    return encoder, encoder | {"subfolder": folder.replace("text_encoder", "tokenizer")}
 
 
 def _encoder_class(config: Any) -> Any:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 from ...randomness import derive_seed
 from ..captions import MENTIONS, NUMBERS, PLURALS, Mention, describe
 from ..scene import COLOURS, CONVERSE, RELATIONS, SHAPES, SIZES, Content, contents, held_out, seen_contents
-from .tokenizer import UNKNOWN
 
+UNKNOWN = "<unk>"
+"""The word that stands for unknown ones."""
 NONE = "none"
 """Value of a fact that is not mentioned."""
 FACTS: dict[str, tuple[str, ...]] = {
@@ -51,9 +52,7 @@ class Example(NamedTuple):
 def training_examples(seed: int, step: int, count: int, masked: float = MASKED) -> list[Example]:
     """Examples as a function of (seed, step): single objects, counts and pairs equally often."""
     rng = random.Random(derive_seed(seed, "text/examples", step))
-    kinds: dict[str, list[Content]] = {kind: [] for kind in MENTIONS}
-    for content in seen_contents():
-        kinds[content.kind].append(content)
+    kinds = {kind: [content for content in seen_contents() if content.kind == kind] for kind in MENTIONS}
     chosen = [rng.choice(kinds[rng.choice(list(kinds))]) for _ in range(count)]
     return [example(content, rng.choice(MENTIONS[content.kind]), rng, masked) for content in chosen]
 

@@ -5,6 +5,7 @@ Shape suffixes: B captions, L tokens of a caption, W width of features, F facts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils import logging
@@ -22,9 +24,8 @@ from transformers.utils import logging
 from ...log import Log
 from ...randomness import derive_seed
 from ..captions import WORDS
-from .facts import FACTS, IGNORED, OBJECTS, Example, held_out_examples, texts, training_examples
+from .facts import FACTS, IGNORED, OBJECTS, UNKNOWN, Example, held_out_examples, texts, training_examples
 from .options import TextEncoderOptions
-from .tokenizer import make_tokenizer
 
 RECORD = "training.json"
 """File in the encoder's folder with its options and accuracy."""
@@ -34,6 +35,19 @@ LINES = 5
 """Number of lines of progress."""
 SEEN = 500
 """Number of seen captions for the accuracy."""
+PAD, EOS = "<pad>", "</s>"
+
+
+def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word, in lower case, without punctuation; `</s>` ends a text, and other words are `<unk>`."""
+    vocabulary = {word: number for number, word in enumerate((PAD, EOS, UNKNOWN, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
 
 
 class FactBatch(NamedTuple):
@@ -47,15 +61,6 @@ class FactBatch(NamedTuple):
     """Classes, int64, or IGNORED."""
     objects_BF: Tensor
     """Classes of the whole captions, the facts of the second object after those of the first."""
-
-
-class Predictions(NamedTuple):
-    """Logits of each fact."""
-
-    words: list[Tensor]
-    """(B, L, classes)."""
-    whole: list[Tensor]
-    """(B, classes + 1)."""
 
 
 class FactReader(nn.Module):
@@ -79,29 +84,32 @@ class FactReader(nn.Module):
         self.of_words = nn.ModuleList(nn.Linear(options.width, count) for count in classes)
         self.of_whole = nn.ModuleList(nn.Linear(options.width, count + 1) for count in OBJECTS * classes)
 
-    def forward(self, batch: FactBatch) -> Predictions:
-        """Predictions from every word and from their mean."""
+    def forward(self, batch: FactBatch) -> dict[str, list[Tensor]]:
+        """Logits of each fact: from every word, (B, L, classes), and from their mean, (B, classes + 1)."""
         out = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         x_BLW = out.last_hidden_state
         mask_BL1 = batch.attention_mask[..., None].to(x_BLW.dtype)
         # As `models.text.TextEmbedder` takes it: normalised, then the mean.
         mean_BW = (F.layer_norm(x_BLW, x_BLW.shape[-1:]) * mask_BL1).sum(dim=1) / mask_BL1.sum(dim=1)
-        return Predictions([reader(x_BLW) for reader in self.of_words], [reader(mean_BW) for reader in self.of_whole])
+        return {
+            "words": [reader(x_BLW) for reader in self.of_words],
+            "mean": [reader(mean_BW) for reader in self.of_whole],
+        }
 
     def loss(self, batch: FactBatch) -> Tensor:
         """Cross-entropy in nats, summed over the facts of an object, mean over objects; of words and whole together."""
-        read = self(batch)
-        pairs = [*zip(read.words, batch.facts_BLF.unbind(-1)), *zip(read.whole, batch.objects_BF.unbind(-1))]
+        truths = [*batch.facts_BLF.unbind(-1), *batch.objects_BF.unbind(-1)]
         losses = [
-            F.cross_entropy(logits.flatten(0, -2), truth.flatten(), ignore_index=IGNORED) for logits, truth in pairs
+            F.cross_entropy(logits.flatten(0, -2), truth.flatten(), ignore_index=IGNORED)
+            for logits, truth in zip(itertools.chain(*self(batch).values()), truths)
         ]
         return torch.stack(losses).sum()
 
     @torch.no_grad()
     def accuracy(self, batch: FactBatch) -> dict[str, float]:
         """Shares of captions whose facts are all predicted correctly, from the words and from the mean."""
-        read, shares = self(batch), {}
-        for name, logits, truth in (("words", read.words, batch.facts_BLF), ("mean", read.whole, batch.objects_BF)):
+        shares = {}
+        for (name, logits), truth in zip(self(batch).items(), (batch.facts_BLF, batch.objects_BF)):
             found = torch.stack([fact.argmax(dim=-1) for fact in logits], dim=-1)
             right_B = ((found == truth) | (truth == IGNORED)).flatten(1).all(dim=1)
             shares[name] = right_B.float().mean().item()
