@@ -253,9 +253,9 @@ def test_a_vae_and_class_names_are_saved_along(capsys, tmp_path, dsmoe):
     assert status == 0 and "--vae" not in out
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 2, "output_type": "np"}
+    two_steps = {"num_inference_steps": 2, "output_type": "np"}
     by_name, by_number = (
-        pipe(label, generator=torch.Generator().manual_seed(0), **options).images for label in ("golden retriever", 4)
+        pipe(label, generator=torch.Generator().manual_seed(0), **two_steps).images for label in ("golden retriever", 4)
     )
     assert by_name.shape == (1, 8, 8, 3) and (by_name == by_number).all()
     # `sample` takes the folder too, and generates what the pipeline's model does.
@@ -263,7 +263,7 @@ def test_a_vae_and_class_names_are_saved_along(capsys, tmp_path, dsmoe):
     assert main([*arguments, "--format=npz", f"--output={tmp_path / 's.npz'}"]) == 0
     # Both decode alike: from the same noise, the pipeline's equal steps are Euler's.
     noise = normal(0, "sample", 0, torch.arange(4), (4, 8, 8))
-    images = pipe([4, 4, 1, 1], latents=noise, guidance_scale=1.5, **options).images
+    images = pipe([4, 4, 1, 1], latents=noise, guidance_scale=1.5, **two_steps).images
     images_of_command = np.load(tmp_path / "s.npz")["images"].astype(int)
     assert np.abs(images_of_command - (images * 255).round()).max() <= 1 and images_of_command.std() > 5
     record = json.loads((tmp_path / "s.json").read_text())
