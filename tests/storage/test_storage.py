@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -238,6 +238,7 @@ def _paths(value, path=()):
             yield from _paths(value[key], (*path, key))
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_no_manifest_ends_in_another_error(tmp_path_factory, data):
     """Any value of it changed, with a digest that fits: it is refused, or says the same of the tensors."""

@@ -82,7 +82,7 @@ def train(
     """
     backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
     if recipe.data.num_workers:
-        start_fork_server()
+        start_fork_server()  # early, so that it imports the library meanwhile
     try:
         with torchrun_processes(backend, PATIENCE), ending_with_others():
             log = log if is_main() else lambda line: None
