@@ -74,7 +74,7 @@ class Source:
             from ..models.trained import newest_checkpoint
 
             checkpoint = newest_checkpoint(RunFolder(self.path), WEIGHTS)
-            return {"training_steps": int(checkpoint.stem.removeprefix("step-")), "ema_decay": None}
+            return {"training_steps": int(checkpoint.name.removeprefix("step-")), "ema_decay": None}
         for file in (self.weights_folder() / ORIGIN, self.path / CONVERSION):
             if file.is_file():
                 return json.loads(file.read_text())
