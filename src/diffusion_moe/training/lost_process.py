@@ -71,6 +71,18 @@ def _listen() -> tuple[socket.socket, _Invitation] | tuple[None, None]:
     return server, _Invitation(host, server.getsockname()[1], uuid.uuid4().bytes)
 
 
+def _first_message(connection: socket.socket, size: int) -> bytes:
+    """So many bytes; fewer if the other side is silent or closes."""
+    message = b""
+    with suppress(OSError):
+        while len(message) < size:
+            part = connection.recv(size - len(message))
+            if not part:
+                break
+            message += part
+    return message
+
+
 class _Watch:
     """A thread that ends this process when a connection ends without a goodbye."""
 
@@ -134,11 +146,7 @@ class _Watch:
         assert self.server is not None and self.invitation is not None
         connection, _ = self.server.accept()
         connection.settimeout(CONNECT_SECONDS)
-        try:
-            secret = connection.recv(len(self.invitation.secret), socket.MSG_WAITALL)
-        except OSError:
-            secret = b""
-        if secret == self.invitation.secret:
+        if _first_message(connection, len(self.invitation.secret)) == self.invitation.secret:
             self._add(connection)
         else:
             connection.close()
