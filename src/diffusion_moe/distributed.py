@@ -112,6 +112,23 @@ def meet(store: dist.Store, number: int, world: int, timeout: timedelta) -> str:
     return name
 
 
+def claim_gpu(store: dist.Store, device: torch.device) -> None:
+    """Note in the store of all processes that this one uses a GPU.
+
+    By the GPU's identity, because a process may see one GPU alone, under the same number as others theirs.
+
+    Raises:
+        ValueError: another process uses it; NCCL would refuse that later, in many lines.
+    """
+    identity = torch.cuda.get_device_properties(device).uuid
+    if store.add(f"gpu/{identity}", 1) > 1:
+        gpus = torch.cuda.device_count()
+        raise ValueError(
+            f"several processes use the same GPU {identity}, and a process sees {gpus}; start as many processes on a "
+            f"machine as it has GPUs (torchrun --nproc-per-node {gpus})"
+        )
+
+
 @contextmanager
 def torchrun_processes(backend: str = "gloo", timeout: timedelta = timedelta(days=7)) -> Iterator[None]:
     """Join the processes that torchrun started, if it did, each with its own GPU if there are any.
@@ -119,6 +136,9 @@ def torchrun_processes(backend: str = "gloo", timeout: timedelta = timedelta(day
     Args:
         backend: backend of the process group.
         timeout: how long a process waits for another before it raises an error.
+
+    Raises:
+        ValueError: with NCCL, two processes use the same GPU.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or dist.is_initialized():
@@ -126,10 +146,15 @@ def torchrun_processes(backend: str = "gloo", timeout: timedelta = timedelta(day
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else None
     shared, number, _ = next(rendezvous("env://", timeout=timeout))
     # torchrun keeps its store over restarts, and with it the addresses of processes that have ended.
     store = dist.PrefixStore(meet(shared, number, world, timeout), shared)
-    dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
+    if device is not None:
+        claim_gpu(store, device)
+    # With a device NCCL connects here instead of in the first collective (`_new_process_group_helper` in torch's
+    # distributed_c10d.py: eager_connect_single_device), so that its errors come early.
+    dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout, device_id=device)
     yield
     # Only after success: with NCCL this waits for all others, some of which may have ended.
     dist.destroy_process_group()

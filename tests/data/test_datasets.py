@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import batches_from, load_dataset, positions_of
+from diffusion_moe.data.dataset import load_batches
 from diffusion_moe.data.order import SampledImage
 
 
@@ -102,7 +102,7 @@ def test_a_wrong_path_is_one_clear_line(tmp_path, break_it):
 
 def batches(data, steps, workers, start=0):
     order = batches_from(start, steps, len(data), 5, seed=2)
-    return list(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=lambda batch: batch))
+    return list(load_batches(data, order, workers))
 
 
 def test_batches_and_flips_are_equal_for_any_worker_count_and_after_resuming(folder):

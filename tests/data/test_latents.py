@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from diffusion_moe.config import DataConfig
 from diffusion_moe.data import batches_from, load_dataset, positions_of
+from diffusion_moe.data.dataset import load_batches
 from diffusion_moe.data.latent_space import LatentScaling, LatentSpace
 from diffusion_moe.data.latents import CacheHeader, CachePlan, LatentShard, shard_path
 from diffusion_moe.randomness import normal, uniform
@@ -122,13 +122,9 @@ def test_the_split_is_disjoint_and_by_class(tmp_path):
     assert torch.equal(test.read_all().images, everything[torch.from_numpy(test.selected)])
 
 
-def as_fetched(batch):
-    return batch
-
-
 def batches(data, workers=0, positions=None):
     order = batches_from(0, 5, len(data), 8, seed=2, positions=positions)
-    return list(DataLoader(data, batch_sampler=order, num_workers=workers, collate_fn=as_fetched))
+    return list(load_batches(data, order, workers))
 
 
 def test_batches_are_equal_for_any_number_of_workers_and_processes(tmp_path):

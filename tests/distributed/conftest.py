@@ -3,6 +3,7 @@
 import multiprocessing
 import socket
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ PRELOADED += ["diffusion_moe.evaluation.scorer", "diffusion_moe.storage", "diffu
 def context():
     """A server that imports torch and this library once, and from which processes are forked."""
     context = multiprocessing.get_context("forkserver")
+    forkserver._forkserver._stop()  # it may run already, for loading processes and without these imports
     context.set_forkserver_preload(PRELOADED)
     return context
 

@@ -13,6 +13,7 @@ from torch import nn
 from diffusion_moe.distributed import rank, torchrun_processes, world_size
 from diffusion_moe.moe import GroupedExperts
 from diffusion_moe.moe.experts import experts_loop
+from diffusion_moe.moe.parallel import all_gather_rows
 from diffusion_moe.moe.precision import use_cpu_matmul
 from diffusion_moe.moe.routing import route_by_expert, route_by_mask, route_by_token
 
@@ -140,9 +141,18 @@ def check_that_no_graph_is_sent():
         assert not any(tensor.requires_grad for tensor in exchanged)
 
 
+def check_that_rows_are_gathered_at_once():
+    """Into one tensor: a list of tensors would be copied into it."""
+    rows_TE = torch.full((3, 2), float(rank()))
+    with mock.patch.object(dist, "all_gather", side_effect=AssertionError("gathered into a list")):
+        gathered = all_gather_rows(rows_TE, dist.group.WORLD)
+    assert torch.equal(gathered, torch.arange(float(world_size())).repeat_interleave(3)[:, None].expand(-1, 2))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with torchrun_processes():
+        check_that_rows_are_gathered_at_once()
         check_that_no_graph_is_sent()
         for name, case, dtype in itertools.product(ROUTINGS, CASES, TOLERANCE):
             if dtype == torch.float64 and case != CASES[-1]:

@@ -33,6 +33,7 @@ LAYOUTS = {
     "replicate x experts": ["--parallel.replicate=2", "--parallel.experts=2"],
     "replicate x shard": ["--parallel.replicate=2", "--parallel.shard=2"],
 }
+FROZEN_EXPERTS = ["--init.from_checkpoint=unused", '--init.freeze=["*.experts.*"]']
 JIT = ["--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6", "--model.class_tokens=2"]
 JIT += ["--model.class_tokens_from=1", "--model.norm=rmsnorm", "--model.qk_norm=true", "--model.shared_bias=true"]
 JIT += ["--model.position=sincos+rope2d", "--model.rotary_pairs=neighbours", "--diffusion.loss=velocity"]
@@ -108,6 +109,7 @@ def test_two_processes(compare):
             [*ROUTERS["diffmoe"], *FEATURES["accumulation"]],
             [*LAYOUTS["experts"], *FEATURES["recomputed blocks"]],
         ),
+        "dsmoe, experts, frozen": ([*ROUTERS["dsmoe"], *FROZEN_EXPERTS], LAYOUTS["experts"]),
     }
     compare(2, 6, cases, check_equal)
 

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
@@ -24,14 +26,37 @@ from diffusion_moe.training.step import train_step
 CPU = torch.device("cpu")
 
 
+def note_gradients(optimizer):
+    """A list that holds weak references to the memory of the last step's gradients."""
+    storages, take_gradients = [], optimizer.take_gradients
+
+    def take_and_note():
+        gradients = take_gradients()
+        storages[:] = [StorageWeakRef(gradient.untyped_storage()) for gradient in gradients if gradient.numel()]
+        return gradients
+
+    optimizer.take_gradients = take_and_note
+    return storages
+
+
+def all_reduce_with_others(tensor, *arguments, group=None, **options):
+    """`dist.all_reduce`, which must not be asked to sum over one process."""
+    assert dist.get_world_size(group) > 1, "an all-reduce of a single process"
+    return all_reduce(tensor, *arguments, group=group, **options)
+
+
+all_reduce = dist.all_reduce
+
+
 def train(options, steps):
     """The numbers of each step, and weights and EMAs at the end; None but on the main process."""
     recipe = read_recipe("digits", options)
     check_parallel(recipe, world_size())
     state = make_state(recipe, CPU, make_meshes(recipe.parallel, CPU))
-    numbers = []
+    numbers, storages = [], note_gradients(state.optimizer)
     for batch in batches(recipe, load_dataset(recipe.data, "train", recipe.training.seed), 0):
         numbers.append(train_step(state, recipe, batch, detailed=True).numbers.read())
+        assert storages and all(storage.expired() for storage in storages), "gradients outlive their step"
         if state.step == steps:
             break
     wholes = {kind: whole_model(getattr(state, kind), recipe) for kind in ("model", "ema")}
@@ -49,6 +74,7 @@ def main(cases):
     """All cases, one after another."""
     torch.set_num_threads(1)
     compile_blocks = Backbone.compile_blocks
+    dist.all_reduce = all_reduce_with_others
     with torchrun_processes():
         for case in cases:
             Backbone.compile_blocks = functools.partialmethod(compile_blocks, case.get("backend", "inductor"))

@@ -1,5 +1,6 @@
 """What checkpoint files are made of: boxes, who writes which, and the files."""
 
+import tracemalloc
 import weakref
 
 import numpy as np
@@ -53,6 +54,18 @@ def test_tiles_cover_each_element_once(boxes):
     assert shards.tiles((8, 8), boxes + rest) == bool((count <= 1).all())
     assert not rest or not shards.tiles((8, 8), (boxes + rest)[:-1])
     assert shards.tiles((), [Block((), ())]) and not shards.tiles((), [])
+
+
+def test_many_blocks_are_compared_in_little_memory():
+    """All pairs at once would be 64 million."""
+    boxes = [Block((i, 0), (1, 4)) for i in range(8000)]
+    tracemalloc.start()
+    try:
+        assert shards.tiles((8000, 4), boxes)
+        assert not shards.tiles((8000, 4), [*boxes[:-1], boxes[0]])
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_tensor_of_ranks_is_shared_out_evenly_and_once():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,6 +24,7 @@ from diffusion_moe.storage import (
     export,
     files,
     latest,
+    manifest,
     plan,
     prune,
     read,
@@ -192,6 +193,7 @@ def _claim(path, change):
     "change",
     [
         lambda body: body["files"][0].update(name="../step-00000002/tensors-00000-000.safetensors"),
+        *(lambda body, name=name: body["files"][0].update(name=name) for name in ("..", ".", "", "manifest.json")),
         lambda body: body["tensors"]["a"].update(shards=[]),
         lambda body: body["tensors"]["a"].update(shards=[[0, [0, 0], [20, 3]], [0, [10, 0], [20, 3]]]),
         lambda body: body["tensors"]["a"].update(shards=[[0, [-1, 0], [40, 3]]]),
@@ -211,6 +213,23 @@ def test_a_manifest_that_claims_what_is_not_there_is_refused(tmp_path, change):
         load_numbered(path)
 
 
+@pytest.mark.parametrize("name", ["..", ""])
+def test_a_folder_is_not_taken_for_a_file(tmp_path, name):
+    path = write(tmp_path, 1, numbered(1), {})
+    _claim(path, lambda body: body["files"][0].update(name=name))
+    with pytest.raises(CheckpointError, match=r"no readable manifest.json"):
+        Manifest.read(path)
+
+
+def test_a_tensor_of_too_many_shards_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path, 1, numbered(1), {})
+    _claim(path, lambda body: body["tensors"]["a"].update(shards=[[0, [i, 0], [10, 3]] for i in range(0, 40, 10)]))
+    assert len(Manifest.read(path).tensors["a"].shards) == 4
+    monkeypatch.setattr(manifest, "MAX_SHARDS", 3)
+    with pytest.raises(CheckpointError, match=r"no readable manifest.json"):
+        Manifest.read(path)
+
+
 def _paths(value, path=()):
     """Where values stand in JSON."""
     if isinstance(value, dict | list):
@@ -219,6 +238,7 @@ def _paths(value, path=()):
             yield from _paths(value[key], (*path, key))
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_no_manifest_ends_in_another_error(tmp_path_factory, data):
     """Any value of it changed, with a digest that fits: it is refused, or says the same of the tensors."""
@@ -308,7 +328,7 @@ def test_interruptions_leave_nothing_that_the_next_save_does_not_mend(tmp_path):
     (tmp_path / "step-00000002").rename(tmp_path / "step-00000002.replaced")
     (tmp_path / "step-00000003.partial").mkdir()
     (tmp_path / "step-00000003.partial" / "tensors-00000-000.safetensors").write_bytes(b"half")
-    assert latest(tmp_path, load_numbered)[1:] == (1, [])
+    assert latest(tmp_path, load_numbered)[1:] == (2, [])
     write(tmp_path, 4, numbered(4), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{i}" for i in (1, 2, 4)]
     assert load_numbered(tmp_path / "step-00000002") == 2

@@ -1,18 +1,18 @@
 """What cannot be written or read ends the run with an error that names it; what is there already stays."""
 
-import os
 import resource
 import signal
 from contextlib import contextmanager
 
 import pytest
 import torch
+from worker_datasets import DeadlyDigits
 
 from diffusion_moe.cli import main
 from diffusion_moe.config import read_recipe
 from diffusion_moe.data import load_dataset
-from diffusion_moe.data.digits import Digits
 from diffusion_moe.run_folder import RunFolder
+from diffusion_moe.training import loop
 from diffusion_moe.training.export import export_models
 from diffusion_moe.training.loop import train
 from diffusion_moe.training.metrics_log import MetricsLog
@@ -60,14 +60,7 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before(tiny, tmp_path):
 
 def test_a_loading_process_is_killed(tiny, tmp_path, monkeypatch, capsys):
     """As the kernel does when memory is short."""
-    parent, read = os.getpid(), Digits.read
-
-    def read_some(self, indices):
-        if os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, indices)
-
-    monkeypatch.setattr(Digits, "read", read_some)
+    monkeypatch.setattr(loop, "load_dataset", DeadlyDigits)
     arguments = [*tiny, "--data.num_workers=1", "--output_dir", str(tmp_path)]
     assert main(["train", "digits", *arguments]) == 1
     said = capsys.readouterr().err

@@ -16,6 +16,7 @@ from ..randomness import uniform
 from ..text import TextFeatures
 from .captions import CaptionFeatures
 from .order import SampledImage
+from .workers import START_METHOD, SentDataset, start_fork_server
 
 
 class Batch(NamedTuple):
@@ -124,10 +125,13 @@ def load_batches(
     Raises:
         ValueError: a batch cannot be loaded; in one line, also from a worker.
     """
+    if num_workers:
+        start_fork_server()
     loader: DataLoader = DataLoader(
-        dataset,
+        SentDataset(dataset) if num_workers else dataset,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]  # iterated once, so it need not be a list
         num_workers=num_workers,
+        multiprocessing_context=START_METHOD if num_workers else None,
         collate_fn=_whole_batch,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=init_worker,

@@ -1,6 +1,6 @@
 """Load balancing of experts: a loss for the gradient, and a correction bias that moves after the optimizer step.
 
-Shape suffixes: T tokens of the batch, E experts, K experts a token.
+Shape suffixes: T tokens of the batch, E experts.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 
-def balance_loss(scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
+def balance_loss(scores_TE: Tensor, counts_E: Tensor) -> Tensor:
     """Sum over experts of f_e P_e in the batch; 1 for an even load (DeepSeekMoE eqs. 12-14).
 
-    f_e is the share of the assignments that expert e got, times E; P_e is its mean score.
+    f_e is the load of expert e over the mean load; P_e is its mean score.
 
     Args:
         scores_TE: scores that sum to 1 over experts; the gradient flows through them.
-        expert_TK: the chosen experts.
+        counts_E: number of assignments of each expert.
     """
-    E = scores_TE.shape[1]
-    chosen_A = expert_TK.flatten()
-    ones_A = torch.ones_like(chosen_A, dtype=scores_TE.dtype)
-    f_E = scores_TE.new_zeros(E).scatter_add(0, chosen_A, ones_A) * (E / chosen_A.numel())
-    return (f_E * scores_TE.mean(dim=0)).sum()
+    load_E = counts_E.to(scores_TE.dtype)
+    return (load_E / load_E.mean() * scores_TE.mean(dim=0)).sum()
 
 
 def updated_correction_bias(correction_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:

@@ -140,5 +140,5 @@ def _all_to_all(rows_AD: Tensor, splits: Splits, group: dist.ProcessGroup) -> Te
 def all_gather_rows(x_TE: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The rows of all processes, in the order of the processes, without a gradient. All have the same number."""
     gathered = x_TE.new_empty(group.size() * len(x_TE), *x_TE.shape[1:])
-    dist.all_gather(list(gathered.chunk(group.size())), x_TE.detach().contiguous(), group=group)
+    dist.all_gather_into_tensor(gathered, x_TE.detach().contiguous(), group=group)
     return gathered

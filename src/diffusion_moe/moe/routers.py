@@ -140,11 +140,13 @@ class TokenChoice(TokenChoiceRule, Router):
         Args:
             share_TE: scores that sum to 1 over experts, for the auxiliary loss; unused without.
         """
-        losses = {}
-        if self.has_loss():
-            assert share_TE is not None
-            losses["balance"] = self.config.balance_weight * balance_loss(share_TE, expert_TK)
-        return route_by_token(expert_TK, weight_TK, self.config.num_experts, losses)
+        routing = route_by_token(expert_TK, weight_TK, self.config.num_experts)
+        if not self.has_loss():
+            return routing
+        assert share_TE is not None
+        report = routing.report
+        loss = self.config.balance_weight * balance_loss(share_TE, report.counts_E)
+        return routing._replace(report=report._replace(losses={"balance": loss}))
 
     def update_state(self, report: RoutingReport) -> None:
         if self.config.balance == "bias":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,9 @@ from .shards import Block, tiles, whole
 
 FORMAT = 3
 NAME = "manifest.json"
+FILE_NAME = re.compile(r"tensors-[0-9]+-[0-9]+\.safetensors")
+MAX_SHARDS = 1 << 14
+"""Most shards of a tensor: the check that they do not overlap takes the square of their number."""
 THREADS = 4
 """Files checked at a time."""
 
@@ -97,7 +101,7 @@ class Manifest(NamedTuple):
     @classmethod
     def _parse(cls, body: dict[str, Any]) -> Manifest:
         files = tuple(FileRecord(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in body["files"])
-        if any(Path(file.name).name != file.name for file in files):
+        if not all(FILE_NAME.fullmatch(file.name) for file in files):
             raise ValueError("a file outside the checkpoint")
         tensors = {}
         for name, entry in body["tensors"].items():
@@ -108,6 +112,8 @@ class Manifest(NamedTuple):
             )
             if not all(0 <= shard.file < len(files) for shard in shards):
                 raise ValueError(f"{name} is in a file that is not listed")
+            if len(shards) > MAX_SHARDS:
+                raise ValueError(f"{name} has {len(shards)} shards")
             if not tiles(shape, [shard.block for shard in shards]):
                 raise ValueError(f"the shards of {name} do not cover it once")
             tensors[name] = SavedTensor(DTYPES[entry["dtype"]], shape, shards)

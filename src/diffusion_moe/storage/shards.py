@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .collective import CheckpointError
 
+PAIRS = 1 << 18
+"""Pairs of blocks compared at a time."""
+
 
 class Block(NamedTuple):
     """A box of consecutive elements of a tensor."""
@@ -52,8 +55,11 @@ def tiles(shape: Sequence[int], blocks: Sequence[Block]) -> bool:
     ends = starts + np.array([block.sizes for block in blocks], dtype=np.int64).reshape(starts.shape)
     if (starts < 0).any() or (ends < starts).any() or (ends > np.array(shape, dtype=np.int64)).any():
         return False
-    meet = ((starts[:, None] < ends[None]) & (starts[None] < ends[:, None])).all(-1)
-    return int(meet.sum()) == (len(blocks) if math.prod(shape) else 0)  # each overlaps itself alone
+    overlaps, rows = 0, max(1, PAIRS // max(1, len(blocks)))
+    for some in range(0, len(blocks), rows):  # some blocks against all, so that memory is limited
+        meet = (starts[some : some + rows, None] < ends) & (starts < ends[some : some + rows, None])
+        overlaps += int(meet.all(-1).sum())
+    return overlaps == (len(blocks) if math.prod(shape) else 0)  # each overlaps itself alone
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -28,13 +28,19 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoints under their final names, the newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=step_of, reverse=True)
+    """Complete checkpoints, the newest first.
+
+    A checkpoint may be under the name that it has while another of its step replaces it: if that was interrupted, it
+    is the only one of its step (see `_publish`).
+    """
+    final = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    aside = [path for path in folder.glob(f"step-*{REPLACED}") if not path.with_suffix("").exists()]
+    return sorted(final + [path for path in aside if path.stem[5:].isdigit()], key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
     """Step in a checkpoint's name."""
-    return int(path.name[5:])
+    return int(path.stem[5:])
 
 
 class Shard(NamedTuple):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ..config import Recipe
 from ..data import Segment, SkippedLog, load_dataset
+from ..data.workers import start_fork_server
 from ..distributed import barrier, choose_device, is_main, torchrun_processes, world_size
 from ..log import Log
 from ..models import Backbone
@@ -30,6 +31,7 @@ from .fit import check_fit, check_same_images, resolve_precision
 from .history import resume_with
 from .initialization import Pretrained, initialize_from
 from .layout_checks import check_adapters, check_parallel
+from .lost_process import ending_with_others
 from .metrics_log import MetricsLog, ProgressBar, check_trackers
 from .nonfinite import NonFiniteError, NonFiniteSteps, RollBack, report_images
 from .parallelize import make_meshes
@@ -79,8 +81,10 @@ def train(
         OSError: a checkpoint cannot be written, or another process was lost.
     """
     backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
+    if recipe.data.num_workers:
+        start_fork_server()  # early, so that it imports the library meanwhile
     try:
-        with torchrun_processes(backend, PATIENCE):
+        with torchrun_processes(backend, PATIENCE), ending_with_others():
             log = log if is_main() else lambda line: None
             return Trainer(recipe, RunFolder(output_dir), resume, log, preview, pretrained).run()
     except RuntimeError as error:

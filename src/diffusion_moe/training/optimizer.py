@@ -55,13 +55,18 @@ class LocalAdamW(torch.optim.AdamW):
         for part, parameter in zip(self.local, self.model.parameters()):
             part.grad = None if parameter.grad is None else local_tensor(parameter.grad)
         for processes, parts in self.summed_gradients.items():
-            torch._foreach_div_([part.grad for part in parts if part.grad is not None], processes)
+            gradients = [part.grad for part in parts if part.grad is not None]
+            if gradients:  # frozen experts have none
+                torch._foreach_div_(gradients, processes)
         return [part.grad for part in self.local if part.grad is not None]
 
     def step_if(self, finite: Tensor) -> None:
-        """Take a step if the scalar is True; else weights, moments and step counts are unchanged."""
+        """Take a step if the scalar is True, else leave weights, moments and step counts; free the gradients."""
         self.found_inf = (~finite).float()  # the fused kernel reads it, as with a gradient scaler
         self.step()
+        # Both refer to the gradients: the next forward pass needs their memory.
+        self.zero_grad()
+        self.model.zero_grad()
 
     def named_moments(self) -> dict[str, Tensor]:
         """`MOMENT.NAME` of every parameter that learns, sharing memory; sharded as the parameter is."""

@@ -30,9 +30,19 @@ class Meshes:
     """Device meshes of the running processes."""
 
     dense: DeviceMesh
-    """(replicate, shard x experts), for the ordinary layers."""
+    """(replicate, shard x experts), or (shard x experts,) with one replica: for the ordinary layers."""
     all: DeviceMesh
     """(replicate, shard, experts), for the experts."""
+
+    @property
+    def replicas(self) -> int:
+        """Number of processes that hold the same weights."""
+        return self.all["replicate"].size()
+
+    @property
+    def of_expert_columns(self) -> DeviceMesh:
+        """(replicate, shard), or (shard,) with one replica: the part of `all` that FSDP2 shards experts over."""
+        return self.all["shard"] if self.replicas == 1 else self.all["replicate", "shard"]
 
     def __deepcopy__(self, memo: object) -> Meshes:
         return self
@@ -54,8 +64,11 @@ def make_meshes(config: ParallelConfig, device: torch.device) -> Meshes | None:
         )
     if world == 1:
         return None
+    # On a mesh of two dimensions FSDP2 all-reduces every gradient over the first, also if it has a single process
+    # (torch 2.13, `foreach_reduce`: all_reduce_group is not None). On one dimension it only reduce-scatters.
+    sizes, names = ((replicate, shard * experts), ("replicate", "dense")) if replicate > 1 else ((world,), ("dense",))
     return Meshes(
-        dense=init_device_mesh(device.type, (replicate, shard * experts), mesh_dim_names=("replicate", "dense")),
+        dense=init_device_mesh(device.type, sizes, mesh_dim_names=names),
         all=init_device_mesh(
             device.type, (replicate, shard, experts), mesh_dim_names=("replicate", "shard", "experts")
         ),
@@ -107,11 +120,11 @@ def _shard_experts(experts: GroupedExperts, meshes: Meshes, policy: Any) -> None
         for name, weight in list(experts.named_parameters()):
             # Every process has initialized the same weights: each takes its shard, nothing is sent.
             sharded = distribute_tensor(weight.data, mesh["experts"], [Shard(0)], src_data_rank=None)
-            experts.register_parameter(name, nn.Parameter(sharded))
+            experts.register_parameter(name, nn.Parameter(sharded, weight.requires_grad))
         experts.group = mesh.get_group("experts")
     fully_shard(
         experts,
-        mesh=mesh["replicate", "shard"],
+        mesh=meshes.of_expert_columns,
         shard_placement_fn=lambda weight: Shard(1),
         mp_policy=policy,
     )

@@ -57,14 +57,14 @@ def _watch(reader: int, limit_seconds: float) -> None:
     while True:
         left = max(0.0, first + limit_seconds - time.monotonic()) if asked else None
         if not select.select([reader], [], [], left)[0]:
-            leave(asked, f"could not stop within {limit_seconds:g} s")
+            leave(128 + asked, f"could not stop within {limit_seconds:g} s")
         for number in os.read(reader, 64):
             if number == END:
                 return
             if number not in STOPS:
                 continue
             if asked and time.monotonic() - first > ECHO_SECONDS:
-                leave(number, "stopped at once")
+                leave(128 + number, "stopped at once")
             if not asked:
                 asked, first = number, time.monotonic()
 
@@ -77,8 +77,13 @@ def torchrun_has_ended() -> Callable[[], bool]:
     return lambda: os.getppid() != parent
 
 
-def leave(number: int, why: str) -> None:
-    """End the process at once: a checkpoint that is being written is lost, finished ones are kept."""
+def leave(status: int, why: str) -> None:
+    """End the process at once: a checkpoint that is being written is lost, finished ones are kept.
+
+    Args:
+        status: its exit status.
+        why: begins the line that it prints.
+    """
     text = f"diffusion-moe: {why}; finished checkpoints are kept. Run the same command again to resume.\n"
     os.write(2, (SHOW_CURSOR if sys.stderr.isatty() else b"") + text.encode())
-    os._exit(128 + number)
+    os._exit(status)

@@ -112,7 +112,7 @@ def train_step(
         "skipped_images": loss.new_tensor(float(batch.skipped * world_size())),
     }
     means = _mean_over_processes({"loss": loss, **routers, **requests})
-    grad_norm = global_norm(gradients, replicas=1 if state.meshes is None else state.meshes.dense.size(0))
+    grad_norm = global_norm(gradients, replicas=1 if state.meshes is None else state.meshes.replicas)
     finite = torch.isfinite(means["loss"]) & torch.isfinite(grad_norm)
     clip_(gradients, grad_norm, recipe.optimizer.max_grad_norm)
     state.optimizer.step_if(finite)
