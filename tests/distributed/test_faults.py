@@ -19,8 +19,7 @@ import torch
 from run_state import final_state
 
 from diffusion_moe.cli import main
-from diffusion_moe.storage import checkpoints_in
-from diffusion_moe.storage.writing import step_of
+from diffusion_moe.storage import checkpoints_in, step_of
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 STEPS, EVERY = 16, 4

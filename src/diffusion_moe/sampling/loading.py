@@ -12,6 +12,7 @@ from ..log import Log
 from ..models import Backbone, load_model
 from ..models.trained import last_weights, newest_checkpoint
 from ..run_folder import EMA_MODEL, ORIGIN, RunFolder
+from ..storage import step_of
 from ..text import TextEncoder, load_encoder
 from .source import Source
 
@@ -37,7 +38,7 @@ def weights_metadata(source: Source) -> dict[str, Any]:
     """
     if source.weights == "model":
         checkpoint = newest_checkpoint(RunFolder(source.path), WEIGHTS)
-        return {"training_steps": int(checkpoint.name.removeprefix("step-")), "ema_decay": None}
+        return {"training_steps": step_of(checkpoint), "ema_decay": None}
     for file in (_weights_folder(source) / ORIGIN, source.path / CONVERSION):
         if file.is_file():
             return json.loads(file.read_text())

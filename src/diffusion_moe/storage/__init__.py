@@ -10,7 +10,7 @@ from .async_writer import AsyncWriter
 from .collective import CheckpointError, LostProcess
 from .manifest import Manifest
 from .reading import LoadedCheckpoint, export, latest, read
-from .writing import checkpoint_path, checkpoints_in, prune
+from .writing import checkpoint_path, checkpoints_in, prune, step_of
 
 __all__ = [
     "AsyncWriter",
@@ -24,4 +24,5 @@ __all__ = [
     "latest",
     "prune",
     "read",
+    "step_of",
 ]
