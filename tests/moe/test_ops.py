@@ -193,7 +193,7 @@ EMPTY = [[162, *[0] * 14, 83], [0, 3, 5], [3, 5, 0], [0, 0, 7, 0], [0, 0, 0]]
 
 @pytest.fixture
 def careless(monkeypatch):
-    """A grouped_mm that leaves NaN for experts without rows, as seen on some GPUs, and a device not known to be better."""
+    """A grouped_mm that leaves NaN for experts without rows, as on some GPUs, and a device not known to be better."""
     grouped_mm = torch.nn.functional.grouped_mm
 
     def leave_garbage(a, b, *, offs):
@@ -220,7 +220,7 @@ def test_experts_without_rows_get_zeros_whatever_the_library_leaves(counts, dtyp
 
 def test_without_the_filling_garbage_would_be_seen(careless, monkeypatch):
     monkeypatch.setattr(ops, "ZERO_FILLING", ("cpu",))
-    x_AD, w_EDF, offs = operands([3, 0, 5], (16, 24), torch.float32)
+    x_AD, _, offs = operands([3, 0, 5], (16, 24), torch.float32)
     assert gmm_wgrad(x_AD, torch.randn(8, 24), offs)[1].isnan().all()
 
 

@@ -33,8 +33,8 @@ only under Triton's interpreter)."""
 MAX_EXPERTS = 1024
 """Most experts that one program of a kernel can hold."""
 FUSED_CAPABILITIES = (9, 10)
-"""Major compute capabilities on which grouped_mm is one kernel, in bfloat16. Elsewhere it copies the offsets to the host
-and loops over experts (pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
+"""Major compute capabilities on which grouped_mm is one kernel, in bfloat16. Elsewhere it copies the offsets to the
+host and loops over experts (pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
 
 # Choices of `use`, innermost last. Not a context variable, because backward passes run on other threads.
 _chosen: list[Kernels] = []

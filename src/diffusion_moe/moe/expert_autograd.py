@@ -165,7 +165,7 @@ def weight_matrix(weight_A: Tensor, token_A: Tensor, expert_A: Tensor, shape: tu
 
 
 class WeightedActivation(torch.autograd.Function):
-    """`activation.weighted_activation` of the experts with its gradient, for what stands between activation and matmul."""
+    """`activation.weighted_activation` with its gradient, for experts with dropout."""
 
     @staticmethod
     def forward(ctx: Any, h_AH: Tensor, weight_A: Tensor, activation: ExpertActivation) -> Tensor:

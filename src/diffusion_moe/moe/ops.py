@@ -1,8 +1,8 @@
 """Operators: grouped matmul (rows of x, grouped by expert, times their expert's matrix) and combine (sums by token).
 
 `torch.nn.functional.grouped_mm` does the matmuls where it is fast (`backend.choose_grouped_matmul`), else a Triton
-kernel of ours or a loop. grouped_mm takes no float64, fails on unaligned rows and on gradients of stride zero, counts no
-FLOPs, and its fake kernel refuses float32; so two operators of ours wrap it. `combine` has no gradient of its own,
+kernel of ours or a loop. grouped_mm takes no float64, fails on unaligned rows and on gradients of stride zero, counts
+no FLOPs, and its fake kernel refuses float32; so two operators of ours wrap it. `combine` has no gradient of its own,
 because autograd functions call it. Shape suffixes: A rows, T tokens, E experts, D and F widths.
 """
 

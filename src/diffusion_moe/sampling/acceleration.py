@@ -27,7 +27,7 @@ def check_acceleration(config: ModelConfig, settings: EvaluationConfig, device: 
     """Refuse an acceleration that the model or device cannot have.
 
     Raises:
-        ValueError: a graph without a GPU or of grouped matmuls that wait for it, or shapes that depend on what DiffMoE's
+        ValueError: a graph without a GPU, a graph of matmuls that wait for it, or shapes that depend on what DiffMoE's
             thresholds choose.
     """
     if settings.acceleration == "graph" and device.type != "cuda":
