@@ -1,6 +1,7 @@
 """The Triton kernels where there is no GPU: run by Triton's interpreter, and compiled for one."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,9 @@ def test_grouped_matmuls_compile_for_every_target(capability, dtype, monkeypatch
             ptx = code.asm["ptx"]
             assert ("wgmma.mma_async" if capability == HOPPER else "mma.sync") in ptx
             assert f".f32.{dtype.replace('fp32', 'tf32')}." in ptx and "atom" not in ptx
-            assert "cp.async" in ptx and "[%rd" in ptx
+            # Hopper's tensor cores read TF32 along the depth alone: Triton transposes on the way, 4 bytes at a time.
+            if (capability, sizes["PRECISION"], dtype) != (HOPPER, "tf32", "fp32"):
+                assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10, ", ptx)
             assert code.metadata.shared <= SHARED_MEMORY
     size = {"SIZE": 384 * 256, "C": grouped_matmul.BLOCK}
     assert "atom" not in compiled(grouped_matmul._zero_empty, size, capability, dtype).asm["ptx"]
