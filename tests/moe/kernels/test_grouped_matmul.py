@@ -99,7 +99,7 @@ def test_low_precision_rounds_the_sums_and_nothing_before(dtype):
     assert_equals_loop([18, 0, 5], 20, 40, dtype, torch.finfo(dtype).eps, 1e-4)
 
 
-def test_more_experts_than_a_program_looks_at_at_a_time(monkeypatch):
+def test_more_experts_than_a_program_compares_at_a_time(monkeypatch):
     monkeypatch.setattr(grouped_matmul, "MOST_EXPERTS", 4)
     assert_equals_loop([0, 3, 0, 0, 17, 0, 1, 0, 0, 20, 0], 8, 8)
 

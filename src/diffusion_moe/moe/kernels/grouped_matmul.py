@@ -6,8 +6,8 @@ follow each other without a gap and end at A // R + E. Slots without rows end at
 atomics. Matrices may have more than 2^31 elements.
 
 Operands in float32 are multiplied in TF32 (10 bits of mantissa) where torch may use it, else in three TF32 matmuls
-(tf32x3), whose error is that of a float32 matmul. Shape suffixes: A rows, E experts, D and F widths, N experts looked
-at at a time; R rows, C columns and K depth of a tile.
+(tf32x3), whose results are about as exact as float32's. Shape suffixes: A rows, E experts, D and F widths, N experts
+compared at a time; R rows, C columns and K depth of a tile.
 """
 
 # mypy: ignore-errors
@@ -27,7 +27,7 @@ LOW_PRECISION_ROWS = 128
 SMALLEST = 16
 """Smallest side of a tile that tensor cores take."""
 FEWEST_EXPERTS, MOST_EXPERTS = 64, 1024
-"""Experts that a program looks at at a time."""
+"""Bounds of the number of experts whose offsets a program compares at a time."""
 BLOCK = 4096
 """Elements that a program fills with zeros."""
 OPTIONS = {"num_warps": 8, "num_stages": 3}
