@@ -41,6 +41,8 @@ class RoutingRule:
     """Names of the settings in `ModelConfig` that the rule reads, num_experts aside."""
     has_thresholds: ClassVar[bool] = False
     """Thresholds decide at inference how many experts a token gets."""
+    has_equal_loads: ClassVar[bool] = False
+    """Every expert serves the same number of tokens at inference, so that its matmuls are batched, not grouped."""
 
     @classmethod
     def check(cls, settings: RoutingSettings, section: str = "") -> None:
@@ -169,6 +171,7 @@ class ExpertChoiceRule(RoutingRule):
     """EC-DiT: each expert takes the best tokens of each image."""
 
     reads = frozenset({"capacity"})
+    has_equal_loads = True
 
     @classmethod
     def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
@@ -193,6 +196,7 @@ class DiffMoERule(ExpertChoiceRule):
 
     reads = frozenset({"capacity", "capacity_loss_weight", "threshold_decay", "inference_pool"})
     has_thresholds = True
+    has_equal_loads = False
 
     @staticmethod
     def pools_batch(settings: RoutingSettings) -> bool:

@@ -93,4 +93,5 @@ def test_the_backend_is_what_moe_backend_chooses(chosen, triton, expected, monke
 def test_the_machine_is_named():
     about = machine(CPU)
     assert about["torch"] == torch.__version__ and about["threads"] == torch.get_num_threads()
+    assert about["grouped_matmul"] == {"bf16": "grouped_mm", "fp32": "grouped_mm"}
     assert about["device"] and about["cuda"] is None

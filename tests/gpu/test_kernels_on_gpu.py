@@ -1,5 +1,7 @@
 """The Triton kernels compiled and run on a CUDA device, against torch on the same device."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from diffusion_moe.moe import (
 )
 from diffusion_moe.moe.activation import weighted_activation, weighted_activation_backward_
 from diffusion_moe.moe.grouped_topk import grouped_topk
-from diffusion_moe.moe.ops import combine
+from diffusion_moe.moe.ops import combine, gmm, gmm_loop, gmm_wgrad, gmm_wgrad_loop
 from diffusion_moe.moe.routing import sort_by_expert
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -30,6 +32,9 @@ def clean(monkeypatch):
     """Whatever the shell says."""
     monkeypatch.delenv(backend.VARIABLE, raising=False)
     torch.manual_seed(0)
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def both(function):
@@ -172,6 +177,122 @@ def test_equal_scores_go_to_the_lowest_number_and_nan_stays_in_range():
     assert torch.equal(expert_TK, torch.arange(5, device=DEVICE).expand(100, 5))
 
 
+# Rows of each expert: around whole tiles of 64 and 128, and with experts that have none.
+COUNTS = {
+    "two of 16": [162, *[0] * 14, 83],
+    "one expert": [129],
+    "first empty": [0, 127],
+    "last empty": [128, 1, 0],
+    "all but one empty": [0, 0, 64, 0],
+    "E48": [*range(1, 49)],
+    "E48 around tiles": [*[63, 64, 65, 0, 127, 128, 129, 0] * 6],
+    "E1000": [*[3, 0] * 500],
+    "no rows": [0, 0],
+}
+
+
+def offsets(counts):
+    return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=DEVICE)
+
+
+def fill_free_memory_with_nan():
+    """So that results which are never written show. The blocks go back to the allocator, which gives them out again."""
+    blocks = [torch.full((2**power,), torch.nan, device=DEVICE) for power in range(8, 27) for _ in range(2)]
+    del blocks
+
+
+def relative_error(actual, expected):
+    return float((actual.detach().double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+# Relative to the norm. TF32 would be at about 3e-4.
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("widths", [(384, 256), (7, 5)], ids=str)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_grouped_matmul_and_its_gradients(counts, widths, dtype, kernels):
+    """Against float64, whatever serves; experts without rows have gradients of exactly zero."""
+    offsets_E, (dim, width) = offsets(counts), widths
+    x_AD = torch.randn(sum(counts), dim, device=DEVICE).to(dtype).requires_grad_()
+    w_EDF = torch.randn(len(counts), dim, width, device=DEVICE).to(dtype).requires_grad_()
+    dy_AF = torch.randn(sum(counts), width, device=DEVICE).to(dtype)
+    fill_free_memory_with_nan()
+    with backend.use(kernels):
+        y_AF = gmm(x_AD, w_EDF, offsets_E)
+        dx_AD, dw_EDF = torch.autograd.grad(y_AF, (x_AD, w_EDF), dy_AF)
+    x, w, dy = (t.detach().double() for t in (x_AD, w_EDF, dy_AF))
+    empty_E = torch.tensor(counts, device=DEVICE) == 0
+    assert torch.equal(dw_EDF[empty_E], torch.zeros_like(dw_EDF[empty_E]))
+    if sum(counts):
+        assert relative_error(y_AF, gmm_loop(x, w, offsets_E)) < ERROR[dtype]
+        assert relative_error(dx_AD, gmm_loop(dy, w.mT, offsets_E)) < ERROR[dtype]
+        assert relative_error(dw_EDF, gmm_wgrad_loop(x, dy, offsets_E)) < ERROR[dtype]
+
+
+def test_grouped_matmul_follows_torchs_choice_of_tf32():
+    """Ten bits of mantissa where torch may round, float32 where not."""
+    counts = [100, 0, 156]
+    x_AD, w_EDF = torch.randn(256, 384, device=DEVICE), torch.randn(3, 384, 256, device=DEVICE)
+    expected = gmm_loop(x_AD.double(), w_EDF.double(), offsets(counts))
+    errors = {}
+    for allowed in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = allowed
+        with backend.use("triton"):
+            errors[allowed] = relative_error(gmm(x_AD, w_EDF, offsets(counts)), expected)
+    assert errors["ieee"] < ERROR[torch.float32] and 5e-5 < errors["tf32"] < 2e-3
+
+
+@DTYPES
+def test_a_step_of_a_layer_does_not_wait_for_the_device(dtype):
+    """In a float32 layer too, and in bfloat16 on devices whose grouped_mm would."""
+    layer = MoEFeedForward(64, 32, RouterConfig("dsmoe", num_experts=8, top_k=2), shared="swiglu").to(DEVICE)
+    x = torch.randn(2, 64, 64, device=DEVICE, requires_grad=True)
+
+    def step():
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            y = layer(x).hidden_states
+        torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("counts", [[162, *[0] * 14, 83], [0, 5], [5, 0], [0, 0, 9, 0]], ids=str)
+def test_garbage_of_experts_without_rows_is_overwritten(counts):
+    from diffusion_moe.moe.kernels import grouped_matmul
+
+    dw_EDF = torch.full((len(counts), 384, 250), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+    grouped_matmul.zero_empty_(dw_EDF, offsets(counts))
+    for gradient, count in zip(dw_EDF, counts):
+        assert gradient.isnan().all() if count else torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+def test_grouped_matmul_of_more_than_two_to_the_31_elements(kernels):
+    """The last rows, whose addresses 32 bits do not hold: of the input, and of the result. Needs 20 GB."""
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("less than 20 GB are free")
+    rows, wide = 2**19 + 8, 4096
+    offsets_E = offsets([rows - 5, 0, 5])
+    x_AD = torch.randn(rows, wide, device=DEVICE, dtype=torch.bfloat16)
+    w_EDF = torch.randn(3, wide, 8, device=DEVICE, dtype=torch.bfloat16)
+    narrow_AF = torch.randn(rows, 8, device=DEVICE, dtype=torch.bfloat16)
+    with backend.use(kernels):
+        assert relative_error(gmm(x_AD, w_EDF, offsets_E)[-5:], x_AD[-5:].double() @ w_EDF[2].double()) < 4e-3
+        back_AD = gmm(narrow_AF, w_EDF.mT, offsets_E)[-5:]
+        assert relative_error(back_AD, narrow_AF[-5:].double() @ w_EDF[2].double().T) < 4e-3
+        dw_DF = gmm_wgrad(x_AD, narrow_AF, offsets_E)[2]
+        assert relative_error(dw_DF, x_AD[-5:].double().T @ narrow_AF[-5:].double()) < 4e-3
+
+
 @pytest.mark.parametrize("kind", ["by token", "by mask"])
 @pytest.mark.parametrize(("activation", "bias"), [("swiglu", False), ("swiglu", True), ("gelu", False), ("gelu", True)])
 def test_experts_equal_the_loop(kind, activation, bias):
@@ -203,12 +324,12 @@ def test_auto_runs_the_kernels_here():
         torch.cuda.synchronize()
     names = {event.key for event in profile.key_averages()}
     assert {"_activation_forward", "_activation_backward", "_combine", "_choose_experts", "_router_backward"} <= names
-    assert {"_count_by_block", "_add_up_counts", "_place_assignments"} <= names
+    assert {"_count_by_block", "_add_up_counts", "_place_assignments", "_matmul", "_weight_gradient"} <= names
 
 
 def test_one_compilation_serves_every_batch_size():
     """Sizes of the batch are plain arguments: neither 1 nor a multiple of 16 makes a kernel of its own."""
-    from diffusion_moe.moe.kernels import activation, combine, router, sort
+    from diffusion_moe.moe.kernels import activation, combine, grouped_matmul, router, sort
 
     kernels = [
         activation._activation_forward,
@@ -218,6 +339,7 @@ def test_one_compilation_serves_every_batch_size():
         router._router_backward,
     ]
     kernels += [sort._count_by_block, sort._add_up_counts, sort._place_assignments]
+    kernels += [grouped_matmul._matmul, grouped_matmul._weight_gradient]
     layer = MoEFeedForward(80, 40, RouterConfig("dsmoe", num_experts=10, top_k=3)).to(DEVICE)
 
     def run(tokens):
@@ -228,10 +350,11 @@ def test_one_compilation_serves_every_batch_size():
         assert run(16) == run(1) == run(100) == run(257)
 
 
-def test_sampling_replays_from_a_cuda_graph():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sampling_replays_from_a_cuda_graph(dtype):
     """No kernel waits for the host or allocates outside the graph's pool."""
-    layer = MoEFeedForward(64, 32, RouterConfig("dsmoe", num_experts=8, top_k=2)).to(DEVICE, torch.bfloat16).eval()
-    x, other = torch.randn(2, 2, 64, 64, device=DEVICE, dtype=torch.bfloat16)
+    layer = MoEFeedForward(64, 32, RouterConfig("dsmoe", num_experts=8, top_k=2)).to(DEVICE, dtype).eval()
+    x, other = torch.randn(2, 2, 64, 64, device=DEVICE, dtype=dtype)
     with torch.no_grad():
         expected = layer(other).hidden_states
         layer(x)

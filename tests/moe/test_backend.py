@@ -78,6 +78,42 @@ def test_a_choice_that_cannot_be_is_refused_in_one_line(monkeypatch, name, messa
     assert "\n" not in str(error.value)
 
 
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)], ids=str)
+def test_gpus_without_a_fused_grouped_mm_run_our_kernel(on_hopper, capability, monkeypatch):
+    monkeypatch.setattr(backend, "_capability", lambda index: capability)
+    assert [backend.choose_grouped_matmul(CUDA, dtype).kernel for dtype in (BF16, FP16, FP32)] == ["triton"] * 3
+    assert backend.choose_grouped_matmul(CUDA, FP64).kernel == "loop"
+    assert f"not on {capability[0]}.{capability[1]}" in backend.choose_grouped_matmul(CUDA, BF16).why
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)], ids=str)
+def test_gpus_with_a_fused_grouped_mm_run_it_in_bfloat16(on_hopper, capability, monkeypatch):
+    monkeypatch.setattr(backend, "_capability", lambda index: capability)
+    kernels = {dtype: backend.choose_grouped_matmul(CUDA, dtype).kernel for dtype in (BF16, FP16, FP32, FP64)}
+    assert kernels == {BF16: "grouped_mm", FP16: "triton", FP32: "triton", FP64: "loop"}
+    assert str(backend.choose_grouped_matmul(CUDA, FP32)) == "triton (on CUDA grouped_mm is fused in bfloat16 alone)"
+    with backend.use("triton"):
+        assert str(backend.choose_grouped_matmul(CUDA, BF16)) == "triton (DIFFUSION_MOE_KERNELS is triton)"
+    with backend.use("torch"):
+        assert backend.choose_grouped_matmul(CUDA, BF16).kernel == "grouped_mm"
+        choice = backend.choose_grouped_matmul(CUDA, FP32)
+    assert choice.kernel == "loop" and choice.why.endswith("; DIFFUSION_MOE_KERNELS is torch")
+
+
+def test_where_nothing_is_fast_matmuls_are_a_loop_and_say_why(on_hopper, monkeypatch):
+    monkeypatch.setattr(backend, "_capability", lambda index: (7, 5))
+    choice = backend.choose_grouped_matmul(CUDA, BF16)
+    assert choice.kernel == "loop" and "compute capability (7, 5) and 8.0 is needed" in choice.why
+    kernels = {dtype: backend.choose_grouped_matmul(CPU, dtype).kernel for dtype in (BF16, FP16, FP32, FP64)}
+    assert kernels == {BF16: "grouped_mm", FP16: "loop", FP32: "grouped_mm", FP64: "loop"}
+    with backend.use("triton"), pytest.raises(ValueError, match="is triton, but the tensors are on cpu"):
+        backend.choose_grouped_matmul(CPU, BF16)
+
+
 def test_use_refuses_at_once_and_leaves_nothing_behind():
     with pytest.raises(ValueError, match="is 'gpu'; choose"), backend.use("gpu"):
         raise AssertionError("must not come here")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_moe.benchmarks.measure import saved_bytes
@@ -288,3 +289,72 @@ def test_gradients_cast_block_by_block_are_those_cast_at_once(pool, monkeypatch,
     assert whole[0].dtype == torch.float32 and whole[0].abs().sum() > 0
     for block in (1, 2 * 16 * 48):
         assert all(map(torch.equal, gradients(block), whole))
+
+
+class DropEveryThird(torch.nn.Dropout):
+    """Dropout with a mask that is known."""
+
+    def forward(self, hidden):
+        return hidden * (torch.arange(hidden.numel()).view(hidden.shape) % 3 > 0).to(hidden.dtype) * 1.5
+
+
+def dropout_loop(experts, x_TD, routing):
+    """`experts_loop` with `DropEveryThird`."""
+    out_TD = torch.zeros_like(x_TD)
+    for row, (token, expert) in enumerate(zip(routing.token_A.tolist(), routing.expert_A().tolist())):
+        h_H = x_TD[token] @ experts.w_in[expert] + (0 if experts.b_in is None else experts.b_in[expert])
+        a_F = activate(h_H[None], experts.activation)[0]
+        index_F = torch.arange(row * len(a_F), (row + 1) * len(a_F))
+        y_D = (a_F * (index_F % 3 > 0) * 1.5) @ experts.w_out[expert]
+        y_D = y_D + (0 if experts.b_out is None else experts.b_out[expert])
+        out_TD = out_TD.index_add(0, torch.tensor([token]), (routing.weight_A[row] * y_D)[None])
+    return out_TD
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_dropout_has_the_gradients_of_the_loop(activation, bias):
+    """Of the input, the routing weights and all parameters, with an idle expert."""
+    experts = make_experts(5, 4, 4, activation, bias).double().train()
+    experts.dropout = DropEveryThird(1 / 3)
+    x_TD = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight_TK = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
+    routing = route_by_token(torch.tensor([[0, 1], [1, 3], [3, 0]] * 2 + [[1, 0]]), weight_TK, 4)
+    direction_TD = torch.randn(7, 5, dtype=torch.float64)
+    inputs = (x_TD, weight_TK, *experts.parameters())
+    results = []
+    for function in (experts, lambda x, r: dropout_loop(experts, x, r)):
+        y_TD = function(x_TD, routing)
+        results.append((y_TD, *torch.autograd.grad(y_TD, inputs, direction_TD, retain_graph=True)))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+class Made(TorchDispatchMode):
+    """Names of operators, and shapes of the float32 tensors that they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.float32 = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.called.add(func.__name__.split(".")[0])
+        tensors = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
+        self.float32 |= {tuple(x.shape) for x in tensors if x.dtype == torch.float32}
+        return out
+
+
+ATOMIC = {"index_add", "index_add_", "scatter_add", "scatter_add_", "index_put_", "embedding_dense_backward"}
+
+
+def test_dropout_adds_nothing_by_atomics_and_keeps_to_low_precision():
+    """On CUDA these operators add in any order; a gather's own gradient is an index_add. Rows: 12 of width 24."""
+    experts = make_experts(24, 4, 3).train()
+    experts.dropout.p = 0.25
+    x_TD, weight_TK = torch.randn(6, 24, requires_grad=True), torch.rand(6, 2, requires_grad=True)
+    routing = route_by_token(torch.tensor([[0, 1], [1, 2], [2, 0]] * 2), weight_TK, 3)
+    with torch.autocast("cpu", torch.bfloat16), Made() as made:
+        y_TD = experts(x_TD, routing)
+        torch.autograd.grad(y_TD, (x_TD, weight_TK, *experts.parameters()), torch.ones_like(y_TD))
+    assert not made.called & ATOMIC and {"combine", "gmm", "gmm_wgrad"} <= made.called
+    assert not made.float32 & {(12, 24), (12, 4), (12, 8)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_moe.moe.grouped_topk import grouped_topk
+from diffusion_moe.moe.grouped_topk import choose_experts, grouped_topk, grouped_topk_backward
 
 
 def test_closed_form():
@@ -33,8 +33,9 @@ def test_gradient_against_finite_differences(top_k, groups, topk_group, strict):
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_opcheck(top_k):
-    logits_TE = torch.randn(3, 6, requires_grad=True)
-    torch.library.opcheck(grouped_topk, (logits_TE, torch.zeros(6), top_k, 3, 2, 2.5, False))
+    torch.library.opcheck(choose_experts, (torch.randn(3, 6), torch.zeros(6), top_k, 3, 2, 2.5, False))
+    expert_TK, score_TK = torch.arange(3 * top_k).view(3, top_k) % 6, torch.rand(3, top_k)
+    torch.library.opcheck(grouped_topk_backward, (expert_TK, score_TK, torch.randn(3, top_k), 6, 2.5))
 
 
 def test_scores_that_underflow_leave_finite_numbers():

@@ -188,6 +188,74 @@ def test_aligned_operands_do_not_take_the_loop(monkeypatch):
         gmm(x_AD, w_EDF, offs)
 
 
+EMPTY = [[162, *[0] * 14, 83], [0, 3, 5], [3, 5, 0], [0, 0, 7, 0], [0, 0, 0]]
+
+
+@pytest.fixture
+def careless(monkeypatch):
+    """A grouped_mm that leaves NaN for experts without rows, as on some GPUs, and a device not known to be better."""
+    grouped_mm = torch.nn.functional.grouped_mm
+
+    def leave_garbage(a, b, *, offs):
+        out = grouped_mm(a, b, offs=offs)
+        if out.ndim == 3:
+            out[torch.diff(offs, prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leave_garbage)
+    monkeypatch.setattr(ops, "ZERO_FILLING", ())
+
+
+@pytest.mark.parametrize("counts", EMPTY, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_without_rows_get_zeros_whatever_the_library_leaves(counts, dtype, careless):
+    x_AD, w_EDF, offs = operands(counts, (16, 24), dtype)
+    y_AF = gmm(x_AD, w_EDF, offs)
+    dy_AF = torch.randn(y_AF.shape).to(dtype)
+    (dw_EDF,) = torch.autograd.grad(y_AF, w_EDF, dy_AF)
+    close(dw_EDF, ops.gmm_wgrad_loop(x_AD.detach().double(), dy_AF.double(), offs), dtype)
+    empty_E = torch.tensor(counts) == 0
+    assert torch.equal(dw_EDF[empty_E], torch.zeros_like(dw_EDF[empty_E]))
+
+
+def test_without_the_filling_garbage_would_be_seen(careless, monkeypatch):
+    monkeypatch.setattr(ops, "ZERO_FILLING", ("cpu",))
+    x_AD, _, offs = operands([3, 0, 5], (16, 24), torch.float32)
+    assert gmm_wgrad(x_AD, torch.randn(8, 24), offs)[1].isnan().all()
+
+
+def test_torchs_grouped_mm_on_a_cpu_fills_with_zeros():
+    """As `ZERO_FILLING` says, whatever was in memory."""
+    x_AD, _, offs = operands([3, 0, 5, 0], (16, 24), torch.float32)
+    for _ in range(5):
+        torch.full((4, 16, 24), torch.nan)
+        assert torch.equal(gmm_wgrad(x_AD, torch.randn(8, 24), offs)[[1, 3]], torch.zeros(2, 16, 24))
+
+
+class Sized:
+    """A tensor as far as `_fits_fused_kernel` looks at it."""
+
+    def __init__(self, elements, address=256):
+        self.numel, self.data_ptr = lambda: elements, lambda: address
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "groups", "result", "fits"),
+    [
+        (Sized(2**31 - 1), Sized(100), 1023, (8, 8), True),
+        (Sized(2**31), Sized(100), 8, (8, 8), False),
+        (Sized(100), Sized(2**31), 8, (8, 8), False),
+        (Sized(100), Sized(100), 8, (2**20, 2**11), False),
+        (Sized(100), Sized(100), 1024, (8, 8), False),
+        (Sized(100, 264), Sized(100), 8, (8, 8), False),
+        (Sized(100), Sized(100, 258), 8, (8, 8), False),
+    ],
+    ids=["at its limits", "large x", "large y", "large result", "many experts", "x unaligned", "y unaligned"],
+)
+def test_what_the_fused_kernel_of_a_gpu_takes(x, y, groups, result, fits):
+    assert ops._fits_fused_kernel(x, y, groups, result) is fits
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_to_one_graph(dtype):
     def loss(x_AD, w_EDF, offs):

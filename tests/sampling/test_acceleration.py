@@ -1,6 +1,7 @@
 """Sampling with fixed shapes, compiled, in bfloat16: the same images, and every drop accounted for."""
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.models import DiT
-from diffusion_moe.moe import limit_capacity, routers_of
+from diffusion_moe.moe import backend, limit_capacity, routers_of
 from diffusion_moe.sampling import acceleration
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, sampling_metadata
 from diffusion_moe.sampling.options import SampleOptions
@@ -142,3 +143,28 @@ def test_a_graph_is_captured_once_for_each_shape_of_all_parts(run, request, monk
     assert [shapes[0][0] for shapes in graphs.captures] == [10, 5, 8, 4]
     if prompts is not None:
         assert {shapes[4] for shapes in graphs.captures} == {(n, 16) for n in (10, 5, 8, 4)}
+
+
+@pytest.mark.parametrize(
+    ("router", "precision", "capability", "kernels", "refused"),
+    [
+        ("dsmoe", "fp32", (9, 0), "auto", None),
+        ("dsmoe", "bf16", (8, 9), "auto", None),
+        ("dsmoe", "bf16", (9, 0), "torch", None),
+        ("dsmoe", "fp32", (9, 0), "torch", "in fp32 wait for this device .*DIFFUSION_MOE_KERNELS is torch"),
+        ("dsmoe", "bf16", (7, 5), "auto", r"in bf16 wait for this device .*not on 7\.5; .*8\.0 is needed"),
+        ("ec", "fp32", (7, 5), "auto", None),
+        ("dense", "fp32", (7, 5), "auto", None),
+    ],
+)
+def test_a_graph_is_refused_only_where_no_kernel_can_serve_it(
+    router, precision, capability, kernels, refused, monkeypatch
+):
+    monkeypatch.setattr(backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(backend, "_capability", lambda index: capability)
+    config = make_model(router).settings
+    settings = dataclasses.replace(SETTINGS, precision=precision, acceleration="graph")
+    expectation = nullcontext() if refused is None else pytest.raises(ValueError, match=refused)
+    with backend.use(kernels), expectation as error:
+        acceleration.check_acceleration(config, settings, torch.device("cuda", 0))
+    assert refused is None or ("\n" not in str(error.value) and "use acceleration compile or none" in str(error.value))

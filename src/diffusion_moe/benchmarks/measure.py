@@ -152,12 +152,16 @@ def _matmul_seconds(size: int, device: torch.device, dtype: torch.dtype) -> floa
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads, implementation of our operators, and versions."""
+    """Device, threads, implementation of our operators and grouped matmuls, and versions."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": None if on_gpu else torch.get_num_threads(),
         "backend": backend(device),
+        "grouped_matmul": {
+            name: str(kernel_backend.choose_grouped_matmul(device, dtype))
+            for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        },
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "triton": installed_version("triton") if on_gpu else None,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import takes_triton
+from .operators import operator
 
 ExpertActivation = Literal["gelu", "swiglu"]
 Activation = Literal["gelu", "silu", "swiglu"]
@@ -41,7 +42,7 @@ def activated(activation: str, *inputs: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh") if activation == "gelu" else F.silu(x)
 
 
-@torch.library.custom_op("diffusion_moe::weighted_activation", mutates_args=())
+@operator("weighted_activation")
 def weighted_activation(h_AH: Tensor, weight_A: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
     """activate(h), times each row's weight if given, (A, F), in `dtype`. SiLU is not supported with weights."""
     if weight_A is None and not takes_triton(h_AH):
@@ -60,7 +61,7 @@ def weighted_activation(h_AH: Tensor, weight_A: Tensor | None, activation: str, 
     return out_AF
 
 
-@torch.library.custom_op("diffusion_moe::weighted_activation_backward_", mutates_args=("grad_AF",))
+@operator("weighted_activation_backward_", mutates_args=("grad_AF",))
 def weighted_activation_backward_(
     h_AH: Tensor, weight_A: Tensor | None, grad_AF: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .activation import ExpertActivation, weighted_activation, weighted_activation_backward_
 from .expert_matmul import BatchedMatmul, GroupedMatmul
+from .operators import run
 from .ops import combine
 from .precision import full_precision, matmul_dtype
 from .routing import Routing, expert_of_rows
@@ -109,13 +110,12 @@ class ExpertFunction(torch.autograd.Function):
             bias = None if b_in is None else b_in.to(dtype)
             # Dispatched rows are freed as soon as they are multiplied.
             h_AH = experts.matmul(_dispatch(x_TD, token_A, dtype), cast_in, bias).to(settings.dtype)
-            a_AF = weighted_activation(h_AH, weight_A, settings.activation, dtype)
-            out_TD = combine(experts.matmul(a_AF, cast_out), row_A, start_T, settings.per_token)
+            a_AF = run(weighted_activation, h_AH, weight_A, settings.activation, dtype)
+            out_TD = run(combine, experts.matmul(a_AF, cast_out), row_A, start_T, settings.per_token)
             expert_A = weight_TE = None
             if b_out is not None:
                 expert_A = expert_of_rows(token_A, offsets_E)
-                # The routing weights as a matrix, 0 where a token is not sent to an expert.
-                weight_TE = weight_A.new_zeros(len(x_TD), len(offsets_E)).index_put((token_A, expert_A), weight_A)
+                weight_TE = weight_matrix(weight_A, token_A, expert_A, (len(x_TD), len(offsets_E)))
                 out_TD += (weight_TE @ b_out.to(weight_TE.dtype)).to(dtype)
         ctx.settings, ctx.dtype, ctx.experts, ctx.weight_dtype = settings, dtype, experts, w_in.dtype
         if dtype != w_in.dtype and len(token_A) < KEEP_CAST_BELOW * len(w_in):
@@ -140,7 +140,7 @@ class ExpertFunction(torch.autograd.Function):
                 h_AH = experts.matmul(_dispatch(x_TD, token_A, dtype), w_in.to(dtype), bias).to(settings.dtype)
             dy_AD = _dispatch(dout_TD, token_A, dtype)  # not yet times the routing weight
             a_AF = experts.matmul(dy_AD, w_out.to(dtype).transpose(1, 2))  # still the gradient; the next line fills it
-            dh_AH, dweight_A = weighted_activation_backward_(h_AH, weight_A, a_AF, settings.activation)
+            dh_AH, dweight_A = run(weighted_activation_backward_, h_AH, weight_A, a_AF, settings.activation)
             if needs_out:
                 dw_out = experts.weight_gradient(a_AF, dy_AD, ctx.weight_dtype)
             del a_AF, dy_AD
@@ -155,8 +155,31 @@ class ExpertFunction(torch.autograd.Function):
                 db_in = experts.row_sums(dh_AH).to(b_in.dtype)
             if needs_x:
                 dx_AD = experts.matmul(dh_AH, w_in.to(dtype).transpose(1, 2))
-                dx_TD = combine(dx_AD, row_A, start_T, settings.per_token).to(x_TD.dtype)
+                dx_TD = run(combine, dx_AD, row_A, start_T, settings.per_token).to(x_TD.dtype)
         return dx_TD, dweight_A, dw_in, dw_out, db_in, db_out, None, None, None, None, None
+
+
+def weight_matrix(weight_A: Tensor, token_A: Tensor, expert_A: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The routing weights as a matrix, (T, E), 0 where a token is not sent to an expert."""
+    return weight_A.new_zeros(shape).index_put((token_A, expert_A), weight_A)
+
+
+class WeightedActivation(torch.autograd.Function):
+    """`activation.weighted_activation` with its gradient, for experts with dropout."""
+
+    @staticmethod
+    def forward(ctx: Any, h_AH: Tensor, weight_A: Tensor, activation: ExpertActivation) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(h_AH, weight_A)
+        return run(weighted_activation, h_AH, weight_A, activation, h_AH.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, da_AF: Tensor) -> tuple[Tensor | None, ...]:
+        h_AH, weight_A = ctx.saved_tensors
+        overwritten_AF = da_AF.clone(memory_format=torch.contiguous_format)
+        dh_AH, dweight_A = run(weighted_activation_backward_, h_AH, weight_A, overwritten_AF, ctx.activation)
+        return dh_AH, dweight_A, None
 
 
 def _dispatch(x_TD: Tensor, token_A: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,10 +7,13 @@ one expert, E experts, D and F widths.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .operators import run
 from .ops import gmm, gmm_wgrad
 from .routing import expert_of_rows
 
@@ -32,7 +35,7 @@ class GroupedMatmul:
 
     def matmul(self, x_AD: Tensor, w_EDF: Tensor, bias_EF: Tensor | None = None) -> Tensor:
         """Every row times its expert's matrix, plus its expert's bias, (A, F)."""
-        y_AF = gmm(x_AD, w_EDF, self.offsets_E)
+        y_AF = run(gmm, x_AD, w_EDF, self.offsets_E)
         if bias_EF is not None:
             y_AF += bias_EF.index_select(0, expert_of_rows(x_AD, self.offsets_E))
         return y_AF
@@ -40,17 +43,18 @@ class GroupedMatmul:
     def weight_gradient(self, x_AD: Tensor, dy_AF: Tensor, dtype: torch.dtype) -> Tensor:
         """The gradient of `matmul` in the matrices, (E, D, F), cast to `dtype`."""
         if dtype == x_AD.dtype or not _is_on_host(self.offsets_E):
-            return gmm_wgrad(x_AD, dy_AF, self.offsets_E).to(dtype)
+            return run(gmm_wgrad, x_AD, dy_AF, self.offsets_E).to(dtype)
         dw_EDF = x_AD.new_empty(len(self.offsets_E), x_AD.shape[1], dy_AF.shape[1], dtype=dtype)
         starts = [0, *self.offsets_E.tolist()]
         for experts in _cast_blocks(dw_EDF):
             rows = slice(starts[experts.start], starts[experts.stop])
-            dw_EDF[experts] = gmm_wgrad(x_AD[rows], dy_AF[rows], self.offsets_E[experts] - rows.start)
+            offsets = self.offsets_E[experts] - rows.start
+            dw_EDF[experts] = run(gmm_wgrad, x_AD[rows], dy_AF[rows], offsets)
         return dw_EDF
 
     def row_sums(self, y_AF: Tensor) -> Tensor:
         """The sum of each expert's rows, (E, F)."""
-        return gmm_wgrad(y_AF.new_ones(len(y_AF), ONES), y_AF, self.offsets_E)[:, 0]
+        return run(gmm_wgrad, y_AF.new_ones(len(y_AF), ONES), y_AF, self.offsets_E)[:, 0]
 
 
 class BatchedMatmul(GroupedMatmul):
@@ -78,6 +82,21 @@ class BatchedMatmul(GroupedMatmul):
         """(A, D) to (E, C, D)."""
         E = len(self.offsets_E)
         return x_AD.view(E, len(x_AD) // E, x_AD.shape[1])
+
+
+class ExpertBias(torch.autograd.Function):
+    """The bias of each row's expert, (A, F). Its gradient is a grouped matmul, so nothing is added by atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, bias_EF: Tensor, offsets_E: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(offsets_E)
+        return bias_EF.index_select(0, expert_of_rows(bias_EF.new_empty(num_rows), offsets_E))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drows_AF: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets_E,) = ctx.saved_tensors
+        return GroupedMatmul(offsets_E).row_sums(drows_AF.contiguous()), None, None
 
 
 def _is_on_host(offsets_E: Tensor) -> bool:

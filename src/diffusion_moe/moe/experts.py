@@ -20,10 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from .activation import ExpertActivation, activate
-from .expert_autograd import ExpertSettings, ExpertWeights, apply_experts
+from .expert_autograd import (
+    ExpertSettings,
+    ExpertWeights,
+    WeightedActivation,
+    apply_experts,
+    rows_by_token,
+    weight_matrix,
+)
+from .expert_matmul import ExpertBias
 from .ops import gmm
-from .parallel import parallel_experts
-from .precision import compute_dtype, matmul_dtype
+from .parallel import Combine, Dispatch, parallel_experts
+from .precision import compute_dtype, full_precision, matmul_dtype
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -92,16 +100,22 @@ class GroupedExperts(nn.Module):
         return out_TD.to(x_TD.dtype)
 
     def _with_dropout(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """`forward` operator by operator, so that autograd keeps the dropout mask."""
+        """`forward` operator by operator, so that autograd keeps the dropout mask.
+
+        As there, the routing weight multiplies the activation, and no gradient is added up by atomics.
+        """
         dtype, offsets_E = matmul_dtype(x_TD, compute_dtype(x_TD)), routing.offsets_E
-        h_AH = gmm(x_TD.to(dtype).index_select(0, routing.token_A), self.w_in.to(dtype), offsets_E)
+        rows = rows_by_token(routing, len(x_TD))
+        h_AH = gmm(Dispatch.apply(x_TD.to(dtype), routing.token_A, *rows), self.w_in.to(dtype), offsets_E)
         if self.b_in is not None:
-            h_AH = h_AH + self.b_in.to(dtype).index_select(0, routing.expert_A())
-        y_AD = gmm(self.dropout(activate(h_AH, self.activation)), self.w_out.to(dtype), offsets_E)
+            h_AH = h_AH + ExpertBias.apply(self.b_in.to(dtype), offsets_E, len(h_AH))
+        a_AF = self.dropout(WeightedActivation.apply(h_AH, routing.weight_A, self.activation))
+        out_TD = Combine.apply(gmm(a_AF, self.w_out.to(dtype), offsets_E), routing.token_A, *rows)
         if self.b_out is not None:
-            y_AD = y_AD + self.b_out.to(dtype).index_select(0, routing.expert_A())
-        weighted_AD = routing.weight_A[:, None] * y_AD
-        out_TD = weighted_AD.new_zeros(x_TD.shape).index_add(0, routing.token_A, weighted_AD)
+            shape = (len(x_TD), len(offsets_E))
+            weight_TE = weight_matrix(routing.weight_A, routing.token_A, routing.expert_A(), shape)
+            with full_precision(x_TD):
+                out_TD = out_TD + (weight_TE @ self.b_out.to(weight_TE.dtype)).to(dtype)
         return out_TD.to(x_TD.dtype)
 
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .activation import Activation, activated, weighted_activation, weighted_activation_backward_
+from .operators import run
 from .precision import compute_dtype, full_precision, matmul_dtype
 
 
@@ -122,7 +123,7 @@ class FeedForwardFunction(torch.autograd.Function):
         with full_precision(x):
             b_H = None if first[1] is None else _stacked(first[1::2], compute)
             h_TH = F.linear(x.flatten(0, -2).to(compute), _stacked(first[::2], compute), b_H).to(dtype)
-            a_TF = weighted_activation(h_TH, None, activation, compute)
+            a_TF = run(weighted_activation, h_TH, None, activation, compute)
             b_D = None if last_bias is None else last_bias.to(compute)
             y_TD = F.linear(a_TF, last_weight.to(compute), b_D).to(dtype)
         ctx.activation, ctx.compute = activation, compute
@@ -143,7 +144,7 @@ class FeedForwardFunction(torch.autograd.Function):
         with full_precision(dy):
             x_TD, dy_TD = x.flatten(0, -2).to(compute), dy.flatten(0, -2).to(compute)
             a_TF = dy_TD @ last_weight.to(compute)  # still the gradient; the next line fills it
-            dh_TH, _ = weighted_activation_backward_(h_TH, None, a_TF, ctx.activation)
+            dh_TH, _ = run(weighted_activation_backward_, h_TH, None, a_TF, ctx.activation)
             if needs_last:
                 dlast = (dy_TD.T @ a_TF).to(last_weight.dtype)
             if needs_last_bias:

@@ -1,4 +1,4 @@
-"""DSMoE's choice of experts and their weights as one operator, with a gradient in closed form.
+"""DSMoE's choice of experts and their weights as one operator a pass, with a gradient in closed form.
 
 Shape suffixes: T tokens, E experts, K experts a token, G groups of M experts.
 """
@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .backend import takes_triton
+from .operators import operator, run
 
 
-@torch.library.custom_op("diffusion_moe::grouped_topk", mutates_args=())
 def grouped_topk(
     logits_TE: Tensor,
     correction_E: Tensor,
@@ -42,6 +43,48 @@ def grouped_topk(
         Weights, experts (int64) and sigmoids, all (T, K). The weights are the sigmoids normalised over the K (not for
         K = 1) and scaled. The sigmoids are for the backward pass; no gradient flows through them.
     """
+    return GroupedTopk.apply(logits_TE, correction_E, top_k, n_group, topk_group, scale, strict)
+
+
+class GroupedTopk(torch.autograd.Function):
+    """`grouped_topk` with its gradient in the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TE: Tensor,
+        correction_E: Tensor,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        scale: float,
+        strict: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = run(choose_experts, logits_TE, correction_E, top_k, n_group, topk_group, scale, strict)
+        weight_TK, expert_TK, score_TK = chosen
+        ctx.num_experts, ctx.scale = logits_TE.shape[1], scale
+        ctx.save_for_backward(expert_TK, score_TK)
+        ctx.mark_non_differentiable(expert_TK, score_TK)
+        return weight_TK, expert_TK, score_TK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweight_TK: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dlogits_TE = run(grouped_topk_backward, *ctx.saved_tensors, dweight_TK, ctx.num_experts, ctx.scale)
+        return dlogits_TE, None, None, None, None, None, None
+
+
+@operator("grouped_topk")
+def choose_experts(
+    logits_TE: Tensor,
+    correction_E: Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    strict: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grouped_topk` without a gradient."""
     if takes_triton(logits_TE, experts=logits_TE.shape[1]):
         from .kernels import router as kernel
 
@@ -64,7 +107,7 @@ def _choose(score_TE: Tensor, top_k: int, n_group: int, topk_group: int, strict:
     return score_TE.topk(top_k, dim=1, sorted=False).indices
 
 
-@torch.library.custom_op("diffusion_moe::grouped_topk_backward", mutates_args=())
+@operator("grouped_topk_backward")
 def grouped_topk_backward(
     expert_TK: Tensor, score_TK: Tensor, dweight_TK: Tensor, num_experts: int, scale: float
 ) -> Tensor:
@@ -81,15 +124,15 @@ def grouped_topk_backward(
     return grad_TK.new_zeros(len(grad_TK), num_experts).scatter_(1, expert_TK, grad_TK)
 
 
-@grouped_topk.register_fake
+@choose_experts.register_fake
 def _(
     logits_TE: Tensor,
     correction_E: Tensor,
     top_k: int,
-    n_group: int = 1,
-    topk_group: int = 1,
-    scale: float = 1.0,
-    strict: bool = False,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    strict: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight_TK = logits_TE.new_empty(logits_TE.shape[0], top_k)
     return weight_TK, torch.empty_like(weight_TK, dtype=torch.int64), torch.empty_like(weight_TK)
@@ -98,16 +141,3 @@ def _(
 @grouped_topk_backward.register_fake
 def _(expert_TK: Tensor, score_TK: Tensor, dweight_TK: Tensor, num_experts: int, scale: float) -> Tensor:
     return score_TK.new_empty(score_TK.shape[0], num_experts)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.num_experts, ctx.scale = inputs[0].shape[1], inputs[5]
-    ctx.save_for_backward(output[1], output[2])
-
-
-def _backward(ctx: Any, dweight_TK: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dlogits_TE = grouped_topk_backward(*ctx.saved_tensors, dweight_TK, ctx.num_experts, ctx.scale)
-    return dlogits_TE, None, None, None, None, None, None
-
-
-grouped_topk.register_autograd(_backward, setup_context=_save)

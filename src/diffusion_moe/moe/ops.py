@@ -1,13 +1,14 @@
 """Operators: grouped matmul (rows of x, grouped by expert, times their expert's matrix) and combine (sums by token).
 
-`torch.nn.functional.grouped_mm` does the matmuls where it can. It takes no float64, fails on unaligned rows and on
-gradients of stride zero, counts no FLOPs, and its fake kernel refuses float32. Two operators of ours wrap it and fall
-back on a loop. `combine` has no gradient of its own, because autograd functions call it. Shape suffixes: A rows, T
-tokens, E experts, D and F widths.
+`torch.nn.functional.grouped_mm` does the matmuls where it is fast (`backend.choose_grouped_matmul`), else a Triton
+kernel of ours or a loop. grouped_mm takes no float64, fails on unaligned rows and on gradients of stride zero, counts
+no FLOPs, and its fake kernel refuses float32; so two operators of ours wrap it. `combine` has no gradient of its own,
+because autograd functions call it. Shape suffixes: A rows, T tokens, E experts, D and F widths.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,13 +16,41 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import takes_triton
+from .backend import choose_grouped_matmul, takes_triton
+from .operators import operator
 
 _ALIGNMENT = 16  # bytes; grouped_mm needs every stride but the unit one to be a multiple of it
+MAX_GROUPS = 1023
+"""Most experts that grouped_mm takes on CUDA (pytorch, GroupMM.cu)."""
+MAX_ELEMENTS = 2**31 - 1
+"""Most elements of a tensor that grouped_mm is given on CUDA: beyond, it has read from wrong addresses on an H200
+(torchtitan issue 1932)."""
+ZERO_FILLING = ("cpu",)
+"""Devices on which grouped_mm gives experts without rows a gradient of zero. Elsewhere it may leave memory as it was
+(pytorch issues 172439 and 193633)."""
 
 
-def _takes_grouped_mm(*operands: Tensor) -> bool:
-    return all(x.dtype in (torch.bfloat16, torch.float32) and _has_aligned_matrices(x) for x in operands)
+def _kernel(x: Tensor, y: Tensor, groups: int, result: tuple[int, ...]) -> str:
+    """The kernel for these operands: `choose_grouped_matmul`'s, or the next where grouped_mm does not take them.
+
+    Args:
+        result: shape of the result.
+    """
+    kernel = choose_grouped_matmul(x.device, x.dtype).kernel
+    if kernel != "grouped_mm" or _fits_grouped_mm(x, y, groups, result):
+        return kernel
+    return "triton" if takes_triton(x) else "loop"
+
+
+def _fits_grouped_mm(x: Tensor, y: Tensor, groups: int, result: tuple[int, ...]) -> bool:
+    has_layout = _has_aligned_matrices(x) and _has_aligned_matrices(y) and _aligned(result[-1], x)
+    return has_layout and (x.device.type == "cpu" or _fits_fused_kernel(x, y, groups, result))
+
+
+def _fits_fused_kernel(x: Tensor, y: Tensor, groups: int, result: tuple[int, ...]) -> bool:
+    """True for what grouped_mm's kernel for CUDA takes; layouts aside, which it has in common with a CPU."""
+    has_aligned_start = x.data_ptr() % _ALIGNMENT == 0 and y.data_ptr() % _ALIGNMENT == 0
+    return has_aligned_start and groups <= MAX_GROUPS and max(x.numel(), y.numel(), math.prod(result)) <= MAX_ELEMENTS
 
 
 def _has_aligned_matrices(x: Tensor) -> bool:
@@ -39,7 +68,7 @@ def _aligned(columns: int, x: Tensor) -> bool:
     return columns * x.element_size() % _ALIGNMENT == 0
 
 
-@torch.library.custom_op("diffusion_moe::gmm", mutates_args=())
+@operator("gmm")
 def gmm(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
     """Grouped matmul: rows of expert e times w_EDF[e].
 
@@ -51,24 +80,50 @@ def gmm(x_AD: Tensor, w_EDF: Tensor, offsets_E: Tensor) -> Tensor:
     Returns:
         (A, F), in the dtype of x_AD.
     """
+    E, _, columns = w_EDF.shape
     if len(x_AD) == 0:
-        return x_AD.new_empty(0, w_EDF.shape[2])
-    if _takes_grouped_mm(x_AD, w_EDF) and _aligned(w_EDF.shape[2], x_AD):
+        return x_AD.new_empty(0, columns)
+    kernel = _kernel(x_AD, w_EDF, E, (len(x_AD), columns))
+    if kernel == "grouped_mm":
         return F.grouped_mm(x_AD, w_EDF, offs=offsets_E)
+    if kernel == "triton":
+        from .kernels import grouped_matmul
+
+        return grouped_matmul.gmm(x_AD, w_EDF, offsets_E)
     return gmm_loop(x_AD, w_EDF, offsets_E)
 
 
-@torch.library.custom_op("diffusion_moe::gmm_wgrad", mutates_args=())
+@operator("gmm_wgrad")
 def gmm_wgrad(x_AD: Tensor, y_AF: Tensor, offsets_E: Tensor) -> Tensor:
     """The gradient of `gmm` in w_EDF, (E, D, F): expert e's rows of x_AD, transposed, times its rows of y_AF."""
+    E, D, columns = len(offsets_E), x_AD.shape[1], y_AF.shape[1]
     if len(x_AD) == 0:
-        return x_AD.new_zeros(len(offsets_E), x_AD.shape[1], y_AF.shape[1])
-    if _takes_grouped_mm(x_AD, y_AF) and _aligned(y_AF.shape[1], y_AF):
-        return F.grouped_mm(x_AD.T, y_AF, offs=offsets_E)
+        return x_AD.new_zeros(E, D, columns)
+    kernel = _kernel(x_AD, y_AF, E, (E, D, columns))
+    if kernel == "grouped_mm":
+        dw_EDF = F.grouped_mm(x_AD.T, y_AF, offs=offsets_E)
+        if x_AD.device.type not in ZERO_FILLING:
+            _zero_empty_(dw_EDF, offsets_E)
+        return dw_EDF
+    if kernel == "triton":
+        from .kernels import grouped_matmul
+
+        return grouped_matmul.gmm_wgrad(x_AD, y_AF, offsets_E)
     return gmm_wgrad_loop(x_AD, y_AF, offsets_E)
 
 
-@torch.library.custom_op("diffusion_moe::combine", mutates_args=())
+def _zero_empty_(dw_EDF: Tensor, offsets_E: Tensor) -> None:
+    """Fill the gradients of experts without rows with zeros, without waiting for the device."""
+    if takes_triton(dw_EDF):
+        from .kernels import grouped_matmul
+
+        grouped_matmul.zero_empty_(dw_EDF, offsets_E)
+    else:
+        counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1))
+        dw_EDF.masked_fill_((counts_E == 0)[:, None, None], 0)
+
+
+@operator("combine")
 def combine(y_AD: Tensor, row_A: Tensor, start_T: Tensor, per_token: int = 0) -> Tensor:
     """The sum of each token's rows, (T, D), accumulated in float32 in a fixed order; zero for a token with none.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import EvaluationConfig, ModelConfig
 from ..models import Backbone, DiTOutput
+from ..moe.backend import choose_grouped_matmul
 from ..moe.precision import choose_precision
 from ..text import TextFeatures
 
@@ -26,10 +27,19 @@ def check_acceleration(config: ModelConfig, settings: EvaluationConfig, device: 
     """Refuse an acceleration that the model or device cannot have.
 
     Raises:
-        ValueError: a graph without a GPU, or shapes that depend on what DiffMoE's thresholds choose.
+        ValueError: a graph without a GPU, a graph of matmuls that wait for it, or shapes that depend on what DiffMoE's
+            thresholds choose.
     """
     if settings.acceleration == "graph" and device.type != "cuda":
         raise ValueError(f"acceleration is graph, but the model is on {device.type}; use compile or none")
+    if settings.acceleration == "graph" and config.rule is not None and not config.rule.has_equal_loads:
+        precision = choose_precision(settings.precision, device).precision
+        matmul = choose_grouped_matmul(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        if matmul.kernel == "loop":
+            raise ValueError(
+                f"acceleration is graph, but the experts' matmuls in {precision} wait for this device ({matmul.why}); "
+                "use acceleration compile or none, or a GPU of compute capability 8.0 or newer with triton"
+            )
     if (
         settings.acceleration != "none"
         and config.rule is not None

@@ -93,14 +93,16 @@ def test_a_training_step_of_the_layer_equals_torch(both, router, balance):
 
 
 def test_the_kernels_are_what_runs(monkeypatch):
-    """Each of the four files is entered by a step, so the comparisons above compare two things."""
-    from diffusion_moe.moe.kernels import activation, combine, router, sort
+    """Each of the five files is entered by a step, so the comparisons above compare two things."""
+    from diffusion_moe.moe.kernels import activation, combine, grouped_matmul, router, sort
 
     called = set()
     for module, name in (
         (activation, "weighted_activation"),
         (activation, "weighted_activation_backward_"),
         (combine, "combine"),
+        (grouped_matmul, "gmm"),
+        (grouped_matmul, "gmm_wgrad"),
         (router, "grouped_topk"),
         (router, "grouped_topk_backward"),
         (sort, "sort_by_expert"),
@@ -111,15 +113,16 @@ def test_the_kernels_are_what_runs(monkeypatch):
     with backend.use("triton"):
         layer(torch.randn(2, 5, 6)).hidden_states.sum().backward()
     assert called == {
-        *("weighted_activation", "weighted_activation_backward_", "combine"),
+        *("weighted_activation", "weighted_activation_backward_", "combine", "gmm", "gmm_wgrad"),
         *("grouped_topk", "grouped_topk_backward", "sort_by_expert"),
     }
 
 
 def test_float64_is_always_torchs(monkeypatch):
-    from diffusion_moe.moe.kernels import activation, combine, router
+    from diffusion_moe.moe.kernels import activation, combine, grouped_matmul, router
 
-    for module, name in ((activation, "weighted_activation"), (combine, "combine"), (router, "grouped_topk")):
+    kernels = ((activation, "weighted_activation"), (combine, "combine"), (router, "grouped_topk"))
+    for module, name in (*kernels, (grouped_matmul, "gmm"), (grouped_matmul, "gmm_wgrad")):
         monkeypatch.setattr(module, name, None)
     layer = MoEFeedForward(6, 10, RouterConfig("dsmoe", num_experts=4, top_k=2)).double()
     x_BND = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
