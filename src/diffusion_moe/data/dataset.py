@@ -39,6 +39,18 @@ class Batch(NamedTuple):
         """Number of unreadable images that another image replaces."""
         return len(self.skipped_names)
 
+    def samples(self, device: torch.device) -> Tensor:
+        """Position of each image in the global batch, on a device; without positions its index in this batch."""
+        if self.positions is None:
+            return torch.arange(len(self.images), device=device)
+        return self.positions.to(device, non_blocking=True)
+
+    def micro_batches(self, number: int) -> list[Batch]:
+        """Up to `number` equal parts, in order and without positions; views, so that pinned memory stays pinned."""
+        images, labels = self.images.chunk(number), self.labels.chunk(number)
+        texts = [None] * len(images) if self.text is None else self.text.chunk(number)
+        return [Batch(image, label, text=text) for image, label, text in zip(images, labels, texts)]
+
 
 class ImageDataset(ABC):
     """Labelled images, read in batches of `SampledImage`; augmentation is a function of (seed, epoch, index)."""
@@ -84,7 +96,8 @@ class ImageDataset(ABC):
     def __getitems__(self, sampled: Sequence[SampledImage]) -> Batch:
         """A training batch; torch's DataLoader looks for this name to fetch a batch at once."""
         indices, epochs, positions = torch.tensor(sampled).unbind(1)
-        batch = self.read_augmented(indices, epochs)._replace(positions=positions)
+        # Contiguous: a copy of a strided tensor to the device waits, as it is packed in memory that is not pinned.
+        batch = self.read_augmented(indices, epochs)._replace(positions=positions.contiguous())
         if self.texts is None:
             return batch
         if batch.indices is not None:

@@ -58,9 +58,16 @@ class TextFeatures(NamedTuple):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TextFeatures:
         """The same texts on a device, float32."""
-        pooled = None if self.pooled is None else self.pooled.to(device, torch.float32, non_blocking=non_blocking)
-        features = self.features.to(device, torch.float32, non_blocking=non_blocking)
+        # Cast on the device: a cast before the copy would be in memory that is not pinned, and the copy would wait.
+        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=non_blocking).float()
+        features = self.features.to(device, non_blocking=non_blocking).float()
         return TextFeatures(features, self.mask.to(device, non_blocking=non_blocking), pooled)
+
+    def chunk(self, number: int) -> list[TextFeatures]:
+        """Up to `number` equal parts, in order, as views."""
+        features, mask = self.features.chunk(number), self.mask.chunk(number)
+        pooled = [None] * len(mask) if self.pooled is None else self.pooled.chunk(number)
+        return [TextFeatures(*parts) for parts in zip(features, mask, pooled)]
 
     def dropped(self, dropped_B: Tensor) -> TextFeatures:
         """The same texts without prompts where `dropped_B` is true."""
