@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -284,7 +283,7 @@ class _Functions(TorchFunctionMode):
             return self.stand_in.is_pinned(args[0])
         if kwargs.pop("pin_memory", False):
             return self.stand_in.pin(func(*args, **kwargs))
-        if func in INDEXING and args[0].is_meta and _has_host_values(args[1]):
+        if func in INDEXING and args[0].is_meta and _has_lists(args[1]):
             self.waits.append(Wait.here("copy to the device"))
         out = func(*args, **kwargs)
         # new_tensor is given the values after the tensor.
@@ -293,6 +292,6 @@ class _Functions(TorchFunctionMode):
         return out
 
 
-def _has_host_values(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, list | range | np.ndarray) for part in parts)
+def _has_lists(index: Any) -> bool:
+    """True for an index with lists, which torch copies to the device; arrays show as tensors of the CPU."""
+    return any(isinstance(part, list | range) for part in (index if isinstance(index, tuple) else (index,)))

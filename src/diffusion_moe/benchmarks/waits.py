@@ -13,6 +13,7 @@ from ..config import InitConfig, ModelConfig, ParallelConfig, Recipe, read_recip
 from ..data import Batch
 from ..distributed import choose_device
 from ..models import make_model
+from ..moe import limit_capacity, scale_thresholds
 from ..sampling.acceleration import accelerated
 from ..sampling.generate import Prompts, SamplingStats, guided_network, solve
 from ..text import TextFeatures
@@ -56,7 +57,7 @@ def small(recipe: Recipe, precision: Any) -> Recipe:
         sample_size=4 * min(model.patch_size, 4),
         patch_size=min(model.patch_size, 4),
         hidden_size=64,
-        depth=4,
+        depth=2,
         num_heads=2,
         num_kv_heads=None if model.num_kv_heads is None else 1,
         head_dim=None,
@@ -80,15 +81,21 @@ def small(recipe: Recipe, precision: Any) -> Recipe:
     evaluation = replace(recipe.evaluation, steps=2, precision=precision, acceleration="none")
     if evaluation.solver == "dopri5":  # it reads its error after each step
         evaluation = replace(evaluation, solver="euler")
-    optional = {"init": InitConfig(), "parallel": ParallelConfig()}
-    return replace(recipe, model=model, training=training, evaluation=evaluation, **optional)
+    return replace(
+        recipe,
+        model=model,
+        training=training,
+        evaluation=evaluation,
+        init=InitConfig(),
+        parallel=ParallelConfig(),
+    )
 
 
 def step_waits(state: TrainState, recipe: Recipe, device: Device) -> list[Wait]:
     """Waits of one training step, after another; the batch is in pinned memory, as the loader gives it."""
     state.optimizer.named_moments()  # makes the moments, which the first step would
     with device.trace():
-        batch = _pinned(_batch(recipe.model))
+        batch = pinned(random_batch(recipe.model))
         train_step(state, recipe, batch, detailed=True)
     with device.trace() as waits:
         train_step(state, recipe, batch, detailed=True)
@@ -98,7 +105,7 @@ def step_waits(state: TrainState, recipe: Recipe, device: Device) -> list[Wait]:
 @torch.no_grad()
 def sampling_waits(state: TrainState, recipe: Recipe, device: Device) -> list[Wait]:
     """Waits of the solver's steps with guidance, after the same steps; a batch's inputs are on the device."""
-    config, settings, batch = recipe.model, recipe.evaluation, _batch(recipe.model)
+    config, settings, batch = recipe.model, recipe.evaluation, random_batch(recipe.model)
     if not config.guidable:
         settings = replace(settings, guidance_scale=1.0)
     labels = batch.labels.to(device.device) if config.num_classes else None
@@ -108,6 +115,8 @@ def sampling_waits(state: TrainState, recipe: Recipe, device: Device) -> list[Wa
     network = accelerated(state.ema, settings)
     call = guided_network(config, network, labels, prompts, settings, SamplingStats())
     shape = tuple(batch.images.shape[1:])
+    scale_thresholds(state.ema, settings.threshold_scale)
+    limit_capacity(state.ema, settings.capacity_limit)
     with device.trace():
         solve(call, config, settings, samples, shape)
     with device.trace() as waits:
@@ -115,7 +124,7 @@ def sampling_waits(state: TrainState, recipe: Recipe, device: Device) -> list[Wa
     return waits
 
 
-def _batch(config: ModelConfig) -> Batch:
+def random_batch(config: ModelConfig) -> Batch:
     """Random images with labels, positions and texts."""
     count = 2 * IMAGES
     images = torch.randn(count, config.in_channels, config.sample_size, config.sample_size)
@@ -128,8 +137,8 @@ def _batch(config: ModelConfig) -> Batch:
     return Batch(images, labels, positions=torch.arange(count), text=text)
 
 
-def _pinned(value: Any) -> Any:
+def pinned(value: Any) -> Any:
     """A named tuple with its tensors in pinned memory."""
     if isinstance(value, Tensor):
         return value.pin_memory()
-    return type(value)(*map(_pinned, value)) if isinstance(value, Batch | TextFeatures) else value
+    return type(value)(*map(pinned, value)) if isinstance(value, Batch | TextFeatures) else value

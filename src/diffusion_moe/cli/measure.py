@@ -24,11 +24,11 @@ class RecipesOptions:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Time the layer, a training step, sampling, matmuls, or the growth of cost: one JSON line a measurement."""
+    """Time the layer, a step, sampling, matmuls or the growth of cost, or list waits for the GPU, as JSON lines."""
     check_old_words(arguments)
     choices = get_args(What)
     line = CommandLine(
-        "bench", bench.__doc__ or "", (BenchOptions,), first=("subject", f"what to time: {', '.join(choices)}")
+        "bench", bench.__doc__ or "", (BenchOptions,), first=("subject", f"what to measure: {', '.join(choices)}")
     )
     given = parse(line, arguments)
     if given.first not in choices:
