@@ -101,7 +101,8 @@ def make_state(recipe, device):
 
 @pytest.fixture(scope="module")
 def tiny_recipe():
-    return read_recipe("digits", TINY)
+    """A DSMoE whose only block has experts."""
+    return read_recipe("digits", [*TINY, "--model.depth=1", "--model.moe_layer_freq=1"])
 
 
 def test_waits_planted_in_a_step_are_found(tiny_recipe):
@@ -136,8 +137,8 @@ def test_a_batch_that_is_not_pinned_is_found_where_it_is_copied(tiny_recipe, mon
     )
 
 
-KINDS = ["dit-s", "tc-dit-l-e16", "ec-dit-l-e16", "diffmoe-l-e8-ddpm", "dsmoe-s-e48", "jitmoe-b-16-e16"]
-KINDS += ["t2i-dsmoe-s-e16", "shapes-t2i"]
+KINDS = ["dit-s", "tc-dit-l-e16", "ec-dit-l-e16", "diffmoe-l-e8-ddpm", "jitmoe-b-16-e16"]
+KINDS += ["t2i-dsmoe-s-e16", "shapes-t2i"]  # cross-attention, and one sequence with DiffMoE
 
 
 def check_waits(record):
@@ -230,13 +231,15 @@ SOLVERS = [solver for solver in (*FLOW_SOLVERS, *DDPM_SOLVERS) if solver != "dop
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_with_guidance_stays_on_the_device(solver):
     process = ["--model.process=ddpm", "--model.prediction=epsilon", "--model.learn_sigma=true"]
-    options = [*TINY, "--model.depth=1", "--model.router=dense", *(process if solver in DDPM_SOLVERS else [])]
-    recipe = read_recipe("digits", [*options, f"--evaluation.solver={solver}", "--evaluation.steps=3"])
+    options = [*TINY, "--model.depth=1", *(process if solver in DDPM_SOLVERS else [])]
+    recipe = read_recipe("digits", [*options, f"--evaluation.solver={solver}", "--evaluation.steps=2"])
     recipe = dataclasses.replace(recipe, evaluation=dataclasses.replace(recipe.evaluation, precision="fp32"))
     device = StandIn()
     state = make_state(recipe, device)
     assert recipe.evaluation.guidance_scale != 1
     assert sampling_waits(state, recipe, device) == []
+    if solver != "euler":
+        return
     state.ema.rotary_cos = torch.zeros(state.ema.rotary_cos.shape)
     with pytest.raises(RuntimeError, match="mixes devices at diffusion_moe/nn/position.py"):
         sampling_waits(state, recipe, device)
