@@ -154,7 +154,7 @@ class _Copies(TorchDispatchMode):
             return None
         kind: Kind = "copy to the host" if device.type == "cpu" else "copy to the device"
         # A cast and a strided copy go through memory of torch's own that is not pinned.
-        direct = dtype == source.dtype and (host is None or _is_dense(host) and self.is_pinned(host))
+        direct = dtype == source.dtype and (host is None or (_is_dense(host) and self.is_pinned(host)))
         if (not asked and not self.only_unreported) or (asked and not direct):
             self.waits.append(Wait.here(kind))
         return kind

@@ -92,11 +92,12 @@ def small(recipe: Recipe, precision: Any) -> Recipe:
 
 
 def step_waits(state: TrainState, recipe: Recipe, device: Device) -> list[Wait]:
-    """Waits of one training step, after another; the batch is in pinned memory, as the loader gives it."""
+    """Waits of one training step, after one of a single micro-batch; the batch is pinned, as the loader gives it."""
     state.optimizer.named_moments()  # makes the moments, which the first step would
+    first = replace(recipe, training=replace(recipe.training, accumulation=1))
     with device.trace():
         batch = pinned(random_batch(recipe.model))
-        train_step(state, recipe, batch, detailed=True)
+        train_step(state, first, batch.micro_batches(recipe.training.accumulation)[0], detailed=True)
     with device.trace() as waits:
         train_step(state, recipe, batch, detailed=True)
     return waits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict
@@ -47,9 +48,12 @@ class Batch(NamedTuple):
 
     def micro_batches(self, number: int) -> list[Batch]:
         """Up to `number` equal parts, in order and without positions; views, so that pinned memory stays pinned."""
-        images, labels = self.images.chunk(number), self.labels.chunk(number)
-        texts = [None] * len(images) if self.text is None else self.text.chunk(number)
-        return [Batch(image, label, text=text) for image, label, text in zip(images, labels, texts)]
+        size = math.ceil(len(self.images) / number)
+        return [self._rows(slice(start, start + size)) for start in range(0, len(self.images), size)]
+
+    def _rows(self, rows: slice) -> Batch:
+        text = None if self.text is None else self.text.rows(rows)
+        return Batch(self.images[rows], self.labels[rows], text=text)
 
 
 class ImageDataset(ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -51,23 +51,21 @@ class TextFeatures(NamedTuple):
         room = length - self.mask.shape[1]
         return self._replace(features=F.pad(self.features, (0, 0, 0, room)), mask=F.pad(self.mask, (0, room)))
 
-    def rows(self, indices: Tensor) -> TextFeatures:
+    def rows(self, indices: Tensor | slice) -> TextFeatures:
         """Some of the texts, by their indices in the batch."""
-        pooled = None if self.pooled is None else self.pooled[indices]
-        return TextFeatures(self.features[indices], self.mask[indices], pooled)
+        return self._each(lambda part: part[indices])
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TextFeatures:
         """The same texts on a device, float32."""
-        # Cast on the device: a cast before the copy would be in memory that is not pinned, and the copy would wait.
-        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=non_blocking).float()
-        features = self.features.to(device, non_blocking=non_blocking).float()
-        return TextFeatures(features, self.mask.to(device, non_blocking=non_blocking), pooled)
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking)).cast(torch.float32)
 
-    def chunk(self, number: int) -> list[TextFeatures]:
-        """Up to `number` equal parts, in order, as views."""
-        features, mask = self.features.chunk(number), self.mask.chunk(number)
-        pooled = [None] * len(mask) if self.pooled is None else self.pooled.chunk(number)
-        return [TextFeatures(*parts) for parts in zip(features, mask, pooled)]
+    def cast(self, dtype: torch.dtype) -> TextFeatures:
+        """The same texts with features of this type."""
+        return self._each(lambda part: part if part.dtype == torch.bool else part.to(dtype))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TextFeatures:
+        pooled = None if self.pooled is None else change(self.pooled)
+        return TextFeatures(change(self.features), change(self.mask), pooled)
 
     def dropped(self, dropped_B: Tensor) -> TextFeatures:
         """The same texts without prompts where `dropped_B` is true."""
