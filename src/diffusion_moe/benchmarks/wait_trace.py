@@ -6,6 +6,7 @@ CPU shows as an operator. The trace answers such a read with a made-up value, an
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 import warnings
@@ -41,17 +42,23 @@ class Wait(NamedTuple):
 
     @classmethod
     def here(cls, kind: Kind) -> Wait:
-        """A wait in the innermost line that is neither torch's nor this module's."""
-        frame = sys._getframe()
-        while not _is_ours(frame.f_code.co_filename) and frame.f_back is not None:
-            frame = frame.f_back
-        path = Path(frame.f_code.co_filename)
-        inside = path.is_relative_to(PACKAGE)
-        return cls(kind, path.relative_to(PACKAGE.parent).as_posix() if inside else str(path), frame.f_lineno)
+        """A wait at `position`."""
+        return cls(kind, *position())
+
+
+def position() -> tuple[str, int]:
+    """File and line of the innermost call that is neither in an installed package nor in this module."""
+    frame = sys._getframe()
+    while not _is_ours(frame.f_code.co_filename) and frame.f_back is not None:
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    if path.is_relative_to(PACKAGE):
+        path = path.relative_to(PACKAGE.parent)
+    return path.as_posix(), frame.f_lineno
 
 
 def _is_ours(file: str) -> bool:
-    if file.startswith(str(PACKAGE)):
+    if file.startswith(f"{PACKAGE}{os.sep}"):
         return file != __file__
     return not file.startswith((*OTHERS, "<"))
 
@@ -194,7 +201,7 @@ class _Operators(_Copies):
         if torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
             self.waits.append(Wait.here("data-dependent shape"))
             if name not in SHAPES:
-                raise NotImplementedError(f"{func} has no stand-in at {_at(self.waits[-1])}; trace on a GPU")
+                raise NotImplementedError(f"no stand-in answers {func} at {_here()}; trace it on a GPU")
             return SHAPES[name](*args)
         return func(*args, **kwargs)
 
@@ -212,19 +219,21 @@ class _Operators(_Copies):
         for other in (*indices, *values):
             if isinstance(other, Tensor) and not other.is_meta:
                 self.waits.append(Wait.here("copy to the device"))
-        masks = [index for index in indices if index is not None and index.dtype in (torch.bool, torch.uint8)]
-        if not masks:
+        if not any(_is_mask(index) for index in indices):
             return func(*args, **kwargs)
-        if values and len(indices) == 1 and values[0].numel() == 1:  # filled by a kernel
-            return target if func._schema.is_mutable else torch.empty_like(target)
-        self.waits.append(Wait.here("data-dependent shape"))
+        if not (values and len(indices) == 1 and values[0].numel() == 1):  # one number for a mask is a kernel
+            self.waits.append(Wait.here("data-dependent shape"))
         if values:
             return target if func._schema.is_mutable else torch.empty_like(target)
-        spread: list[Tensor | None] = []
+        positions: list[Tensor | None] = []
         for index in indices:
-            is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-            spread += [target.new_empty(index.numel(), dtype=torch.int64)] * index.ndim if is_mask else [index]
-        return func(target, spread)
+            one = target.new_empty(index.numel(), dtype=torch.int64) if _is_mask(index) else index
+            positions += [one] * (index.ndim if _is_mask(index) else 1)
+        return func(target, positions)
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def _refuse_mixed(func: Any, tensors: list[Tensor]) -> None:
@@ -234,13 +243,14 @@ def _refuse_mixed(func: Any, tensors: list[Tensor]) -> None:
         return
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in host)
     raise RuntimeError(
-        f"{func} mixes devices at {_at(Wait.here('synchronization'))}: a tensor on the CPU of shape {shapes} among "
-        "those on the device; move it there"
+        f"{func} mixes devices at {_here()}: a tensor on the CPU of shape {shapes} among those on the device; "
+        "move it there"
     )
 
 
-def _at(wait: Wait) -> str:
-    return f"{wait.file}:{wait.line}"
+def _here() -> str:
+    file, line = position()
+    return f"{file}:{line}"
 
 
 def _scalar(x: Tensor) -> bool | int | float:
