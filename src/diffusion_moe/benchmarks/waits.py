@@ -23,6 +23,7 @@ from .options import BenchOptions
 from .wait_trace import Device, Gpu, StandIn, Wait
 
 IMAGES = 4
+"""Images of a micro-batch."""
 
 
 def waits(options: BenchOptions) -> dict[str, Any]:
