@@ -46,8 +46,9 @@ def _words(seed: int, stream: str, step: int | Tensor, samples: Tensor, count: i
     """(S, count) words, count rounded up to a multiple of 4."""
     key = derive_seed(seed, stream)
     blocks = torch.arange(math.ceil(count / 4), device=samples.device)
-    steps = torch.as_tensor(step, device=samples.device).expand(len(samples))
-    block, sample, time = torch.broadcast_tensors(blocks[None, :], samples.long()[:, None], steps[:, None])
+    # A number is written by a kernel: the copy of a host tensor would wait for the device.
+    steps = torch.full((1,), step, device=samples.device) if isinstance(step, int) else step.to(samples.device)
+    block, sample, time = torch.broadcast_tensors(blocks[None, :], samples.long()[:, None], steps.view(-1, 1))
     counter = (block, sample & _MASK, sample >> 32, time)
     return torch.stack(philox4x32(counter, (key & _MASK, key >> 32)), dim=-1).flatten(1)
 

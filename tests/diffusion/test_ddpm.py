@@ -32,6 +32,20 @@ def test_the_noise_tells_the_data_even_at_the_last_step():
     torch.testing.assert_close(ddpm.denoised(FULL, ddpm.noised(FULL, x, noise, STEPS), noise, STEPS), x)
 
 
+def test_tables_are_copied_once_to_a_device_and_serve_autograd_later():
+    table, x = ddpm.Table(FULL.betas_S), torch.ones(5, 1)
+    with torch.inference_mode():
+        found = table.at(STEPS, x)
+    assert torch.equal(found, FULL.betas_S[STEPS].float()[:, None])
+    (copied,) = table.copies.values()
+    x.requires_grad_()
+    (table.at(STEPS, x) * x).sum().backward()
+    assert torch.equal(x.grad, found)
+    assert [id(copy) for copy in table.copies.values()] == [id(copied)]
+    assert table.at(STEPS, x.double()).dtype == torch.float64 and len(table.copies) == 2
+    assert table.at(torch.tensor(3), x) == FULL.betas_S[3].float()
+
+
 def test_all_steps_respaced_are_the_same_schedule():
     same = ddpm.respaced(FULL, 1000)
     torch.testing.assert_close(same.betas_S, FULL.betas_S, rtol=0, atol=1e-13)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion_moe.benchmarks.wait_trace import StandIn
 from diffusion_moe.evaluation.scorer import make_extractor
 from diffusion_moe.evaluation.vision import VisionModel, resize
 
@@ -85,3 +86,15 @@ def test_what_is_no_vision_model_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"cannot load the extractor .*nothing: .*give inception, classifier") as error:
         VisionModel(str(tmp_path / "nothing"))
     assert "\n" not in str(error.value)
+
+
+def test_a_pass_on_a_device_mixes_it_with_nothing_on_the_host(dinov2):
+    """Traced on the stand-in for a GPU: images, mean and deviation go there, features come back."""
+    extractor = make_extractor(str(dinov2)).to(torch.device("meta"))
+    with StandIn().trace() as waits:
+        features = extractor(torch.zeros(2, 3, 20, 20, dtype=torch.uint8))
+    assert features["pool"].device.type == "cpu" and features["pool"].shape == (2, 24)
+    assert [wait.kind for wait in waits] == ["copy to the device"] * 3 + ["copy to the host"]
+    extractor.module.layernorm.bias = torch.nn.Parameter(torch.zeros(24))
+    with pytest.raises(RuntimeError, match="a tensor on the CPU of shape"), StandIn().trace():
+        extractor(torch.zeros(2, 3, 20, 20, dtype=torch.uint8))

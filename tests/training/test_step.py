@@ -11,6 +11,7 @@ from diffusion_moe.diffusion.ddpm import ddpm_losses, linear_schedule
 from diffusion_moe.diffusion.times import sample_steps, sample_times
 from diffusion_moe.moe import routers_of
 from diffusion_moe.randomness import normal
+from diffusion_moe.text import TextFeatures
 from diffusion_moe.training.loss import micro_batch_loss
 from diffusion_moe.training.state import make_state
 from diffusion_moe.training.step import train_step
@@ -50,6 +51,24 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch(tiny):
     grads = zip(whole.model.parameters(), split.model.parameters(), strict=True)
     for a, b in grads:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("accumulation", "sizes"), [(1, [16]), (2, [8, 8]), (3, [6, 6, 4]), (5, [4, 4, 4, 4])])
+def test_micro_batches_are_views_of_the_batch(tiny, accumulation, sizes):
+    """So they stay in the memory that the loader pinned."""
+    batch = first_batch(read_recipe("digits", tiny))
+    features, pooled = torch.randn(16, 3, 5), torch.randn(16, 2)
+    batch = batch._replace(text=TextFeatures(features, features[..., 0] > 0, pooled))
+    parts = batch.micro_batches(accumulation)
+    assert [len(part.images) for part in parts] == sizes
+    for part, start in zip(parts, torch.tensor([0, *sizes]).cumsum(0), strict=False):
+        whole = (batch.images, batch.labels, *batch.text)
+        for tensor, of in zip((part.images, part.labels, *part.text), whole, strict=True):
+            assert torch.equal(tensor, of[start : start + len(tensor)])
+            assert tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+    assert batch.positions.is_contiguous()
+    assert torch.equal(batch.samples(CPU), torch.arange(16))
+    assert torch.equal(batch._replace(positions=None).samples(CPU), torch.arange(16))
 
 
 @pytest.mark.parametrize("router", ["dense", "tc", "ec", "diffmoe", "dsmoe"])

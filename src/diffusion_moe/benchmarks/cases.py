@@ -24,6 +24,7 @@ from .matmuls import matmuls
 from .measure import interleaved, machine, measurements
 from .options import BenchOptions, What
 from .scaling import scaling
+from .waits import waits
 
 ACCELERATIONS = {"step": ("none", "compile"), "sample": ("none", "compile", "graph")}
 """Accelerations of each case; the others have none."""
@@ -63,6 +64,10 @@ def measure(what: What, options: BenchOptions) -> Iterator[dict[str, Any]]:
         ValueError: the recipe has no experts, the tokens do not make whole images, there is no such device, or an
             option does not fit.
     """
+    if what == "waits":
+        _check_options(what, options)
+        yield waits(options)
+        return
     setting = read_setting(what, options)
     device, dtype = setting.device, setting.dtype
     metadata = setting.metadata(what)
@@ -111,6 +116,9 @@ def _check_options(what: What, options: BenchOptions) -> None:
         raise ValueError(f"acceleration is {options.acceleration}, which is not supported for {what}; remove it")
     if options.solver_steps != BenchOptions.solver_steps and what != "sample":
         raise ValueError(f"solver_steps is {options.solver_steps}, but only sample has a solver; remove it")
+    for name in ("tokens", "dtype", "seconds"):
+        if what == "waits" and getattr(options, name) != getattr(BenchOptions, name):
+            raise ValueError(f"{name} is {getattr(options, name)}, but waits times nothing; remove it")
 
 
 def make_module(what: What, setting: Setting) -> nn.Module:

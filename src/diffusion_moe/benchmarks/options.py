@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-What = Literal["layer", "step", "sample", "matmuls", "scaling"]
+What = Literal["layer", "step", "sample", "matmuls", "scaling", "waits"]
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class BenchOptions:
     """What to measure, and how long."""
 
     recipe: str = "dsmoe-s-e48"
-    """A shipped recipe (see `diffusion-moe recipes`) or a YAML file; it must have experts. Dropout inside experts is
-    off."""
+    """A shipped recipe (see `diffusion-moe recipes`) or a YAML file; except for waits it must have experts. Dropout
+    inside experts is off. waits runs a small model of the recipe's kind, of its own size."""
     tokens: int = 4096
     """Tokens of a batch: images times tokens of an image."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -29,7 +29,7 @@ class BenchOptions:
     seconds: float = 10.0
     """Approximate time of each measurement; for scaling, of each axis."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU if there is one."""
+    """auto: the GPU if there is one. waits without a GPU: a stand-in for one, on which nothing is computed."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "seconds", "solver_steps"):

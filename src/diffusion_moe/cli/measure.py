@@ -24,10 +24,10 @@ class RecipesOptions:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Time the layer, a training step, sampling, matmuls, or the growth of cost: one JSON line a measurement."""
+    """Time the layer, a step, sampling, matmuls or the growth of cost, or list waits for the GPU, as JSON lines."""
     check_old_words(arguments)
     choices = get_args(What)
-    first = ("subject", f"what to time: {', '.join(choices)}")
+    first = ("subject", f"what to measure: {', '.join(choices)}")
     given = parse(CommandLine("bench", bench.__doc__, (BenchOptions,), first=first), arguments)
     if given.first not in choices:
         raise ValueError(f"the subject is {given.first}; choose one of {', '.join(choices)}")

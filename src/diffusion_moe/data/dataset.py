@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict
@@ -39,6 +40,21 @@ class Batch(NamedTuple):
     def skipped(self) -> int:
         """Number of unreadable images that another image replaces."""
         return len(self.skipped_names)
+
+    def samples(self, device: torch.device) -> Tensor:
+        """Position of each image in the global batch, on a device; without positions its index in this batch."""
+        if self.positions is None:
+            return torch.arange(len(self.images), device=device)
+        return self.positions.to(device, non_blocking=True)
+
+    def micro_batches(self, number: int) -> list[Batch]:
+        """Up to `number` equal parts, in order and without positions; views, so that pinned memory stays pinned."""
+        size = math.ceil(len(self.images) / number)
+        return [self._rows(slice(start, start + size)) for start in range(0, len(self.images), size)]
+
+    def _rows(self, rows: slice) -> Batch:
+        text = None if self.text is None else self.text.rows(rows)
+        return Batch(self.images[rows], self.labels[rows], text=text)
 
 
 class ImageDataset(ABC):
@@ -85,7 +101,8 @@ class ImageDataset(ABC):
     def __getitems__(self, sampled: Sequence[SampledImage]) -> Batch:
         """A training batch; torch's DataLoader looks for this name to fetch a batch at once."""
         indices, epochs, positions = torch.tensor(sampled).unbind(1)
-        batch = self.read_augmented(indices, epochs)._replace(positions=positions)
+        # Contiguous: a copy of a strided tensor to the device waits, as it is packed in memory that is not pinned.
+        batch = self.read_augmented(indices, epochs)._replace(positions=positions.contiguous())
         if self.texts is None:
             return batch
         if batch.indices is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -22,6 +22,22 @@ from .path import Noise, spread
 
 DDPM_STEPS = 1000
 """Steps from data to noise in training."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A number for each step, float64 on the CPU, (S,), copied once to each device that reads it."""
+
+    values_S: Tensor
+    copies: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def at(self, step: Tensor, like: Tensor) -> Tensor:
+        """Numbers of the steps, shaped to multiply `like`, in its dtype or float32 if that is larger."""
+        key = (step.device, torch.promote_types(like.dtype, torch.float32))
+        if key not in self.copies:
+            with torch.inference_mode(False):  # autograd may need the copy later
+                self.copies[key] = self.values_S.to(key[1]).to(key[0])
+        return spread(self.copies[key][step], like)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +72,42 @@ class Schedule:
         if len(self) == 1:
             return self.betas_S.log()
         return torch.cat((self.posterior_variances_S[1:2], self.posterior_variances_S[1:])).log()
+
+    # DDPM eq. 4: x_t = data * x_0 + noise * epsilon.
+    @cached_property
+    def data(self) -> Table:
+        return Table(self.alpha_bars_S.sqrt())
+
+    @cached_property
+    def noise(self) -> Table:
+        return Table((1 - self.alpha_bars_S).sqrt())
+
+    # DDPM eq. 15, solved for x_0 = inverse_data * x_t - inverse_noise * epsilon. Divided in float64, as alpha_bar falls
+    # to 4e-5.
+    @cached_property
+    def inverse_data(self) -> Table:
+        return Table((1 / self.alpha_bars_S).sqrt())
+
+    @cached_property
+    def inverse_noise(self) -> Table:
+        return Table((1 / self.alpha_bars_S - 1).sqrt())
+
+    # DDPM eq. 7: the mean of x_{t-1} is posterior_data * x_0 + posterior_noisy * x_t.
+    @cached_property
+    def posterior_data(self) -> Table:
+        return Table(self.previous_alpha_bars_S.sqrt() * self.betas_S / (1 - self.alpha_bars_S))
+
+    @cached_property
+    def posterior_noisy(self) -> Table:
+        return Table((1 - self.betas_S).sqrt() * (1 - self.previous_alpha_bars_S) / (1 - self.alpha_bars_S))
+
+    @cached_property
+    def posterior_log_variances(self) -> Table:
+        return Table(self.posterior_log_variances_S)
+
+    @cached_property
+    def log_betas(self) -> Table:
+        return Table(self.betas_S.log())
 
 
 class Gaussian(NamedTuple):
@@ -97,33 +149,23 @@ def respaced(schedule: Schedule, steps: int) -> Schedule:
     return Schedule(betas, schedule.timesteps_S[kept])
 
 
-def _at(table_S: Tensor, step: Tensor, like: Tensor) -> Tensor:
-    """Entries of a float64 table, shaped to multiply `like`, in its dtype or float32 if that is larger."""
-    table_S = table_S.to(torch.promote_types(like.dtype, torch.float32)).to(step.device)
-    return spread(table_S[step], like)
-
-
 def noised(schedule: Schedule, x: Tensor, noise: Tensor, step: Tensor) -> Tensor:
     """Sample x_t given the data x_0, after the noise of steps 0 to `step`; x and noise (B, C, H, W)."""
     # DDPM eq. 4.
-    return _at(schedule.alpha_bars_S.sqrt(), step, x) * x + _at((1 - schedule.alpha_bars_S).sqrt(), step, x) * noise
+    return schedule.data.at(step, x) * x + schedule.noise.at(step, x) * noise
 
 
 def denoised(schedule: Schedule, x_t: Tensor, epsilon: Tensor, step: Tensor) -> Tensor:
     """Data x_0 from x_t and its noise epsilon."""
-    # DDPM eq. 15. Divided in float64, as alpha_bar falls to 4e-5.
-    inverse = 1 / schedule.alpha_bars_S
-    return _at(inverse.sqrt(), step, x_t) * x_t - _at((inverse - 1).sqrt(), step, x_t) * epsilon
+    # DDPM eq. 15.
+    return schedule.inverse_data.at(step, x_t) * x_t - schedule.inverse_noise.at(step, x_t) * epsilon
 
 
 def posterior(schedule: Schedule, x: Tensor, x_t: Tensor, step: Tensor) -> Gaussian:
     """Distribution of x_{t-1} given x_t and the data x_0; at step 0 its log variance is that of step 1."""
     # DDPM eq. 7.
-    before, after = schedule.previous_alpha_bars_S, schedule.alpha_bars_S
-    of_data = before.sqrt() * schedule.betas_S / (1 - after)
-    of_noisy = (1 - schedule.betas_S).sqrt() * (1 - before) / (1 - after)
-    mean = _at(of_data, step, x_t) * x + _at(of_noisy, step, x_t) * x_t
-    return Gaussian(mean, _at(schedule.posterior_log_variances_S, step, x_t))
+    mean = schedule.posterior_data.at(step, x_t) * x + schedule.posterior_noisy.at(step, x_t) * x_t
+    return Gaussian(mean, schedule.posterior_log_variances.at(step, x_t))
 
 
 def split(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
@@ -146,7 +188,7 @@ def reverse(schedule: Schedule, epsilon: Tensor, v: Tensor | None, x_t: Tensor, 
     if v is None:
         return Gaussian(mean, smallest)
     # iDDPM eq. 15. No torch.lerp: a sampler's scalars stay on the CPU.
-    largest = _at(schedule.betas_S.log(), step, v)
+    largest = schedule.log_betas.at(step, v)
     return Gaussian(mean, smallest + (v + 1) / 2 * (largest - smallest))
 
 
@@ -245,11 +287,12 @@ def ddim(model: Model, x: Tensor, schedule: Schedule, eta: float = 0.0, noise: N
     before, betas = schedule.previous_alpha_bars_S, schedule.betas_S
     # DDIM eq. 16; 1 - alpha_bar_t / alpha_bar_{t-1} is beta. Step 0 adds no noise, since alpha_bar_{-1} is 1.
     sigmas = eta * ((1 - before) / (1 - schedule.alpha_bars_S) * betas).sqrt()
+    to_data, to_noise, fresh = Table(before.sqrt()), Table((1 - before - sigmas.square()).sqrt()), Table(sigmas)
     for i, step, timestep in _backwards(schedule):
         epsilon, _ = split(model(x, timestep).to(x.dtype), x.shape[1])
         data = denoised(schedule, x, epsilon, step)
         # DDIM eq. 12.
-        x = _at(before.sqrt(), step, x) * data + _at((1 - before - sigmas.square()).sqrt(), step, x) * epsilon
+        x = to_data.at(step, x) * data + to_noise.at(step, x) * epsilon
         if noise is not None and sigmas[step] > 0:
-            x = x + _at(sigmas, step, x) * noise(i)
+            x = x + fresh.at(step, x) * noise(i)
     return x

@@ -175,8 +175,8 @@ def generate_batches(
             texts = None if prompts is None else prompts.rows(samples, model.device)
             if texts is not None:  # the model would pad them too; so a captured graph meets one length
                 texts = texts.padded_to(config.text_length)
-            call = Counted(_guided(config, network, classes, texts, settings, stats))
-            x = _solve(call, config, settings, samples.to(model.device), shape)
+            call = Counted(guided_network(config, network, classes, texts, settings, stats))
+            x = solve(call, config, settings, samples.to(model.device), shape)
             stats.batches += 1
             stats.evaluations += call.evaluations
             yield (x if vae is None else decode(vae, x)).float().cpu()
@@ -185,7 +185,7 @@ def generate_batches(
         limit_capacity(model, None)
 
 
-def _solve(
+def solve(
     call: Model, config: ModelConfig, settings: EvaluationConfig, samples: Tensor, shape: tuple[int, ...]
 ) -> Tensor:
     """Integrate `call` from the noise of these image numbers to samples, (B, C, H, W) in the model's space."""
@@ -207,7 +207,7 @@ def _solve(
     return SOLVERS[solver](call, x, even_times(settings.steps))
 
 
-def _guided(
+def guided_network(
     config: ModelConfig,
     network: Network,
     classes: Tensor | None,
@@ -219,13 +219,13 @@ def _guided(
 
     def predict(labels: Tensor | None, text: TextFeatures | None) -> Callable[[Tensor, Tensor], Tensor]:
         def prediction(x: Tensor, t: Tensor) -> Tensor:
-            texts = () if text is None else (text,)
-            out = network(x, t.to(x.device), labels, *texts)
+            t, texts = _on_device(t, x.device), () if text is None else (text,)
+            out = network(x, t, labels, *texts)
             stats.note(out.routing)
             if config.process == "ddpm":
                 return out.sample.float()
             mean = out.sample[:, : config.in_channels].float()  # the rest is a learned variance
-            return convert(mean, x, t.to(x.device), config.prediction, "velocity", config.min_gap)
+            return convert(mean, x, t, config.prediction, "velocity", config.min_gap)
 
         return prediction
 
@@ -247,6 +247,11 @@ def _guided(
     channels = settings.guidance_channels or config.in_channels
     scale, interval = settings.guidance_scale, settings.guidance_interval
     return guided(conditional, predict(null, negative), scale, interval, channels, None if config.pools_batch else both)
+
+
+def _on_device(t: Tensor, device: torch.device) -> Tensor:
+    """A solver's scalar, which is on the CPU, on a device; written by a kernel, because its copy would wait."""
+    return t if t.device == device else torch.full((), t.item(), dtype=t.dtype, device=device)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:

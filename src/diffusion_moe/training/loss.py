@@ -15,7 +15,7 @@ from ..diffusion.path import rectified_flow
 from ..diffusion.times import sample_steps, sample_times
 from ..models import Backbone, DiTOutput
 from ..moe import RoutingReport
-from ..moe.precision import choose_precision
+from ..moe.precision import choose_precision, full_precision
 from ..randomness import normal, uniform
 from ..text import TextFeatures
 
@@ -84,7 +84,7 @@ def loss_at(
 
     def predict(x_t: Tensor) -> DiTOutput:
         bf16 = choose_precision(recipe.training.precision, images.device).precision == "bf16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(images.device.type, torch.bfloat16) if bf16 else full_precision(images):
             return model(x_t, t, labels, **prompt)
 
     if recipe.model.process == "ddpm":

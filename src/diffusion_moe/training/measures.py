@@ -25,13 +25,12 @@ class HostCopy:
         self.names = tuple(numbers)
         values = torch.stack([number.detach().float() for number in numbers.values()])
         self.arrived: torch.cuda.Event | None = None
+        self.values = values
+        if values.device.type != "cpu":
+            self.values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
         if values.device.type == "cuda":
-            self.values = torch.empty(values.shape, pin_memory=True)
-            self.values.copy_(values, non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record()
-        else:
-            self.values = values
 
     def read(self) -> dict[str, float]:
         """The values by name."""

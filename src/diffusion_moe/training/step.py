@@ -108,8 +108,8 @@ def train_step(
     }
     gradients = state.optimizer.take_gradients()
     requests = {
-        "stop": loss.new_tensor(float(stop)),
-        "skipped_images": loss.new_tensor(float(batch.skipped * world_size())),
+        "stop": torch.full_like(loss, float(stop)),
+        "skipped_images": torch.full_like(loss, float(batch.skipped * world_size())),
     }
     means = _mean_over_processes({"loss": loss, **routers, **requests})
     grad_norm = global_norm(gradients, replicas=1 if state.meshes is None else state.meshes.replicas)
@@ -130,20 +130,19 @@ def train_step(
 
 
 def _accumulate_gradients(state: TrainState, recipe: Recipe, batch: Batch, step: int, lap: Log) -> list[LossParts]:
-    model, count = state.model, len(batch.images)
-    samples = torch.arange(count) if batch.positions is None else batch.positions  # indices in the global batch
+    model, accumulation = state.model, recipe.training.accumulation
+    micro_batches = batch.micro_batches(accumulation)
+    firsts = [int(samples[0]) for samples in batch.samples(torch.device("cpu")).chunk(accumulation)]
+    samples_on_device = batch.samples(model.device).chunk(accumulation)
     model.zero_grad(set_to_none=True)
     parts = []
-    micro_batches = torch.arange(count).chunk(recipe.training.accumulation)
-    for number, rows in enumerate(micro_batches, start=1):
+    for number, (micro, first, samples) in enumerate(zip(micro_batches, firsts, samples_on_device), start=1):
         if state.meshes is not None:  # gradients are reduced once a step
             model.set_requires_gradient_sync(number == len(micro_batches))
-        text = None if batch.text is None else batch.text.rows(rows)
-        micro = Batch(batch.images[rows], batch.labels[rows], text=text)
-        with _seeded_dropout(recipe, step, int(samples[rows[0]]), model.device):
-            part = micro_batch_loss(model, recipe, micro, step, samples[rows].to(model.device))
+        with _seeded_dropout(recipe, step, first, model.device):
+            part = micro_batch_loss(model, recipe, micro, step, samples)
         lap("forward")
-        (part.total() * (len(rows) / count)).backward()
+        (part.total() * (len(micro.images) / len(batch.images))).backward()
         lap("backward")
         parts.append(part)
     return parts

@@ -57,7 +57,7 @@ class Validation:
         size = max(1, training.batch_size // (training.accumulation * world_size()))
         for indices in self._batches(size):
             loss_B = self._losses_of(model, indices)
-            total += torch.stack((loss_B.double().sum(), total.new_tensor(len(indices))))
+            total += torch.stack((loss_B.double().sum(), torch.full_like(total[1], len(indices))))
         loss, count = all_reduce_sum(total).tolist()
         return loss / count
 
