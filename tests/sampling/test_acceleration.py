@@ -96,6 +96,14 @@ def test_what_cannot_be_accelerated_says_why():
         images_and_record(model, dataclasses.replace(SETTINGS, acceleration="compile"))
 
 
+def test_a_graph_of_experts_in_float32_is_refused():
+    cuda, settings = torch.device("cuda"), dataclasses.replace(SETTINGS, acceleration="graph", precision="fp32")
+    with pytest.raises(ValueError, match=r"experts' matmuls wait for the host.*; use --precision bf16"):
+        acceleration.check_acceleration(make_model("dsmoe").settings, settings, cuda)
+    acceleration.check_acceleration(make_model("dense").settings, settings, cuda)
+    acceleration.check_acceleration(make_model("dsmoe").settings, dataclasses.replace(settings, precision="bf16"), cuda)
+
+
 class Graphs:
     """Stands in for CUDA's: what a capture saw is run again by each replay, in the place of the first answer."""
 
@@ -141,3 +149,35 @@ def test_a_graph_is_captured_once_for_each_shape_of_all_parts(run, request, monk
     assert [shapes[0][0] for shapes in graphs.captures] == [10, 5, 8, 4]
     if prompts is not None:
         assert {shapes[4] for shapes in graphs.captures} == {(n, 16) for n in (10, 5, 8, 4)}
+
+
+def test_other_thresholds_and_limits_need_another_graph(monkeypatch):
+    """One network that is used with other settings answers with these."""
+    graphs, model = Graphs(monkeypatch), make_model("diffmoe")
+    settings = dataclasses.replace(SETTINGS, guidance_scale=1.0, capacity_limit=4.0, threshold_scale=0.9)
+    network = acceleration.accelerated(model, dataclasses.replace(settings, acceleration="graph"))
+    for change in ({}, {"capacity_limit": 0.5}, {"threshold_scale": 1.1}, {}):
+        chosen = dataclasses.replace(settings, **change)
+        expected = generate(model, class_schedule(6, 10), 6, chosen)
+        images = generate(model, class_schedule(6, 10), 6, chosen, network=network)
+        torch.testing.assert_close(images, expected)
+    assert len(graphs.captures) == 3
+
+
+def test_only_the_graphs_used_last_are_kept(monkeypatch):
+    graphs, model = Graphs(monkeypatch), make_model("dense")
+    replayed = acceleration.accelerated(model, dataclasses.replace(SETTINGS, acceleration="graph"))
+    most = acceleration.MOST_GRAPHS
+
+    def call(images):
+        replayed(torch.zeros(images, 1, 8, 8), torch.tensor(0.5), torch.zeros(images, dtype=torch.long))
+
+    for images in range(1, most + 1):
+        call(images)
+    call(1)  # used again, so the graph of 2 images is the oldest
+    call(most + 1)
+    assert len(graphs.captures) == most + 1 and len(replayed.captured) == most
+    call(1)
+    assert len(graphs.captures) == most + 1
+    call(2)
+    assert len(graphs.captures) == most + 2
