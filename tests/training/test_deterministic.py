@@ -42,12 +42,16 @@ def test_cublas_is_set_up_before_cuda_starts(value, monkeypatch):
 
 def test_what_cublas_was_set_up_for_is_refused(monkeypatch):
     monkeypatch.setenv(VARIABLE, ":0:0")
-    with pytest.raises(ValueError, match=f"{VARIABLE} is :0:0, but .* needs :4096:8 or :16:8; remove the variable"):
-        with deterministic_algorithms(on_gpu=True):
-            pass
+    with (
+        pytest.raises(ValueError, match=f"{VARIABLE} is :0:0, but .* needs :4096:8 or :16:8; remove the variable"),
+        deterministic_algorithms(on_gpu=True),
+    ):
+        pass
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setattr(deterministic.torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(ValueError, match=f"uses CUDA already and {VARIABLE} is not set; set it to :4096:8 or :16:8"):
-        with deterministic_algorithms(on_gpu=True):
-            pass
+    with (
+        pytest.raises(ValueError, match=f"uses CUDA already and {VARIABLE} is not set; set it to :4096:8 or :16:8"),
+        deterministic_algorithms(on_gpu=True),
+    ):
+        pass
     assert not torch.are_deterministic_algorithms_enabled() and VARIABLE not in os.environ
