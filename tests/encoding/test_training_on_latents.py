@@ -195,6 +195,6 @@ def test_a_vae_of_pickled_weights_is_refused(vae_folder, tmp_path):
     """They could run code."""
     AutoencoderKL.from_pretrained(vae_folder).save_pretrained(tmp_path / "pickled", safe_serialization=False)
     assert [path.name for path in (tmp_path / "pickled").glob("*.bin")] == ["diffusion_pytorch_model.bin"]
-    with pytest.raises(ValueError, match="cannot load the VAE .*; only safetensors are read") as refused:
+    with pytest.raises(ValueError, match=r"cannot load the VAE .*; only safetensors are read") as refused:
         load_vae(str(tmp_path / "pickled"))
     assert "\n" not in str(refused.value)

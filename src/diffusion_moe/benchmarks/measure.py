@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..moe import backend as kernel_backend
 from ..moe.precision import matmul_dtype
 from .candidates import Candidate
@@ -161,7 +162,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "triton": installed_version("triton") if on_gpu else None,
-        "diffusion_moe": version("diffusion-moe"),
+        "diffusion_moe": __version__,
         "python": platform.python_version(),
     }
 
