@@ -211,7 +211,8 @@ def short(record: dict[str, Any]) -> str:
     if "test" in record:
         return f"{record['outcome']:8} {record['test']}"
     if record.get("benchmark") == "waits":
-        return f"{Path(record['recipe']).stem}: {record['waits']} waits in training, {record.get('sampling_waits', 0)} in sampling"
+        waits = f"{record['waits']} waits in training, {record.get('sampling_waits', 0)} in sampling"
+        return f"{Path(record['recipe']).stem}: {waits}"
     if "ratio" in record:
         return f"{Path(record['recipe']).stem}: {in_short(record)}"
     if "ms" in record:
