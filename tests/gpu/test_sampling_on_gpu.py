@@ -7,7 +7,7 @@ import torch
 
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.models import DiT
-from diffusion_moe.moe import MoEFeedForward, RouterConfig, routers_of
+from diffusion_moe.moe import MoEFeedForward, RouterConfig, precision, routers_of
 from diffusion_moe.sampling.acceleration import MOST_GRAPHS, accelerated
 from diffusion_moe.sampling.generate import generate
 
@@ -58,18 +58,15 @@ def test_memory_of_graphs_that_are_no_longer_kept_is_freed():
 
 
 @pytest.mark.parametrize("allowed", ["ieee", "tf32"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_routers_choose_in_float32(allowed, compiled):
-    layer = MoEFeedForward(512, 64, RouterConfig("tc", num_experts=16, top_k=2)).cuda()
-    router = torch.compile(layer.router, fullgraph=True) if compiled else layer.router
-    x = torch.randn(4, 256, 512, device="cuda")
-    exact = (x.double() @ layer.router.weight.double().T).softmax(-1).flatten(0, 1)
-    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
-    matmul.fp32_precision = allowed
-    try:
-        routing = router(x)
-    finally:
-        matmul.fp32_precision = before
-    weight_TK = exact.topk(2, dim=-1).values
-    total = routing.weight_A.double().sum()
-    assert abs(total - weight_TK.sum()) < 1e-6 * weight_TK.sum()  # TensorFloat-32 errs by 1e-4 in a logit
+def test_routers_compute_in_float32(allowed, monkeypatch):
+    """TensorFloat-32 would err by about 1e-2 here. The operator is what compiled routers call."""
+    router, seen = MoEFeedForward(512, 64, RouterConfig("tc", num_experts=16, top_k=2)).router.cuda(), []
+    torch.nn.init.normal_(router.weight)
+    x, route = torch.randn(4, 256, 512, device="cuda"), router.route
+    monkeypatch.setattr(router, "route", lambda x, logits: (seen.append(logits), route(x, logits))[1])
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", allowed)
+    router(x)
+    expected = x.double() @ router.weight.double().T
+    for logits in (seen[0], precision._exact_linear(x, router.weight, None)):
+        assert (logits - expected).abs().max() < 1e-3
+    assert torch.backends.cuda.matmul.fp32_precision == allowed

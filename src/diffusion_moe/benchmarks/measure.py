@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..moe import backend as kernel_backend
 from ..moe.precision import matmul_dtype
 from .candidates import Candidate
@@ -162,7 +161,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "triton": installed_version("triton") if on_gpu else None,
-        "diffusion_moe": __version__,
+        "diffusion_moe": installed_version("diffusion-moe"),
         "python": platform.python_version(),
     }
 

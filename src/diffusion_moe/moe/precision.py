@@ -141,8 +141,8 @@ def exact_float32(convolutions: bool = False) -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    backends = torch.backends
-    switches: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul]
+    backends: Any = torch.backends
+    switches = [backends.cuda.matmul, backends.mkldnn.matmul]
     if convolutions:
         switches += [backends.cudnn.conv, backends.mkldnn.conv]
     rounding = [(switch, switch.fp32_precision) for switch in switches if switch.fp32_precision in ("tf32", "bf16")]
