@@ -234,10 +234,14 @@ class ForwardPass:
         L = config.text_length
         kept = low * T * config.hidden_size + self.cast(f"{name}.")
         kept += low * T * config.hidden_size if config.dropout and in_middle_half(config, index) else 0
-        kept += low * (2 * T * H * I + B * L * 2 * K * I + B * L) + FLOAT32 * T * H
+        kept += low * (2 * T * H * I + B * L) + FLOAT32 * T * H
+        copied = K < H  # heads repeated for the mask
+        kept += low * 2 * B * L * (H if copied else K) * I
         if config.qk_norm:
-            kept += self.head_norm(T * H) + self.head_norm(B * L * K) + low * B * L * K * I
+            kept += self.head_norm(T * H) + self.head_norm(B * L * K)
+            kept += low * B * L * K * I if not copied else 0
             kept += low * T * H * I if low == FLOAT32 else 0
+            kept += low * B * L * 2 * K * I if copied and low == FLOAT32 else 0
         return kept + self.other_layout(T, N)
 
     def head_norm(self, rows: int) -> int:
