@@ -171,7 +171,7 @@ def records_of_tests(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 def records_of(stage: Stage, is_small: bool) -> Iterator[dict[str, Any]]:
     """Records of a stage, as they come."""
     if not stage.cases:
-        tests = ["tests/gpu", "-m", "gpu"] if not is_small else ["tests/test_randomness.py"]
+        tests = ["tests/gpu", "-m", "gpu"] if not is_small else ["tests/nn/test_position.py"]
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-vv", *tests]
         yield from records_of_tests(lines_of(command, stage.seconds))
     elif is_small:

@@ -14,11 +14,16 @@ BARE = """
 import sys
 
 class Bare:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {missing}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Bare())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {missing} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Bare(finder) for finder in sys.meta_path]
 sys.path.insert(0, "benchmarks")
 import gpu
 
