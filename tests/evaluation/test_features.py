@@ -23,12 +23,15 @@ class Recorder(Extractor):
         return {"pool": images.flatten(1).float()}
 
 
-@pytest.mark.parametrize("general", [False, True])
-def test_matmuls_and_convolutions_do_not_round(general, monkeypatch):
-    if general:
-        monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
-    else:
-        monkeypatch.setattr(MATMUL, "fp32_precision", "tf32")
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    torch.backends.fp32_precision = MATMUL.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("switch", [torch.backends, MATMUL], ids=["everything", "matmuls"])
+def test_matmuls_and_convolutions_do_not_round(switch):
+    switch.fp32_precision = "tf32"
     before, extractor = (MATMUL.fp32_precision, CONVOLUTION.fp32_precision), Recorder()
     assert before == ("tf32", "tf32")
     extractor(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))

@@ -64,9 +64,14 @@ def test_routers_compute_in_float32(allowed, monkeypatch):
     torch.nn.init.normal_(router.weight)
     x, route = torch.randn(4, 256, 512, device="cuda"), router.route
     monkeypatch.setattr(router, "route", lambda x, logits: (seen.append(logits), route(x, logits))[1])
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", allowed)
-    router(x)
-    expected = x.double() @ router.weight.double().T
-    for logits in (seen[0], precision._exact_linear(x, router.weight, None)):
+    matmul, expected = torch.backends.cuda.matmul, x.double() @ router.weight.double().T
+    before = matmul.fp32_precision
+    matmul.fp32_precision = allowed
+    try:
+        router(x)
+        of_operator = precision._exact_linear(x, router.weight, None)
+        assert matmul.fp32_precision == allowed
+    finally:
+        matmul.fp32_precision = before
+    for logits in (seen[0], of_operator):
         assert (logits - expected).abs().max() < 1e-3
-    assert torch.backends.cuda.matmul.fp32_precision == allowed
