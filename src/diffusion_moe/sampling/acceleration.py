@@ -30,20 +30,10 @@ def check_acceleration(config: ModelConfig, settings: EvaluationConfig, device: 
     """Refuse an acceleration that the model or device cannot have.
 
     Raises:
-        ValueError: a graph without a GPU, a graph of experts in float32, or shapes that depend on what DiffMoE's
-            thresholds choose.
+        ValueError: a graph without a GPU, or shapes that depend on what DiffMoE's thresholds choose.
     """
     if settings.acceleration == "graph" and device.type != "cuda":
         raise ValueError(f"acceleration is graph, but the model is on {device.type}; use compile or none")
-    if (
-        settings.acceleration == "graph"
-        and config.rule is not None
-        and choose_precision(settings.precision, device).precision == "fp32"
-    ):
-        raise ValueError(
-            "acceleration is graph, but in float32 the experts' matmuls wait for the host, which a graph cannot hold; "
-            "use --precision bf16"
-        )
     if (
         settings.acceleration != "none"
         and config.rule is not None
