@@ -67,8 +67,10 @@ def test_convolutions_too_where_asked_for():
     before = conv.fp32_precision
     with precision.exact_float32():
         assert conv.fp32_precision == before == "tf32"  # torch's default
+    torch.backends.fp32_precision = "tf32"
     with precision.exact_float32(convolutions=True):
         assert conv.fp32_precision == "ieee"
+    torch.backends.fp32_precision = "none"
     assert conv.fp32_precision == before
 
 
