@@ -61,13 +61,14 @@ compare-t2i: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py cpu
 
+# The tables of a GPU, into benchmarks/results and docs/performance.md (under ten minutes on an H200).
 bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/run.py gpu
 
-# Everything that needs a CUDA device: checks, then times (results into benchmarks/results and docs/performance.md).
+# The first run on a GPU, under ten minutes on an H200: its tests, waits, times, compiler and graphs, most valuable
+# first, into benchmarks/results/gpu-stages.jsonl. Without an environment: python3 benchmarks/gpu.py.
 gpu: $(STAMP)
-	$(BIN)/pytest -m gpu
-	$(BIN)/python benchmarks/run.py gpu
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) runs site

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -186,16 +186,25 @@ def run(
     return records, failed
 
 
-def small_cases(cases: list[Case], folder: Path) -> list[Case]:
-    """The same cases on small models with the same experts and routers."""
+NARROW = {"hidden_size": 32, "depth": 2, "num_heads": 2, "expert_dim": 16, "sample_size": 8, "num_classes": 10}
+"""Sizes of small models."""
+
+
+def small_recipes(names: Iterable[str], folder: Path) -> dict[str, str]:
+    """Files with the recipes of small models with the same experts and routers, by the recipe's name."""
     from diffusion_moe.config import read_recipe, to_yaml
 
-    narrow = {"hidden_size": 32, "depth": 2, "num_heads": 2, "expert_dim": 16, "sample_size": 8, "num_classes": 10}
-    tokens = 4 * (narrow["sample_size"] // 2) ** 2
-    for name in {case.recipe for case in cases}:
-        recipe = read_recipe(name, [f"--model.{key}={value}" for key, value in narrow.items()])
-        (folder / f"{name}.yaml").write_text(to_yaml(recipe))
-    return [case._replace(recipe=str(folder / f"{case.recipe}.yaml"), tokens=tokens, seconds=0.001) for case in cases]
+    files = {name: folder / f"{name}.yaml" for name in names}
+    for name, file in files.items():
+        recipe = read_recipe(name, [f"--model.{key}={value}" for key, value in NARROW.items()])
+        file.write_text(to_yaml(recipe))
+    return {name: str(file) for name, file in files.items()}
+
+
+def small_cases(cases: list[Case], folder: Path) -> list[Case]:
+    """The same cases on small models."""
+    files, tokens = small_recipes({case.recipe for case in cases}, folder), 4 * (NARROW["sample_size"] // 2) ** 2
+    return [case._replace(recipe=files[case.recipe], tokens=tokens, seconds=0.001) for case in cases]
 
 
 def main(arguments: list[str] | None = None, page: Path = PAGE, results: Path = RESULTS) -> int:

@@ -60,11 +60,12 @@ def model_flops(config: ModelConfig) -> Flops:
             blocks[block_index(name)] += flops
         else:
             outside += flops
-    width = config.num_heads * config.head_width
     for index in range(config.depth):
-        tokens = num_tokens(config, index)
-        keys = tokens + int(config.attention_sinks) + (config.text_length if has_cross_attention(config) else 0)
-        blocks[index] += 4 * tokens * keys * width  # query times key, and weight times value
+        tokens, heads = num_tokens(config, index), config.num_heads
+        # Query times key, and weight times value.
+        blocks[index] += 4 * tokens * (tokens + config.attention_sinks) * heads * config.attended_width
+        if has_cross_attention(config):
+            blocks[index] += 4 * tokens * config.text_length * heads * config.head_width
     return Flops(outside, tuple(blocks))
 
 

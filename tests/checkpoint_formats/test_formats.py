@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion_moe.checkpoint_formats import files
 from diffusion_moe.checkpoint_formats.formats import detect_format, make_layout
 from diffusion_moe.checkpoint_formats.layout import from_reference, to_reference
 from diffusion_moe.checkpoint_formats.settings import read_settings, write_settings
@@ -176,3 +177,22 @@ def test_models_the_published_code_does_not_have_are_refused(settings, expected)
     config = ModelConfig(sample_size=8, hidden_size=32, depth=2, num_heads=4, expert_dim=128, **settings)
     with pytest.raises(ValueError, match=expected):
         write_settings(kind_of(config), config)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch, name):
+    """Neither a part of it nor a file beside it stays; what is written is on the disk before it replaces the old."""
+    path, state, synced = tmp_path / name, {"x": torch.ones(3)}, []
+    path.write_text("old")
+
+    def fails(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files.os, "fsync", fails)
+        with pytest.raises(OSError, match="no space left"):
+            files.write_checkpoint(path, "dit", state)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: synced.append(path.read_text()))
+    files.write_checkpoint(path, "dit", state)
+    assert synced == ["old"] and list(tmp_path.iterdir()) == [path]

@@ -187,4 +187,14 @@ def test_a_vae_may_lie_in_a_folder_of_a_hub_repository(monkeypatch, vae_folder):
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", from_pretrained)
     for name in ("owner/vae", "owner/model/vae", str(vae_folder)):
         load_vae(name)
-    assert asked == [("owner/vae", {}), ("owner/model", {"subfolder": "vae"}), (str(vae_folder), {})]
+    safe = {"use_safetensors": True}
+    assert asked == [("owner/vae", safe), ("owner/model", {"subfolder": "vae"} | safe), (str(vae_folder), safe)]
+
+
+def test_a_vae_of_pickled_weights_is_refused(vae_folder, tmp_path):
+    """They could run code."""
+    AutoencoderKL.from_pretrained(vae_folder).save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert [path.name for path in (tmp_path / "pickled").glob("*.bin")] == ["diffusion_pytorch_model.bin"]
+    with pytest.raises(ValueError, match=r"cannot load the VAE .*; only safetensors are read") as refused:
+        load_vae(str(tmp_path / "pickled"))
+    assert "\n" not in str(refused.value)

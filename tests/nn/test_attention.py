@@ -1,10 +1,11 @@
 """Attention against the softmax formula, head by head."""
 
+import diffusers.models.attention  # noqa: F401  gives layers set_attention_backend
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from diffusion_moe.nn.attention import SelfAttention
+from diffusion_moe.nn.attention import CrossAttention, SelfAttention
 from diffusion_moe.nn.position import apply_rotary, rotary_table
 
 
@@ -118,3 +119,44 @@ def test_dropout_of_the_output_zeroes_its_share():
     zeros = (layer(torch.randn(20, 30, 16)) == 0).float().mean()
     assert zeros == pytest.approx(0.3, abs=0.02)
     assert (layer.eval()(torch.randn(20, 30, 16)) != 0).all()
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_attention_to_a_text_equals_the_softmax_formula(num_kv_heads):
+    """With a mask heads are repeated rather than grouped; output and every gradient are those of the formula."""
+    torch.manual_seed(0)
+    layer, size = CrossAttention(32, 4, num_kv_heads), 8
+    x_BND, text_BLD = torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 5, 32, requires_grad=True)
+    mask_BL = torch.tensor([[True, True, False, True, False], [True] * 5])
+    inputs = [x_BND, text_BLD, *layer.parameters()]
+    keys, values = layer.kv(text_BLD).unflatten(-1, (2, num_kv_heads, size)).unbind(2)
+    outs = []
+    for head, q_BNI in enumerate(layer.q(x_BND).split(size, dim=-1)):
+        shared = head // (4 // num_kv_heads)
+        logits_BNL = q_BNI @ keys[:, :, shared].transpose(1, 2) / size**0.5
+        weights_BNL = logits_BNL.masked_fill(~mask_BL[:, None], -torch.inf).softmax(-1)
+        outs.append(weights_BNL @ values[:, :, shared])
+    expected = layer.proj(torch.cat(outs, dim=-1))
+    actual = layer(x_BND, text_BLD, mask_BL)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(actual.square().mean(), inputs)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().mean(), inputs), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(True, 0), (False, 3), (True, 3)])
+def test_kernels_get_masks_without_grouped_heads_and_no_gradient_of_a_mask(monkeypatch, sinks, window):
+    """What a GPU's kernels take: grouped heads without a mask, or a mask of booleans with as many heads of keys."""
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q, k, v, **options):
+        calls.append((q, k, v, options))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    SelfAttention(32, 4, 2, sinks=sinks, window=window)(torch.randn(2, 9, 32))
+    ((q, k, v, options),) = calls
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+    if window:
+        assert options["attn_mask"].dtype == torch.bool and not options["enable_gqa"] and k.shape[1] == q.shape[1]
+    else:
+        assert options["attn_mask"] is None and options["enable_gqa"] and k.shape[1] == 2

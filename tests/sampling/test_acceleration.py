@@ -168,3 +168,35 @@ def test_a_graph_is_refused_only_where_no_kernel_can_serve_it(
     with backend.use(kernels), expectation as error:
         acceleration.check_acceleration(config, settings, torch.device("cuda", 0))
     assert refused is None or ("\n" not in str(error.value) and "use acceleration compile or none" in str(error.value))
+
+
+def test_other_thresholds_and_limits_need_another_graph(monkeypatch):
+    """One network that is used with other settings answers with these."""
+    graphs, model = Graphs(monkeypatch), make_model("diffmoe")
+    settings = dataclasses.replace(SETTINGS, guidance_scale=1.0, capacity_limit=4.0, threshold_scale=0.9)
+    network = acceleration.accelerated(model, dataclasses.replace(settings, acceleration="graph"))
+    for change in ({}, {"capacity_limit": 0.5}, {"threshold_scale": 1.1}, {}):
+        chosen = dataclasses.replace(settings, **change)
+        expected = generate(model, class_schedule(6, 10), 6, chosen)
+        images = generate(model, class_schedule(6, 10), 6, chosen, network=network)
+        torch.testing.assert_close(images, expected)
+    assert len(graphs.captures) == 3
+
+
+def test_only_the_graphs_used_last_are_kept(monkeypatch):
+    graphs, model = Graphs(monkeypatch), make_model("dense")
+    replayed = acceleration.accelerated(model, dataclasses.replace(SETTINGS, acceleration="graph"))
+    most = acceleration.MOST_GRAPHS
+
+    def call(images):
+        replayed(torch.zeros(images, 1, 8, 8), torch.tensor(0.5), torch.zeros(images, dtype=torch.long))
+
+    for images in range(1, most + 1):
+        call(images)
+    call(1)  # used again, so the graph of 2 images is the oldest
+    call(most + 1)
+    assert len(graphs.captures) == most + 1 and len(replayed.captured) == most
+    call(1)
+    assert len(graphs.captures) == most + 1
+    call(2)
+    assert len(graphs.captures) == most + 2

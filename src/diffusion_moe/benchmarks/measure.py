@@ -165,7 +165,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "triton": installed_version("triton") if on_gpu else None,
-        "diffusion_moe": version("diffusion-moe"),
+        "diffusion_moe": installed_version("diffusion-moe"),
         "python": platform.python_version(),
     }
 

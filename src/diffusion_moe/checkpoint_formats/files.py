@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -148,13 +149,18 @@ def write_checkpoint(path: Path, kind: str, state: State) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    if path.suffix == ".safetensors":
-        save_file(state, partial)
-    elif kind in ("dit", "sit", "dit-moe"):
-        torch.save(state, partial)
-    elif kind == "jit":
-        named = {f"net.{name}": value for name, value in state.items()}
-        torch.save(dict.fromkeys(("model", "model_ema1", "model_ema2"), named), partial)
-    else:
-        torch.save(dict.fromkeys(("model", "ema"), state), partial)
-    partial.replace(path)
+    try:
+        if path.suffix == ".safetensors":
+            save_file(state, partial)
+        elif kind in ("dit", "sit", "dit-moe"):
+            torch.save(state, partial)
+        elif kind == "jit":
+            named = {f"net.{name}": value for name, value in state.items()}
+            torch.save(dict.fromkeys(("model", "model_ema1", "model_ema2"), named), partial)
+        else:
+            torch.save(dict.fromkeys(("model", "ema"), state), partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

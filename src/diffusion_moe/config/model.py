@@ -185,6 +185,11 @@ class ModelConfig(Settings):
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
+    def attended_width(self) -> int:
+        """Width of a head in the matmuls of attention: sinks add channels (`nn.attention.with_sink_key`)."""
+        return self.head_width + 8 * self.attention_sinks
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width of a dense feed-forward layer."""
         return self.mlp_dim or int(self.hidden_size * self.mlp_ratio)

@@ -33,6 +33,9 @@ class TrainingConfig(Settings):
     experts (a fifth more expert FLOPs), or whole blocks (a third more of all FLOPs)."""
     compile: bool = setting(False, change="always")
     """Compile each block by torch.compile."""
+    deterministic: bool = setting(False, change="always")
+    """Use deterministic algorithms: a run on GPUs then resumes bit for bit, and is slower. On CPUs it changes
+    nothing."""
     max_nonfinite_steps: int = setting(3, change="always", valid=NOT_NEGATIVE)
     """Consecutive steps whose loss or gradient may be non-finite; each is skipped. One more returns to the last
     checkpoint and skips their batches; if that does not help, the run stops and names the images."""

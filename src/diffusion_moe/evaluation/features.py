@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..moe.precision import exact_float32
+
 INCEPTION, CLASSIFIER = "inception", "classifier"
 """Names of extractors that are no `transformers` model."""
 HASH_DIGITS = 16
@@ -77,7 +79,7 @@ class Extractor(ABC):
             raise ValueError(f"{self.identity.name} reads images of {self.channels} channels; these have {channels}")
         images = images.flatten().view(images.shape)  # kernels are chosen by strides, and differ in the last digit
         # TensorFloat-32 would move the features by more than float32 sums do.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_float32(convolutions=True):
             features = self.extract(images.to(self.device))
         return {name: value.float().cpu() for name, value in features.items()}
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .activation import Activation, activated, weighted_activation, weighted_activation_backward_
 from .operators import run
-from .precision import compute_dtype, full_precision, matmul_dtype
+from .precision import compute_dtype, exact_linear, full_precision, matmul_dtype
 
 
 class FeedForward(nn.Module):
@@ -72,7 +72,7 @@ class CastingLinear(nn.Linear):
     """A linear layer that computes in the dtype of its input, so that routers compute in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return exact_linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 def feed_forward(x: Tensor, first: Sequence[nn.Linear], last: nn.Linear, activation: str) -> Tensor:

@@ -11,9 +11,10 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -125,6 +126,74 @@ def use_cpu_matmul(name: CpuMatmul) -> Iterator[None]:
         yield
     finally:
         _chosen.pop()
+
+
+@contextmanager
+def exact_float32(convolutions: bool = False) -> Iterator[None]:
+    """Compute float32 matmuls in float32 inside the block, whatever the process allows.
+
+    Torch may be allowed to round their operands to TensorFloat-32 on a GPU and to bfloat16 on a CPU. A compiler does
+    not see the block; see `exact_linear`.
+
+    Args:
+        convolutions: hold for convolutions too, which torch rounds on a GPU unless told otherwise.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    backends: Any = torch.backends
+    switches = [backends.cuda.matmul, backends.mkldnn.matmul]
+    if convolutions:
+        switches += [backends.cudnn.conv, backends.mkldnn.conv]
+    rounding = [(switch, switch.fp32_precision) for switch in switches if switch.fp32_precision in ("tf32", "bf16")]
+    for switch, _ in rounding:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, before in rounding:
+            if switch is not backends.cudnn.conv:  # the others follow a more general setting where they have none
+                switch.fp32_precision = "none"
+            if switch.fp32_precision != before:
+                switch.fp32_precision = before
+
+
+def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer under `exact_float32`; in compiled code an operator that enters that block when it runs.
+
+    The gradients' matmuls follow the process' setting.
+    """
+    if torch.compiler.is_compiling():
+        return _exact_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+@torch.library.custom_op("diffusion_moe::exact_linear", mutates_args=())
+def _exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with exact_float32():
+        return F.linear(x, weight, bias)
+
+
+@_exact_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def _save_for_exact_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _exact_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    rows = dy.flatten(0, -2)
+    dx = dy @ weight if needs_x else None
+    dweight = rows.T @ x.flatten(0, -2) if needs_weight else None
+    return dx, dweight, rows.sum(0) if needs_bias else None
+
+
+_exact_linear.register_autograd(_exact_linear_backward, setup_context=_save_for_exact_linear)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:

@@ -1,7 +1,8 @@
 """Routing rules, one class each. A new rule is one class and one call of `register_router`.
 
-A router inherits the facts of its rule from `routing_rules`. It computes in float32 whatever autocast says. Its forward
-changes nothing: what it learns is in the report, and `update_routing_state` moves its state after the optimizer step.
+A router inherits the facts of its rule from `routing_rules`. It computes in float32 whatever autocast and
+TensorFloat-32 settings say. Its forward changes nothing: what it learns is in the report, and `update_routing_state`
+moves its state after the optimizer step.
 Shape suffixes: B images, N tokens of one image, T tokens of the batch (B * N), D width, E experts, K experts a token,
 C tokens an expert takes, G groups of experts.
 """
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..routing_rules import RULES, DiffMoERule, DSMoERule, ExpertChoiceRule, RoutingRule, TokenChoiceRule
@@ -22,7 +22,7 @@ from .balance import balance_loss, updated_correction_bias
 from .capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, chosen_from_pool, observed_threshold
 from .grouped_topk import grouped_topk
 from .parallel import all_gather_rows
-from .precision import full_precision
+from .precision import exact_float32, exact_linear, full_precision
 from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ class Router(RoutingRule, nn.Module):
 
     def forward(self, x_BND: Tensor) -> Routing:
         """Route the tokens of a batch of images; token n of image b has index b * N + n."""
-        with full_precision(x_BND):
+        with full_precision(x_BND), exact_float32():
             x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
-            return self.route(x_BND, F.linear(x_BND, self.weight.to(x_BND.dtype)))
+            return self.route(x_BND, exact_linear(x_BND, self.weight.to(x_BND.dtype)))
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
         """Assign tokens to experts, in float32 or float64."""

@@ -1,6 +1,7 @@
 """Attention layers: over the tokens of one image, and from these to the tokens of a text.
 
-Shape suffixes: B images, N tokens of an image, L tokens of a text, D width, H heads, I head width.
+Shape suffixes: B images, N tokens of an image, L tokens of a text, M keys, D width, H heads, K heads of keys and
+values, I head width.
 """
 
 from __future__ import annotations
@@ -27,6 +28,68 @@ def native_attention(
     q, k, v = q_BNHI.transpose(1, 2), k_BNHI.transpose(1, 2), v_BNHI.transpose(1, 2)
     y_BHNI = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, enable_gqa=enable_gqa)
     return y_BHNI.transpose(1, 2)
+
+
+def attention(
+    q_BHNI: Tensor,
+    k_BKMI: Tensor,
+    v_BKMI: Tensor,
+    mask: Tensor | None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """PyTorch's attention, (B, H, N, I).
+
+    Heads of keys and values are repeated where a mask is given: on a GPU the kernels that take a mask want as many of
+    them as of queries, and the plain formula would run instead, which writes all attention weights to memory.
+
+    Args:
+        q_BHNI: queries.
+        k_BKMI: keys; K divides H.
+        v_BKMI: values.
+        mask: true where a query attends to a key, broadcast to (B, H, N, M); None: everywhere.
+        dropout_p: dropout of the attention weights.
+        scale: factor on the logits; None: I ** -0.5.
+    """
+    grouped = q_BHNI.shape[1] != k_BKMI.shape[1]
+    if grouped and mask is not None:
+        times = q_BHNI.shape[1] // k_BKMI.shape[1]
+        k_BKMI, v_BKMI = repeated(k_BKMI, times), repeated(v_BKMI, times)
+    return F.scaled_dot_product_attention(
+        q_BHNI,
+        k_BKMI,
+        v_BKMI,
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        enable_gqa=grouped and mask is None,
+    )
+
+
+def repeated(k_BKMI: Tensor, times: int) -> Tensor:
+    """Each head of keys or values for so many consecutive heads of queries, (B, H, M, I)."""
+    return k_BKMI[:, :, None].repeat(1, 1, times, 1, 1).flatten(1, 2)
+
+
+def with_sink_key(q_BHNI: Tensor, k_BKNI: Tensor, v_BKNI: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values with one more key, whose logit is that of its head's sink and whose value is zero.
+
+    The logits are in one more channel: the sink's logit in the queries, and one in the new key, zero in the others. A
+    bias on all logits would say the same, but kernels that take one are slower and keep its gradient for each image.
+    Heads grow by 8 channels, because kernels want multiples of 8. The logits' scale stays I ** -0.5.
+    """
+    B, H, N, I = q_BHNI.shape  # noqa: E741
+    sink_BHN1 = (sinks_H * I**0.5).to(q_BHNI.dtype)[:, None, None].expand(B, H, N, 1)
+    q_BHNI = F.pad(torch.cat((q_BHNI, sink_BHN1), dim=-1), (0, 7))
+    k_BKNI, v_BKNI = F.pad(k_BKNI, (0, 8, 0, 1)), F.pad(v_BKNI, (0, 8, 0, 1))
+    k_BKNI[:, :, N, I] = 1
+    return q_BHNI, k_BKNI, v_BKNI
+
+
+def window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Mask of a window, (queries, keys): tokens near each other; keys after those of the tokens are for all."""
+    query_N, key_M = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    return ((query_N[:, None] - key_M).abs() < window) | (key_M >= queries)
 
 
 class Heads(nn.Module):
@@ -113,27 +176,12 @@ class SelfAttention(Heads):
         return q, k.to(q.dtype), v.to(q.dtype)
 
     def masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention with sinks or a window, (B, H, N, I).
-
-        A sink is one more key, whose logit is learned and whose value is zero.
-        """
-        B, H, N, _ = q.shape
-        bias_HNM = q.new_zeros(H, N, N)
-        if self.window:
-            positions = torch.arange(N, device=q.device)
-            far = (positions[:, None] - positions).abs() >= self.window
-            bias_HNM = bias_HNM.masked_fill(far, -torch.inf)
+        """Attention with sinks or a window, (B, H, N, I)."""
         if self.sinks is not None:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-            bias_HNM = torch.cat((bias_HNM, self.sinks.to(q.dtype)[:, None, None].expand(H, N, 1)), dim=-1)
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=bias_HNM.expand(B, -1, -1, -1),
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+            q, k, v = with_sink_key(q, k, v, self.sinks)
+        mask_NM = window_mask(q.shape[2], k.shape[2], self.window, q.device) if self.window else None
+        y_BHNI = attention(q, k, v, mask_NM, self.attention_dropout if self.training else 0.0, self.head_dim**-0.5)
+        return y_BHNI[..., : self.head_dim]
 
 
 class AttentionProcessor:
@@ -178,13 +226,7 @@ class CrossAttention(Heads):
         kv_BHLI = self.kv(text_BLD).unflatten(-1, (2 * self.num_kv_heads, self.head_dim)).transpose(1, 2)
         k_BHLI, v_BHLI = kv_BHLI.chunk(2, dim=1)
         k_BHLI = self.k_norm(k_BHLI)
-        y_BHNI = F.scaled_dot_product_attention(
-            q_BHNI,
-            k_BHLI.to(q_BHNI.dtype),
-            v_BHLI.to(q_BHNI.dtype),
-            attn_mask=mask_BL[:, None, None],
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+        y_BHNI = attention(q_BHNI, k_BHLI.to(q_BHNI.dtype), v_BHLI.to(q_BHNI.dtype), mask_BL[:, None, None])
         return self.dropout(self.proj(y_BHNI.transpose(1, 2).flatten(2)))
 
 

@@ -168,21 +168,51 @@ class ForwardPass:
         kept = self.attention_ends(name, index)
         if config.qk_norm:
             kept += self.head_norm(T * H) + self.head_norm(T * K)
-        attention_dropout = config.attention_dropout and counts.in_middle_half(config, index)
-        projected = low * T * (H + 2 * K) * I
-        if config.attention_sinks or attention_dropout:  # torch's plain kernel, in float32
-            M = N + config.attention_sinks
-            kept += FLOAT32 * B * H * (N + M) * I + low * T * H * I  # queries, keys and result
-            kept += FLOAT32 * B * H * N * M * (3 if attention_dropout else 1)  # attention weights
-            has_views = low == FLOAT32 and K == H and not config.attention_sinks and 1 in (B, H)
-            kept += 0 if has_views else FLOAT32 * B * H * M * I  # values
-            return kept + (projected if has_views or (config.qk_norm and low == FLOAT32) else 0)
-        kept += projected + low * T * H * I + FLOAT32 * T * H  # with the result and the sums of exponentials
-        if config.qk_norm or config.rotary_axes:
-            kept += low * T * (H + K) * I
-        if config.sliding_window:
-            kept += low * H * N * N
-        return kept + self.other_layout(T, N)
+        has_dropout = config.attention_dropout and counts.in_middle_half(config, index)
+        kernel_keeps = self.plain_kernel if has_dropout else self.fused_kernel
+        return kept + kernel_keeps(T, N, H, K, I)
+
+    def fused_kernel(self, T: int, N: int, H: int, K: int, I: int) -> int:  # noqa: E741
+        """Queries, keys, values and what a fused kernel of attention keeps, by tokens, heads and their width."""
+        config, B, low = self.config, self.images, self.low
+        M, width = N + config.attention_sinks, config.attended_width
+        copied = bool(config.sliding_window) and K < H  # heads repeated for the mask
+        kept = low * T * H * width + FLOAT32 * T * H  # the result, and the sums of exponentials
+        kept += low * N * M if config.sliding_window else 0  # the mask
+        if config.attention_sinks:
+            kept += low * T * H * I if H > 1 else 0  # the result's channels that are projected
+        else:
+            kept += self.other_layout(T, N)
+        has_new_queries = bool(config.attention_sinks or config.qk_norm or config.rotary_axes)
+        kept += low * T * H * width if has_new_queries else 0
+        if copied:
+            kept += low * 2 * B * H * M * width
+        elif config.attention_sinks:
+            kept += low * 2 * B * K * M * width
+        elif has_new_queries:
+            kept += low * T * K * I
+        has_views = not config.attention_sinks and not (copied and has_new_queries)
+        return kept + (self.projected(T, H, K, I) if has_views or self.norm_keeps_projected else 0)
+
+    def plain_kernel(self, T: int, N: int, H: int, K: int, I: int) -> int:  # noqa: E741
+        """The same of the plain formula in float32, which runs with dropout of the attention weights."""
+        config, B, low = self.config, self.images, self.low
+        M, width = N + config.attention_sinks, config.attended_width
+        kept = FLOAT32 * B * H * (N + M) * width  # queries and keys
+        kept += low * T * H * (I if H > 1 else width)  # the result
+        kept += FLOAT32 * B * H * N * M * 3  # attention weights
+        has_views = low == FLOAT32 and K == H and not config.attention_sinks and 1 in (B, H)
+        kept += 0 if has_views else FLOAT32 * B * H * M * width  # values
+        return kept + (self.projected(T, H, K, I) if has_views or self.norm_keeps_projected else 0)
+
+    @property
+    def norm_keeps_projected(self) -> bool:
+        """True where a norm of heads keeps the projected queries, keys and values."""
+        return self.config.qk_norm and self.low == FLOAT32
+
+    def projected(self, T: int, H: int, K: int, I: int) -> int:  # noqa: E741
+        """Projected queries, keys and values."""
+        return self.low * T * (H + 2 * K) * I
 
     def attention_ends(self, name: str, index: int) -> int:
         """Input, projections' casts and dropout of either attention."""
@@ -196,10 +226,14 @@ class ForwardPass:
         H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
         L = config.text_length
         kept = self.attention_ends(name, index)
-        kept += low * (2 * T * H * I + B * L * 2 * K * I + B * L) + FLOAT32 * T * H
+        kept += low * (2 * T * H * I + B * L) + FLOAT32 * T * H
+        copied = K < H  # heads repeated for the mask
+        kept += low * 2 * B * L * (H if copied else K) * I
         if config.qk_norm:
-            kept += self.head_norm(T * H) + self.head_norm(B * L * K) + low * B * L * K * I
+            kept += self.head_norm(T * H) + self.head_norm(B * L * K)
+            kept += low * B * L * K * I if not copied else 0
             kept += low * T * H * I if low == FLOAT32 else 0
+            kept += low * B * L * 2 * K * I if copied and low == FLOAT32 else 0
         return kept + self.other_layout(T, N)
 
     def head_norm(self, rows: int) -> int:

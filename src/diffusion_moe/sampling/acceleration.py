@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..config import EvaluationConfig, ModelConfig
 from ..models import Backbone, DiTOutput
-from ..moe.backend import choose_grouped_matmul
+from ..moe import routers_of
+from ..moe.backend import choose_grouped_matmul, on_device
 from ..moe.precision import choose_precision
 from ..text import TextFeatures
 
@@ -21,6 +22,8 @@ Network = Callable[..., DiTOutput]
 """x (B, C, H, W), t (a scalar), labels (B,) or None, and of a model with text its `TextFeatures`, to the output."""
 WARM_UP = 3
 """Calls before a capture, in which libraries choose their kernels and allocate their memory."""
+MOST_GRAPHS = 8
+"""Most graphs that are kept: four serve whole and last batches, each with and without guidance."""
 
 
 def check_acceleration(config: ModelConfig, settings: EvaluationConfig, device: torch.device) -> None:
@@ -71,12 +74,16 @@ def accelerated(model: Backbone, settings: EvaluationConfig) -> Network:
 
     if settings.acceleration == "compile":
         model.compile_blocks()
-    return Replayed(network) if settings.acceleration == "graph" else network
+    if settings.acceleration != "graph":
+        return network
+    routers = [router for router in routers_of(model) if router.has_thresholds]
+    return Replayed(network, lambda: tuple((router.threshold_scale, router.capacity_limit) for router in routers))
 
 
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
+    """Its memory is freed with it."""
     inputs: tuple[Tensor | None, ...]
     """Image, time, labels, and the three parts of the text."""
     output: DiTOutput
@@ -85,24 +92,38 @@ class _Captured:
 class Replayed:
     """A network captured once for each shape of its inputs, then replayed: the host launches one graph a call.
 
-    The next call of that shape overwrites the routing reports of an output.
+    The next call of that shape overwrites the routing reports of an output. Each graph holds the memory of one
+    evaluation, so only the `MOST_GRAPHS` that were used last are kept.
+
+    Args:
+        network: what is captured.
+        constants: numbers that the network reads and a graph would keep; others need another graph.
     """
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
-        self.captured: dict[tuple[torch.Size | None, ...], _Captured] = {}
+    def __init__(self, network: Network, constants: Callable[[], Hashable] = tuple) -> None:
+        self.network, self.constants = network, constants
+        self.captured: dict[Hashable, _Captured] = {}
+        """Graphs by shapes and constants, the last used at the end."""
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
         given = (x, t, labels, *(text or (None, None, None)))
-        shapes = tuple(None if tensor is None else tensor.shape for tensor in given)
-        if shapes not in self.captured:
-            self.captured[shapes] = self._capture(tuple(None if tensor is None else tensor.clone() for tensor in given))
-        captured = self.captured[shapes]
-        for buffer, tensor in zip(captured.inputs, given):
-            if buffer is not None and tensor is not None:
-                buffer.copy_(tensor)
-        captured.graph.replay()
+        with on_device(x):
+            captured = self._graph_for(given)
+            for buffer, tensor in zip(captured.inputs, given):
+                if buffer is not None and tensor is not None:
+                    buffer.copy_(tensor)
+            captured.graph.replay()
         return DiTOutput(captured.output.sample.clone(), captured.output.routing)
+
+    def _graph_for(self, given: tuple[Tensor | None, ...]) -> _Captured:
+        key = (tuple(None if tensor is None else tensor.shape for tensor in given), self.constants())
+        captured = self.captured.pop(key, None)
+        if captured is None:
+            while len(self.captured) >= MOST_GRAPHS:  # before the capture, which needs their memory
+                del self.captured[next(iter(self.captured))]
+            captured = self._capture(tuple(None if tensor is None else tensor.clone() for tensor in given))
+        self.captured[key] = captured
+        return captured
 
     def _capture(self, inputs: tuple[Tensor | None, ...]) -> _Captured:
         text = () if inputs[3] is None else (TextFeatures(*inputs[3:]),)  # type: ignore[arg-type]
@@ -114,6 +135,7 @@ class Replayed:
                 self.network(*call)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may use the GPU meanwhile: those that pin memory or write files.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self.network(*call)
         return _Captured(graph, inputs, output)

@@ -122,13 +122,21 @@ def load_text_encoder(source: Source, name: str | None = None, warn: Log | None 
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """An AutoencoderKL by folder, hub id, or hub id and folder in it (OWNER/NAME/vae), in eval mode on the CPU."""
+    """An AutoencoderKL by folder, hub id, or hub id and folder in it (OWNER/NAME/vae), in eval mode on the CPU.
+
+    Raises:
+        ValueError: there is none, or its weights are no safetensors.
+    """
     from diffusers import AutoencoderKL
 
     owner, _, rest = name.partition("/")
     repository, _, folder = rest.partition("/")
     inside = {"subfolder": folder} if folder and owner and not Path(name).exists() else {}
+    place = f"{owner}/{repository}" if inside else name
     try:
-        return AutoencoderKL.from_pretrained(f"{owner}/{repository}" if inside else name, **inside).eval()
+        return AutoencoderKL.from_pretrained(place, use_safetensors=True, **inside).eval()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot load the VAE {name}: {' '.join(str(error).split())[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        if ".safetensors" in reason:  # there may be a pickled file, which could run code
+            reason += "; only safetensors are read: load another file with diffusers and save it by save_pretrained"
+        raise ValueError(f"cannot load the VAE {name}: {reason}") from error

@@ -26,6 +26,7 @@ from ..run_history import first_recipe, record
 from ..storage import checkpoints_in
 from .checkpoint import Checkpoints
 from .dataloader import batches
+from .deterministic import deterministic_algorithms
 from .export import export_models
 from .fit import check_fit, check_same_images, resolve_precision
 from .history import resume_with
@@ -80,11 +81,13 @@ def train(
         NonFiniteError: the loss stays non-finite.
         OSError: a checkpoint cannot be written, or another process was lost.
     """
-    backend = "cpu:gloo,cuda:nccl" if recipe.training.device != "cpu" and torch.cuda.is_available() else "gloo"
+    on_gpu = recipe.training.device != "cpu" and torch.cuda.is_available()
+    deterministic = deterministic_algorithms(on_gpu) if recipe.training.deterministic else nullcontext()
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if recipe.data.num_workers:
         start_fork_server()  # early, so that it imports the library meanwhile
     try:
-        with torchrun_processes(backend, PATIENCE), ending_with_others():
+        with deterministic, torchrun_processes(backend, PATIENCE), ending_with_others():
             log = log if is_main() else lambda line: None
             return Trainer(recipe, RunFolder(output_dir), resume, log, preview, pretrained).run()
     except RuntimeError as error:
