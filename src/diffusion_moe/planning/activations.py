@@ -163,7 +163,7 @@ class ForwardPass:
 
     def attention(self, name: str, index: int) -> int:
         """Self-attention."""
-        config, B, N, low = self.config, self.images, counts.num_tokens(self.config, index), self.low
+        config, B, N = self.config, self.images, counts.num_tokens(self.config, index)
         H, K, I, T = config.num_heads, config.num_kv_heads or config.num_heads, config.head_width, B * N  # noqa: E741
         kept = self.attention_ends(name, index)
         if config.qk_norm:
