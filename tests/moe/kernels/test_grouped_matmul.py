@@ -162,6 +162,15 @@ def test_neighbours_of_a_group_are_not_read():
     assert dw_EDF[1].isfinite().all() and dw_EDF[[0, 2]].isnan().all()
 
 
+def test_rows_after_the_last_offset_belong_to_no_expert(monkeypatch):
+    x_AD, w_EDF, _, offsets_E = operands([9, 20, 4, 40], 16, 32)
+    offsets_E, w_EDF = offsets_E[:3], w_EDF[:3]  # what is behind them in memory would be one more expert
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options))
+    y_AF = grouped_matmul.gmm(x_AD.detach(), w_EDF.detach(), offsets_E)
+    torch.testing.assert_close(y_AF[:33], gmm_loop(x_AD.detach()[:33], w_EDF.detach(), offsets_E))
+    assert y_AF[33:].isnan().all()
+
+
 def test_no_rows_and_no_columns():
     with backend.use("triton"):
         for counts, dim, width in (([0, 0], 4, 5), ([3, 2], 4, 0), ([3, 2], 0, 4)):

@@ -55,7 +55,8 @@ def _matmul(
         expert_N = skipped + tl.arange(0, N)
         end_N = tl.load(offsets + expert_N, mask=expert_N < E, other=2**30)
         expert += tl.sum(((end_N // R + expert_N < slot) & (expert_N < E)).to(tl.int32), axis=0)
-    first, end = _first_row(offsets, expert), tl.load(offsets + expert)
+    # No expert is left for a slot of rows that are after the last offset.
+    first, end = _first_row(offsets, expert), tl.load(offsets + expert, mask=expert < E, other=0)
     row = first + (slot - first // R - expert) * R
     if row < end:
         row_R, depth_K = row.to(tl.int64) + tl.arange(0, R), tl.arange(0, K).to(tl.int64)
