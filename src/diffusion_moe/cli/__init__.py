@@ -34,6 +34,7 @@ VERBS = {
     "evaluate": Verb("evaluate", True),
     "stats": Verb("evaluate", True),
     "sweep": Verb("evaluate", True),
+    "study": Verb("study", True),
     "analyze": Verb("sample", True),
     "bench": Verb("measure", True),
     "recipes": Verb("measure", False),
