@@ -44,7 +44,7 @@ class StudyFields:
     tolerance: float = 0.02
     """Share by which activated parameters may differ from the reference's."""
     modules: tuple[str, ...] = ()
-    """Python files, relative to the study's, or modules, that are imported first: they may register routing rules."""
+    """Python files or modules that are imported first: they may register routing rules."""
     statistics: Path | None = None
     """Statistics of real images for FD and KID; unless given, a small classifier of the data makes them once."""
 
@@ -66,6 +66,8 @@ class Variant:
     """Width that is chosen so that the activated parameters are the reference's, as model.expert_dim."""
     unequal: bool = False
     """The variant may have other activated parameters than the reference."""
+    scales: tuple[str, ...] = ()
+    """Scales that it is trained at; empty: all."""
 
 
 class StudyRun(NamedTuple):
@@ -107,7 +109,7 @@ class Study:
         """All runs, seed by seed, so that a study that is stopped has whole pairs."""
         for seed in self.fields.seeds:
             for scale in self.scales:
-                for variant in self.variants:
+                for variant in (name for name, at in self.recipes if at == scale):
                     recipe = self.recipes[variant, scale]
                     training = dataclasses.replace(recipe.training, seed=seed)
                     yield StudyRun(variant, scale, seed, dataclasses.replace(recipe, training=training))
@@ -159,7 +161,7 @@ def read_study(file: Path) -> Study:
     fields = build(StudyFields, content, f"{file}: ")
     require(isinstance(variants, dict) and bool(variants), f"{file} has no variants; give names with their overrides")
     require(isinstance(scales, dict), f"{file}: scales is {scales!r}; give names with their overrides")
-    import_modules(fields.modules, file.parent)
+    import_modules(fields.modules)
     known = {str(name): _read_variant(str(name), values, scales, file) for name, values in variants.items()}
     require(
         fields.reference in known,
@@ -172,14 +174,14 @@ def read_study(file: Path) -> Study:
     return Study(file, fields, known, recipes, read)
 
 
-def import_modules(names: tuple[str, ...], folder: Path) -> None:
-    """Import modules, and Python files of a folder, each once in a process.
+def import_modules(names: tuple[str, ...]) -> None:
+    """Import modules and Python files, each once in a process.
 
     Raises:
         ValueError: one cannot be imported.
     """
     for name in names:
-        path = folder / name
+        path = Path(name)
         try:
             if not name.endswith(".py"):
                 importlib.import_module(name)
@@ -219,12 +221,14 @@ def _read_variant(name: str, values: Any, scales: Mapping[str, Any], file: Path)
     require(isinstance(values, dict | None), f"{where} is {values!r}; give overrides such as model.router: dense")
     rest = dict(values or {})
     at, match, unequal = rest.pop("at", {}), rest.pop("match", None), rest.pop("unequal", False)
+    only = rest.pop("scales", [])
     require(match in (None, *MATCHED), f"{where}: match is {match!r}; choose one of {', '.join(MATCHED)}")
     require(isinstance(unequal, bool), f"{where}: unequal is {unequal!r}; expected true or false")
-    for scale in at:
+    require(isinstance(only, list), f"{where}: scales is {only!r}; give a list of names")
+    for scale in [*at, *only]:
         require(scale in scales, f"{where}: there is no scale {scale!r}; choose one of {', '.join(map(str, scales))}")
     layers = {str(scale): read_overrides(overrides, f"{where} at {scale}") for scale, overrides in at.items()}
-    return Variant(name, read_overrides(rest, where), layers, match, unequal)
+    return Variant(name, read_overrides(rest, where), layers, match, unequal, tuple(map(str, only)))
 
 
 def _make_recipes(
@@ -233,15 +237,20 @@ def _make_recipes(
     recipes = {}
     for scale, layer in scales.items():
         target: float | None = None
-        for variant in sorted(variants.values(), key=lambda variant: variant.name != fields.reference):
+        trained = {name: variant for name, variant in variants.items() if scale in (variant.scales or scales)}
+        require(
+            fields.reference in trained,
+            f"the reference {fields.reference} is not trained at scale {scale}; remove its scales",
+        )
+        for variant in sorted(trained.values(), key=lambda variant: variant.name != fields.reference):
             sections = merge(base, layer, variant.overrides, variant.at.get(scale, {}))
             if variant.match is not None and target is not None:
                 sections = with_matched_width(sections, variant.match, target, variant.name)
             recipe = build_recipe(_with_logging(sections, fields.seeds[0]))
             target = model_size(recipe.model).activated if target is None else target
             recipes[variant.name, scale] = recipe
-        _check_distinct({name: recipes[name, scale] for name in variants})
-    return {(name, scale): recipes[name, scale] for scale in scales for name in variants}
+        _check_distinct({name: recipes[name, scale] for name in trained})
+    return {(name, scale): recipes[name, scale] for scale in scales for name in variants if (name, scale) in recipes}
 
 
 def _check_distinct(recipes: Mapping[str, Recipe]) -> None:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from ..config import Recipe
+from ..planning.table import duration
 from .claims import Claim, Pair
 from .curves import CurvePoint, reached
 from .definition import Study
@@ -102,15 +103,16 @@ def _table(heading: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
 def _claims(results: Results) -> list[str]:
     lines, summary, details = ["## Claims", ""], [], []
     for number, claim in enumerate(results.study.claims, start=1):
-        rows, verdicts = [], []
+        rows: list[list[str]] = []
+        verdicts: list[str] = []
         for scale in results.study.scales:
-            found = [(pair, results.difference(pair, scale, claim)) for pair in claim.pairs]
-            verdict = all_of([_verdict(difference) for _, difference in found])
-            verdicts.append(verdict)
+            pairs = [pair for pair in claim.pairs if all((name, scale) in results.study.recipes for name in pair)]
+            found = [(pair, results.difference(pair, scale, claim)) for pair in pairs]
+            verdicts.append(all_of([_verdict(difference) for _, difference in found]) if found else "not studied")
             rows += [_pair_row(results, claim, scale, pair, difference) for pair, difference in found]
         summary.append([f"{number}. {claim.text}", *verdicts])
         heading = ["lower", "higher", "scale", "difference", "95 % interval", "of the higher", "seeds", "verdict"]
-        allowed = f", with a margin of {100 * claim.margin:g} %" if claim.margin else ""
+        allowed = f"; differences are from the higher one times {1 + claim.margin:g}" if claim.margin else ""
         details += [f"### {number}. {claim.text}", "", f"By {NAMES[claim.metric]}{allowed}.", ""]
         details += _table(heading, rows, left=3)
         details += [claim.note.strip(), ""] if claim.note else []
@@ -213,7 +215,7 @@ def _levels(results: Results) -> list[str]:
 
 
 def _cost(results: Results) -> list[str]:
-    hours = sum(record["seconds"] for record in results.records) / 3600
+    spent = duration(sum(record["seconds"] for record in results.records))
     machines = dict.fromkeys(
         f"{m['device']}, {m['threads']} threads, torch {m['torch']}, diffusion_moe {m['diffusion_moe']}"
         if m["threads"]
@@ -221,5 +223,5 @@ def _cost(results: Results) -> list[str]:
         for m in (record["machine"] for record in results.records)
     )
     images = sum(record["images"] for record in results.records)
-    text = f"{len(results.records)} runs took {hours:.1f} hours of training on {images:,} images."
+    text = f"{len(results.records)} runs took {spent} of training on {images:,} images."
     return ["## Cost", "", text, "", *(f"- {name}" for name in machines), ""]
