@@ -20,11 +20,11 @@ TITLED = """<?xml version="1.0"?>
 
 def drawing(number, size=200, turn=False):
     """A distinct drawing on transparent ground: coloured squares of a 3 x 3 grid, by the number's bits."""
-    image = Image.new("RGBA", (2 * size, size + 40))
+    image = Image.new("RGBA", (size + 100, size + 40))
     pen, side = ImageDraw.Draw(image), size // 3
     for cell in range(9):
         row, column = divmod(cell, 3)
-        color = (255, 0, 0) if number >> cell & 1 else ((0, 0, 255) if cell % 2 else (0, 120, 0))
+        color = "red" if number >> cell & 1 else ("blue", "green", "yellow")[column]
         left = (2 - column if turn else column) * side
         pen.rectangle((50 + left, 20 + row * side, 50 + left + side - 1, 20 + (row + 1) * side - 1), fill=color)
     return image
