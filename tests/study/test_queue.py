@@ -33,6 +33,14 @@ VARIANTS = {"dense": {"model.router": "dense"}, "dsmoe": {"match": "model.expert
 CLAIM = {"text": "A mixture is better.", "better": "dsmoe", "worse": "dense"}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_images():
+    """Losses of few images, so that a run takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "LEVEL_IMAGES", 16)
+        yield
+
+
 def write_study(folder, **fields):
     """The file of a small study whose output is in the folder."""
     content = {
@@ -133,7 +141,6 @@ def test_variants_of_a_seed_see_the_same_images_noise_and_times(tmp_path, monkey
     real = training_loss.loss_at
     for module in (training_loss, validation, measure):
         monkeypatch.setattr(module, "loss_at", recorded)
-    monkeypatch.setattr(measure, "LEVEL_IMAGES", 16)
     file = write_study(tmp_path / "paired", seeds=[0, 1])
     assert main(["study", str(file)]) == 0
     size = len(seen) // 4

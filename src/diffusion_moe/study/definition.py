@@ -45,6 +45,8 @@ class StudyFields:
     """Share by which activated parameters may differ from the reference's."""
     modules: tuple[str, ...] = ()
     """Python files or modules that are imported first: they may register routing rules."""
+    scores: bool = True
+    """Score generated images of each run by FD and KID."""
     statistics: Path | None = None
     """Statistics of real images for FD and KID; unless given, a small classifier of the data makes them once."""
 

@@ -16,12 +16,12 @@ PANEL = 2.4
 
 
 def loss_curves(results: Results) -> bytes | None:
-    """The curves as a PNG, means over seeds with the range of the seeds; None without records."""
+    """The curves as a PNG, means over seeds with the range of the seeds; None without records of a pair."""
     panels = [
         (number, claim, scale)
         for number, claim in enumerate(results.study.claims, start=1)
         for scale in results.study.scales
-        if any(results.of(name, scale) for name in claim.variants())
+        if sum(bool(results.of(name, scale)) for name in claim.variants()) > 1
     ]
     if not panels:
         return None

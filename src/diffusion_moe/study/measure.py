@@ -17,6 +17,7 @@ from ..data import ImageDataset, load_dataset
 from ..diffusion.ddpm import DDPM_STEPS
 from ..distributed import choose_device
 from ..evaluation.evaluate import score_model
+from ..evaluation.features import CLASSIFIER
 from ..evaluation.make_statistics import evenly, make_statistics
 from ..evaluation.options import ReferenceOptions, StatsOptions
 from ..evaluation.scorer import make_scorer
@@ -34,6 +35,8 @@ LEVELS = 10
 """Noise levels: parts of equal width of the time from 0 (noise) to 1 (data)."""
 LEVEL_IMAGES = 512
 """Most images of a split whose loss is computed at each level, evenly spread."""
+LEVEL_BATCH = 64
+"""Images at a time, the same for all variants: where a batch is routed together, the loss depends on it."""
 
 
 def measure_run(study: Study, run: StudyRun, folder: Path, log: Log) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def losses_by_level(model: Backbone, recipe: Recipe, dataset: ImageDataset, devi
     seed = derive_seed(recipe.training.seed, "validation", 1)
     chosen = torch.tensor(evenly(len(dataset), LEVEL_IMAGES))
     sums = torch.zeros(LEVELS, dtype=torch.float64)
-    for indices in chosen.split(recipe.training.batch_size):
+    for indices in chosen.split(LEVEL_BATCH):
         batch, samples = dataset.read(indices.tolist()), indices.to(device)
         images = batch.images.to(device)
         labels = batch.labels.to(device) if recipe.model.num_classes else None
@@ -102,8 +105,8 @@ def _times(recipe: Recipe, seed: int, level: int, samples: Tensor) -> Tensor:
 
 
 def quality(study: Study, recipe: Recipe, folder: Path, log: Log) -> dict[str, Any]:
-    """FD and KID of generated images; null where the data has no classes and the study no statistics."""
-    reference = study.fields.statistics or own_statistics(study, recipe, log)
+    """FD and KID of generated images; null where the study or the data has none."""
+    reference = statistics_for(study, recipe, log)
     if reference is None:
         return {"fd": None, "kid": None, "num_samples": 0}
     sampler = load_sampler(read_source(folder))
@@ -114,14 +117,26 @@ def quality(study: Study, recipe: Recipe, folder: Path, log: Log) -> dict[str, A
     return {"fd": scores[names[0]], "kid": scores[names[1]], "num_samples": scores["num_samples"]}
 
 
-def own_statistics(study: Study, recipe: Recipe, log: Log) -> Path | None:
-    """Statistics of the held-out images by a classifier of the training images, made once for all runs of the data."""
-    if not recipe.model.num_classes:
+def statistics_for(study: Study, recipe: Recipe, log: Log) -> Path | None:
+    """The statistics that a run's images are compared with; None without scores.
+
+    Unless the study names a file, a classifier of the training images makes those of the held-out images, once for all
+    runs of the same data.
+
+    Raises:
+        ValueError: the data is too large for a small classifier, or nothing is held out.
+    """
+    if not study.fields.scores:
         return None
+    if study.fields.statistics is not None or not recipe.model.num_classes:
+        return study.fields.statistics
     values = json.dumps(dataclasses.asdict(recipe.data), sort_keys=True)
-    name = f"statistics-{derive_seed(0, values) % 16**8:08x}.npz"
-    path = study.fields.output / name
+    path = study.fields.output / f"statistics-{derive_seed(0, values) % 16**8:08x}.npz"
     if not path.is_file():
         log("training the classifier whose features score the images")
-        make_statistics(study.fields.recipe, recipe.data, StatsOptions(path, "classifier", split="test"), log)
+        options = StatsOptions(path, CLASSIFIER, split="test")
+        try:
+            make_statistics(study.fields.recipe, recipe.data, options, log)
+        except ValueError as error:
+            raise ValueError(f"{error}; for a study, give `statistics: FILE` or `scores: false`") from error
     return path

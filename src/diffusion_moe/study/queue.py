@@ -10,7 +10,7 @@ from ..log import Log
 from ..run_folder import RunFolder
 from ..training.loop import train
 from .definition import Study
-from .measure import measure_run
+from .measure import measure_run, statistics_for
 from .records import append_record, current, read_records
 
 
@@ -36,6 +36,8 @@ def run_study(study: Study, records: Path, log: Log, after_run: Callable[[], Non
     output.mkdir(parents=True, exist_ok=True)
     runs = list(study.runs())
     with RunFolder(output).reserved(log, wait_seconds=5.0):
+        for recipe in study.recipes.values():
+            statistics_for(study, recipe, log)
         for number, run in enumerate(runs, start=1):
             known = {record["recipe_hash"] for record in current(study, read_records(records))}
             if run.hash in known:
