@@ -27,14 +27,20 @@ SCALE, GAP = 2, 6
 """Screen pixels of a pixel, and between groups."""
 
 
-def nearest(images: Tensor, training: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def nearest(images: Tensor, training: Tensor, count: int, mirrored: bool) -> tuple[Tensor, Tensor]:
     """Distances to the nearest training images and their indices, both (S, count), nearest first.
 
     Args:
-        images: NCHW. training: NCHW of the same size. count: of neighbours.
+        images: NCHW.
+        training: NCHW of the same size.
+        count: number of neighbours.
+        mirrored: take the smaller of the distances to a training image and to its mirror image.
     """
-    flat = training.flatten(1)
-    found = [torch.cdist(part.flatten(1), flat).topk(count, largest=False) for part in images.split(64)]
+    views = [training.flatten(1), *([training.flip(-1).flatten(1)] if mirrored else [])]
+    found = []
+    for part in images.split(64):
+        distances = torch.stack([torch.cdist(part.flatten(1), view) for view in views]).amin(0)
+        found.append(distances.topk(count, largest=False))
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
@@ -67,16 +73,14 @@ def main() -> None:
     if recipe is None or not recipe.model.num_classes:
         parser.exit(2, f"nearest.py: {options.run} is no run with classes\n")
     training, held_out = (load_dataset(recipe.data, split).read_all().images for split in ("train", "test"))
-    if recipe.data.flip:
-        training = torch.cat((training, training.flip(-1)))
     labels = torch.arange(recipe.model.num_classes).repeat_interleave(SAMPLES)
     samples = sampler.images(len(labels), labels)
-    distance, index = nearest(samples, training, NEAREST)
+    distance, index = nearest(samples, training, NEAREST, recipe.data.flip)
     options.figure.parent.mkdir(parents=True, exist_ok=True)
     sheet(samples, training[index], SAMPLES).save(options.figure)
     print(f"wrote {options.figure}")
     if len(held_out):
-        real = nearest(held_out, training, 1)[0]
+        real = nearest(held_out, training, 1, recipe.data.flip)[0]
         print(f"median distance to the nearest training image: samples {distance[:, 0].median():.2f}, ", end="")
         print(f"held-out images {real.median():.2f}")
 
