@@ -21,7 +21,7 @@ class CurvePoint(NamedTuple):
     loss: float
 
 
-class Curves(NamedTuple):
+class RunCurves(NamedTuple):
     """The losses of a run over its steps."""
 
     training: list[tuple[int, float]]
@@ -39,7 +39,7 @@ class Reached(NamedTuple):
     seconds: float
 
 
-def read_curves(metrics: Path, batch_size: int, ema_decay: float) -> Curves:
+def read_curves(metrics: Path, batch_size: int, ema_decay: float) -> RunCurves:
     """Read the curves of a finished run.
 
     The seconds of the steps between two lines are their number times the mean seconds of a step that the later line
@@ -49,7 +49,7 @@ def read_curves(metrics: Path, batch_size: int, ema_decay: float) -> Curves:
     return curves_of(rows, batch_size, ema_decay)
 
 
-def curves_of(rows: Sequence[Mapping[str, Any]], batch_size: int, ema_decay: float) -> Curves:
+def curves_of(rows: Sequence[Mapping[str, Any]], batch_size: int, ema_decay: float) -> RunCurves:
     """The curves in lines of a metrics.jsonl, see `read_curves`."""
     name = f"val_loss_ema_{ema_decay}"
     training: list[tuple[int, float]] = []
@@ -65,7 +65,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]], batch_size: int, ema_decay: flo
             training.append((step, float(row["loss"])))
         if name in row:
             held_out.append(CurvePoint(step, step * batch_size, seconds, float(row[name])))
-    return Curves(_thinned(training), held_out, seconds)
+    return RunCurves(_thinned(training), held_out, seconds)
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
