@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..config import SECTIONS, Recipe, find_recipe, read_sections, read_yaml, require, to_dict, unknown_name
 from ..config.build import build
-from ..config.reading import Sections, build_recipe, merge, nested, section_types
+from ..config.reading import Sections, build_recipe, merge
 from ..counts import model_size
 from .claims import Claim, read_claim
 from .matching import MATCHED, with_matched_width
@@ -210,12 +210,15 @@ def read_overrides(values: Any, where: str) -> Sections:
             dotted |= {f"{name}.{field}": each for field, each in value.items()}
         else:
             dotted[str(name)] = value
-    known = section_types()
-    for name in dotted:
-        require(name in known, f"{where}: {unknown_name(name, list(known))}")
+    known = [f"{section}.{field.name}" for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)]
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in dotted.items():
+        require(name in known, f"{where}: {unknown_name(name, known)}")
         require(name != "training.seed", f"{where} sets training.seed; give seeds instead")
         require(not name.startswith("init."), f"{where} sets {name}; variants of a study start from random weights")
-    return nested(dotted)
+        section, _, field = name.partition(".")
+        sections.setdefault(section, {})[field] = value
+    return sections
 
 
 def _read_variant(name: str, values: Any, scales: Mapping[str, Any], file: Path) -> Variant:
