@@ -4,9 +4,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+STUDY := benchmarks/study.yaml --records benchmarks/results/study/records.jsonl
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-.PHONY: demo demo-t2i test test-slow test-gpu check docs format compare compare-t2i bench bench-gpu gpu clean
+.PHONY: demo demo-t2i demo-pictures study study-page test test-slow test-gpu check docs format compare compare-t2i bench bench-gpu gpu clean
 
 # Train a small DSMoE on real handwritten digits, then sample, score and plot it.
 demo: $(STAMP)
@@ -22,6 +23,17 @@ demo-t2i: $(STAMP)
 	$(BIN)/diffusion-moe train shapes-t2i --output_dir runs/shapes-t2i
 	$(BIN)/diffusion-moe sample runs/shapes-t2i --prompts examples/shapes-prompts.txt --per_class 6
 	$(BIN)/diffusion-moe evaluate runs/shapes-t2i
+
+# Download 4,000 drawings (public domain; needs apt, or a folder: `make demo-pictures PICTURES_FROM=FOLDER`), train the
+# recipe `pictures` on them, sample a grid by class, and draw samples beside the nearest training images.
+demo-pictures: $(STAMP) pictures/metadata.jsonl
+	$(BIN)/diffusion-moe train pictures --output_dir runs/pictures
+	$(BIN)/diffusion-moe sample runs/pictures --per_class 8 --output runs/pictures/grid.png
+	$(BIN)/python benchmarks/nearest.py runs/pictures runs/pictures/nearest.png
+	$(BIN)/diffusion-moe evaluate runs/pictures
+
+pictures/metadata.jsonl: | $(STAMP)
+	PYTHON=$(BIN)/python examples/pictures.sh pictures $(PICTURES_FROM)
 
 # A process a core, each on one thread; a file's tests stay together, for they share what they train.
 test: $(STAMP)
@@ -56,6 +68,15 @@ compare: $(STAMP)
 # DiffMoE and dense of equal activated parameters on coloured shapes, into docs/shapes.md (20 minutes on two cores).
 compare-t2i: $(STAMP)
 	$(BIN)/python benchmarks/compare_shapes.py
+
+# The papers' claims on the same pictures, into docs/study.md; stop it at any time, the same command goes on (days on two
+# cores; `.venv/bin/diffusion-moe study benchmarks/study.yaml --plan` estimates it).
+study: $(STAMP) pictures/metadata.jsonl
+	$(BIN)/diffusion-moe study $(STUDY)
+	$(BIN)/diffusion-moe study $(STUDY) --page docs/study.md
+
+study-page: $(STAMP)
+	$(BIN)/diffusion-moe study $(STUDY) --page docs/study.md
 
 # Speed and memory against a naive loop, into benchmarks/results and docs/performance.md (minutes on two cores).
 bench: $(STAMP)

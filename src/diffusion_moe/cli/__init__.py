@@ -23,6 +23,7 @@ VERBS = {
     "stats": "evaluate",
     "sweep": "evaluate",
     "analyze": "sample",
+    "study": "study",
     "bench": "measure",
     "recipes": "measure",
 }

@@ -26,6 +26,8 @@ class DataConfig(Settings):
     path: str | None = setting(None, common=True, encode=False)
     """Folder (kind: folder, latents), or a tar or a folder of tars (webdataset). For huggingface a hub id, a folder
     that save_to_disk made, a folder of parquet files, or one parquet file."""
+    made_by: str | None = setting(None, change="always", encode=False, kinds=("folder",))
+    """Command that makes the folder, for the message where it is missing (kind: folder)."""
     classes: FolderClasses | None = setting(None, kinds=("folder",))
     """top: every folder at the top is a class, with all images below it; leaf: every innermost folder is one, named by
     its path; none: no classes; null: top, or none with data.caption_column (kind: folder). Folders train and val (or

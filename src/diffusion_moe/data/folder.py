@@ -27,6 +27,8 @@ def read_folder(config: DataConfig) -> ImageTable:
         ValueError: the folder is missing or empty, has no classes, or its captions cannot be read.
     """
     assert config.path is not None
+    if config.made_by is not None and not Path(config.path).is_dir():
+        raise ValueError(f"data.path {config.path} is not a folder; make it with `{config.made_by}`")
     try:
         listing = list_images(Path(config.path), config.classes or ("none" if config.caption_column else "top"))
     except ValueError as error:
