@@ -4,6 +4,9 @@ import io
 import multiprocessing
 import os
 import resource
+import signal
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -104,3 +107,24 @@ def test_many_tensors_need_no_file_each():
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert [tensor.tolist() for tensors, _ in found for tensor in tensors] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
     assert found[0][1].dtype == torch.bfloat16 and found[0][1].tolist() == [0, 1, 2]
+
+
+KILLED = """
+import os, signal
+from diffusion_moe.data.dataset import load_batches
+from worker_datasets import Processes
+
+batches = load_batches(Processes(), [[0]] * 4, 2)
+next(batches)
+print("loaded", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_and_their_server_end_with_a_killed_process():
+    """They share its output, which ends when the last of them has."""
+    path = os.pathsep.join((os.environ.get("PYTHONPATH", ""), *sys.path))
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED], env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL and killed.stdout == b"loaded\n"

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..randomness import uniform
 from ..text import TextFeatures
 from .captions import CaptionFeatures
 from .order import SampledImage
-from .workers import START_METHOD, SentDataset, start_fork_server
+from .workers import START_METHOD, SentDataset, begin_worker, start_fork_server
 
 
 class Batch(NamedTuple):
@@ -151,7 +152,7 @@ def load_batches(
         multiprocessing_context=START_METHOD if num_workers else None,
         collate_fn=_whole_batch,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=init_worker,
+        worker_init_fn=partial(begin_worker, init_worker),
     )
     iterator = iter(loader)
     try:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import pickle
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +28,28 @@ def start_fork_server() -> None:
 
         multiprocessing.set_forkserver_preload([f"{__package__}.fork_server"])
         forkserver.ensure_running()
+
+
+def begin_worker(then: Callable[[int], None] | None, number: int) -> None:
+    """Start a worker: it ends with the process that it loads for, even if that one is killed.
+
+    Torch's workers look at the number of their parent process, which here is the server's. A worker that stayed would
+    keep the server alive too.
+
+    Args:
+        then: called with the worker's number.
+        number: given by torch.
+    """
+    threading.Thread(target=_end_with_loader, name="end with loader", daemon=True).start()
+    if then is not None:
+        then(number)
+
+
+def _end_with_loader() -> None:
+    loader = multiprocessing.parent_process()
+    assert loader is not None
+    loader.join()
+    os._exit(0)
 
 
 class SentDataset:
