@@ -38,11 +38,11 @@ class _Ungrouped(TokenChoice):
 
     def routing(self, expert: Tensor, weight: Tensor, share: Tensor | None) -> Choice:  # type: ignore[override]
         expert_TK, weight_TK, losses = expert.flatten(0, -2), weight.flatten(0, -2), {}
-        if self.training and self.config.balance == "aux":
-            assert share is not None
-            losses["balance"] = self.config.balance_weight * balance_loss(share.flatten(0, -2), expert_TK)
         chosen_A = expert_TK.flatten()
         counts_E = chosen_A.new_zeros(self.config.num_experts).scatter_add_(0, chosen_A, torch.ones_like(chosen_A))
+        if self.training and self.config.balance == "aux":
+            assert share is not None
+            losses["balance"] = self.config.balance_weight * balance_loss(share.flatten(0, -2), counts_E)
         return Choice(expert_TK, weight_TK, RoutingReport(counts_E, losses, num_tokens=len(expert_TK)))
 
 

@@ -73,7 +73,7 @@ def matmul_rows(config: ModelConfig, name: str) -> int:
     """Rows of one image that are multiplied by a parameter; 0 if it is no matrix of a matmul."""
     if is_expert_matrix(name):
         return num_assignments(config, block_index(name))
-    if name.endswith("experts.b_out") and not config.expert_dropout:
+    if name.endswith("experts.b_out"):
         return num_tokens(config, block_index(name))  # the routing weights, as a matrix, times the biases
     if not name.endswith(".weight") or name == "y_embedder.weight" or "norm" in name:
         return 0

@@ -256,7 +256,7 @@ class ForwardPass:
         kept = low * T * D + (FLOAT32 * T * D if low < FLOAT32 else 0)  # the input; routers read it in float32
         kept += config.rule.kept_bytes(config, D, T, A)
         dropout = bool(config.expert_dropout)
-        kept += self.dropped_experts(name, A) if dropout else self.experts(name, T, A)
+        kept += self.dropped_experts(name, T, A) if dropout else self.experts(name, T, A)
         if config.shared in ("gelu", "swiglu"):
             if not self.recomputes_experts:
                 kept += self.feed_forward(f"{name}.shared", T, config.shared, dropout)
@@ -265,29 +265,31 @@ class ForwardPass:
         return kept
 
     def experts(self, name: str, T: int, A: int) -> int:
-        """Experts: weights and tokens of rows, first rows of tokens, and the first matmul's result."""
-        config, E = self.config, self.config.num_experts
-        columns = self.shapes[f"{name}.experts.w_in"][2]
-        assert config.rule is not None
-        kept = A * (FLOAT32 + INT64) + INT64 * T
-        if not issubclass(config.rule, TokenChoiceRule):  # whose router keeps the rows of tokens too
-            kept += INT64 * A
+        """Experts: what dispatch and combine keep, and the first matmul's result."""
+        kept = self.dispatch(T, A)
         if not self.recomputes_experts:
-            kept += self.low * A * columns
-        if A < KEEP_CAST_BELOW * E:
+            kept += self.low * A * self.shapes[f"{name}.experts.w_in"][2]
+        if A < KEEP_CAST_BELOW * self.config.num_experts:
             kept += self.cast(f"{name}.experts.w_")
-        if config.expert_bias:
-            kept += INT64 * A + FLOAT32 * T * E
         return kept
 
-    def dropped_experts(self, name: str, A: int) -> int:
-        """Experts with dropout, which autograd differentiates operator by operator."""
-        config, D, F, low = self.config, self.config.hidden_size, self.config.expert_dim, self.low
-        columns = self.shapes[f"{name}.experts.w_in"][2]
-        kept = low * A * (2 * D + columns + (3 if columns > F else 2) * F)
-        kept += A * (INT64 + FLOAT32) + FLOAT32 * A * D + FLOAT32 * config.num_experts
-        kept += 2 * INT64 * A if config.expert_bias else 0
-        return kept + self.cast(f"{name}.experts.w_")
+    def dropped_experts(self, name: str, T: int, A: int) -> int:
+        """Experts with dropout: also the rows, their activations after dropout, its mask, and the cast matrices."""
+        config, columns = self.config, self.shapes[f"{name}.experts.w_in"][2]
+        kept = self.low * A * (config.hidden_size + columns + 2 * config.expert_dim)
+        if config.expert_bias and self.sharded and self.low < FLOAT32:  # the output biases back in float32
+            kept += FLOAT32 * config.num_experts * config.hidden_size
+        return kept + self.dispatch(T, A) + FLOAT32 * config.num_experts + self.cast(f"{name}.experts.w_")
+
+    def dispatch(self, T: int, A: int) -> int:
+        """Weights and tokens of rows, first rows of tokens, and with biases the weights as a matrix."""
+        assert self.config.rule is not None
+        kept = A * (FLOAT32 + INT64) + INT64 * T
+        if not issubclass(self.config.rule, TokenChoiceRule):  # whose router keeps the rows of tokens too
+            kept += INT64 * A
+        if self.config.expert_bias:
+            kept += INT64 * A + FLOAT32 * T * self.config.num_experts
+        return kept
 
     def feed_forward(self, name: str, T: int, activation: str, dropout: bool) -> int:
         """A dense feed-forward layer without its input: the first projection, or with dropout each operator's input."""
