@@ -269,7 +269,7 @@ class ForwardPass:
         kept = self.dispatch(T, A)
         if not self.recomputes_experts:
             kept += self.low * A * self.shapes[f"{name}.experts.w_in"][2]
-        if A < KEEP_CAST_BELOW * self.config.num_experts:
+        if KEEP_CAST_BELOW * self.config.num_experts > A:
             kept += self.cast(f"{name}.experts.w_")
         return kept
 
