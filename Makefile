@@ -37,7 +37,7 @@ pictures/metadata.jsonl: | $(STAMP)
 
 # A process a core, each on one thread; a file's tests stay together, for they share what they train.
 test: $(STAMP)
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Proofs that take minutes.
 test-slow: $(STAMP)

@@ -29,6 +29,14 @@ TINY = [
 ]
 
 
+LONG = ("distributed", "training", "test_imports.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: not any(name in item.path.parts for name in LONG))
+
+
 @pytest.fixture(scope="session")
 def tiny_options() -> tuple[str, ...]:
     """Options that make the digits recipe small enough for tests."""

@@ -46,7 +46,13 @@ def check_counts(config):
     assert list(flops.blocks) == [sum(counts[name].values()) for name in names]
 
 
-@pytest.mark.parametrize("name", recipe_names())
+FAMILIES = {"dit-s", "tc-dit-l-e16", "diffmoe-s-e16", "dsmoe-s-e16", "jitmoe-b-16-e16", "t2i-dsmoe-s-e16", "shapes-t2i"}
+"""A recipe of each family."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAMILIES else pytest.mark.slow) for n in recipe_names()]
+)
 def test_of_shipped_recipes(name):
     check_counts(read_recipe(name).model)
 

@@ -57,69 +57,45 @@ def test_plans_load_no_torch():
     assert "yaml" in loaded and not loaded & {"torch", *LIBRARIES}
 
 
-def test_the_first_training_step_loads_nothing_that_it_does_not_use(tiny, tmp_path):
-    options = [*tiny, "--training.steps=1", "--training.device=cpu", f"--output_dir={tmp_path}"]
-    code = f"""
-import sys
-from collections import Counter
-from pathlib import Path
-import diffusion_moe.training.loop as loop
-from diffusion_moe.cli import main
-
-class Stop(Exception):
-    pass
-
-take = loop.train_step
-
-def first(*arguments, **named):
-    take(*arguments, **named)
-    print(*{{name.split('.')[0] for name in sys.modules}})
-    raise Stop
-
-loop.train_step = first
-try:
-    main({["train", "digits", *options]!r})
-except Stop:
-    pass
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(result.stdout.splitlines()[-1].split())
+def test_a_whole_training_loads_nothing_that_it_does_not_use(tiny, tmp_path):
+    arguments = ["train", "digits", *tiny, "--training.steps=1", "--training.device=cpu", "--output_dir"]
+    code = (
+        f"import os; from diffusion_moe.cli import main; sys.stdout = open(os.devnull, 'w'); assert main({arguments!r}"
+    )
+    loaded = loaded_by(f"{code} + [{str(tmp_path / 'run')!r}]) == 0; sys.stdout = sys.__stdout__")
     assert "torch" in loaded and not loaded & LIBRARIES
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-OTHER_MODULES = ["loaders.peft", "models.attention", "configuration_utils"]
-
-
-@pytest.mark.parametrize(
-    ("first", "module"),
-    [
-        ("diffusion_moe", "models.modeling_utils"),
-        slow("diffusers", "models.modeling_utils"),
-        *(slow(first, module) for first in ("diffusers", "diffusion_moe") for module in OTHER_MODULES),
-    ],
+BASES = (
+    "from diffusers import ModelMixin, ConfigMixin; from diffusers.loaders import PeftAdapterMixin; "
+    "from diffusers.models.attention import AttentionMixin, AttentionModuleMixin; "
+    "assert all(isinstance(model, base) for base in (ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)); "
+    "assert isinstance(model.blocks[0].attn, AttentionModuleMixin); assert model.config.depth == 2"
 )
+"""A check that a model is diffusers', also one that was made before diffusers was loaded."""
+MODULES = ["models.modeling_utils", "loaders.peft", "models.attention", "configuration_utils"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("first", ["diffusers", "diffusion_moe"])
 def test_models_are_those_of_diffusers_whichever_is_imported_first(first, module):
-    """Also a model that was made before diffusers was loaded."""
     imports = [f"import diffusers.{module}", f"from diffusion_moe import DiT; model = {MODEL}"]
-    code = "; ".join(imports if first == "diffusers" else imports[::-1])
-    bases = "ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin"
-    loaded_by(
-        f"{code}; from diffusers import ModelMixin, ConfigMixin; from diffusers.loaders import PeftAdapterMixin; "
-        f"from diffusers.models.attention import AttentionMixin, AttentionModuleMixin; "
-        f"assert all(isinstance(model, base) for base in ({bases})); "
-        "assert isinstance(model.blocks[0].attn, AttentionModuleMixin); assert model.config.depth == 2"
-    )
+    loaded_by("; ".join([*(imports if first == "diffusers" else imports[::-1]), BASES]))
 
 
 @pytest.mark.parametrize("name", ["save_pretrained", slow("add_adapter"), slow("set_attention_backend"), slow("dtype")])
 def test_asking_a_model_for_a_name_of_diffusers_loads_it(name):
     """A private name loads nothing; it would be asked for by copying and pickling."""
     code = f"from diffusion_moe import DiT; model = {MODEL}; assert not hasattr(model, '_nothing')"
-    assert "diffusers" in loaded_by(f"{code}; assert 'diffusers' not in sys.modules; model.{name}")
+    loaded_by(
+        f"{code}; assert 'diffusers' not in sys.modules; model.{name}; assert 'diffusers' in sys.modules; {BASES}"
+    )
 
 
 def test_a_model_lacks_names_that_nobody_has():

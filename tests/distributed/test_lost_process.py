@@ -14,7 +14,7 @@ LINE = (
 )
 
 
-@pytest.mark.parametrize("killed", [0, 2], ids=["main", "last"])
+@pytest.mark.parametrize("killed", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_processes_that_wait_for_a_device_end_with_one_line(start_processes, killed):
     began = time.monotonic()
     codes, said = start_processes(3, "lost_worker.py", killed, "device")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffusion_moe import DiT, JiT
+from diffusion_moe.models import save_model
 from diffusion_moe.moe import GroupedExperts, routers_of
 
 SMALL = {
@@ -67,6 +68,16 @@ def relative_error(actual, expected):
 
 
 # Files
+
+
+@every_model
+def test_a_model_saved_without_diffusers_has_the_same_files(name, tmp_path):
+    model = make_model(name)
+    model.save_pretrained(tmp_path / "theirs")
+    save_model(model, tmp_path / "ours")
+    theirs, ours = ({file.name: file.read_bytes() for file in (tmp_path / who).iterdir()} for who in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys() == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert theirs == ours
 
 
 @every_model
@@ -171,7 +182,9 @@ def test_gradient_checkpointing_counts_once(name):
         assert torch.equal(p, q), key
 
 
-@every_model
+@pytest.mark.parametrize(
+    "name", ["dsmoe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diffmoe", "jit"))]
+)
 def test_compiling_the_repeated_blocks_changes_nothing(name):
     torch._dynamo.reset()
     model = make_model(name, depth=2)

@@ -14,7 +14,7 @@ from diffusion_moe.models.presets import make_preset, model_preset, preset_names
 read_recipe = cache(read)
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_sizes.json").read_text())
-OWN = {"digits", "image-folder", "shapes-t2i"}
+OWN = {"digits", "image-folder", "pictures", "shapes-t2i"}
 """Recipes that are no paper's."""
 PAPERS = sorted(name for name in set(preset_names()) - OWN if not name.startswith("t2i-"))
 IMAGES = 1_281_167  # ImageNet's training images

@@ -82,6 +82,7 @@ NOT_INTERPRETED = pytest.mark.skipif(
 
 
 @NOT_INTERPRETED
+@pytest.mark.slow
 def test_every_kernel_compiles_for_hopper(monkeypatch, tmp_path):
     """The interpreter takes Python that the compiler does not. Rows of bfloat16 are read 16 bytes a thread."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

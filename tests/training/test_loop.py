@@ -105,7 +105,9 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, uninterrupted, resume)
     assert_same_run(uninterrupted, folder)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_an_interrupted_run_saves_logs_how_to_resume_and_resumes(tiny, tmp_path, uninterrupted, resume, number, status):
     """The signal goes to the whole process group, as a terminal's Ctrl-C does: the loading process gets it too."""
     folder = tmp_path / "interrupted"

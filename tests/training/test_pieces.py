@@ -86,4 +86,4 @@ def test_the_initial_model_is_a_function_of_the_seed(tiny):
 
 def test_recipes_of_papers_keep_their_constant_decay():
     warm = {name for name in recipe_names() if read_recipe(name, PLACE.get(name, ())).training.ema_warmup}
-    assert warm == {"digits", "shapes-t2i", "image-folder"}
+    assert warm == {"digits", "image-folder", "pictures", "shapes-t2i"}

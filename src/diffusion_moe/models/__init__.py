@@ -1,11 +1,12 @@
 """Backbones, their presets and their sizes."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ..config import ModelConfig
 from ..config.renamed import current_names, old_names
@@ -15,12 +16,26 @@ from .jit import JiT
 
 BACKBONES: dict[str, type[Backbone]] = {"dit": DiT, "jit": JiT}
 
-__all__ = ["BACKBONES", "Backbone", "DiT", "DiTOutput", "JiT", "load_model", "make_model"]
+__all__ = ["BACKBONES", "Backbone", "DiT", "DiTOutput", "JiT", "load_model", "make_model", "save_model"]
 
 
 def make_model(config: ModelConfig) -> Backbone:
     """A newly initialised model."""
     return BACKBONES[config.backbone](**{name: value for name, value in vars(config).items() if name != "backbone"})
+
+
+def save_model(model: Backbone, folder: Path) -> None:
+    """Save a model as its `save_pretrained` does, with all weights in one file, but without importing diffusers.
+
+    Raises:
+        OSError, SafetensorError: a file cannot be written.
+    """
+    written_by = {"_class_name": type(model).__name__, "_diffusers_version": version("diffusers")}
+    config = json.dumps({**written_by, **model._internal_dict}, indent=2, sort_keys=True)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config + "\n")
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def load_model(folder: Path) -> Backbone:

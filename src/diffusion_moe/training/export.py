@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ..config import Recipe
 from ..data import ImageDataset
 from ..distributed import barrier
-from ..models import Backbone
+from ..models import Backbone, save_model
 from ..run_folder import DATA, ORIGIN, RunFolder
 from .initialization import merge_adapters
 from .parallelize import whole_model
@@ -45,7 +45,7 @@ def export_models(run: RunFolder, state: TrainState, recipe: Recipe, dataset: Im
 def _save(model: Backbone, folder: Path, metadata: dict[str, dict[str, Any]]) -> None:
     """Save a model and its metadata, by name of file; nothing is left of the folder after an error."""
     try:
-        model.save_pretrained(folder)
+        save_model(model, folder)
         for name, content in metadata.items():
             (folder / name).write_text(json.dumps(content) + "\n")
     except (OSError, SafetensorError) as error:
