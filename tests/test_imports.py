@@ -58,17 +58,15 @@ def test_plans_load_no_torch():
 
 
 def test_a_whole_training_loads_nothing_that_it_does_not_use(tiny, tmp_path):
-    arguments = ["train", "digits", *tiny, "--training.steps=1", "--training.device=cpu", "--output_dir"]
-    code = (
-        f"import os; from diffusion_moe.cli import main; sys.stdout = open(os.devnull, 'w'); assert main({arguments!r}"
-    )
-    loaded = loaded_by(f"{code} + [{str(tmp_path / 'run')!r}]) == 0; sys.stdout = sys.__stdout__")
+    options = [*tiny, "--training.steps=1", "--training.device=cpu", f"--output_dir={tmp_path / 'run'}"]
+    train = f"from diffusion_moe.cli import main; assert main({['train', 'digits', *options]!r}) == 0"
+    loaded = loaded_by(f"import os; sys.stdout = open(os.devnull, 'w'); {train}; sys.stdout = sys.__stdout__")
     assert "torch" in loaded and not loaded & LIBRARIES
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 BASES = (
