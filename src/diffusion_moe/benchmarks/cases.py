@@ -161,7 +161,7 @@ def _step(model: Any, setting: Setting) -> Candidate:
 
 
 def sampling_settings(setting: Setting) -> EvaluationConfig:
-    """How `sample` generates its images."""
+    """Settings with which `sample` generates its images."""
     config = setting.config
     settings = EvaluationConfig(
         num_samples=setting.images,

@@ -11,7 +11,7 @@ What = Literal["layer", "step", "sample", "matmuls", "scaling", "waits"]
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure, and how long."""
+    """Setting to measure, and the time for it."""
 
     recipe: str = "dsmoe-s-e48"
     """A shipped recipe (see `diffusion-moe recipes`) or a YAML file; except for waits it must have experts. Dropout

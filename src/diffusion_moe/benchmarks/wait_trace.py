@@ -1,4 +1,4 @@
-"""Where the host waits for the device: on a GPU by torch's own warnings, without one on a stand-in.
+"""Places where the host waits for the device: on a GPU by torch's own warnings, without one on a stand-in.
 
 The stand-in is torch's meta device. Its tensors have no values, so whatever reads one shows, and a copy from or to the
 CPU shows as an operator. The trace answers such a read with a made-up value, and goes on.
@@ -80,6 +80,7 @@ class Gpu:
 
     @contextmanager
     def trace(self) -> Iterator[list[Wait]]:
+        """See `Device.trace`: torch warns at each synchronization."""
         waits: list[Wait] = []
 
         def note(message: Any, *_: Any, **__: Any) -> None:

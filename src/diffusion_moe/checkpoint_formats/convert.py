@@ -25,7 +25,7 @@ class Converted(NamedTuple):
     """A reference checkpoint as a model of this library."""
 
     model: Backbone
-    """In eval mode, on the CPU."""
+    """The model in eval mode, on the CPU."""
     record: dict[str, Any]
     """Metadata of the file."""
 

@@ -14,7 +14,7 @@ from .parsing import parse
 def study(arguments: Sequence[str]) -> int:
     """Train variants of a recipe on the same seeds and write a page of verdicts: paired differences with intervals.
 
-    The same command resumes a study that was stopped. The file is explained in docs/study.md of the repository.
+    The same command resumes a study that was stopped. The file is explained in docs/compare.md of the repository.
     """
     line = CommandLine("study", study.__doc__ or "", (StudyOptions,), first=("file", "a YAML file of a study"))
     given = parse(line, arguments)

@@ -83,7 +83,7 @@ class MatmulChoice(NamedTuple):
     kernel: Literal["grouped_mm", "triton", "loop"]
     """`torch.nn.functional.grouped_mm`, `kernels.grouped_matmul`, or a matmul an expert."""
     why: str = ""
-    """What speaks against the kernels before it."""
+    """Reason why the kernels before it cannot be used; empty for the first."""
 
     def __str__(self) -> str:
         return f"{self.kernel} ({self.why})" if self.why else self.kernel

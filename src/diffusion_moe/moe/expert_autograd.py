@@ -103,6 +103,7 @@ class ExpertFunction(torch.autograd.Function):
         start_T: Tensor,
         settings: ExpertSettings,
     ) -> Tensor:
+        """The arguments are those of `apply_experts`, flat, because autograd looks at tensors only."""
         dtype = matmul_dtype(x_TD, settings.dtype)
         experts = BatchedMatmul(offsets_E) if settings.equal else GroupedMatmul(offsets_E)
         with full_precision(x_TD):

@@ -60,6 +60,7 @@ class GroupedTopk(torch.autograd.Function):
         scale: float,
         strict: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments as for `grouped_topk`."""
         chosen = run(choose_experts, logits_TE, correction_E, top_k, n_group, topk_group, scale, strict)
         weight_TK, expert_TK, score_TK = chosen
         ctx.num_experts, ctx.scale = logits_TE.shape[1], scale

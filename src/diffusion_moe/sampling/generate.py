@@ -42,7 +42,7 @@ class Prompts(NamedTuple):
 
     text: TextFeatures
     negative: TextFeatures
-    """What guidance leads away from; a row without a token: the model's null prompt."""
+    """Prompts that guidance leads away from; a row without a token: the model's null prompt."""
 
     def rows(self, indices: Tensor, device: torch.device) -> Prompts:
         """The prompts of some of the images, on a device."""
@@ -273,7 +273,7 @@ def generate(
 
 
 def sampling_metadata(settings: EvaluationConfig, stats: SamplingStats) -> dict[str, Any]:
-    """How images were sampled and at what cost."""
+    """Settings of sampling, and what it cost."""
     adaptive = settings.solver == "dopri5"
     return {
         "solver": settings.solver,

@@ -17,7 +17,7 @@ class CurvePoint(NamedTuple):
     step: int
     images: int
     seconds: float
-    """Of training steps; validation and checkpoints are not counted."""
+    """Time of the training steps so far; validation and checkpoints are not counted."""
     loss: float
 
 
@@ -27,13 +27,13 @@ class RunCurves(NamedTuple):
     training: list[tuple[int, float]]
     """Step, and mean loss of the logged steps since the point before."""
     held_out: list[CurvePoint]
-    """Of the EMA weights."""
+    """Held-out losses of the EMA weights."""
     seconds: float
-    """Of all training steps."""
+    """Time of all training steps."""
 
 
 class Reached(NamedTuple):
-    """What a run took until its held-out loss was a given one."""
+    """Images and time that a run took until its held-out loss was a given one."""
 
     images: float
     seconds: float

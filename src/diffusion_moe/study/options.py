@@ -10,7 +10,7 @@ from ..config import require
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What is done with a study beside running it."""
+    """Options of a study: its plan, page and records."""
 
     plan: bool = False
     """Print variants, parameters, compute and the estimated time, and stop."""
