@@ -156,11 +156,22 @@ def _older_training(sections: Sections) -> dict[str, Any]:
     return {name: value for name, value in older_values(TrainingConfig).items() if name not in known}
 
 
-def _locked(file: TextIO) -> bool:
-    """Lock the file; False if another process has locked it, True also where files cannot be locked."""
+@contextmanager
+def lock_file(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Lock a file, which is created; the lock ends with the process, however that ends.
+
+    Yields:
+        False if another process has it, and True also where files cannot be locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        yield _locked(file, wait)
+
+
+def _locked(file: TextIO, wait: bool = False) -> bool:
     try:
         # A POSIX lock belongs to the process: data workers, which may outlive it for seconds, do not inherit it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         return not isinstance(error, BlockingIOError | PermissionError)
     return True

@@ -8,7 +8,7 @@ import pytest
 from diffusion_moe.cli import main
 from diffusion_moe.study.definition import read_study
 from diffusion_moe.study.page import Results, make_page
-from diffusion_moe.study.records import append_record, read_records
+from diffusion_moe.study.records import append_record, read_records, recipe_hashes
 
 FOLDER = Path(__file__).parent / "page"
 
@@ -39,6 +39,19 @@ def test_numbers_of_the_page_by_hand(study):
     assert margin.mean == pytest.approx(
         sum(10 * (a - 1.01 * b) for a, b in [(0.97, 0.95), (1, 0.971), (0.95, 0.938)]) / 3
     )
+
+
+def test_seconds_are_those_of_a_timing_in_turns(study):
+    """A step of dense takes 2 s and one of dsmoe 3 s, whatever the runs took."""
+    hashes = recipe_hashes(study, "small")
+    timing = {"scale": "small", "step_seconds": dict.fromkeys(hashes, 3.0) | {"dense": 2.0}, "recipe_hashes": hashes}
+    results = Results(study, [*read_records(Path("records.jsonl")), timing])
+    for name, seconds in (("dense", 2.0), ("dsmoe", 3.0)):
+        for record in results.of(name, "small"):
+            assert record["seconds"] == pytest.approx(seconds * record["val_curve"][-1].step)
+            assert [point.seconds for point in record["val_curve"]] == pytest.approx(
+                [seconds * point.step for point in record["val_curve"]]
+            )
 
 
 def test_without_records_the_page_says_how_to_run(study):

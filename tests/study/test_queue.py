@@ -15,9 +15,10 @@ from diffusion_moe.cli import main
 from diffusion_moe.evaluation import classifier
 from diffusion_moe.moe import ROUTERS
 from diffusion_moe.routing_rules import RULES
-from diffusion_moe.study import measure
+from diffusion_moe.run_folder import lock_file
+from diffusion_moe.study import measure, queue, timing
 from diffusion_moe.study.definition import read_study
-from diffusion_moe.study.records import read_records
+from diffusion_moe.study.records import append_record, read_records, runs_of, step_seconds
 from diffusion_moe.training import loss as training_loss
 from diffusion_moe.training import validation
 
@@ -35,9 +36,10 @@ CLAIM = {"text": "A mixture is better.", "better": "dsmoe", "worse": "dense"}
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_images():
-    """Losses of few images, so that a run takes a second."""
+    """Losses of few images and short timings, so that a run takes a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "LEVEL_IMAGES", 16)
+        patch.setattr(timing, "SECONDS", 0.0)
         yield
 
 
@@ -61,7 +63,7 @@ def write_study(folder, **fields):
 
 def measured(file):
     """The records of a study without what the clock and the machine give."""
-    records = read_records(file.parent / "out" / "records.jsonl")
+    records = runs_of(read_records(file.parent / "out" / "records.jsonl"))
     for record in records:
         del record["seconds"], record["machine"]
         record["val_curve"] = [point[:2] + point[3:] for point in record["val_curve"]]
@@ -77,7 +79,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_each_run_has_a_record(undisturbed):
-    records = read_records(undisturbed.parent / "out" / "records.jsonl")
+    records = runs_of(read_records(undisturbed.parent / "out" / "records.jsonl"))
     runs = list(read_study(undisturbed).runs())
     assert [(r["variant"], r["seed"], r["recipe_hash"]) for r in records] == [
         (run.variant, run.seed, run.hash) for run in runs
@@ -101,6 +103,59 @@ def test_a_finished_study_trains_nothing_again(undisturbed, capsys):
     assert main(["study", str(undisturbed)]) == 0
     assert "run 1" not in capsys.readouterr().out
     assert (undisturbed.parent / "out" / "records.jsonl").read_bytes() == before
+
+
+def test_steps_are_timed_when_all_runs_are_done(undisturbed):
+    study = read_study(undisturbed)
+    records = read_records(undisturbed.parent / "out" / "records.jsonl")
+    assert ["step_seconds" in record for record in records] == [False, False, False, False, True]
+    found = step_seconds(study, records, "all")
+    assert found is not None and found.keys() == VARIANTS.keys() and min(found.values()) > 0
+    assert "timed for all variants in turns" in (undisturbed.parent / "out" / "study.md").read_text()
+    records[-1]["recipe_hashes"]["dense"] = "123456789abc"
+    assert step_seconds(study, records, "all") is None
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(undisturbed, tmp_path, capsys):
+    """The lock of the second run is held by a process, as a second study has it."""
+    file = write_study(tmp_path / "shared")
+    runs = list(read_study(file).runs())
+    ready, end = multiprocessing.Event(), multiprocessing.Event()
+    other = multiprocessing.get_context("fork").Process(
+        target=_hold, args=(file.parent / "out" / "locks" / runs[1].name, ready, end)
+    )
+    other.start()
+    assert ready.wait(60)
+    assert main(["study", str(file)]) == 0
+    end.set()
+    other.join()
+    assert "1 runs are trained by other processes" in capsys.readouterr().out
+    expected = measured(undisturbed)
+    assert measured(file) == [expected[0], *expected[2:]]
+    assert main(["study", str(file)]) == 0
+    assert measured(file) == [expected[0], *expected[2:], expected[1]]
+
+
+def _hold(lock, ready, end):
+    with lock_file(lock):
+        ready.set()
+        end.wait(240)
+
+
+def test_records_of_several_processes_are_all_kept(tmp_path):
+    path = tmp_path / "records.jsonl"
+    context = multiprocessing.get_context("fork")
+    others = [context.Process(target=_append, args=(path, name)) for name in "abc"]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert sorted(record["recipe_hash"] for record in read_records(path)) == sorted(20 * ["a", "b", "c"])
+
+
+def _append(path, name):
+    for _ in range(20):
+        append_record(path, {"recipe_hash": name})
 
 
 def _run(file):
@@ -141,6 +196,7 @@ def test_variants_of_a_seed_see_the_same_images_noise_and_times(tmp_path, monkey
     real = training_loss.loss_at
     for module in (training_loss, validation, measure):
         monkeypatch.setattr(module, "loss_at", recorded)
+    monkeypatch.setattr(queue, "step_seconds", lambda *arguments: {})  # no timing, which has other images
     file = write_study(tmp_path / "paired", seeds=[0, 1])
     assert main(["study", str(file)]) == 0
     size = len(seen) // 4
@@ -185,7 +241,7 @@ def test_a_rule_of_ones_own_is_studied_from_one_file(tmp_path):
     finally:
         for table in (ROUTERS, RULES):
             del table["largest"]
-    records = read_records(tmp_path / "own" / "out" / "records.jsonl")
+    records = runs_of(read_records(tmp_path / "own" / "out" / "records.jsonl"))
     assert [record["variant"] for record in records] == ["dense", "dsmoe", "largest"]
     assert "| largest | dsmoe | all | " in (tmp_path / "own" / "out" / "study.md").read_text()
 
@@ -196,7 +252,7 @@ def test_images_are_scored_by_one_classifier_of_the_data(tmp_path, monkeypatch):
     file = write_study(tmp_path / "scored", overrides=overrides, seeds=[0])
     assert main(["study", str(file)]) == 0
     out = tmp_path / "scored" / "out"
-    records = read_records(out / "records.jsonl")
+    records = runs_of(read_records(out / "records.jsonl"))
     assert len(list(out.glob("statistics-*.npz"))) == 1
     for record in records:
         assert record["fd"] > 0 and record["num_samples"] == 20

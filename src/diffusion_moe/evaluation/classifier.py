@@ -16,6 +16,8 @@ from .features import CLASSIFIER, Extractor, ExtractorIdentity, fingerprint
 
 FEATURES = 64
 EPOCHS = 60
+MAX_STEPS = 800
+"""Most training steps; bounds the time for data sets larger than digits."""
 BATCH = 128
 
 
@@ -97,9 +99,11 @@ def train_classifier(dataset: ImageDataset, seed: int = 0) -> Classifier:
         torch.manual_seed(seed)
         model = Classifier(images.shape[1], len(dataset.class_names))
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=5e-2)
-        steps = EPOCHS * -(-len(images) // BATCH)
+        batches = -(-len(images) // BATCH)
+        epochs = max(1, min(EPOCHS, MAX_STEPS // batches))
+        steps = epochs * batches
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-        for _ in range(EPOCHS):
+        for _ in range(epochs):
             for rows in torch.randperm(len(images)).split(BATCH):
                 optimizer.zero_grad()
                 F.cross_entropy(model(_moved(images[rows])), labels[rows]).backward()

@@ -11,7 +11,7 @@ from .claims import Claim, Pair
 from .curves import CurvePoint, reached
 from .definition import Study
 from .intervals import Interval, Verdict, all_of, paired_difference
-from .records import Record, current
+from .records import Record, current, step_seconds
 
 DIGITS = {"val_loss": 4, "gap": 4, "fd": 2, "kid": 4, "seconds": 0}
 """Decimals of each metric."""
@@ -23,10 +23,21 @@ class Results:
 
     def __init__(self, study: Study, records: Sequence[Record]) -> None:
         self.study = study
-        self.records = current(study, records)
+        self.step_seconds = {scale: step_seconds(study, records, scale) for scale in study.scales}
+        self.records = [self._timed(record) for record in current(study, records)]
         self.by_cell: dict[tuple[str, str], dict[int, Record]] = {}
         for record in self.records:
             self.by_cell.setdefault((record["variant"], record["scale"]), {})[record["seed"]] = record
+
+    def _timed(self, record: Record) -> Record:
+        """The record with seconds by the timing of its scale, if there is one."""
+        times = self.step_seconds[record["scale"]]
+        if times is None:
+            return record
+        curve = [CurvePoint(*point) for point in record["val_curve"]]
+        an_image = times[record["variant"]] * curve[0].step / curve[0].images
+        curve = [point._replace(seconds=point.images * an_image) for point in curve]
+        return record | {"val_curve": curve, "seconds": record["images"] * an_image}
 
     def of(self, variant: str, scale: str) -> list[Record]:
         """Finished runs of a variant, in the order of the seeds."""
@@ -139,7 +150,7 @@ def _variants(results: Results) -> list[str]:
     text = (
         "Mean over seeds ± standard deviation. The gap is the held-out loss minus that of training images, at uniform "
         "times. FD and KID compare generated with held-out images by the features of a classifier. Seconds are those "
-        "of training steps."
+        f"of training steps{_timing(results)}."
     )
     lines = ["## Variants", "", text, ""]
     for scale in results.study.scales:
@@ -155,6 +166,11 @@ def _variants(results: Results) -> list[str]:
         title = [f"### {scale}", ""] if len(results.study.scales) > 1 else []
         lines += [*title, *_table(heading, rows)] if rows else []
     return lines
+
+
+def _timing(results: Results) -> str:
+    timed = all(results.step_seconds.values())
+    return ", timed for all variants in turns" if timed else ", as the runs took them"
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -8,7 +8,7 @@ from ..log import Log
 from ..run_folder import write_atomically
 from .definition import Study
 from .page import Results, make_page
-from .records import read_records
+from .records import read_records, runs_of
 
 
 def write_page(study: Study, records: Path, page: Path, log: Log) -> None:
@@ -22,8 +22,9 @@ def write_page(study: Study, records: Path, page: Path, log: Log) -> None:
     """
     known = read_records(records)
     results = Results(study, known)
-    if len(results.records) < len(known):
-        log(f"{len(known) - len(results.records)} records of other recipes are left out")
+    others = len(runs_of(known)) - len(results.records)
+    if others:
+        log(f"{others} records of other recipes are left out")
     figure = None
     if results.records:
         from .figure import loss_curves
