@@ -151,4 +151,7 @@ def test_the_studies_of_the_repository_are_equal():
         activated = model_size(study.recipes["dense", scale].model).activated
         assert 0.9e6 * millions < activated < 1.2e6 * millions
         for name, times in (("dense-2x", 2), ("dense-3x", 3)):
-            assert model_size(study.recipes[name, scale].model).activated / activated == pytest.approx(times, rel=0.1)
+            if (name, scale) in study.recipes:
+                found = model_size(study.recipes[name, scale].model).activated
+                assert found / activated == pytest.approx(times, rel=0.1)
+    assert ("dense-2x", "4M") in study.recipes and ("dense-3x", "1M") in study.recipes

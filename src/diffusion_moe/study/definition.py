@@ -108,9 +108,9 @@ class Study:
         return list(dict.fromkeys(scale for _, scale in self.recipes))
 
     def runs(self) -> Iterator[StudyRun]:
-        """All runs, seed by seed, so that a study that is stopped has whole pairs."""
-        for seed in self.fields.seeds:
-            for scale in self.scales:
+        """All runs, scale by scale and seed by seed, so that a study that is stopped has whole pairs."""
+        for scale in self.scales:
+            for seed in self.fields.seeds:
                 for variant in (name for name, at in self.recipes if at == scale):
                     recipe = self.recipes[variant, scale]
                     training = dataclasses.replace(recipe.training, seed=seed)
