@@ -69,10 +69,25 @@ def measured(file):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def seen():
+    """Images, noise and times of every pass of `undisturbed`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, seen):
     """A small study that was not stopped."""
+
+    def recorded(model, recipe, images, labels, noise, t, text=None):
+        seen.append((images.clone(), noise.clone(), t.clone()))
+        return real(model, recipe, images, labels, noise, t, text)
+
+    real = training_loss.loss_at
     file = write_study(tmp_path_factory.mktemp("study") / "whole")
-    assert main(["study", str(file)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (training_loss, validation, measure):
+            patch.setattr(module, "loss_at", recorded)
+        assert main(["study", str(file)]) == 0
     return file
 
 
@@ -111,7 +126,7 @@ def _run(file):
     os._exit(main(["study", str(file)]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_study_resumes_to_the_same_records(undisturbed, tmp_path, number):
     """It is stopped in its second run, when that has a checkpoint but not its last."""
     file = write_study(tmp_path / "stopped")
@@ -130,19 +145,8 @@ def test_a_stopped_study_resumes_to_the_same_records(undisturbed, tmp_path, numb
     assert measured(file) == measured(undisturbed)
 
 
-def test_variants_of_a_seed_see_the_same_images_noise_and_times(tmp_path, monkeypatch):
+def test_variants_of_a_seed_see_the_same_images_noise_and_times(undisturbed, seen):
     """Of training, of validation and of the noise levels; another seed sees others."""
-    seen = []
-
-    def recorded(model, recipe, images, labels, noise, t, text=None):
-        seen.append((images.clone(), noise.clone(), t.clone()))
-        return real(model, recipe, images, labels, noise, t, text)
-
-    real = training_loss.loss_at
-    for module in (training_loss, validation, measure):
-        monkeypatch.setattr(module, "loss_at", recorded)
-    file = write_study(tmp_path / "paired", seeds=[0, 1])
-    assert main(["study", str(file)]) == 0
     size = len(seen) // 4
     dense0, dsmoe0, dense1, dsmoe1 = (seen[i * size : (i + 1) * size] for i in range(4))
     for first, second in ((dense0, dsmoe0), (dense1, dsmoe1)):
