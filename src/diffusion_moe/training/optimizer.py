@@ -121,6 +121,7 @@ def _sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
         return part
     from torch.distributed.tensor import DTensor
 
+    assert isinstance(parameter, DTensor)
     return DTensor.from_local(
         part,
         parameter.device_mesh,
