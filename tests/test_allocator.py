@@ -14,10 +14,10 @@ from diffusion_moe.allocator import keep_freed_memory
 kept = sys.argv[1] == "keep" and keep_freed_memory()
 import torch
 for _ in range(30):
-    torch.zeros(2**22)
+    torch.zeros(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
-    torch.zeros(2**22)
+    torch.zeros(2**24)
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
