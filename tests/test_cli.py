@@ -356,7 +356,7 @@ def test_an_unconditional_run_is_sampled_scored_and_plotted(capsys, tmp_path, ti
     assert run(capsys, "evaluate", folder, "--steps=1", "--num_samples=9")[0] == 0
     scores = json.loads((folder / "evaluation.json").read_text())
     assert (scores["recognised"], scores["guidance_scale"]) == (None, 1.0)
-    assert run(capsys, "analyze", folder)[0] == 0
+    assert run(capsys, "analyze", folder, "--num_samples=10", "--steps=2")[0] == 0
     assert run(capsys, "convert", folder, "--output", tmp_path / "pipeline")[0] == 0
     for option in ("--classes=3", "--guidance_scale=2"):
         status, _, err = run(capsys, "sample", folder, option)

@@ -20,12 +20,6 @@ def loaded_by(statement):
     return set(result.stdout.split())
 
 
-def test_the_moe_layer_loads_torch_alone():
-    loaded = loaded_by("from diffusion_moe.moe import MoEFeedForward; from diffusion_moe import RouterConfig")
-    assert "torch" in loaded
-    assert not loaded & HEAVY
-
-
 def test_the_command_answers_mistakes_without_loading_torch():
     assert "torch" not in loaded_by("from diffusion_moe.cli import main; main(['train', 'digits', '--model.dept=3'])")
 
@@ -35,9 +29,11 @@ MODEL = f"DiT(**{SETTINGS})"
 LIBRARIES = {"diffusers", "transformers", "accelerate", "peft", "datasets", "sklearn", "pandas", "scipy", "matplotlib"}
 
 
-def test_models_load_torch_without_its_compiler_and_no_diffusers():
-    code = f"from diffusion_moe import DiT; import copy; copy.deepcopy({MODEL}); import sys"
-    loaded = loaded_by(f"{code}; assert 'torch._dynamo' not in sys.modules")
+def test_the_moe_layer_loads_torch_alone_and_models_neither_its_compiler_nor_diffusers():
+    layer = "from diffusion_moe.moe import MoEFeedForward; from diffusion_moe import RouterConfig"
+    model = f"from diffusion_moe import DiT; import copy; copy.deepcopy({MODEL})"
+    check = f"assert not {HEAVY} & {{name.split('.')[0] for name in sys.modules}}"
+    loaded = loaded_by(f"{layer}; {check}; {model}; assert 'torch._dynamo' not in sys.modules")
     assert "torch" in loaded and not loaded & LIBRARIES
 
 
@@ -61,12 +57,8 @@ def test_a_whole_training_loads_nothing_that_it_does_not_use(tiny, tmp_path):
     options = [*tiny, "--training.steps=1", "--training.device=cpu", f"--output_dir={tmp_path / 'run'}"]
     train = f"from diffusion_moe.cli import main; assert main({['train', 'digits', *options]!r}) == 0"
     loaded = loaded_by(f"import os; sys.stdout = open(os.devnull, 'w'); {train}; sys.stdout = sys.__stdout__")
-    assert "torch" in loaded and not loaded & LIBRARIES
+    assert "torch" in loaded and not loaded & {*LIBRARIES, "sympy"}, "sympy comes with torch's compiler"
     assert (tmp_path / "run" / "model" / "config.json").is_file()
-
-
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 BASES = (
@@ -87,9 +79,11 @@ def test_models_are_those_of_diffusers_whichever_is_imported_first(first, module
     loaded_by("; ".join([*(imports if first == "diffusers" else imports[::-1]), BASES]))
 
 
-@pytest.mark.parametrize("name", ["save_pretrained", slow("add_adapter"), slow("set_attention_backend"), slow("dtype")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["save_pretrained", "add_adapter", "set_attention_backend", "dtype"])
 def test_asking_a_model_for_a_name_of_diffusers_loads_it(name):
-    """A private name loads nothing; it would be asked for by copying and pickling."""
+    """A private name loads nothing; it would be asked for by copying and pickling. For one name
+    tests/pipelines/test_registration.py shows it too."""
     code = f"from diffusion_moe import DiT; model = {MODEL}; assert not hasattr(model, '_nothing')"
     loaded_by(
         f"{code}; assert 'diffusers' not in sys.modules; model.{name}; assert 'diffusers' in sys.modules; {BASES}"

@@ -120,7 +120,8 @@ def test_last_weights_of_a_run_of_adapters_are_merged(adapted):
         assert (ema(x, t, y).sample - by_hand(x, t, y).sample).abs().max() > 1e-3
 
 
-def test_the_command_takes_last_weights_of_a_run_of_adapters(capsys, adapted, tmp_path):
+def test_the_command_takes_last_weights_of_a_run_of_adapters(capsys, adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_moe.evaluation.classifier.EPOCHS", 1)
     hand = make_model(read_recipe(adapted / "recipe.yaml").model)
     hand.load_state_dict(merged_by_hand(adapted))
     hand.save_pretrained(tmp_path / "hand")

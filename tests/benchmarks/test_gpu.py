@@ -33,6 +33,7 @@ MISSING = ("diffusers", "datasets", "accelerate", "torchdiffeq", "sklearn", "mat
 """Packages that a machine with torch and gpu-requirements.txt alone lacks."""
 
 
+@pytest.mark.slow
 def test_all_stages_run_small_without_what_a_bare_machine_lacks():
     before = gpu.RECORDS.read_bytes() if gpu.RECORDS.exists() else None
     command = [sys.executable, "-c", BARE.format(missing=set(MISSING))]

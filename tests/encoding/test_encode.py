@@ -1,14 +1,15 @@
 """A cache is the VAE's answers, whoever writes it and however often it is stopped."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,11 +137,14 @@ def test_loading_processes_change_nothing(tmp_path, cache, pictures, vae_folder)
     assert contents(tmp_path / "cache") == contents(cache)
 
 
-def start(folder, pictures, vae_folder, environment, shard_images=SHARD):
-    command = [sys.executable, "-m", "diffusion_moe", "encode", str(pictures), f"--vae={vae_folder}"]
-    command += [f"--output={folder}", f"--image_size={SIZE}", f"--shard-images={shard_images}", "--batch-size=3"]
+def command(folder, pictures, vae_folder, shard_images=SHARD):
+    arguments = ["encode", str(pictures), f"--vae={vae_folder}", f"--output={folder}", f"--image_size={SIZE}"]
+    return [*arguments, f"--shard-images={shard_images}", "--batch-size=3", "--device=cpu"]
+
+
+def start(folder, pictures, vae_folder, environment):
     return subprocess.Popen(
-        [*command, "--device=cpu"],
+        [sys.executable, "-m", "diffusion_moe", *command(folder, pictures, vae_folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -152,11 +156,14 @@ def test_a_killed_command_resumes_without_a_lost_or_doubled_image(tmp_path, pict
     """SIGKILL at a random shard, then by two other processes."""
     write(tmp_path / "whole", pictures, vae_folder, shard_images=1)
     folder, shard = tmp_path / "killed", random.SystemRandom().randrange(10)
-    process = start(folder, pictures, vae_folder, os.environ, shard_images=1)
-    while not shard_path(folder, shard).exists():
-        assert process.poll() is None, process.stdout.read()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    arguments = command(folder, pictures, vae_folder, shard_images=1)
+    process = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
+    process.start()
+    while process.is_alive() and not shard_path(folder, shard).exists():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert shard_path(folder, shard).exists()
     found = contents(folder)
     if "shards/00013.json" not in found:  # the rare case that it was quicker than the signal
         with pytest.raises(ValueError, match="is not finished; run the same"):

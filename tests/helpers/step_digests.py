@@ -52,7 +52,7 @@ def digest(kind: str, device: torch.device, precision: str, deterministic: bool,
     with deterministic_algorithms(device.type == "cuda") if deterministic else nullcontext():
         losses = [train_step(state, recipe, batch).loss for _ in range(steps)]
     assert all(loss == loss for loss in losses)
-    moments = [value for values in state.optimizer.state_dict()["state"].values() for value in values.values()]
+    moments = state.optimizer.named_moments().values()
     left = [*state.model.state_dict().values(), *state.ema.state_dict().values(), *moments]
     hashed = hashlib.sha256()
     for tensor in left:

@@ -273,7 +273,9 @@ def test_a_bfloat16_model_is_close_to_float32(router):
     assert (actual - expected).norm() / expected.norm() < 0.05
 
 
-@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize(
+    "router", ["diffmoe", "dsmoe", *(pytest.param(router, marks=pytest.mark.slow) for router in ("tc", "ec"))]
+)
 def test_a_block_compiles_to_one_graph(router):
     torch._dynamo.reset()
     model = make_model(router=router)
@@ -377,7 +379,7 @@ def test_the_output_is_read_as_those_of_diffusers_are():
         out["nothing"]
 
 
-@pytest.mark.parametrize("kind", [DiT, JiT])
+@pytest.mark.parametrize("kind", [pytest.param(DiT, marks=pytest.mark.slow), JiT])
 def test_a_model_is_pickled_and_compiled_whole(kind):
     torch._dynamo.reset()
     own = {"prediction": "x", "bottleneck_dim": 8, "class_tokens": 2, "class_tokens_from": 1} if kind is JiT else {}

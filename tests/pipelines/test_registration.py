@@ -56,41 +56,41 @@ def saved(tmp_path_factory):
     return folder, images(pipe)
 
 
+OURS_FIRST = """
+import importlib, sys
+import diffusion_moe
+importlib.reload(diffusion_moe)
+assert not {"torch", "diffusers"} & set(sys.modules), "registering waits"
+from diffusion_moe import DiT
+model = DiT(sample_size=8, in_channels=1, hidden_size=32, depth=2, num_heads=4, expert_dim=8)
+assert not hasattr(model, "_nothing"), "a name that copying and pickling ask for"
+assert "diffusers" not in sys.modules
+model.save_pretrained
+assert "diffusers" in sys.modules, "asking for a name of diffusers loads it"
+import diffusers
+assert isinstance(model, diffusers.ModelMixin) and isinstance(model, diffusers.ConfigMixin)
+assert model.config.depth == 2
+diffusers.DiffusionPipeline
+assert "diffusion_moe.pipelines.class_to_image" not in sys.modules, "registering loads nothing"
+assert diffusers.ClassToImagePipeline is diffusion_moe.ClassToImagePipeline
+"""
+THEIRS_FIRST = "import diffusers; diffusers.DiffusionPipeline; import diffusion_moe"
+
+
 @pytest.mark.parametrize(
     "imports",
     [
-        pytest.param("import diffusion_moe, diffusers", id="ours first"),
-        pytest.param(
-            "import diffusers; diffusers.DiffusionPipeline; import diffusion_moe",
-            id="theirs first",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(OURS_FIRST, id="ours first"),
+        pytest.param(THEIRS_FIRST, id="theirs first", marks=pytest.mark.slow),
     ],
 )
-def test_a_fresh_process_samples_the_same_bits(saved, imports, tmp_path):
+def test_a_fresh_process_registers_us_and_samples_the_same_bits(saved, imports, tmp_path):
     folder, expected = saved
     command = [sys.executable, "-c", f"{imports}\n{DRAW}", folder, tmp_path / "out.pt"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     module, pipeline, transformer, actual = torch.load(tmp_path / "out.pt")
     assert (module, pipeline, transformer) == ("diffusion_moe", "ClassToImagePipeline", "DiT")
     assert expected.std() > 0.01 and torch.equal(actual, expected)
-
-
-def printed_by(*statements):
-    code = "; ".join(statements)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-
-
-def test_registering_waits_and_loads_nothing():
-    statements = [
-        "import sys, importlib, diffusion_moe",
-        "importlib.reload(diffusion_moe)",
-        "print('torch' in sys.modules, 'diffusers' in sys.modules)",
-        "from diffusion_moe import DiT; import diffusers; diffusers.DiffusionPipeline",
-        "print('diffusion_moe.pipelines.class_to_image' in sys.modules)",
-        "print(diffusers.ClassToImagePipeline is diffusion_moe.ClassToImagePipeline)",
-    ]
-    assert printed_by(*statements) == ["False", "False", "False", "True"]
 
 
 def test_the_saved_folder_names_us(saved):

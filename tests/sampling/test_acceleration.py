@@ -69,7 +69,7 @@ def test_a_limit_is_for_thresholds():
 
 
 @pytest.mark.parametrize(
-    "router", ["dsmoe", pytest.param("dense", marks=pytest.mark.slow), pytest.param("diffmoe", marks=pytest.mark.slow)]
+    "router", ["dense", pytest.param("dsmoe", marks=pytest.mark.slow), pytest.param("diffmoe", marks=pytest.mark.slow)]
 )
 def test_compiled_blocks_draw_the_same_images(router, monkeypatch):
     torch._dynamo.reset()

@@ -71,10 +71,32 @@ def measured(file):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def seen():
+    """Images, noise and times of every pass of `undisturbed`, its timing aside."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, seen):
     """A small study that was not stopped."""
+
+    def recorded(model, recipe, images, labels, noise, t, text=None):
+        seen.append((images.clone(), noise.clone(), t.clone()))
+        return real(model, recipe, images, labels, noise, t, text)
+
+    def unrecorded(study, scale):
+        before = len(seen)
+        timing = real_timing(study, scale)
+        del seen[before:]
+        return timing
+
+    real, real_timing = training_loss.loss_at, queue.time_scale
     file = write_study(tmp_path_factory.mktemp("study") / "whole")
-    assert main(["study", str(file)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (training_loss, validation, measure):
+            patch.setattr(module, "loss_at", recorded)
+        patch.setattr(queue, "time_scale", unrecorded)
+        assert main(["study", str(file)]) == 0
     return file
 
 
@@ -166,7 +188,7 @@ def _run(file):
     os._exit(main(["study", str(file)]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_study_resumes_to_the_same_records(undisturbed, tmp_path, number):
     """It is stopped in its second run, when that has a checkpoint but not its last."""
     file = write_study(tmp_path / "stopped")
@@ -185,20 +207,8 @@ def test_a_stopped_study_resumes_to_the_same_records(undisturbed, tmp_path, numb
     assert measured(file) == measured(undisturbed)
 
 
-def test_variants_of_a_seed_see_the_same_images_noise_and_times(tmp_path, monkeypatch):
+def test_variants_of_a_seed_see_the_same_images_noise_and_times(undisturbed, seen):
     """Of training, of validation and of the noise levels; another seed sees others."""
-    seen = []
-
-    def recorded(model, recipe, images, labels, noise, t, text=None):
-        seen.append((images.clone(), noise.clone(), t.clone()))
-        return real(model, recipe, images, labels, noise, t, text)
-
-    real = training_loss.loss_at
-    for module in (training_loss, validation, measure):
-        monkeypatch.setattr(module, "loss_at", recorded)
-    monkeypatch.setattr(queue, "step_seconds", lambda *arguments: {})  # no timing, which has other images
-    file = write_study(tmp_path / "paired", seeds=[0, 1])
-    assert main(["study", str(file)]) == 0
     size = len(seen) // 4
     dense0, dsmoe0, dense1, dsmoe1 = (seen[i * size : (i + 1) * size] for i in range(4))
     for first, second in ((dense0, dsmoe0), (dense1, dsmoe1)):

@@ -131,7 +131,9 @@ def test_an_ema_that_is_no_longer_kept_is_dropped_with_a_line(recipe, tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("step", [FIRST + 1, FIRST + 2, 11])
+@pytest.mark.parametrize(
+    "step", [FIRST + 1, pytest.param(FIRST + 2, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)]
+)
 def test_killed_after_the_change_it_resumes_by_the_plain_command_bit_for_bit(recipe, tmp_path, monkeypatch, step):
     for folder in ("whole", "killed"):
         train(recipe(), tmp_path / folder, log=str)

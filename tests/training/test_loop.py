@@ -1,8 +1,10 @@
 """The loop: killed and interrupted runs end where an uninterrupted one does."""
 
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,10 +47,22 @@ def start(arguments, folder):
     )
 
 
-def wait_for_step(process, folder, step):
-    """Read what the run prints until it has logged a step."""
+def fork(arguments, folder):
+    """The command in a process forked from this one, which has imported everything."""
+    command = ["train", "digits", "--output_dir", str(folder), *arguments]
+    process = multiprocessing.get_context("fork").Process(target=main, args=(command,))
+    process.start()
+    return process
+
+
+def has_logged(folder, step):
     metrics = folder / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+    return metrics.exists() and len(metrics.read_text().splitlines()) >= step
+
+
+def wait_for_step(process, folder, step):
+    """Wait until a started run has logged a step."""
+    while not has_logged(folder, step):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.005)  # leave the processor to the run
 
@@ -95,13 +109,26 @@ def test_a_killed_run_resumes_bit_for_bit(tiny, tmp_path, uninterrupted, resume)
     """SIGKILL at a random step; weights, EMA, optimizer, order, flips and thresholds end the same."""
     folder = tmp_path / "killed"
     step = random.SystemRandom().randint(1, STEPS - 2)
+    process = fork(options(tiny), folder)
+    while process.is_alive() and not has_logged(folder, step):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (folder / "model").exists()
+    output = resume(folder)
+    assert ("resuming from" in output) == (step >= 5), output
+    assert_same_run(uninterrupted, folder)
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_a_loading_process_resumes_bit_for_bit(tiny, tmp_path, uninterrupted, resume):
+    folder = tmp_path / "killed"
     process = start([*options(tiny), "--data.num_workers=1"], folder)
-    wait_for_step(process, folder, step)
+    wait_for_step(process, folder, random.SystemRandom().randint(1, STEPS - 2))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "model").exists()
-    output = resume(folder)
-    assert ("resuming from" in output) == (step >= 5), output
+    resume(folder)
     assert_same_run(uninterrupted, folder)
 
 
@@ -137,22 +164,21 @@ def test_every_rule_resumes_bit_for_bit_after_a_kill(tiny, tmp_path, router):
     assert_same_run(whole, killed)
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_only(tiny, tmp_path):
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(tiny, tmp_path, uninterrupted):
     recipe = read_recipe("digits", options(tiny))
-    train(recipe, tmp_path / "whole", log=quietly)
-    train(recipe, tmp_path / "damaged", log=quietly)
+    shutil.copytree(uninterrupted, tmp_path / "damaged")
     newest = tmp_path / "damaged" / "checkpoints" / f"step-{STEPS:08d}" / "tensors-00000-000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     lines = []
     train(recipe, tmp_path / "damaged", log=lines.append)
     assert any("warning" in line and "tensors-00000-000.safetensors has" in line for line in lines)
     assert any("resuming from" in line and "step-00000008" in line for line in lines)
-    assert_same_run(tmp_path / "whole", tmp_path / "damaged")
+    assert_same_run(uninterrupted, tmp_path / "damaged")
 
 
-def test_if_no_checkpoint_is_good_training_does_not_silently_start_from_scratch(tiny, tmp_path):
+def test_if_no_checkpoint_is_good_training_does_not_silently_start_from_scratch(tiny, tmp_path, uninterrupted):
     recipe = read_recipe("digits", options(tiny))
-    train(recipe, tmp_path, log=quietly)
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     for path in tmp_path.glob("checkpoints/*/manifest.json"):
         path.unlink()
     with pytest.raises(ValueError, match="no checkpoint in"):
@@ -184,38 +210,34 @@ def test_the_run_folder_is_as_documented(tiny, tmp_path):
     assert min(bins) <= row["loss"] <= max(bins)
 
 
-def test_the_saved_model_is_the_ema(tiny, tmp_path):
+def test_the_saved_model_is_the_ema(uninterrupted):
     from diffusion_moe import DiT
 
-    train(read_recipe("digits", options(tiny)), tmp_path, log=quietly)
-    saved = DiT.from_pretrained(tmp_path / "model").state_dict()
-    ema = {name[4:]: tensor for name, tensor in final_state(tmp_path).items() if name.startswith("ema.")}
+    saved = DiT.from_pretrained(uninterrupted / "model").state_dict()
+    ema = {name[4:]: tensor for name, tensor in final_state(uninterrupted).items() if name.startswith("ema.")}
     assert saved.keys() == ema.keys()
     assert all(torch.equal(saved[name], ema[name]) for name in saved)
 
 
-def test_a_terminal_gets_a_bar(tiny, tmp_path):
+def test_a_terminal_gets_a_bar(tiny, tmp_path, monkeypatch):
     """On a pseudo-terminal standard error shows a bar with step, loss and speed."""
     import pty
 
     master, terminal = pty.openpty()
-    command = [sys.executable, "-m", "diffusion_moe", "train", "digits", "--output_dir", str(tmp_path / "run")]
-    process = subprocess.Popen(
-        [*command, *options(tiny)],
-        stdout=subprocess.PIPE,
-        stderr=terminal,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120"},
-    )
-    os.close(terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with os.fdopen(terminal, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        process = fork(options(tiny), tmp_path / "run")
     shown = b""
     try:
         while part := os.read(master, 4096):
             shown += part
     except OSError:  # the other end is closed
         pass
-    process.communicate()
+    process.join()
     os.close(master)
-    assert process.returncode == 0
+    assert (tmp_path / "run" / "model").exists()
     assert b"step 12/12" in shown
     assert b"images/s" in shown
 

@@ -75,6 +75,31 @@ def test_weight_decay_acts_on_matrices_only(tiny):
     assert decayed_names | plain_names == set(names.values())
 
 
+def test_steps_are_those_of_torchs_optimizer_and_can_be_left_out(tiny):
+    """Bit for bit: weights and moments. The fourth step is not taken."""
+    recipe = read_recipe("digits", [*tiny, "--optimizer.weight_decay=0.1"])
+    model, other = (make_state(recipe, torch.device("cpu")).model for _ in range(2))
+    ours, config = LocalAdamW(model, recipe.optimizer), recipe.optimizer
+    same = dict(zip(model.parameters(), other.parameters()))
+    groups = [{**group, "params": [same[part] for part in group["params"]]} for group in ours.param_groups]
+    theirs = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+    for step in range(6):
+        taken = torch.tensor(step != 3)
+        for parameter, twin in same.items():
+            twin.grad = torch.randn_like(parameter)
+            parameter.grad = twin.grad.clone()
+        for group in (*ours.param_groups, *theirs.param_groups):
+            group["lr"] = 0.001 * (step + 1)
+        ours.take_gradients()
+        ours.step_if(taken)
+        theirs.found_inf = (~taken).float()
+        theirs.step()
+    for parameter, twin in same.items():
+        assert torch.equal(parameter, twin) and parameter.grad is None
+        assert all(torch.equal(ours.state[parameter][name], moment) for name, moment in theirs.state[twin].items())
+    assert ours.state[ours.local[0]]["step"] == 5
+
+
 def test_the_initial_model_is_a_function_of_the_seed(tiny):
     def weights(seed):
         return make_state(read_recipe("digits", [*tiny, f"--training.seed={seed}"]), torch.device("cpu")).model

@@ -69,10 +69,19 @@ def new_axes(height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def lay_out(figure: Figure) -> None:
+    """Lay a figure out once, for all its files: with a layout engine matplotlib draws it twice for each."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def to_png(figure: Figure) -> bytes:
     """A PNG on white paper, 200 dots an inch."""
     file = io.BytesIO()
     with figure_style():
+        lay_out(figure)
         figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
     return file.getvalue()
 
@@ -81,8 +90,8 @@ def to_svg(figure: Figure, name: str) -> str:
     """An SVG with text as text; the same figure and name give the same bytes. Ids start with the name."""
     file = io.StringIO()
     with figure_style(), matplotlib.rc_context({"svg.hashsalt": name}):
+        lay_out(figure)
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    figure.set_layout_engine("none")  # keep this layout for other formats
     svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
