@@ -1,16 +1,15 @@
 """The mixture-of-experts feed-forward layer and its routing rules. Imports torch alone.
 
-Read in this order: `layer.py`, `routers.py`, `routing.py`, `experts.py`, `expert_autograd.py`, `ops.py`. Triton kernels
-for GPUs are in `kernels/`; `backend.py` chooses between them and torch.
+Read in this order: `layer.py`, `router.py`, `routers.py`, `routing.py`, `experts.py`, `expert_autograd.py`, `ops.py`.
+Triton kernels for GPUs are in `kernels/`; `backend.py` chooses between them and torch.
 """
 
 from .experts import GroupedExperts, experts_loop
 from .feed_forward import FeedForward
 from .layer import MoEFeedForward, MoEOutput, recompute_experts
+from .router import Router, RouterConfig
 from .routers import (
     ROUTERS,
-    Router,
-    RouterConfig,
     limit_capacity,
     register_router,
     routers_of,
