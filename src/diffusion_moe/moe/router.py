@@ -28,13 +28,14 @@ class RouterConfig:
 
     kind: str
     """Name of the rule: tc (token choice), ec (expert choice per image), diffmoe (batch pool with a capacity
-    predictor), dsmoe (sigmoid grouped top-k), or one of `register_router`."""
+    predictor), dsmoe (sigmoid grouped top-k), race (one top-k over all tokens and experts), or one of
+    `register_router`."""
     num_experts: int
     """Number of routed experts E."""
     top_k: int = 2
     """Experts a token is sent to (tc, dsmoe)."""
     capacity: float = 1.0
-    """Experts a token is sent to on average (ec, diffmoe)."""
+    """Experts a token is sent to on average (ec, diffmoe, race)."""
     n_group: int = 1
     """Number of groups that the experts are divided into (dsmoe)."""
     topk_group: int = 1
@@ -50,9 +51,15 @@ class RouterConfig:
     capacity_loss_weight: float = 1.0
     """Weight of the capacity predictor's loss (diffmoe)."""
     threshold_decay: float = 0.95
-    """Decay of the moving average of the thresholds (diffmoe)."""
+    """Decay of the moving average of the thresholds (diffmoe, race)."""
     inference_pool: Literal["image", "batch"] = "image"
     """Tokens that thresholds choose from at inference (diffmoe): those of each image, or of the whole batch."""
+    similarity_loss_weight: float = 1e-4
+    """Weight of the router similarity loss (race)."""
+    target_loss_weight: float = 1e-2
+    """Weight of each layer's loss of predicting the training target (race); used by who computes that loss."""
+    target_dim: int = 0
+    """Values of the training target that a token stands for (race); 0: routers do not predict it."""
 
     def __post_init__(self) -> None:
         if self.kind not in RULES:
@@ -88,11 +95,20 @@ class Router(RoutingRule, nn.Module):
     def forward(self, x_BND: Tensor) -> Routing:
         """Route the tokens of a batch of images; token n of image b has index b * N + n."""
         with full_precision(x_BND), exact_float32():
-            x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
+            x_BND = self.features(x_BND.to(torch.promote_types(x_BND.dtype, torch.float32)))
             return self.route(x_BND, exact_linear(x_BND, self.weight.to(x_BND.dtype)))
 
+    def features(self, x_BND: Tensor) -> Tensor:
+        """What the experts' vectors are scored against, (B, N, D): the tokens, unless a rule computes it from them."""
+        return x_BND
+
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
-        """Assign tokens to experts, in float32 or float64."""
+        """Assign tokens to experts, in float32 or float64.
+
+        Args:
+            x_BND: `features` of the tokens.
+            logits_BNE: their scores.
+        """
         raise NotImplementedError
 
     def update_state(self, report: RoutingReport) -> None:

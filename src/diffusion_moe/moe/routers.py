@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..routing_rules import RULES, DiffMoERule, DSMoERule, ExpertChoiceRule, RoutingRule, TokenChoiceRule
+from ..routing_rules import (
+    RULES,
+    DiffMoERule,
+    DSMoERule,
+    ExpertChoiceRule,
+    RoutingRule,
+    TokenChoiceRule,
+    names_with_thresholds,
+)
 from .balance import balance_loss, updated_correction_bias
 from .capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, chosen_from_pool, observed_threshold
 from .grouped_topk import grouped_topk
 from .parallel import all_gather_rows
+from .race import RaceRouter
 from .router import Router, RouterConfig
 from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
 
@@ -191,6 +200,7 @@ ROUTERS: dict[str, type[Router]] = {
     "ec": ExpertChoice,
     "diffmoe": DiffMoERouter,
     "dsmoe": DSMoERouter,
+    "race": RaceRouter,
 }
 """Router classes by the names of `RouterConfig.kind`; `register_router` adds to them."""
 
@@ -240,7 +250,9 @@ def scale_thresholds(model: nn.Module, scale: float) -> None:
     if scale <= 0:
         raise ValueError(f"threshold_scale is {scale}; it must be positive")
     if scale != 1 and not routers:
-        raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; leave it at 1")
+        raise ValueError(
+            f"threshold_scale is {scale}, but only {names_with_thresholds()} routers have thresholds; leave it at 1"
+        )
     for router in routers:
         router.threshold_scale = scale
 
@@ -255,6 +267,6 @@ def limit_capacity(model: nn.Module, limit: float | None) -> None:
     if limit is not None and limit <= 0:
         raise ValueError(f"capacity_limit is {limit}; it must be positive")
     if limit is not None and not routers:
-        raise ValueError(f"capacity_limit is {limit}, but only diffmoe routers need one; remove it")
+        raise ValueError(f"capacity_limit is {limit}, but only {names_with_thresholds()} routers need one; remove it")
     for router in routers:
         router.capacity_limit = limit
