@@ -254,7 +254,7 @@ class RaceRule(RoutingRule):
 
     @classmethod
     def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
-        # The hidden layer before and after its activation, probabilities, pairs, and the weights of the similarity loss.
+        # The hidden layer before and after its activation, probabilities, pairs, and the similarity loss' weights.
         experts = settings.num_experts
         return 4 * tokens * (2 * dim + experts) + 8 * rows + 4 * experts**2
 

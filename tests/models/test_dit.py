@@ -17,7 +17,7 @@ from diffusion_moe.counts import is_moe_block
 from diffusion_moe.models import load_model
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
 
-ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
+ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe", "race"]
 POSITIONS = ["sincos", "rope1d", "rope2d"]
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5,
@@ -264,8 +264,8 @@ def test_a_bfloat16_model_is_close_to_float32(router):
     every = {"top_k": 4, "capacity": 4.0}
     model = make_model(router=router, **every).eval()
     for m in routers_of(model):
-        if router == "diffmoe":
-            m.threshold.zero_()
+        if router in ("diffmoe", "race"):
+            m.threshold.fill_(0.0 if router == "diffmoe" else -torch.inf)
     images, times, labels = batch(model)
     expected = model(images, times, labels).sample
     actual = model.to(torch.bfloat16)(images.bfloat16(), times.bfloat16(), labels).sample
@@ -273,7 +273,7 @@ def test_a_bfloat16_model_is_close_to_float32(router):
     assert (actual - expected).norm() / expected.norm() < 0.05
 
 
-@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe", "race"])
 def test_a_block_compiles_to_one_graph(router):
     torch._dynamo.reset()
     model = make_model(router=router)

@@ -19,7 +19,7 @@ from diffusion_moe.moe import (
 )
 from diffusion_moe.moe.precision import VARIABLE
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
+KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race"]
 
 
 def make_layer(kind="tc", shared="none", **settings) -> MoEFeedForward:

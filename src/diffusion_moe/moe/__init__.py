@@ -16,7 +16,15 @@ from .routers import (
     scale_thresholds,
     update_routing_state,
 )
-from .routing import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
+from .routing import (
+    Routing,
+    RoutingReport,
+    merge_reports,
+    route_by_expert,
+    route_by_mask,
+    route_by_pair,
+    route_by_token,
+)
 
 __all__ = [
     "ROUTERS",
@@ -35,6 +43,7 @@ __all__ = [
     "register_router",
     "route_by_expert",
     "route_by_mask",
+    "route_by_pair",
     "route_by_token",
     "routers_of",
     "scale_thresholds",
