@@ -43,6 +43,8 @@ class RoutingRule:
     """Names of the settings in `ModelConfig` that the rule reads, num_experts aside."""
     has_thresholds: ClassVar[bool] = False
     """Thresholds decide at inference how many experts a token gets."""
+    has_fixed_rows: ClassVar[bool] = True
+    """The number of assignments in training depends on settings alone, so that a block compiles to one graph."""
     has_equal_loads: ClassVar[bool] = False
     """Every expert serves the same number of tokens at inference, so that its matmuls are batched, not grouped."""
 
@@ -271,12 +273,37 @@ class RaceRule(RoutingRule):
         return {"threshold": (1,), "num_updates": (1,)}
 
 
+class ThresholdRule(RoutingRule):
+    """Expert threshold: an expert takes the tokens above a threshold that follows its scores' quantile."""
+
+    reads = frozenset({"capacity", "threshold_decay"})
+    has_thresholds = True
+    has_fixed_rows = False
+
+    @staticmethod
+    def experts_per_token(settings: RoutingSettings) -> float:
+        return settings.capacity
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        return settings.capacity / 2  # sigmoids
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        return 4 * tokens * settings.num_experts + 8 * rows  # sigmoids, and the expert of each row
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {"threshold": (settings.num_experts,), "num_updates": (1,)}
+
+
 RULES: dict[str, type[RoutingRule]] = {
     "tc": TokenChoiceRule,
     "ec": ExpertChoiceRule,
     "diffmoe": DiffMoERule,
     "dsmoe": DSMoERule,
     "race": RaceRule,
+    "threshold": ThresholdRule,
 }
 """Rules by the value of `ModelConfig.router`; `moe.routers.register_router` adds to them."""
 

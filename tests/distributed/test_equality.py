@@ -25,6 +25,7 @@ ROUTERS = {
     "dense": ["--model.router=dense"],
     "diffmoe": ["--model.router=diffmoe", "--parallel.pool=global", "--model.expert_bias=true"],
     "race": ["--model.router=race", "--parallel.pool=global", "--model.similarity_loss_weight=0.1"],
+    "threshold": ["--model.router=threshold", "--model.capacity=1.5"],
 }
 LAYOUTS = {
     "replicate": ["--parallel.replicate=2"],
@@ -111,6 +112,7 @@ def test_two_processes(compare):
             [*LAYOUTS["experts"], *FEATURES["recomputed blocks"]],
         ),
         "race, experts, accumulated": ([*ROUTERS["race"], *FEATURES["accumulation"]], LAYOUTS["experts"]),
+        "threshold, shard": (ROUTERS["threshold"], LAYOUTS["shard"]),
         "dsmoe, experts, frozen": ([*ROUTERS["dsmoe"], *FROZEN_EXPERTS], LAYOUTS["experts"]),
     }
     compare(2, 6, cases, check_equal)

@@ -17,7 +17,7 @@ from diffusion_moe.counts import is_moe_block
 from diffusion_moe.models import load_model
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
 
-ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe", "race"]
+ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
 POSITIONS = ["sincos", "rope1d", "rope2d"]
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5,
@@ -264,7 +264,7 @@ def test_a_bfloat16_model_is_close_to_float32(router):
     every = {"top_k": 4, "capacity": 4.0}
     model = make_model(router=router, **every).eval()
     for m in routers_of(model):
-        if router in ("diffmoe", "race"):
+        if router in ("diffmoe", "race", "threshold"):
             m.threshold.fill_(0.0 if router == "diffmoe" else -torch.inf)
     images, times, labels = batch(model)
     expected = model(images, times, labels).sample

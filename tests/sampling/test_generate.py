@@ -23,7 +23,7 @@ def randomised(model):
     return model
 
 
-@pytest.fixture(params=["dense", "tc", "ec", "diffmoe", "dsmoe", "race"])
+@pytest.fixture(params=["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"])
 def model(request, tiny):
     """A small model of each rule."""
     recipe = read_recipe("digits", [*tiny, f"--model.router={request.param}"])

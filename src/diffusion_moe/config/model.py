@@ -102,7 +102,7 @@ class ModelConfig(Settings):
     router: str = setting("dsmoe", affects="weights", group="experts", common=True)
     """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (expert choice over
     the batch with a capacity predictor), dsmoe (sigmoid grouped top-k), race (one top-k over all tokens and experts of
-    the batch)."""
+    the batch), threshold (tokens above each expert's moving threshold)."""
     num_experts: int = setting(16, affects="weights", group="experts", common=True)
     """Routed experts of a layer."""
     expert_dim: int = setting(768, affects="weights", group="experts", common=True, valid=POSITIVE)
@@ -116,7 +116,7 @@ class ModelConfig(Settings):
     top_k: int = setting(2, affects="weights", group="experts", common=True)
     """Experts per token (router: tc, dsmoe)."""
     capacity: float = setting(1.0, affects="weights", group="experts", common=True)
-    """Experts per token, on average (router: ec, diffmoe, race)."""
+    """Experts per token, on average (router: ec, diffmoe, race, threshold)."""
     n_group: int = setting(1, affects="weights", group="experts")
     """Groups the experts are divided into (router: dsmoe)."""
     topk_group: int = setting(1, affects="weights", group="experts")
@@ -140,7 +140,7 @@ class ModelConfig(Settings):
     capacity_loss_weight: float = setting(1.0, affects="nothing", group="experts", reference=False)
     """Weight of the capacity predictor's loss (router: diffmoe)."""
     threshold_decay: float = setting(0.95, affects="nothing", group="experts", reference=False)
-    """Decay of the EMA of the thresholds (router: diffmoe, race)."""
+    """Decay of the EMA of the thresholds (router: diffmoe, race, threshold)."""
     similarity_loss_weight: float = setting(1e-4, affects="nothing", group="experts", reference=False)
     """Weight of the loss on experts that score and take the same tokens (router: race)."""
     target_loss_weight: float = setting(1e-2, affects="nothing", group="experts", reference=False)

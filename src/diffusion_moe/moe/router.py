@@ -28,14 +28,14 @@ class RouterConfig:
 
     kind: str
     """Name of the rule: tc (token choice), ec (expert choice per image), diffmoe (batch pool with a capacity
-    predictor), dsmoe (sigmoid grouped top-k), race (one top-k over all tokens and experts), or one of
-    `register_router`."""
+    predictor), dsmoe (sigmoid grouped top-k), race (one top-k over all tokens and experts),
+    threshold (tokens above each expert's threshold), or one of `register_router`."""
     num_experts: int
     """Number of routed experts E."""
     top_k: int = 2
     """Experts a token is sent to (tc, dsmoe)."""
     capacity: float = 1.0
-    """Experts a token is sent to on average (ec, diffmoe, race)."""
+    """Experts a token is sent to on average (ec, diffmoe, race, threshold)."""
     n_group: int = 1
     """Number of groups that the experts are divided into (dsmoe)."""
     topk_group: int = 1
@@ -51,7 +51,7 @@ class RouterConfig:
     capacity_loss_weight: float = 1.0
     """Weight of the capacity predictor's loss (diffmoe)."""
     threshold_decay: float = 0.95
-    """Decay of the moving average of the thresholds (diffmoe, race)."""
+    """Decay of the moving average of the thresholds (diffmoe, race, threshold)."""
     inference_pool: Literal["image", "batch"] = "image"
     """Tokens that thresholds choose from at inference (diffmoe): those of each image, or of the whole batch."""
     similarity_loss_weight: float = 1e-4

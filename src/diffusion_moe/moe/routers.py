@@ -29,6 +29,7 @@ from .parallel import all_gather_rows
 from .race import RaceRouter
 from .router import Router, RouterConfig
 from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
+from .threshold import ThresholdRouter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -201,6 +202,7 @@ ROUTERS: dict[str, type[Router]] = {
     "diffmoe": DiffMoERouter,
     "dsmoe": DSMoERouter,
     "race": RaceRouter,
+    "threshold": ThresholdRouter,
 }
 """Router classes by the names of `RouterConfig.kind`; `register_router` adds to them."""
 

@@ -26,13 +26,16 @@ class RoutingReport(NamedTuple):
     """Scalars to add to the training loss, already weighted; empty at inference."""
     threshold_E: Tensor | None = None
     """What thresholds follow, in training: the lowest predicted probability among each expert's C most probable tokens
-    (DiffMoE), or the lowest score that won, of all experts together, (1,) (Expert Race)."""
+    (DiffMoE), or the lowest score that won, of all experts together, (1,) (Expert Race). Of the rule threshold those
+    in force, for logs."""
     num_tokens: int = 0
     """Tokens of the batch; set by `MoEFeedForward`."""
     dropped: Tensor | None = None
     """Choices dropped by a capacity limit, int64 scalar (rules with thresholds, at inference)."""
     predicted_BNP: Tensor | None = None
     """Prediction of what each token's patch is trained to become, of P values, for a loss (Expert Race in training)."""
+    scores_TE: Tensor | None = None
+    """Scores whose quantiles over the whole step the thresholds follow (rule threshold in training)."""
 
 
 class Routing(NamedTuple):
@@ -189,13 +192,15 @@ def route_by_pair(pair_A: Tensor, weight_TE: Tensor, losses: dict[str, Tensor] |
 
 
 def merge_reports(reports: Sequence[RoutingReport]) -> RoutingReport:
-    """The report of a step of several micro-batches: counts are summed, thresholds and losses averaged."""
+    """The report of a step of several micro-batches: counts summed, thresholds and losses averaged, scores joined."""
     thresholds = [report.threshold_E for report in reports if report.threshold_E is not None]
     dropped = [report.dropped for report in reports if report.dropped is not None]
+    scores = [report.scores_TE for report in reports if report.scores_TE is not None]
     return RoutingReport(
         counts_E=torch.stack([report.counts_E for report in reports]).sum(0),
         losses={name: torch.stack([report.losses[name] for report in reports]).mean(0) for name in reports[0].losses},
         threshold_E=torch.stack(thresholds).mean(0) if thresholds else None,
         num_tokens=sum(report.num_tokens for report in reports),
         dropped=torch.stack(dropped).sum() if dropped else None,
+        scores_TE=torch.cat(scores) if scores else None,
     )
