@@ -6,7 +6,7 @@ values of a token's target.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+class Race(NamedTuple):
+    """Outcome of one top-k over tokens and experts."""
+
+    routing: Routing
+    """Winners among this process' tokens."""
+    taken_EE: Tensor
+    """Number of tokens of the pool that both of two experts take; on the diagonal, that one takes."""
+    lowest: Tensor
+    """Lowest logit that won."""
+
+
 def similarity_loss(logits_TE: Tensor, taken_EE: Tensor) -> Tensor:
     """Router similarity loss: 1 for equal scores, more where experts score and take the same tokens.
 
@@ -30,8 +41,8 @@ def similarity_loss(logits_TE: Tensor, taken_EE: Tensor) -> Tensor:
         logits_TE: scores; the gradient flows through their softmax.
         taken_EE: number of tokens that both of two experts take; on the diagonal, that one takes.
     """
-    # Expert Race eqs. 9-11: sum over i, j of W_ij (P^T P)_ij / T. W is `taken`, scaled so that its diagonal sums to E
-    # and the rest to E^2 - E.
+    # Expert Race eqs. 9-11, as public implementations write and number them: sum over i, j of W_ij (P^T P)_ij / T. W is
+    # `taken_EE`, scaled so that its diagonal sums to E and the rest to E^2 - E.
     E = len(taken_EE)
     taken_EE = taken_EE.to(logits_TE.dtype)
     alone_E = taken_EE.diagonal()
@@ -49,7 +60,7 @@ class RaceRouter(RaceRule, LogitThresholdRouter):
 
     The pool in training is that of DiffMoE: the micro-batch of this process, or with `group` of all processes. Weights
     are the logits themselves (table 1, identity gating). Scores come from a hidden layer with GELU, from which a second
-    head predicts the training target (section 9, per-layer regularization). The paper's decay of the threshold and
+    head predicts the training target (figure 12, per-layer regularization). The paper's decay of the threshold and
     initial weights were not found; here they are `threshold_decay` and Xavier-uniform. The weights of the two losses
     are those of a public implementation.
     """
@@ -72,27 +83,23 @@ class RaceRouter(RaceRule, LogitThresholdRouter):
         logits_TE = logits_BNE.flatten(0, 1)
         if not self.training:
             return self.route_by_threshold(logits_TE, logits_TE)
-        if self.group is not None:
-            routing, taken_EE, lowest = self.race_over_processes(logits_TE, self.group)
-        else:
-            routing, taken_EE, lowest = self.race(logits_TE)
-        loss = self.config.similarity_loss_weight * similarity_loss(logits_TE, taken_EE)
-        report = routing.report._replace(
-            losses={"similarity": loss},
-            threshold_E=lowest.view(1),
+        race = self.race(logits_TE) if self.group is None else self.race_over_processes(logits_TE, self.group)
+        report = race.routing.report._replace(
+            losses={"similarity": self.config.similarity_loss_weight * similarity_loss(logits_TE, race.taken_EE)},
+            threshold_E=race.lowest.view(1),
             predicted_BNP=None if self.target is None else self.target(x_BND),
         )
-        return routing._replace(report=report)
+        return race.routing._replace(report=report)
 
-    def race(self, logits_TE: Tensor) -> tuple[Routing, Tensor, Tensor]:
-        """The winners of this process' batch, how many tokens experts share, and the lowest logit that won."""
+    def race(self, logits_TE: Tensor) -> Race:
+        """The race of this process' tokens."""
         all_ET = logits_TE.detach().T
         best_A, pair_A = all_ET.flatten().topk(self.num_assignments(self.config, len(logits_TE)), sorted=False)
         won_ET = torch.zeros_like(all_ET).flatten().scatter(0, pair_A, 1.0).view_as(all_ET)
-        return route_by_pair(pair_A.sort().values, logits_TE), won_ET @ won_ET.T, best_A.min()
+        return Race(route_by_pair(pair_A.sort().values, logits_TE), won_ET @ won_ET.T, best_A.min())
 
-    def race_over_processes(self, logits_TE: Tensor, group: ProcessGroup) -> tuple[Routing, Tensor, Tensor]:
-        """The same for the tokens of all processes, each of which serves its own.
+    def race_over_processes(self, logits_TE: Tensor, group: ProcessGroup) -> Race:
+        """The race of the tokens of all processes, each of which serves its own.
 
         Costs one all-gather of logits, and one host synchronisation for the number of choices.
         """
@@ -100,4 +107,4 @@ class RaceRouter(RaceRule, LogitThresholdRouter):
         best_A, pair_A = all_TE.flatten().topk(self.num_assignments(self.config, len(all_TE)), sorted=False)
         won_TE = torch.zeros_like(all_TE).flatten().scatter(0, pair_A, 1.0).view_as(all_TE)
         routing = route_by_mask(won_TE.chunk(group.size())[group.rank()].bool(), logits_TE)
-        return routing, won_TE.T @ won_TE, best_A.min()
+        return Race(routing, won_TE.T @ won_TE, best_A.min())
