@@ -30,6 +30,8 @@ class ThresholdRouter(ThresholdRule, LogitThresholdRouter):
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
         super().__init__(dim, config, num_thresholds=config.num_experts)
+        if self.weight.is_meta:  # as diffusers makes a model before it loads weights and thresholds
+            return
         # A score is then normal with the expert's norm as standard deviation.
         share = min(max(config.capacity / config.num_experts, 1e-3), 1 - 1e-3)
         with torch.no_grad():
