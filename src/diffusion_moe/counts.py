@@ -66,6 +66,8 @@ def model_flops(config: ModelConfig) -> Flops:
         blocks[index] += 4 * tokens * (tokens + config.attention_sinks) * heads * config.attended_width
         if has_cross_attention(config):
             blocks[index] += 4 * tokens * config.text_length * heads * config.head_width
+        if config.rule is not None and is_moe_block(config, index):
+            blocks[index] += config.rule.loss_flops(config, tokens)
     return Flops(outside, tuple(blocks))
 
 

@@ -54,6 +54,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return total
 
 
+def all_gather(x: Tensor) -> Tensor:
+    """The rows of all processes, which have equally many, in the order of the processes; `x` itself on one."""
+    if world_size() == 1:
+        return x
+    rows = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x.detach().contiguous())
+    return rows
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:

@@ -28,6 +28,8 @@ class RoutingSettings(Protocol):
     def n_group(self) -> int: ...
     @property
     def topk_group(self) -> int: ...
+    @property
+    def target_dim(self) -> int: ...
 
 
 CHOICES = {"balance": ("none", "aux", "bias"), "inference_pool": ("image", "batch")}
@@ -41,6 +43,8 @@ class RoutingRule:
     """Names of the settings in `ModelConfig` that the rule reads, num_experts aside."""
     has_thresholds: ClassVar[bool] = False
     """Thresholds decide at inference how many experts a token gets."""
+    has_fixed_rows: ClassVar[bool] = True
+    """The number of assignments in training depends on settings alone, so that a block compiles to one graph."""
     has_equal_loads: ClassVar[bool] = False
     """Every expert serves the same number of tokens at inference, so that its matmuls are batched, not grouped."""
 
@@ -90,6 +94,11 @@ class RoutingRule:
     def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
         """Shapes of a router's parameters by name, for tokens of width `dim`."""
         return {"weight": (settings.num_experts, dim)}
+
+    @staticmethod
+    def loss_flops(settings: RoutingSettings, tokens: int) -> int:
+        """Operations of the losses' matmuls in training, two a multiply-add."""
+        return 0
 
     @classmethod
     def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
@@ -223,13 +232,85 @@ class DiffMoERule(ExpertChoiceRule):
         return {"threshold": (settings.num_experts,)}
 
 
+class RaceRule(RoutingRule):
+    """Expert Race: all tokens of the batch and all experts compete in one top-k; a threshold decides at inference."""
+
+    reads = frozenset({"capacity", "threshold_decay", "similarity_loss_weight", "target_loss_weight"})
+    has_thresholds = True
+
+    @staticmethod
+    def experts_per_token(settings: RoutingSettings) -> float:
+        return settings.capacity
+
+    @classmethod
+    def num_assignments(cls, settings: RoutingSettings, tokens: int, images: int = 1) -> int:
+        return max(1, int(images * tokens * settings.capacity))
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        return 0.0  # weights are the logits
+
+    @staticmethod
+    def loss_flops(settings: RoutingSettings, tokens: int) -> int:
+        return 4 * tokens * settings.num_experts**2  # scores with scores, and choices with choices
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        # The hidden layer before and after its activation, probabilities, pairs, and the similarity loss' weights.
+        experts = settings.num_experts
+        return 4 * tokens * (2 * dim + experts) + 8 * rows + 4 * experts**2
+
+    @staticmethod
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"weight": (settings.num_experts, dim)}
+        shapes |= {"hidden.weight": (dim, dim), "hidden.bias": (dim,)}
+        if settings.target_dim:
+            shapes |= {"target.weight": (settings.target_dim, dim), "target.bias": (settings.target_dim,)}
+        return shapes
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {"threshold": (1,), "num_updates": (1,)}
+
+
+class ThresholdRule(RoutingRule):
+    """Expert threshold: an expert takes the tokens above a threshold that follows its scores' quantile."""
+
+    reads = frozenset({"capacity", "threshold_decay"})
+    has_thresholds = True
+    has_fixed_rows = False
+
+    @staticmethod
+    def experts_per_token(settings: RoutingSettings) -> float:
+        return settings.capacity
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        return settings.capacity / 2  # sigmoids
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        return 4 * tokens * settings.num_experts + 8 * rows  # sigmoids, and the expert of each row
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {"threshold": (settings.num_experts,), "num_updates": (1,)}
+
+
 RULES: dict[str, type[RoutingRule]] = {
     "tc": TokenChoiceRule,
     "ec": ExpertChoiceRule,
     "diffmoe": DiffMoERule,
     "dsmoe": DSMoERule,
+    "race": RaceRule,
+    "threshold": ThresholdRule,
 }
 """Rules by the value of `ModelConfig.router`; `moe.routers.register_router` adds to them."""
+
+
+def names_with_thresholds() -> str:
+    """Names of the rules with thresholds, for messages."""
+    return ", ".join(name for name, rule in RULES.items() if rule.has_thresholds)
 
 
 def rule_of(router: str) -> type[RoutingRule] | None:

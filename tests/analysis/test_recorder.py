@@ -18,7 +18,7 @@ from diffusion_moe.models import make_model
 from diffusion_moe.moe import MoEFeedForward, Router, RouterConfig, Routing, route_by_token
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
+KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
 
 
 class ByPosition(Router):

@@ -270,7 +270,7 @@ def test_mistakes_are_one_line_and_write_nothing(run_of, tmp_path, capsys):
     folder = str(run_of("dsmoe"))
     for options, expected in (
         (["--solver=ddim"], "choose euler or heun"),
-        (["--threshold_scale=0.5"], "only diffmoe routers have thresholds"),
+        (["--threshold_scale=0.5"], "routers have thresholds"),
         (["--num_samples=0"], "num_samples is 0"),
         ([f"--output={tmp_path / 'file'}"], "which is a file; give a folder"),
         (["--outptu=x"], "did you mean --output"),

@@ -24,6 +24,8 @@ ROUTERS = {
     "ec": ["--model.router=ec"],
     "dense": ["--model.router=dense"],
     "diffmoe": ["--model.router=diffmoe", "--parallel.pool=global", "--model.expert_bias=true"],
+    "race": ["--model.router=race", "--parallel.pool=global", "--model.similarity_loss_weight=0.1"],
+    "threshold": ["--model.router=threshold", "--model.capacity=1.5"],
 }
 LAYOUTS = {
     "replicate": ["--parallel.replicate=2"],
@@ -109,6 +111,8 @@ def test_two_processes(compare):
             [*ROUTERS["diffmoe"], *FEATURES["accumulation"]],
             [*LAYOUTS["experts"], *FEATURES["recomputed blocks"]],
         ),
+        "race, experts, accumulated": ([*ROUTERS["race"], *FEATURES["accumulation"]], LAYOUTS["experts"]),
+        "threshold, shard": (ROUTERS["threshold"], LAYOUTS["shard"]),
         "dsmoe, experts, frozen": ([*ROUTERS["dsmoe"], *FROZEN_EXPERTS], LAYOUTS["experts"]),
     }
     compare(2, 6, cases, check_equal)

@@ -96,7 +96,15 @@ def test_two_processes_resume_bit_for_bit(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", [["--model.router=dsmoe"], ["--model.router=diffmoe", "--parallel.pool=global"]])
+@pytest.mark.parametrize(
+    "router",
+    [
+        ["--model.router=dsmoe"],
+        ["--model.router=diffmoe", "--parallel.pool=global"],
+        ["--model.router=race", "--parallel.pool=global"],
+        ["--model.router=threshold"],
+    ],
+)
 def test_one_process_then_four_then_two_then_one(run, tmp_path, router):
     run(1, ("alone", STEPS, router), ("moved", 2, router))
     run(4, ("moved", 4, [*router, *SHARD, *EXPERTS]))

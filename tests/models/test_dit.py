@@ -17,7 +17,7 @@ from diffusion_moe.counts import is_moe_block
 from diffusion_moe.models import load_model
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
 
-ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
+ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
 POSITIONS = ["sincos", "rope1d", "rope2d"]
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5,
@@ -264,8 +264,8 @@ def test_a_bfloat16_model_is_close_to_float32(router):
     every = {"top_k": 4, "capacity": 4.0}
     model = make_model(router=router, **every).eval()
     for m in routers_of(model):
-        if router == "diffmoe":
-            m.threshold.zero_()
+        if router in ("diffmoe", "race", "threshold"):
+            m.threshold.fill_(0.0 if router == "diffmoe" else -torch.inf)
     images, times, labels = batch(model)
     expected = model(images, times, labels).sample
     actual = model.to(torch.bfloat16)(images.bfloat16(), times.bfloat16(), labels).sample
@@ -274,7 +274,7 @@ def test_a_bfloat16_model_is_close_to_float32(router):
 
 
 @pytest.mark.parametrize(
-    "router", ["diffmoe", "dsmoe", *(pytest.param(router, marks=pytest.mark.slow) for router in ("tc", "ec"))]
+    "router", ["diffmoe", "dsmoe", *(pytest.param(router, marks=pytest.mark.slow) for router in ("tc", "ec", "race"))]
 )
 def test_a_block_compiles_to_one_graph(router):
     torch._dynamo.reset()
@@ -286,6 +286,8 @@ def test_a_block_compiles_to_one_graph(router):
     for function in (block, compiled):
         out = function(x, condition, rotary)
         loss = out.hidden_states.square().sum() + sum(out.report.losses.values())
+        if out.report.predicted_BNP is not None:
+            loss = loss + out.report.predicted_BNP.square().sum()
         results.append((out.hidden_states, out.report.counts_E, *torch.autograd.grad(loss, list(block.parameters()))))
     # Eager and compiled feed-forward layers add up in another order: single small entries are off by more.
     for actual, expected in zip(results[1], results[0]):

@@ -14,7 +14,7 @@ from diffusion_moe.moe import routers_of
 from diffusion_moe.nn.attention import CrossAttention
 from diffusion_moe.nn.position import sincos_table
 
-ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
+ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
 W, L = 12, 5
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 0, "hidden_size": 32, "depth": 2,

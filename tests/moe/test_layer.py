@@ -18,8 +18,9 @@ from diffusion_moe.moe import (
     update_routing_state,
 )
 from diffusion_moe.moe.precision import VARIABLE
+from diffusion_moe.routing_rules import RULES
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
+KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
 
 
 def make_layer(kind="tc", shared="none", **settings) -> MoEFeedForward:
@@ -132,7 +133,11 @@ WAITS_FOR_DEVICE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{"kind": k} for k in KINDS] + [{"kind": "tc", "balance": "aux"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": k} for k in KINDS if RULES[k].has_fixed_rows] + [{"kind": "tc", "balance": "aux"}],
+    ids=str,
+)
 def test_training_never_waits_for_the_device_nor_widens_to_all_experts(settings, monkeypatch):
     """No operator whose answer the host needs, no tensor as large as every expert on every token."""
     for name in ("gmm_loop", "gmm_wgrad_loop"):  # would read the offsets inside our operators, out of the mode's sight

@@ -9,7 +9,7 @@ import torch
 
 from diffusion_moe.moe import ROUTERS, Router, RouterConfig, register_router
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
+KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
 
 
 def make_router(kind, dim=6, num_experts=8, **settings):

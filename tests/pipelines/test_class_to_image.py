@@ -276,7 +276,7 @@ def test_unconditional_model():
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"shape \(2, 3, 8, 8\); the images asked for need \(1, 3, 8, 8\)"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be positive"),
         ({"output_type": "jpg"}, "output_type is 'jpg'; choose one of pil, np, pt, latent"),
-        ({"threshold_scale": 0.5}, "only diffmoe routers have thresholds"),
+        ({"threshold_scale": 0.5}, "routers have thresholds"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks are given latents, not noise"),
     ],
     ids=lambda value: ", ".join(value),  # of options their names

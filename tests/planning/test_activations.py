@@ -20,6 +20,7 @@ MODELS = {
     "tc, aux": ["--model.router=tc", "--model.balance=aux"],
     "ec": ["--model.router=ec", "--model.expert_activation=gelu"],
     "diffmoe": ["--model.router=diffmoe", "--model.expert_bias=true"],
+    "race": ["--model.router=race"],
     "dense": ["--model.router=dense", "--model.mlp_activation=swiglu"],
     "jit": [
         *("--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6", "--model.norm=rmsnorm"),

@@ -28,6 +28,7 @@ TEXT = ["--model.num_classes=0", "--model.text_dim=12", "--model.text_length=5"]
 MODELS = {
     "dsmoe": ["--model.router=dsmoe"],
     "diffmoe": ["--model.router=diffmoe", "--model.expert_bias=true"],
+    "race": ["--model.router=race"],
     "dense": ["--model.router=dense"],
     "jit": [
         *("--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6"),

@@ -23,7 +23,7 @@ def randomised(model):
     return model
 
 
-@pytest.fixture(params=["dense", "tc", "ec", "diffmoe", "dsmoe"])
+@pytest.fixture(params=["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"])
 def model(request, tiny):
     """A small model of each rule."""
     recipe = read_recipe("digits", [*tiny, f"--model.router={request.param}"])
@@ -155,7 +155,7 @@ def test_thresholds_trade_compute_for_quality(tiny):
     tokens = 3 * 16 * len(routers_of(model))
     assert stats.summary()["average_capacity"] == pytest.approx(record.counts().served_LSKE.sum() / tokens)
     dense = make_state(read_recipe("digits", [*tiny, "--model.router=dense"]), torch.device("cpu")).model.eval()
-    with pytest.raises(ValueError, match="only diffmoe routers have thresholds"):
+    with pytest.raises(ValueError, match="routers have thresholds"):
         generate(dense, class_schedule(1, 10), 1, EvaluationConfig(steps=1, threshold_scale=0.5))
 
 

@@ -150,7 +150,7 @@ def test_an_interrupted_run_saves_logs_how_to_resume_and_resumes(tiny, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["dense", "tc", "ec", "dsmoe"])
+@pytest.mark.parametrize("router", ["dense", "tc", "ec", "dsmoe", "race", "threshold"])
 def test_every_rule_resumes_bit_for_bit_after_a_kill(tiny, tmp_path, router):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     start(options(tiny, router), whole).communicate()

@@ -71,7 +71,7 @@ def test_micro_batches_are_views_of_the_batch(tiny, accumulation, sizes):
     assert torch.equal(batch._replace(positions=None).samples(CPU), torch.arange(16))
 
 
-@pytest.mark.parametrize("router", ["dense", "tc", "ec", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize("router", ["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"])
 def test_every_rule_learns_one_batch(tiny, router):
     recipe = read_recipe(
         "digits", [*tiny, f"--model.router={router}", "--optimizer.learning_rate=3e-3", "--optimizer.schedule=constant"]
@@ -111,7 +111,7 @@ def test_a_sample_keeps_its_noise_time_and_dropout_in_any_micro_batch(tiny):
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("router", ["dense", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize("router", ["dense", "diffmoe", "dsmoe", "race", "threshold"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_changes_no_weights_moments_or_routing_state(tiny, where, router):
     options = [f"--model.router={router}", f"--model.balance={'bias' if router == 'dsmoe' else 'none'}"]

@@ -39,9 +39,10 @@ class EvaluationConfig(Settings):
     guidance_channels: int | None = setting(None, change="always", valid=POSITIVE._replace(remedy="use null for all"))
     """Number of first channels that are guided; null: all. The papers' DDPM scores guided three of four."""
     threshold_scale: float = setting(1.0, change="always", valid=POSITIVE)
-    """Factor on the thresholds (router: diffmoe): below 1 more compute for each token, above 1 less."""
+    """Factor on the thresholds (router: diffmoe, race, threshold): below 1 more compute a token, above 1 less."""
     capacity_limit: float | None = setting(None, change="always", valid=POSITIVE._replace(remedy="use null for none"))
-    """Maximum number of experts per token, on average over the batch (router: diffmoe); null: no limit.
+    """Maximum number of experts per token, on average over the batch (router: diffmoe, race, threshold); null: no
+    limit.
     With a limit the shapes are fixed and nothing waits for the device; assignments of least weight beyond it are
     dropped and counted."""
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", change="always")

@@ -101,7 +101,8 @@ class ModelConfig(Settings):
     empty prompt (text_dim above 0)."""
     router: str = setting("dsmoe", affects="weights", group="experts", common=True)
     """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (expert choice over
-    the batch with a capacity predictor), dsmoe (sigmoid grouped top-k)."""
+    the batch with a capacity predictor), dsmoe (sigmoid grouped top-k), race (one top-k over all tokens and experts of
+    the batch), threshold (tokens above each expert's moving threshold)."""
     num_experts: int = setting(16, affects="weights", group="experts", common=True)
     """Routed experts of a layer."""
     expert_dim: int = setting(768, affects="weights", group="experts", common=True, valid=POSITIVE)
@@ -115,7 +116,7 @@ class ModelConfig(Settings):
     top_k: int = setting(2, affects="weights", group="experts", common=True)
     """Experts per token (router: tc, dsmoe)."""
     capacity: float = setting(1.0, affects="weights", group="experts", common=True)
-    """Experts per token, on average (router: ec, diffmoe)."""
+    """Experts per token, on average (router: ec, diffmoe, race, threshold)."""
     n_group: int = setting(1, affects="weights", group="experts")
     """Groups the experts are divided into (router: dsmoe)."""
     topk_group: int = setting(1, affects="weights", group="experts")
@@ -139,7 +140,11 @@ class ModelConfig(Settings):
     capacity_loss_weight: float = setting(1.0, affects="nothing", group="experts", reference=False)
     """Weight of the capacity predictor's loss (router: diffmoe)."""
     threshold_decay: float = setting(0.95, affects="nothing", group="experts", reference=False)
-    """Decay of the EMA of the thresholds (router: diffmoe)."""
+    """Decay of the EMA of the thresholds (router: diffmoe, race, threshold)."""
+    similarity_loss_weight: float = setting(1e-4, affects="nothing", group="experts", reference=False)
+    """Weight of the loss on experts that score and take the same tokens (router: race)."""
+    target_loss_weight: float = setting(1e-2, affects="nothing", group="experts", reference=False)
+    """Weight of each MoE layer's loss of predicting the training target (router: race)."""
     inference_pool: Literal["image", "batch"] = setting("image", affects="nothing", group="experts", reference=False)
     """Tokens that thresholds choose from at inference (router: diffmoe): those of each image, or of the whole batch as
     in the paper."""
@@ -173,6 +178,11 @@ class ModelConfig(Settings):
     def experts_per_token(self) -> float:
         """Routed experts that serve a token of an MoE layer, on average."""
         return 0.0 if self.rule is None else self.rule.experts_per_token(self)
+
+    @property
+    def target_dim(self) -> int:
+        """Values of the training target that an image token stands for."""
+        return self.in_channels * self.patch_size**2
 
     @property
     def pools_batch(self) -> bool:

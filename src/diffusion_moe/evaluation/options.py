@@ -109,7 +109,7 @@ class SweepOptions(TextOptions, ReferenceOptions):
     solver: str | None = None
     """As euler,heun."""
     threshold_scale: str | None = None
-    """Factors on DiffMoE's thresholds, as 0.9,1,1.1."""
+    """Factors on the thresholds (router: diffmoe, race, threshold), as 0.9,1,1.1."""
     vae: str | None = None
     """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
     output: Path | None = None

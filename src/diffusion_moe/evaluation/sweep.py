@@ -12,6 +12,7 @@ from typing import Any
 
 from ..distributed import from_main, is_main
 from ..log import Log
+from ..routing_rules import names_with_thresholds
 from ..run_folder import write_atomically
 from ..sampling.generate import check_solver
 from ..sampling.loading import weights_metadata
@@ -78,7 +79,9 @@ def check_point(source: Source, point: SweepPoint) -> None:
     check_solver(source.config, point.settings)
     scale = point.settings.threshold_scale
     if scale != 1 and not (source.config.rule and source.config.rule.has_thresholds):
-        raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; set it to 1")
+        raise ValueError(
+            f"threshold_scale is {scale}, but only {names_with_thresholds()} routers have thresholds; set it to 1"
+        )
     if source.config.num_classes == 0 and source.config.text_dim == 0 and point.settings.guidance_scale != 1:
         raise ValueError(
             f"guidance_scale is {point.settings.guidance_scale}, but the model is unconditional; remove the option"

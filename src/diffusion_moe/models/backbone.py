@@ -382,6 +382,9 @@ class Backbone(nn.Module):
                 rotary = self.rotary(still, grid)
             x, report = self.run_block(block, x, condition, rotary, *text)
             if report is not None:
+                predicted_BNP = report.predicted_BNP
+                if predicted_BNP is not None:  # of the image alone
+                    report = report._replace(predicted_BNP=predicted_BNP[:, still:])
                 reports.append(report)
         patches = self.final_layer(x[:, still:], condition)
         output = DiTOutput(unpatchify(patches, self.settings.patch_size, *hidden_states.shape[-2:]), tuple(reports))

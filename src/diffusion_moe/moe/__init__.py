@@ -1,23 +1,30 @@
 """The mixture-of-experts feed-forward layer and its routing rules. Imports torch alone.
 
-Read in this order: `layer.py`, `routers.py`, `routing.py`, `experts.py`, `expert_autograd.py`, `ops.py`. Triton kernels
-for GPUs are in `kernels/`; `backend.py` chooses between them and torch.
+Read in this order: `layer.py`, `router.py`, `routers.py`, `routing.py`, `experts.py`, `expert_autograd.py`, `ops.py`.
+Triton kernels for GPUs are in `kernels/`; `backend.py` chooses between them and torch.
 """
 
 from .experts import GroupedExperts, experts_loop
 from .feed_forward import FeedForward
 from .layer import MoEFeedForward, MoEOutput, recompute_experts
+from .router import Router, RouterConfig
 from .routers import (
     ROUTERS,
-    Router,
-    RouterConfig,
     limit_capacity,
     register_router,
     routers_of,
     scale_thresholds,
     update_routing_state,
 )
-from .routing import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
+from .routing import (
+    Routing,
+    RoutingReport,
+    merge_reports,
+    route_by_expert,
+    route_by_mask,
+    route_by_pair,
+    route_by_token,
+)
 
 __all__ = [
     "ROUTERS",
@@ -36,6 +43,7 @@ __all__ = [
     "register_router",
     "route_by_expert",
     "route_by_mask",
+    "route_by_pair",
     "route_by_token",
     "routers_of",
     "scale_thresholds",

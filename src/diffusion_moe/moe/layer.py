@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .experts import ExpertActivation, GroupedExperts
 from .feed_forward import FeedForward
 from .precision import compute_dtype
-from .routers import ROUTERS, RouterConfig
+from .router import RouterConfig
+from .routers import ROUTERS
 from .routing import RoutingReport
 
 Shared = Literal["none", "identity", "gelu", "swiglu"]

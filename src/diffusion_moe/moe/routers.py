@@ -1,8 +1,5 @@
 """Routing rules, one class each. A new rule is one class and one call of `register_router`.
 
-A router inherits the facts of its rule from `routing_rules`. It computes in float32 whatever autocast and
-TensorFloat-32 settings say. Its forward changes nothing: what it learns is in the report, and `update_routing_state`
-moves its state after the optimizer step.
 Shape suffixes: B images, N tokens of one image, T tokens of the batch (B * N), D width, E experts, K experts a token,
 C tokens an expert takes, G groups of experts.
 """
@@ -11,99 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..routing_rules import RULES, DiffMoERule, DSMoERule, ExpertChoiceRule, RoutingRule, TokenChoiceRule
+from ..routing_rules import (
+    RULES,
+    DiffMoERule,
+    DSMoERule,
+    ExpertChoiceRule,
+    RoutingRule,
+    TokenChoiceRule,
+    names_with_thresholds,
+)
 from .balance import balance_loss, updated_correction_bias
 from .capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, chosen_from_pool, observed_threshold
 from .grouped_topk import grouped_topk
 from .parallel import all_gather_rows
-from .precision import exact_float32, exact_linear, full_precision
+from .race import RaceRouter
+from .router import Router, RouterConfig
 from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
+from .threshold import ThresholdRouter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """Settings of a routing rule. Each rule reads some of them (`RoutingRule.reads`), and checks these alone."""
-
-    kind: str
-    """Name of the rule: tc (token choice), ec (expert choice per image), diffmoe (batch pool with a capacity
-    predictor), dsmoe (sigmoid grouped top-k), or one of `register_router`."""
-    num_experts: int
-    """Number of routed experts E."""
-    top_k: int = 2
-    """Experts a token is sent to (tc, dsmoe)."""
-    capacity: float = 1.0
-    """Experts a token is sent to on average (ec, diffmoe)."""
-    n_group: int = 1
-    """Number of groups that the experts are divided into (dsmoe)."""
-    topk_group: int = 1
-    """Number of groups that a token may choose experts from (dsmoe)."""
-    routed_scaling_factor: float = 1.0
-    """Factor on the routed experts' weights (dsmoe)."""
-    balance: Literal["none", "aux", "bias"] = "none"
-    """Load balancing of tc and dsmoe: none, an auxiliary loss, or a correction bias moved after each step."""
-    balance_weight: float = 0.01
-    """Weight of the auxiliary loss."""
-    balance_rate: float = 0.001
-    """Step of the correction bias."""
-    capacity_loss_weight: float = 1.0
-    """Weight of the capacity predictor's loss (diffmoe)."""
-    threshold_decay: float = 0.95
-    """Decay of the moving average of the thresholds (diffmoe)."""
-    inference_pool: Literal["image", "batch"] = "image"
-    """Tokens that thresholds choose from at inference (diffmoe): those of each image, or of the whole batch."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ROUTERS:
-            raise ValueError(f"router kind {self.kind!r} is unknown; choose one of {', '.join(ROUTERS)}")
-        ROUTERS[self.kind].check(self)
-
-
-class Router(RoutingRule, nn.Module):
-    """Base of all routers: one vector an expert, scored against each token in float32.
-
-    Subclasses implement `route`, and `update_state` if they have a state.
-    """
-
-    group: ProcessGroup | None = None
-    """Processes whose batches make one pool while training, for rules that choose over the whole batch; None: the pool
-    is this process' batch."""
-    threshold_scale: float = 1.0
-    """Factor on the thresholds at inference, for rules with `has_thresholds`: below 1 more experts a token, above 1
-    fewer."""
-    capacity_limit: float | None = None
-    """Experts a token on average that inference has room for, for rules with `has_thresholds`; None: no limit."""
-
-    def __init__(self, dim: int, config: RouterConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw from a normal of standard deviation 0.006, as the published DiffMoE and EC-DiT do."""
-        nn.init.normal_(self.weight, std=0.006)
-
-    def forward(self, x_BND: Tensor) -> Routing:
-        """Route the tokens of a batch of images; token n of image b has index b * N + n."""
-        with full_precision(x_BND), exact_float32():
-            x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
-            return self.route(x_BND, exact_linear(x_BND, self.weight.to(x_BND.dtype)))
-
-    def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
-        """Assign tokens to experts, in float32 or float64."""
-        raise NotImplementedError
-
-    def update_state(self, report: RoutingReport) -> None:
-        """Move the state by the report of a whole step; `update_routing_state` calls this after the optimizer step."""
 
 
 class TokenChoice(TokenChoiceRule, Router):
@@ -272,6 +201,8 @@ ROUTERS: dict[str, type[Router]] = {
     "ec": ExpertChoice,
     "diffmoe": DiffMoERouter,
     "dsmoe": DSMoERouter,
+    "race": RaceRouter,
+    "threshold": ThresholdRouter,
 }
 """Router classes by the names of `RouterConfig.kind`; `register_router` adds to them."""
 
@@ -321,7 +252,9 @@ def scale_thresholds(model: nn.Module, scale: float) -> None:
     if scale <= 0:
         raise ValueError(f"threshold_scale is {scale}; it must be positive")
     if scale != 1 and not routers:
-        raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; leave it at 1")
+        raise ValueError(
+            f"threshold_scale is {scale}, but only {names_with_thresholds()} routers have thresholds; leave it at 1"
+        )
     for router in routers:
         router.threshold_scale = scale
 
@@ -336,6 +269,6 @@ def limit_capacity(model: nn.Module, limit: float | None) -> None:
     if limit is not None and limit <= 0:
         raise ValueError(f"capacity_limit is {limit}; it must be positive")
     if limit is not None and not routers:
-        raise ValueError(f"capacity_limit is {limit}, but only diffmoe routers need one; remove it")
+        raise ValueError(f"capacity_limit is {limit}, but only {names_with_thresholds()} routers need one; remove it")
     for router in routers:
         router.capacity_limit = limit

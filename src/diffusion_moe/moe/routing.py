@@ -6,6 +6,7 @@ A assignments (pairs of token and expert), C tokens an expert takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,11 +26,17 @@ class RoutingReport(NamedTuple):
     losses: dict[str, Tensor]
     """Scalars to add to the training loss, already weighted; empty at inference."""
     threshold_E: Tensor | None = None
-    """Lowest predicted probability among each expert's C most probable tokens (DiffMoE in training)."""
+    """What thresholds follow, in training: the lowest predicted probability among each expert's C most probable tokens
+    (DiffMoE), or the lowest score that won, of all experts together, (1,) (Expert Race). Of the rule threshold those
+    in force, for logs."""
     num_tokens: int = 0
     """Tokens of the batch; set by `MoEFeedForward`."""
     dropped: Tensor | None = None
-    """Choices dropped by a capacity limit, int64 scalar (DiffMoE at inference)."""
+    """Choices dropped by a capacity limit, int64 scalar (rules with thresholds, at inference)."""
+    predicted_BNP: Tensor | None = None
+    """Prediction of what each token's patch is trained to become, of P values, for a loss (Expert Race in training)."""
+    scores_TE: Tensor | None = None
+    """Scores whose quantiles over the whole step the thresholds follow (rule threshold in training)."""
 
 
 class Routing(NamedTuple):
@@ -144,7 +151,7 @@ def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor, room: int | None = None)
 
     Args:
         chosen_TE: the choices, boolean.
-        weight_TE: positive weights.
+        weight_TE: weights.
         room: fixed number of rows, so that shapes do not depend on the choices. Choices beyond it are dropped, those of
             least weight first, and counted; spare rows have weight 0. None: one row a choice, which the host must wait
             for (one synchronisation).
@@ -155,28 +162,46 @@ def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor, room: int | None = None)
         weight_A = weight_TE[token_A, expert_A]
         return Routing(token_A, weight_A, counts_E.cumsum(0).to(torch.int32), RoutingReport(counts_E, {}))
     T, E = chosen_TE.shape
-    wanted_A = torch.where(chosen_TE, weight_TE, -1.0).T.flatten()
+    wanted_A = torch.where(chosen_TE, weight_TE, -math.inf).T.flatten()
     wanted_A, index_A = wanted_A.topk(min(room, T * E), sorted=False)
     index_A, order_A = index_A.sort()  # by expert, then by token
-    served_A = wanted_A.index_select(0, order_A) > 0
-    expert_A, token_A = index_A // T, index_A % T
-    served_E = torch.zeros_like(counts_E).scatter_add(0, expert_A, served_A.long())
+    served_A = wanted_A.index_select(0, order_A) > -math.inf
+    served_E = torch.zeros_like(counts_E).scatter_add(0, index_A // T, served_A.long())
+    routing = route_by_pair(index_A, weight_TE)
+    report = RoutingReport(served_E, {}, dropped=counts_E.sum() - served_E.sum())
+    return routing._replace(weight_A=routing.weight_A * served_A, report=report)
+
+
+def route_by_pair(pair_A: Tensor, weight_TE: Tensor, losses: dict[str, Tensor] | None = None) -> Routing:
+    """Routing of given pairs of expert and token. No host synchronisation.
+
+    Args:
+        pair_A: e * T + t of each expert e and token t, ascending, int64.
+        weight_TE: weights of all pairs.
+        losses: scalars to add to the training loss, already weighted.
+    """
+    T, E = weight_TE.shape
+    bounds_E = T * torch.arange(1, E + 1, device=pair_A.device)
+    offsets_E = torch.searchsorted(pair_A, bounds_E, out_int32=True)
+    counts_E = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)).long()
     return Routing(
-        token_A=token_A,
-        weight_A=weight_TE[token_A, expert_A] * served_A,
-        offsets_E=torch.searchsorted(expert_A, torch.arange(E, device=expert_A.device), right=True, out_int32=True),
-        report=RoutingReport(served_E, {}, dropped=counts_E.sum() - served_E.sum()),
+        token_A=pair_A % T,
+        weight_A=weight_TE.T.flatten().index_select(0, pair_A),
+        offsets_E=offsets_E,
+        report=RoutingReport(counts_E, losses or {}),
     )
 
 
 def merge_reports(reports: Sequence[RoutingReport]) -> RoutingReport:
-    """The report of a step of several micro-batches: counts are summed, thresholds and losses averaged."""
+    """The report of a step of several micro-batches: counts summed, thresholds and losses averaged, scores joined."""
     thresholds = [report.threshold_E for report in reports if report.threshold_E is not None]
     dropped = [report.dropped for report in reports if report.dropped is not None]
+    scores = [report.scores_TE for report in reports if report.scores_TE is not None]
     return RoutingReport(
         counts_E=torch.stack([report.counts_E for report in reports]).sum(0),
         losses={name: torch.stack([report.losses[name] for report in reports]).mean(0) for name in reports[0].losses},
         threshold_E=torch.stack(thresholds).mean(0) if thresholds else None,
         num_tokens=sum(report.num_tokens for report in reports),
         dropped=torch.stack(dropped).sum() if dropped else None,
+        scores_TE=torch.cat(scores) if scores else None,
     )

@@ -30,7 +30,7 @@ def check_acceleration(config: ModelConfig, settings: EvaluationConfig, device: 
     """Refuse an acceleration that the model or device cannot have.
 
     Raises:
-        ValueError: a graph without a GPU, a graph of matmuls that wait for it, or shapes that depend on what DiffMoE's
+        ValueError: a graph without a GPU, a graph of matmuls that wait for it, or shapes that depend on what
             thresholds choose.
     """
     if settings.acceleration == "graph" and device.type != "cuda":
@@ -50,8 +50,8 @@ def check_acceleration(config: ModelConfig, settings: EvaluationConfig, device: 
         and settings.capacity_limit is None
     ):
         raise ValueError(
-            f"acceleration is {settings.acceleration}, but the diffmoe router chooses any number of experts a token; "
-            "give it a capacity_limit (2 is ample)"
+            f"acceleration is {settings.acceleration}, but the {config.router} router chooses any number of experts a "
+            "token; give it a capacity_limit (2 is ample)"
         )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import Recipe
+from ..config import ModelConfig, Recipe
 from ..data import Batch
 from ..diffusion.ddpm import DDPM_STEPS, ddpm_losses, linear_schedule, noised
 from ..diffusion.loss import flow_loss
@@ -16,6 +16,7 @@ from ..diffusion.times import sample_steps, sample_times
 from ..models import Backbone, DiTOutput
 from ..moe import RoutingReport
 from ..moe.precision import choose_precision, full_precision
+from ..nn.embeddings import patchify
 from ..randomness import normal, uniform
 from ..text import TextFeatures
 
@@ -91,11 +92,22 @@ def loss_at(
         schedule = linear_schedule()
         out = predict(noised(schedule, images, noise, t))
         losses = ddpm_losses(out.sample.float(), images, noise, t, schedule)
-        loss, time = losses.mse + losses.vb, t / DDPM_STEPS
+        loss, time, target = losses.mse + losses.vb, t / DDPM_STEPS, noise
     else:
         point = rectified_flow(images, recipe.model.noise_scale * noise, t)
-        out, time = predict(point.x_t), t
+        out, time, target = predict(point.x_t), t, getattr(point, recipe.model.prediction)
         loss = flow_loss(out.sample, point, recipe.model.prediction, recipe.diffusion.loss, recipe.loss_min_gap)
-    names = sorted({name for report in out.routing for name in report.losses})
-    routers = {name: torch.stack([r.losses[name] for r in out.routing if name in r.losses]).sum() for name in names}
-    return LossParts(loss, time, routers, out.routing)
+    reports = tuple(_with_target_loss(report, target, recipe.model) for report in out.routing)
+    names = sorted({name for report in reports for name in report.losses})
+    routers = {name: torch.stack([r.losses[name] for r in reports if name in r.losses]).sum() for name in names}
+    return LossParts(loss, time, routers, reports)
+
+
+def _with_target_loss(report: RoutingReport, target: Tensor, model: ModelConfig) -> RoutingReport:
+    """The report with the loss of the target that its router predicted, if it did, in place of the prediction."""
+    if report.predicted_BNP is None:
+        return report
+    error_BNP = report.predicted_BNP - patchify(target, model.patch_size)
+    # Expert Race section 6: the L2 loss of each layer; the paper leaves open whether layers are averaged.
+    loss = model.target_loss_weight * error_BNP.square().mean()
+    return report._replace(losses=report.losses | {"target": loss}, predicted_BNP=None)

@@ -102,7 +102,8 @@ def state_from_model(model: Backbone, recipe: Recipe, device: torch.device, mesh
         model.enable_gradient_checkpointing()
     recompute_experts(model, training.recompute == "experts")
     if training.compile:
-        model.compile_blocks(fullgraph=meshes is None)
+        rule = recipe.model.rule
+        model.compile_blocks(fullgraph=meshes is None and (rule is None or rule.has_fixed_rows))
     model = on_device(model.train())
     return TrainState(
         model,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import Recipe
 from ..data import Batch
-from ..distributed import all_reduce_sum, world_size
+from ..distributed import all_gather, all_reduce_sum, world_size
 from ..log import Log
 from ..models import Backbone
 from ..moe import RoutingReport, merge_reports, routers_of, update_routing_state
@@ -165,14 +165,18 @@ def _mean_over_processes(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reports_over_processes(reports: Sequence[RoutingReport]) -> list[RoutingReport]:
-    """Reports of the global batch: counts are summed, thresholds averaged."""
+    """Reports of the global batch: counts are summed, thresholds averaged, scores gathered."""
     world = world_size()
     if world == 1 or not reports:
         return list(reports)
     counts_LE = all_reduce_sum(torch.stack([report.counts_E for report in reports]))
     thresholds = [report.threshold_E for report in reports if report.threshold_E is not None]
     thresholds_LE = all_reduce_sum(torch.stack(thresholds)) / world if thresholds else [None] * len(reports)
-    return [
+    reports = [
         report._replace(counts_E=counts_E, threshold_E=threshold_E, num_tokens=world * report.num_tokens)
         for report, counts_E, threshold_E in zip(reports, counts_LE, thresholds_LE)
+    ]
+    return [
+        report if report.scores_TE is None else report._replace(scores_TE=all_gather(report.scores_TE))
+        for report in reports
     ]

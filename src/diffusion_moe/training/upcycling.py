@@ -57,6 +57,8 @@ def divide(config: ModelConfig) -> Division | str:
     if config.shared == config.mlp_activation:
         shared = min(units, config.shared_dim or config.expert_dim)
     left, weight = units - shared, config.rule.initial_weight(config)
+    if not weight:
+        return f"the weights of {config.router}'s experts are scores around 0"
     if not left:
         return Division(shared, 0, weight, exact=True)
     if config.expert_dim < left and left % config.expert_dim:
