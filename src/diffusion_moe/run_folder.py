@@ -92,7 +92,7 @@ class RunFolder:
         never = [line for line in changes if line.partition(":")[0] in fixed]
         if never and resume == "changed":
             raise ValueError(
-                f"{self.path} holds a run of another model or init ({'; '.join(never)}), which --resume changed cannot "
+                f"{self.path} holds a run that began otherwise ({'; '.join(never)}), which --resume changed cannot "
                 "change; restore these values, or choose another --output_dir"
             )
         if resume != "changed":

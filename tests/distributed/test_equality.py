@@ -23,6 +23,7 @@ ROUTERS = {
     "tc": ["--model.router=tc", "--model.balance=bias", "--model.expert_activation=gelu"],
     "ec": ["--model.router=ec"],
     "dense": ["--model.router=dense"],
+    "muon": ["--model.router=dsmoe", "--optimizer.kind=muon", "--model.num_kv_heads=1"],
     "diffmoe": ["--model.router=diffmoe", "--parallel.pool=global", "--model.expert_bias=true"],
 }
 LAYOUTS = {
@@ -110,6 +111,7 @@ def test_two_processes(compare):
             [*LAYOUTS["experts"], *FEATURES["recomputed blocks"]],
         ),
         "dsmoe, experts, frozen": ([*ROUTERS["dsmoe"], *FROZEN_EXPERTS], LAYOUTS["experts"]),
+        "muon, shard": (ROUTERS["muon"], LAYOUTS["shard"]),
     }
     compare(2, 6, cases, check_equal)
 

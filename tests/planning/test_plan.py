@@ -81,6 +81,7 @@ def parts_of(state):
     [
         [],
         ["--training.extra_ema_decays=[0.9]"],
+        ["--optimizer.kind=muon"],
         ["--init.from_checkpoint=another", "--init.freeze=[blocks.0.*]"],
         ["--init.from_checkpoint=another", "--init.lora_rank=2", "--init.lora_targets=[attn.qkv,adaln.1]"],
     ],

@@ -87,14 +87,19 @@ class DiffusionConfig(Settings):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    kind: Literal["adamw", "muon"] = setting("adamw", change="never", common=True)
+    """muon: Muon for the matrices of the blocks that take tokens, each expert's by itself, and AdamW for all other
+    parameters, with one learning rate and weight decay; see docs/training.md."""
+    momentum: float = setting(0.95, valid=BELOW_ONE)
+    """Decay of Muon's momentum (kind: muon)."""
     learning_rate: float = setting(1e-4, common=True, valid=POSITIVE)
     """Peak learning rate."""
     betas: tuple[float, float] = setting((0.9, 0.999), valid=BELOW_ONE)
-    """Decay of the first and second moment."""
+    """Decay of AdamW's first and second moment."""
     eps: float = setting(1e-8)
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = setting(0.0, valid=NOT_NEGATIVE)
     """Decoupled weight decay, on matrices only (not on biases, norms and embeddings)."""
     warmup_steps: int = setting(0, common=True, valid=NOT_NEGATIVE)
@@ -103,6 +108,11 @@ class OptimizerConfig(Settings):
     """Learning rate after the warm-up: constant, or a cosine down to 0 at the last step."""
     max_grad_norm: float | None = setting(1.0, valid=POSITIVE._replace(remedy="use null for no clipping"))
     """Maximum norm of the gradient, which is clipped to it; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "adamw":
+            self.require_default("momentum", "but optimizer.kind is adamw, which reads betas")
 
 
 @dataclass(frozen=True)

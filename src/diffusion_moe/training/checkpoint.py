@@ -4,7 +4,7 @@
 
     model.NAME                   weights and routing state
     ema.NAME, ema_DECAY.NAME     their EMAs
-    optimizer.MOMENT.NAME        AdamW's moments and step counts
+    optimizer.MOMENT.NAME        moments of AdamW with its step counts, momentum of Muon
 """
 
 from __future__ import annotations

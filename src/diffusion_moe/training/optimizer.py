@@ -1,4 +1,7 @@
-"""AdamW over a process' part of a model, gradient clipping, and the learning rate as a function of the step."""
+"""AdamW over a process' part of a model, gradient clipping, and the learning rate as a function of the step.
+
+`muon` has the other optimizer.
+"""
 
 from __future__ import annotations
 
@@ -68,20 +71,22 @@ class LocalAdamW(torch.optim.AdamW):
         self.zero_grad()
         self.model.zero_grad()
 
+    def moments_of(self, part: nn.Parameter) -> dict[str, Tensor]:
+        """The moments of a part, initialized as the first step would."""
+        state = self.state[part]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(part), torch.zeros_like(part)
+        return state
+
     def named_moments(self) -> dict[str, Tensor]:
         """`MOMENT.NAME` of every parameter that learns, sharing memory; sharded as the parameter is."""
         moments: dict[str, Tensor] = {}
         for (name, parameter), part in zip(self.model.named_parameters(), self.local):
             if not part.requires_grad:
                 continue
-            state = self.state[part]
-            if not state:  # as the first step initializes it
-                state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(part), torch.zeros_like(part)
-            moments[f"step.{name}"] = state["step"]
-            moments |= {
-                f"{moment}.{name}": _sharded_like(parameter, state[moment]) for moment in ("exp_avg", "exp_avg_sq")
-            }
+            for moment, tensor in self.moments_of(part).items():
+                moments[f"{moment}.{name}"] = tensor if moment == "step" else sharded_like(parameter, tensor)
         return moments
 
 
@@ -93,7 +98,7 @@ def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(local_tensor(parameter), parameter.requires_grad)
 
 
-def _sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
+def sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """The DTensor with this process' part, if the parameter is one; else the part itself."""
     from torch.distributed.tensor import DTensor
 

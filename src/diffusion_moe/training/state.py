@@ -15,6 +15,7 @@ from ..models import Backbone, make_model
 from ..moe import recompute_experts
 from ..text import TextFeatures
 from .initialization import freeze_and_add_adapters, share_frozen
+from .muon import make_optimizer
 from .optimizer import LocalAdamW
 from .parallelize import Meshes, parallelize
 
@@ -107,7 +108,7 @@ def state_from_model(model: Backbone, recipe: Recipe, device: torch.device, mesh
     return TrainState(
         model,
         main_ema,
-        LocalAdamW(model, recipe.optimizer),
+        make_optimizer(model, recipe, device),
         meshes=meshes,
         extra_emas=extra_emas,
         segments=(Segment(0, training.batch_size),),
