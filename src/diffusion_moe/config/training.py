@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NULL, SEED, UP_TO_ONE, Settings, setting
+from .fields import (
+    BELOW_ONE,
+    EMA_STD,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_OR_NULL,
+    SEED,
+    UP_TO_ONE,
+    Settings,
+    setting,
+)
 from .model import Prediction
 
 
@@ -25,6 +36,11 @@ class TrainingConfig(Settings):
     """Decays of further EMAs."""
     ema_warmup: bool = setting(True, before=False)
     """Warm up the EMAs: at update n their decay is at most (1 + n) / (10 + n)."""
+    posthoc_ema_stds: tuple[float, ...] = setting((), change="never", valid=EMA_STD)
+    """Widths of EMAs kept in snapshots, of which `diffusion-moe ema` makes EMAs of any other width after training, in
+    shares of the training time; EDM2 keeps 0.05 and 0.1. Empty: no snapshots."""
+    posthoc_ema_every: int = setting(1000, change="always", valid=POSITIVE)
+    """Steps between these snapshots; the last step always saves one."""
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", common=True)
     """bf16: autocast with float32 weights; routers always compute in float32. auto: as a resumed run began, else bf16
     on GPUs that have it and processors that are fast in it, else fp32."""

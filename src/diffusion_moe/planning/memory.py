@@ -82,13 +82,17 @@ class Tensors:
         self.recipe, config = recipe, recipe.model
         self.parameters = trained_parameters(config, recipe.init)
         self.buffers, saved_buffers = counts.buffer_bytes(config), counts.buffer_bytes(config, persistent=True)
-        self.num_emas = 1 + len(set(recipe.training.extra_ema_decays))
+        training, posthoc = recipe.training, len(set(recipe.training.posthoc_ema_stds))
+        self.num_emas = 1 + len(set(training.extra_ema_decays)) + posthoc
         self.learning = sum(p.size for p in self.parameters if p.learns)
         """Number of parameters that learn."""
         weights, learning = FLOAT32 * sum(p.size for p in self.parameters), FLOAT32 * self.learning
         moments = sum(self._moments(p, FLOAT32 * p.size) for p in self.parameters if p.learns)
         self.checkpoint = weights + saved_buffers + self.num_emas * (learning + saved_buffers) + moments
         """Bytes of the tensors in a checkpoint."""
+        num_snapshots = math.ceil(training.steps / training.posthoc_ema_every)
+        self.snapshots = num_snapshots * posthoc * (learning + saved_buffers)
+        """Bytes of the tensors in all snapshots of post-hoc EMAs."""
         shapes = counts.parameter_shapes(config).values()
         self.published = FLOAT32 * sum(map(math.prod, shapes)) + saved_buffers
         """Bytes of the tensors in the folder model/, and of each further EMA's."""
