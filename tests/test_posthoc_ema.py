@@ -87,7 +87,7 @@ def run(tiny_options, tmp_path_factory):
         return result
 
     options = [*tiny_options, *SNAPSHOTS, "--optimizer.learning_rate=1e-2", "--optimizer.schedule=constant"]
-    options += [f"--training.steps={STEPS}", "--evaluation.steps=2", "--init.from_checkpoint=null"]
+    options += [f"--training.steps={STEPS}", "--evaluation.steps=2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", noted)
         train(read_recipe("digits", options), folder, log=str)
