@@ -6,6 +6,7 @@ Tests compare all of it with built models, name by name.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .config import ModelConfig
@@ -147,6 +148,15 @@ def is_expert(name: str) -> bool:
 def is_expert_matrix(name: str) -> bool:
     """True for stacked matrices of routed experts, (E, inputs, outputs)."""
     return name.endswith((".experts.w_in", ".experts.w_out"))
+
+
+def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
+    """True for the matrices of a block that take its tokens: attention, feed-forward layers and experts.
+
+    Not of them are routers and modulation.
+    """
+    is_matrix = is_expert_matrix(name) or (len(shape) == 2 and name.endswith(".weight"))
+    return is_matrix and name.startswith("blocks.") and ".router." not in name and ".adaln." not in name
 
 
 # Shapes

@@ -26,9 +26,18 @@ DATA = "data.json"
 """File of a model's folder: names of the classes, and the space of its latents."""
 
 EMA_MODEL = "model-ema-"
-"""Beginning of the names of folders with further EMAs; their decay follows."""
+"""Beginning of the names of folders with further EMAs; their decay follows, or std and their width."""
 EVALUATION = "evaluation.json"
 """File of a run: its scores against its own data."""
+
+
+def ema_name(text: str) -> str:
+    """Name of a further EMA as its folder has it: its decay as 0.999, or the width of a post-hoc one as std0.1.
+
+    Raises:
+        ValueError: it holds no number.
+    """
+    return f"std{float(text.removeprefix('std')):g}" if text.startswith("std") else str(float(text))
 
 
 class RunFolder:
@@ -40,6 +49,7 @@ class RunFolder:
         self.recipes = path / "recipes"
         """Recipes of a run that has had several: see `run_history`."""
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.txt"
         self.listing = path / "listing.sha256"
@@ -53,9 +63,9 @@ class RunFolder:
         self.previews = path / "previews"
         self.evaluation = path / EVALUATION
 
-    def ema_model(self, decay: float) -> Path:
-        """Folder of a further EMA's model."""
-        return self.path / f"{EMA_MODEL}{decay}"
+    def ema_model(self, name: float | str) -> Path:
+        """Folder of a further EMA's model, by its decay, or by the name of a post-hoc EMA (see `ema_name`)."""
+        return self.path / f"{EMA_MODEL}{name}"
 
     def claim(self, recipe: Recipe, resume: Resume) -> None:
         """Make the folder this recipe's: create it, or check that it already is; then write `recipe.yaml`.
@@ -92,7 +102,7 @@ class RunFolder:
         never = [line for line in changes if line.partition(":")[0] in fixed]
         if never and resume == "changed":
             raise ValueError(
-                f"{self.path} holds a run of another model or init ({'; '.join(never)}), which --resume changed cannot "
+                f"{self.path} holds a run that began otherwise ({'; '.join(never)}), which --resume changed cannot "
                 "change; restore these values, or choose another --output_dir"
             )
         if resume != "changed":

@@ -177,6 +177,14 @@ def test_no_recipe_waits_in_training(name):
     check_waits(waits(BenchOptions(recipe=name)))
 
 
+def test_muon_does_not_wait():
+    recipe = small(read_recipe("digits", ["--optimizer.kind=muon"]), "fp32")
+    device = StandIn()
+    state = state_from_model(make_model(recipe.model).to(device.device), recipe, device.device)
+    assert state.optimizer.matrices
+    assert step_waits(state, recipe, device) == []
+
+
 def test_a_capacity_limit_leaves_no_wait_in_sampling():
     recipe = small(read_recipe("shapes-t2i", ["--evaluation.capacity_limit=2"]), "fp32")
     device = StandIn()

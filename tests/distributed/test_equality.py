@@ -23,6 +23,7 @@ ROUTERS = {
     "tc": ["--model.router=tc", "--model.balance=bias", "--model.expert_activation=gelu"],
     "ec": ["--model.router=ec"],
     "dense": ["--model.router=dense"],
+    "muon": ["--model.router=dsmoe", "--optimizer.kind=muon", "--model.num_kv_heads=1"],
     "diffmoe": ["--model.router=diffmoe", "--parallel.pool=global", "--model.expert_bias=true"],
     "race": ["--model.router=race", "--parallel.pool=global", "--model.similarity_loss_weight=0.1"],
     "threshold": ["--model.router=threshold", "--model.capacity=1.5"],
@@ -114,6 +115,7 @@ def test_two_processes(compare):
         "race, experts, accumulated": ([*ROUTERS["race"], *FEATURES["accumulation"]], LAYOUTS["experts"]),
         "threshold, shard": (ROUTERS["threshold"], LAYOUTS["shard"]),
         "dsmoe, experts, frozen": ([*ROUTERS["dsmoe"], *FROZEN_EXPERTS], LAYOUTS["experts"]),
+        "muon, shard": (ROUTERS["muon"], LAYOUTS["shard"]),
     }
     compare(2, 6, cases, check_equal)
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from run_state import final_state
+from safetensors.torch import load_file
 
 from diffusion_moe import DiT
 from diffusion_moe.cli import main
+from diffusion_moe.storage import export
 
 STEPS = 8
 EXPERTS, SHARD, REPLICATE = ([f"--parallel.{axis}=2"] for axis in ("experts", "shard", "replicate"))
@@ -19,6 +21,7 @@ EXPERTS, SHARD, REPLICATE = ([f"--parallel.{axis}=2"] for axis in ("experts", "s
 @pytest.fixture
 def options(tiny):
     several = ["--training.extra_ema_decays=[0.5]", "--training.checkpoint_every=2", "--logging.every=1"]
+    several += ["--training.posthoc_ema_stds=[0.1]", "--training.posthoc_ema_every=4"]
     shown = ["--logging.validate_every=2", "--logging.validate_images=32", "--logging.sample_every=2"]
     return [
         *tiny,
@@ -54,11 +57,24 @@ def metrics(folder, names=("loss", "grad_norm", "val_loss", "val_loss_ema_0.9", 
     return {(row["step"], name): row[name] for row in rows for name in names if name in row}
 
 
+def snapshots(folder):
+    """The tensors of all snapshots of a run, whole, by their step."""
+    taken = {path.name: folder / f"{path.name}.safetensors" for path in (folder / "snapshots").iterdir()}
+    for name, file in taken.items():
+        export(folder / "snapshots" / name, "posthoc_0.1.", file)
+    return {name: load_file(file) for name, file in taken.items()}
+
+
 def assert_same(one, other, tolerance=0.0):
     expected, found = final_state(one, STEPS), final_state(other, STEPS)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=lambda text, name=name: name + text)
+    others = snapshots(other)
+    assert snapshots(one).keys() == others.keys() == {"step-00000004", "step-00000008"}
+    for step, tensors in snapshots(one).items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(others[step][name], tensor, rtol=0, atol=tolerance)
     numbers, others = metrics(one), metrics(other)
     assert len(numbers) == 2 * STEPS + 3 * 4
     assert {key: others[key] for key in numbers} == pytest.approx(numbers, rel=2 * tolerance, abs=0)

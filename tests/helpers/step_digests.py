@@ -34,6 +34,7 @@ KINDS = {
     "sinks and windows": ["--model.attention_sinks=true", "--model.sliding_window=3", "--model.num_kv_heads=2"],
     "dropout": [f"--model.{kind}dropout=0.1" for kind in ("", "attention_", "expert_")],
     "text": [*TEXT, "--model.num_kv_heads=2"],
+    "muon": ["--optimizer.kind=muon"],
 }
 
 

@@ -67,8 +67,7 @@ def local(tensors):
 def parts_of(state):
     """Bytes that a process really holds of a state, after a gradient of every weight that learns."""
     model = local([*state.model.parameters(), *state.model.buffers()])
-    averages = [state.ema, *state.extra_emas.values()]
-    averages = local(tensor for ema in averages for tensor in (*ema.parameters(), *ema.buffers()))
+    averages = local(tensor for ema in state.emas for tensor in (*ema.parameters(), *ema.buffers()))
     return {
         "weights": sum(model.values()),
         "gradients": sum(local(p for p in state.model.parameters() if p.requires_grad).values()),
@@ -82,6 +81,7 @@ def parts_of(state):
     [
         [],
         ["--training.extra_ema_decays=[0.9]"],
+        ["--optimizer.kind=muon", "--training.posthoc_ema_stds=[0.1]"],
         ["--init.from_checkpoint=another", "--init.freeze=[blocks.0.*]"],
         ["--init.from_checkpoint=another", "--init.lora_rank=2", "--init.lora_targets=[attn.qkv,adaln.1]"],
     ],
@@ -144,11 +144,13 @@ def test_what_is_made_again_is_counted(tiny):
 
 def test_files_are_as_large_as_planned(tiny, tmp_path):
     options = [*tiny, "--training.steps=2", "--training.extra_ema_decays=[0.9]"]
+    options += ["--training.posthoc_ema_stds=[0.05,0.1]", "--training.posthoc_ema_every=1"]
     plan = make_plan(read_recipe("digits", options), PlanOptions())
     assert main(["train", "digits", *options, f"--output_dir={tmp_path}"]) == 0
     run = RunFolder(tmp_path)
     tensors = sum(tensors_in(path) for path in (run.checkpoints / "step-00000002").glob("*.safetensors"))
     assert tensors == plan.tensors.checkpoint
+    assert sum(tensors_in(path) for path in run.snapshots.glob("*/*.safetensors")) == plan.tensors.snapshots
     for folder in (run.model, run.ema_model(0.9)):
         assert sum(tensors_in(path) for path in folder.glob("*.safetensors")) == plan.tensors.published
 

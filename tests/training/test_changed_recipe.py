@@ -259,7 +259,7 @@ def test_what_cannot_be_resumed_is_refused_with_the_fields_and_a_remedy(recipe, 
     options, field = REFUSED[case]
     train(recipe(), tmp_path, log=str)
     saved = (tmp_path / "recipe.yaml").read_bytes()
-    with pytest.raises(ValueError, match="holds a run of another model or init") as refused:
+    with pytest.raises(ValueError, match="holds a run that began otherwise") as refused:
         RunFolder(tmp_path).claim(recipe(*options), "changed")
     message = str(refused.value)
     assert field in message and message.endswith("restore these values, or choose another --output_dir")

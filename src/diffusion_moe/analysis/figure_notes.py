@@ -12,7 +12,9 @@ def weights_note(findings: Findings) -> str:
     """Origin of the weights."""
     origin = findings.origin
     if "training_steps" in origin:
-        return f"averaged weights (decay {origin['ema_decay']:g}) after {origin['training_steps']:,} training steps"
+        std = origin.get("ema_std")
+        length = f"decay {origin['ema_decay']:g}" if std is None else f"relative width {std:g}"
+        return f"averaged weights ({length}) after {origin['training_steps']:,} training steps"
     if "source" in origin:
         chosen = f", {origin['weights']}" if origin.get("weights") else ""
         return f"weights converted from {origin['source']}{chosen}"

@@ -145,6 +145,7 @@ def _step(model: Any, setting: Setting) -> Candidate:
         batch_size=setting.images,
         accumulation=1,
         extra_ema_decays=(),
+        posthoc_ema_stds=(),
         precision="fp32" if setting.dtype == torch.float32 else "bf16",
         recompute="experts" if setting.options.recompute else "none",
         compile=setting.options.acceleration == "compile",

@@ -17,6 +17,7 @@ VERBS = {
     "plan": "train",
     "sample": "sample",
     "convert": "convert",
+    "ema": "convert",
     "encode": "data",
     "text-encoder": "convert",
     "evaluate": "evaluate",
@@ -28,7 +29,7 @@ VERBS = {
     "recipes": "measure",
 }
 """The file of each verb in this folder; it has a function of the verb's name."""
-LIGHT_VERBS = ("inspect", "plan", "convert", "recipes")
+LIGHT_VERBS = ("inspect", "plan", "convert", "ema", "recipes")
 """Verbs that run no model."""
 
 

@@ -1,4 +1,4 @@
-"""The verbs that write models: `convert` and `text-encoder`."""
+"""The verbs that write models: `convert`, `ema` and `text-encoder`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..conversion import ConvertOptions, export_reference_checkpoint, to_pipeline
+from ..posthoc_ema import EmaOptions, make_emas
 from ..shapes.text_encoder.options import TextEncoderOptions
 from .command_line import CommandLine
 from .output import log
@@ -19,6 +20,14 @@ def convert(arguments: Sequence[str]) -> int:
     options = given.options(ConvertOptions)
     work = to_pipeline if options.to == "diffusers" else export_reference_checkpoint
     log(work(given.first, options))
+    return 0
+
+
+def ema(arguments: Sequence[str]) -> int:
+    """Make EMA models of any width from a run's snapshots (training.posthoc_ema_stds), after training."""
+    first = ("run", "a finished run")
+    given = parse(CommandLine("ema", ema.__doc__, (EmaOptions,), first=first), arguments)
+    make_emas(Path(given.first), given.options(EmaOptions), log)
     return 0
 
 

@@ -30,6 +30,8 @@ FRACTION = Range("choose from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Range("choose from 0 to below 1", lambda value: 0 <= value < 1)
 UP_TO_ONE = Range("it must be above 0 and at most 1", lambda value: 0 < value <= 1)
 SEED = Range("choose from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+# The even average over all of training has the width 12 ** -0.5 = 0.289.
+EMA_STD = Range("choose above 0 and at most 0.28", lambda value: 0 < value <= 0.28)
 NOT_NEGATIVE = Range("use 0 for none", lambda value: value >= 0)
 
 

@@ -41,6 +41,12 @@ class Recipe:
         if self.model.process == "ddpm" or self.model.prediction in ("velocity", loss):
             reason = f"but from {self.model.prediction} to {loss} nothing is divided"
             self.diffusion.require_default("loss_min_gap", reason)
+        if self.optimizer.kind == "muon" and self.init.lora_rank is not None:
+            reason = "but Muon is not made for the matrices of adapters (init.lora_rank)"
+            raise ValueError(f"optimizer.kind is muon, {reason}; set it to adamw")
+        if self.training.posthoc_ema_stds and self.init.lora_rank is not None:
+            reason = "but snapshots are made of whole models only, not of adapters (init.lora_rank)"
+            raise ValueError(f"training.posthoc_ema_stds are {self.training.posthoc_ema_stds}, {reason}; remove them")
         dropout = self.diffusion.class_dropout
         if dropout and self.model.num_classes and not self.model.null_class:
             raise ValueError(f"diffusion.class_dropout is {dropout}, but model.null_class is false; set it to 0")

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .fields import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, POSITIVE_OR_NULL, SEED, UP_TO_ONE, Settings, setting
+from .fields import (
+    BELOW_ONE,
+    EMA_STD,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_OR_NULL,
+    SEED,
+    UP_TO_ONE,
+    Settings,
+    setting,
+)
 from .model import Prediction
 
 
@@ -25,6 +36,11 @@ class TrainingConfig(Settings):
     """Decays of further EMAs."""
     ema_warmup: bool = setting(True, before=False)
     """Warm up the EMAs: at update n their decay is at most (1 + n) / (10 + n)."""
+    posthoc_ema_stds: tuple[float, ...] = setting((), change="never", valid=EMA_STD)
+    """Widths of EMAs kept in snapshots, of which `diffusion-moe ema` makes EMAs of any other width after training, in
+    shares of the training time; EDM2 keeps 0.05 and 0.1. Empty: no snapshots."""
+    posthoc_ema_every: int = setting(1000, change="always", valid=POSITIVE)
+    """Steps between these snapshots; the last step always saves one."""
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", common=True)
     """bf16: autocast with float32 weights; routers always compute in float32. auto: as a resumed run began, else bf16
     on GPUs that have it and processors that are fast in it, else fp32."""
@@ -87,14 +103,19 @@ class DiffusionConfig(Settings):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    kind: Literal["adamw", "muon"] = setting("adamw", change="never", common=True)
+    """muon: Muon for the matrices of the blocks that take tokens, each expert's by itself, and AdamW for all other
+    parameters, with one learning rate and weight decay; see docs/training.md."""
+    momentum: float = setting(0.95, valid=BELOW_ONE)
+    """Decay of Muon's momentum (kind: muon)."""
     learning_rate: float = setting(1e-4, common=True, valid=POSITIVE)
     """Peak learning rate."""
     betas: tuple[float, float] = setting((0.9, 0.999), valid=BELOW_ONE)
-    """Decay of the first and second moment."""
+    """Decay of AdamW's first and second moment."""
     eps: float = setting(1e-8)
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = setting(0.0, valid=NOT_NEGATIVE)
     """Decoupled weight decay, on matrices only (not on biases, norms and embeddings)."""
     warmup_steps: int = setting(0, common=True, valid=NOT_NEGATIVE)
@@ -103,6 +124,11 @@ class OptimizerConfig(Settings):
     """Learning rate after the warm-up: constant, or a cosine down to 0 at the last step."""
     max_grad_norm: float | None = setting(1.0, valid=POSITIVE._replace(remedy="use null for no clipping"))
     """Maximum norm of the gradient, which is clipped to it; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "adamw":
+            self.require_default("momentum", "but optimizer.kind is adamw, which reads betas")
 
 
 @dataclass(frozen=True)

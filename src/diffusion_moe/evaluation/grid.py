@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import EvaluationConfig, read_yaml, unknown_name
+from ..run_folder import ema_name
 from ..sampling.options import Weights
 from .options import SweepOptions
 
 
 def _weights(text: str) -> str:
-    return text if text in ("ema", "model") else str(float(text))
+    return text if text in ("ema", "model") else ema_name(text)
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -102,8 +102,8 @@ class SweepOptions(TextOptions, ReferenceOptions):
     guidance_interval: str | None = None
     """Pairs of times between which guidance is on, as 0:1,0.1:1."""
     weights: str | None = None
-    """As ema,0.999,model: EMA weights, a further EMA by its decay, or the weights of a run's newest checkpoint without
-    EMA."""
+    """As ema,0.999,std0.1,model: EMA weights, a further EMA by its decay or width, or the weights of a run's newest
+    checkpoint without EMA."""
     steps: str | None = None
     """Solver steps, as 25,50."""
     solver: str | None = None

@@ -44,7 +44,7 @@ def summary(result: Result) -> str:
         steps = "" if result["steps"] is None else f" {result['steps']} steps"
         low, high = result["guidance_interval"]
         interval = "" if (low, high) == (0, 1) else f" on t {low:g} to {high:g}"
-        decay = result.get("ema_decay")
+        decay = result.get("ema_decay")  # None also for a post-hoc EMA, whose name is its width
         parts += [
             f"{result['solver']}{steps}, {result['function_evaluations']:g} evaluations",
             f"guidance {result['guidance_scale']:g}{interval}",

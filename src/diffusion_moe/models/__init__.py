@@ -31,7 +31,9 @@ def save_model(model: Backbone, folder: Path) -> None:
         OSError, SafetensorError: a file cannot be written.
     """
     written_by = {"_class_name": type(model).__name__, "_diffusers_version": version("diffusers")}
-    config = json.dumps({**written_by, **model._internal_dict}, indent=2, sort_keys=True)
+    # A loaded model has names of diffusers' beside its settings, as _name_or_path.
+    settings = {name: value for name, value in model._internal_dict.items() if not name.startswith("_")}
+    config = json.dumps(written_by | settings, indent=2, sort_keys=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config + "\n")

@@ -13,8 +13,8 @@ from ..config import InitConfig, ModelConfig, ParallelConfig, Recipe
 
 FLOAT32 = 4
 """Bytes of an element of a weight, gradient or moment."""
-MOMENTS, STEP_BYTES = 2, 4
-"""AdamW's tensors a parameter, and its step count."""
+STEP_BYTES = 4
+"""AdamW's step count of a parameter."""
 INDEX_BYTES = 28
 """Bytes of a dispatched row's weight and three int64 indices."""
 
@@ -82,13 +82,17 @@ class Tensors:
         self.recipe, config = recipe, recipe.model
         self.parameters = trained_parameters(config, recipe.init)
         self.buffers, saved_buffers = counts.buffer_bytes(config), counts.buffer_bytes(config, persistent=True)
-        self.num_emas = 1 + len(set(recipe.training.extra_ema_decays))
+        training, posthoc = recipe.training, len(set(recipe.training.posthoc_ema_stds))
+        self.num_emas = 1 + len(set(training.extra_ema_decays)) + posthoc
         self.learning = sum(p.size for p in self.parameters if p.learns)
         """Number of parameters that learn."""
         weights, learning = FLOAT32 * sum(p.size for p in self.parameters), FLOAT32 * self.learning
-        moments = sum(MOMENTS * FLOAT32 * p.size + STEP_BYTES for p in self.parameters if p.learns)
+        moments = sum(self._moments(p, FLOAT32 * p.size) for p in self.parameters if p.learns)
         self.checkpoint = weights + saved_buffers + self.num_emas * (learning + saved_buffers) + moments
         """Bytes of the tensors in a checkpoint."""
+        num_snapshots = math.ceil(training.steps / training.posthoc_ema_every)
+        self.snapshots = num_snapshots * posthoc * (learning + saved_buffers)
+        """Bytes of the tensors in all snapshots of post-hoc EMAs."""
         shapes = counts.parameter_shapes(config).values()
         self.published = FLOAT32 * sum(map(math.prod, shapes)) + saved_buffers
         """Bytes of the tensors in the folder model/, and of each further EMA's."""
@@ -97,16 +101,22 @@ class Tensors:
         """Memory of a process that holds so many bytes of activations."""
         alone = layout.processes == 1
         weights = FLOAT32 * sum(p.local_size(layout) for p in self.parameters)
-        learning = [FLOAT32 * p.local_size(layout) for p in self.parameters if p.learns]
-        copied = sum(learning) if alone else weights  # on one process EMAs share what is frozen
+        parts = {p: FLOAT32 * p.local_size(layout) for p in self.parameters if p.learns}
+        learning = sum(parts.values())
+        copied = learning if alone else weights  # on one process EMAs share what is frozen
         return Memory(
             weights=weights + self.buffers,
-            gradients=sum(learning),
-            optimizer=sum(MOMENTS * part + STEP_BYTES for part in learning),
+            gradients=learning,
+            optimizer=sum(self._moments(p, part) for p, part in parts.items()),
             averages=self.num_emas * (copied + self.buffers),
             activations=activations,
             gathered=0 if alone else self._gathered(layout),
         )
+
+    def _moments(self, p: Parameter, part: int) -> int:
+        """Bytes of the moments of a part of so many bytes: Muon has one and AdamW two, with a step count."""
+        is_muon = self.recipe.optimizer.kind == "muon" and counts.is_hidden_matrix(p.name, p.shape)
+        return part if is_muon else 2 * part + STEP_BYTES
 
     def _gathered(self, layout: ParallelConfig) -> int:
         """The outer layers whole, with their gradients; the weights of two blocks; the gradients of one."""

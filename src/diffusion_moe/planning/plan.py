@@ -89,6 +89,7 @@ class Plan:
             "flops_per_step": dataclasses.asdict(self.compute),
             "checkpoint_bytes": self.tensors.checkpoint,
             "model_bytes": self.tensors.published,
+            "snapshot_bytes": self.tensors.snapshots,
             "layouts": [_layout_record(layout) for layout in self.layouts],
             "chosen": _layout_record(self.chosen),
             "steps": training.steps,

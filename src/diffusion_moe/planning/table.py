@@ -46,6 +46,8 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     log("on the disk")
     row("a checkpoint", f"{_short(plan.tensors.checkpoint)}B")
     row("the EMA model", f"{_short(plan.tensors.published)}B")
+    if plan.tensors.snapshots:
+        row("all snapshots", f"{_short(plan.tensors.snapshots)}B")
     log("the run")
     images = training.steps * training.batch_size
     row("steps", f"{training.steps:,}")

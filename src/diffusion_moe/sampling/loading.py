@@ -11,7 +11,7 @@ import torch
 from ..log import Log
 from ..models import Backbone, load_model
 from ..models.trained import last_weights, newest_checkpoint
-from ..run_folder import EMA_MODEL, ORIGIN, RunFolder
+from ..run_folder import EMA_MODEL, ORIGIN, RunFolder, ema_name
 from ..storage import step_of
 from ..text import TextEncoder, load_encoder
 from .source import Source
@@ -58,12 +58,14 @@ def _weights_folder(source: Source) -> Path:
     if weights == "ema":
         return source.model_folder
     try:
-        folder = RunFolder(source.path).ema_model(float(weights))
+        folder = RunFolder(source.path).ema_model(ema_name(weights))
     except ValueError as error:
         raise ValueError(f"weights is {weights}; {remedy}, or the decay of a further EMA") from error
     if not folder.is_dir():
         kept = sorted(found.name.removeprefix(EMA_MODEL) for found in source.path.glob(f"{EMA_MODEL}*"))
-        more = f", or the decay {' or '.join(kept)}" if kept else ": it has no further EMA"
+        more = f", or the further EMA {' or '.join(kept)}" if kept else ": it has no further EMA"
+        if weights.startswith("std"):
+            more += f"; `diffusion-moe ema {source.path} --std {weights[3:]}` makes it of snapshots"
         raise ValueError(f"weights is {weights}, but {source.path} has no such EMA; {remedy}{more}")
     return folder
 

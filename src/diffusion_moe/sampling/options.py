@@ -9,8 +9,8 @@ from typing import Literal
 from ..config import require
 
 Weights = str
-"""ema: as the folder publishes them; model: of a run's newest checkpoint, without EMA; or the decay of a further EMA
-that the run has kept, as 0.999."""
+"""ema: as the folder publishes them; model: of a run's newest checkpoint, without EMA; or a further EMA of the run, by
+its decay as 0.999, or by its width as std0.1."""
 ENDINGS = {"grid": ".png", "npz": ".npz", "png": ""}
 """Ending of the file or folder (png) that each format is written to."""
 
@@ -21,7 +21,7 @@ class WeightsOptions:
 
     weights: Weights = "ema"
     """A run's EMA weights (ema), those of its newest checkpoint without EMA (model), or a further EMA
-    (training.extra_ema_decays) by its decay, as 0.999."""
+    (training.extra_ema_decays) by its decay, as 0.999, or one that `diffusion-moe ema` made by its width, as std0.1."""
     vae: str | None = None
     """Hub id or folder of the AutoencoderKL that decodes latents, where the folder has none of its own."""
 

@@ -4,7 +4,8 @@
 
     model.NAME                   weights and routing state
     ema.NAME, ema_DECAY.NAME     their EMAs
-    optimizer.MOMENT.NAME        AdamW's moments and step counts
+    posthoc_STD.NAME             those that are kept in snapshots
+    optimizer.MOMENT.NAME        moments of AdamW with its step counts, momentum of Muon
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
     frozen = _frozen(state.model)
     tensors = {f"model.{name}": tensor.detach() for name, tensor in state.model.state_dict().items()}
     emas = {"ema": state.ema} | {f"ema_{decay}": ema for decay, ema in state.extra_emas.items()}
+    emas |= {f"posthoc_{std}": ema for std, ema in state.posthoc_emas.items()}
     for kind, ema in emas.items():
         tensors |= {f"{kind}.{name}": t.detach() for name, t in ema.state_dict().items() if name not in frozen}
     return tensors | {f"optimizer.{name}": moment for name, moment in state.optimizer.named_moments().items()}

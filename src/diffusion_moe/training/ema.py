@@ -1,7 +1,14 @@
-"""Exponential moving average (EMA) of a model: parameters and routing state."""
+"""Exponential moving average (EMA) of a model: parameters and routing state.
+
+EDM2 (arXiv 2312.02696) weighs the weights of step t in an average at step T by a power function, (t / T) ** gamma, and
+measures its width by its standard deviation over T. Equations are numbered as in its published code.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +25,23 @@ def ema_decay(decay: float, updates: int, warmup: bool) -> float:
     """Decay of an EMA's next update, after so many; with warm-up it begins lower."""
     # TensorFlow's ExponentialMovingAverage with num_updates; diffusers' EMAModel.get_decay for updates > 0.
     return min(decay, (1 + updates) / (10 + updates)) if warmup else decay
+
+
+@cache
+def power_exponent(std: float) -> float:
+    """Exponent gamma of the power function of a width; 0 is the even average, of width 0.289."""
+    # EDM2 eq. 123: std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)); eq. 126 is the largest root of this cubic.
+    inverse = std**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def power_decay(std: float, step: int) -> float:
+    """Decay of an EMA's update at a step, from 1, that makes it a power function of this width.
+
+    The first update takes the weights whole, so the initial ones are not averaged in. EDM2 measures time in images;
+    here it is steps, also if the batch size changes on resuming.
+    """
+    return (1 - 1 / step) ** (power_exponent(std) + 1)  # EDM2 eq. 127
 
 
 @torch.no_grad()

@@ -33,17 +33,19 @@ def export_models(run: RunFolder, state: TrainState, recipe: Recipe, dataset: Im
         if model is None:
             continue
         model = merge_adapters(model, recipe.init, None if is_extra else run.lora)
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
         training = {"training_steps": state.step, "ema_decay": decay}
-        _save(model, partial, {ORIGIN: training, DATA: dataset.metadata()})
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        save_model_folder(model, target, {ORIGIN: training, DATA: dataset.metadata()})
     barrier()
 
 
-def _save(model: Backbone, folder: Path, metadata: dict[str, dict[str, Any]]) -> None:
-    """Save a model and its metadata, by name of file; nothing is left of the folder after an error."""
+def save_model_folder(model: Backbone, target: Path, metadata: dict[str, dict[str, Any]]) -> None:
+    """Save a model and its metadata, by name of file; the folder is replaced once all of it is written.
+
+    Raises:
+        OSError: it cannot be written; names the folder, of which nothing is left.
+    """
+    folder = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         save_model(model, folder)
         for name, content in metadata.items():
@@ -52,3 +54,5 @@ def _save(model: Backbone, folder: Path, metadata: dict[str, dict[str, Any]]) ->
         shutil.rmtree(folder, ignore_errors=True)
         reason = f"cannot write the model ({getattr(error, 'strerror', None) or error})"
         raise OSError(getattr(error, "errno", None) or errno.EIO, reason, str(folder)) from error
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)

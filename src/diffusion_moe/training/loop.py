@@ -37,6 +37,7 @@ from .metrics_log import MetricsLog, ProgressBar, check_trackers
 from .nonfinite import NonFiniteError, NonFiniteSteps, RollBack, report_images
 from .parallelize import make_meshes
 from .signals import requests_to_stop, torchrun_has_ended
+from .snapshots import Snapshots
 from .speed import Speedometer
 from .state import TrainState, make_state
 from .step import StepResult, train_step
@@ -141,6 +142,7 @@ class Trainer:
         if recipe.training.precision == "bf16" and self.device.type == "cpu" and torch.bfloat16 in SLOW_DTYPES:
             log("warning: this processor multiplies bfloat16 slower than float32; training.precision fp32 is faster")
         self.checkpoints = Checkpoints(run_folder.checkpoints, recipe.training)
+        self.snapshots = Snapshots(run_folder.snapshots) if recipe.training.posthoc_ema_stds else None
         self.validation = Validation(recipe, self.device) if recipe.logging.validate_every else None
         self.metrics = MetricsLog(run_folder, recipe)
         self.progress = ProgressBar(recipe.training, recipe.logging.every, log)
@@ -161,7 +163,7 @@ class Trainer:
         state, steps = self.state, self.recipe.training.steps
         self._resume()
         with requests_to_stop(self.recipe.training.stop_seconds) as received:
-            with self.checkpoints:
+            with self.checkpoints, self.snapshots or nullcontext():
                 if state.step < steps:
                     self._train(received)
             if self.stopping and state.step < steps:
@@ -228,6 +230,8 @@ class Trainer:
             self.progress.open(self.state.step)
             self.speed.restart()
             while self.state.step < self.recipe.training.steps and not self.stopping:
+                if self.snapshots is not None:
+                    self.snapshots.forget_after(self.state.step)
                 try:
                     self._take_steps(received)
                 except RollBack:
@@ -290,8 +294,10 @@ class Trainer:
     def _at_intervals(self) -> None:
         """Save a checkpoint, compute the validation loss and sample images where they are due."""
         training, logging, step = self.recipe.training, self.recipe.logging, self.state.step
-        if self.stopping:  # first of all, because time may be short
-            self.checkpoints.save_state(self.state)
+        if self.snapshots is not None and self._due(training.posthoc_ema_every, step):
+            self.snapshots.save_state(self.state)
+        if self.stopping:  # before all else, because time may be short
+            self._save_checkpoint()
         if self.validation is not None and self._due(logging.validate_every, step):
             losses = self.validation.losses(self.state)
             self.metrics.write(step, losses)
@@ -300,8 +306,14 @@ class Trainer:
             self.preview(self.state.ema, self.run_folder.previews / f"step-{step:08d}.png")
         due = self._due(training.checkpoint_every, step)
         if not self.stopping and self.nonfinite.should_save(due, last=step == training.steps):
-            self.checkpoints.save_state(self.state)
+            self._save_checkpoint()
         self.speed.restart()
+
+    def _save_checkpoint(self) -> None:
+        """Begin to write a checkpoint, once the snapshots before it are written: none may be missing after it."""
+        if self.snapshots is not None:
+            self.snapshots.wait()
+        self.checkpoints.save_state(self.state)
 
     def _roll_back(self) -> None:
         """Load the last checkpoint; the batches of the non-finite steps are skipped from there on.
@@ -318,7 +330,7 @@ class Trainer:
             )
             self.log(f"stopped: {message}")
             raise NonFiniteError(message)
-        self.checkpoints.save_state(self.state)  # a run that is resumed from here skips them too
+        self._save_checkpoint()  # a run that is resumed from here skips them too
         self.metrics.open(self.state.step)
         skipped = f"the batches of steps {steps[0]} to {steps[-1]} are skipped"
         self.log(f"warning: rolled back to step {self.state.step}; {skipped}")

@@ -1,4 +1,7 @@
-"""AdamW over a process' part of a model, gradient clipping, and the learning rate as a function of the step."""
+"""AdamW over a process' part of a model, gradient clipping, and the learning rate as a function of the step.
+
+`muon` has the other optimizer.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ class LocalAdamW:
             if not part.requires_grad:
                 continue
             for moment, tensor in self.moments_of(part).items():
-                moments[f"{moment}.{name}"] = tensor if moment == "step" else _sharded_like(parameter, tensor)
+                moments[f"{moment}.{name}"] = tensor if moment == "step" else sharded_like(parameter, tensor)
         return moments
 
 
@@ -115,7 +118,7 @@ def _local_parameter(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(local_tensor(parameter), parameter.requires_grad)
 
 
-def _sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
+def sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """The DTensor with this process' part, if the parameter is one; else the part itself."""
     if not hasattr(parameter, "to_local"):
         return part

@@ -15,6 +15,7 @@ from ..models import Backbone, make_model
 from ..moe import recompute_experts
 from ..text import TextFeatures
 from .initialization import freeze_and_add_adapters, share_frozen
+from .muon import make_optimizer
 from .optimizer import LocalAdamW
 from .parallelize import Meshes, parallelize
 
@@ -32,6 +33,8 @@ class TrainState:
     """None for a single process."""
     extra_emas: dict[float, Backbone] = field(default_factory=dict)
     """Extra EMAs by decay."""
+    posthoc_emas: dict[float, Backbone] = field(default_factory=dict)
+    """EMAs that are kept in snapshots, by width; see `snapshots`."""
     skipped_steps: set[int] = field(default_factory=set)
     """Steps whose batches are skipped because they were not finite; see `nonfinite`."""
     nonfinite_steps: list[int] = field(default_factory=list)
@@ -43,8 +46,8 @@ class TrainState:
 
     @property
     def emas(self) -> list[Backbone]:
-        """The main EMA and the extra ones."""
-        return [self.ema, *self.extra_emas.values()]
+        """The main EMA and all others."""
+        return [self.ema, *self.extra_emas.values(), *self.posthoc_emas.values()]
 
     def replace_with(self, make: Callable[[], TrainState]) -> None:
         """Become another state, which is built after the memory of this one is freed."""
@@ -98,6 +101,7 @@ def state_from_model(model: Backbone, recipe: Recipe, device: torch.device, mesh
 
     main_ema = ema()
     extra_emas = {decay: ema() for decay in training.extra_ema_decays}
+    posthoc_emas = {std: ema() for std in training.posthoc_ema_stds}
     if training.recompute == "blocks":
         model.enable_gradient_checkpointing()
     recompute_experts(model, training.recompute == "experts")
@@ -108,8 +112,9 @@ def state_from_model(model: Backbone, recipe: Recipe, device: torch.device, mesh
     return TrainState(
         model,
         main_ema,
-        LocalAdamW(model, recipe.optimizer),
+        make_optimizer(model, recipe, device),
         meshes=meshes,
         extra_emas=extra_emas,
+        posthoc_emas=posthoc_emas,
         segments=(Segment(0, training.batch_size),),
     )

@@ -20,7 +20,7 @@ from ..log import Log
 from ..models import Backbone
 from ..moe import RoutingReport, merge_reports, routers_of, update_routing_state
 from ..randomness import derive_seed
-from .ema import ema_decay, update_ema
+from .ema import ema_decay, power_decay, update_ema
 from .loss import LossParts, micro_batch_loss
 from .measures import HostCopy, loss_by_time, routing_measures
 from .optimizer import clip_, global_norm, learning_rate
@@ -120,6 +120,8 @@ def train_step(
     _update_routing(model, reports, finite)
     for decay, ema in {recipe.training.ema_decay: state.ema, **state.extra_emas}.items():
         update_ema(ema, model, ema_decay(decay, step - 1, recipe.training.ema_warmup))
+    for std, ema in state.posthoc_emas.items():
+        update_ema(ema, model, power_decay(std, step))
     lap("optimizer")
     state.step = step
     numbers = {**means, "grad_norm": grad_norm, "finite": finite}
