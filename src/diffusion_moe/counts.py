@@ -113,6 +113,11 @@ def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
     return batch_size // parts
 
 
+def middle_blocks(config: ModelConfig) -> range:
+    """Blocks that see a part of the tokens where tokens are dropped."""
+    return range(config.first_k_full, config.depth - config.last_k_full)
+
+
 def is_moe_block(config: ModelConfig, index: int) -> bool:
     """True for an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
     return config.rule is not None and index >= config.first_k_dense and (index + 1) % config.moe_layer_freq == 0
