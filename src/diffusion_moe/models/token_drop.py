@@ -21,8 +21,8 @@ class TokenDrop(NamedTuple):
     kept_BK: Tensor | None = None
     """Ascending indices of the image tokens that the middle blocks see, int64; None: all."""
     path: Tensor | bool = False
-    """True for images whose middle blocks are ignored, as if they dropped all tokens, bool, (B,); a plain True: those of
-    the whole batch, which are then not computed. The model needs a fusion."""
+    """True for images whose middle blocks are ignored, as if they dropped all tokens, bool, (B,); a plain True: those
+    of all images, which are then not computed. The model needs a fusion."""
 
 
 NOTHING_DROPPED = TokenDrop()
