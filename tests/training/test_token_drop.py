@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_moe.config import read_recipe
+from diffusion_moe.config import difference, read_recipe
 from diffusion_moe.config.token_drop import square_of
 from diffusion_moe.counts import model_flops, training_flops
 from diffusion_moe.data import Batch
@@ -69,6 +69,15 @@ def test_the_last_steps_see_all_tokens(tiny):
     compute = compute_of(recipe)
     assert compute.forward == pytest.approx(recipe.training.batch_size * (0.8 * fewer + 0.2 * full), abs=1)
     assert compute.backward == pytest.approx(2 * compute.forward, abs=1)
+
+
+def test_more_steps_are_another_recipe_where_they_move_the_last_ones(tiny):
+    constant = [*tiny, *DROP, "--optimizer.schedule=constant"]
+    some, more = (read_recipe("digits", [*constant, f"--training.steps={steps}"]) for steps in (10, 20))
+    assert difference(some, more) == []
+    constant.append("--training.full_token_share=0.2")
+    some, more = (read_recipe("digits", [*constant, f"--training.steps={steps}"]) for steps in (10, 20))
+    assert difference(some, more) == ["training.steps: 10 -> 20"]
 
 
 def test_without_dropping_nothing_is_chosen(tiny):
