@@ -147,7 +147,7 @@ class ModelConfig(Settings):
     """Period of blocks with an MoE layer: 1: all blocks; 2: blocks 1, 3, ...; n: the last of every n."""
     first_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)
     """Number of first blocks that are dense whatever moe_layer_freq is."""
-    fusion: bool = setting(False, affects="weights", reference=False)
+    fusion: bool = setting(False, affects="weights")
     """Fuse the tokens before and after the middle blocks by a linear layer, with a mask token where these saw none
     (SPRINT)."""
     first_k_full: int = setting(2, affects="nothing", reference=False, valid=NOT_NEGATIVE)
