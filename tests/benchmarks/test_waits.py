@@ -231,10 +231,9 @@ def test_a_step_with_something_left_on_the_host_raises(tiny_recipe, forgotten):
         train_step(state, tiny_recipe, pinned(batch))
 
 
-@pytest.mark.parametrize("selection", ["random", "squares"])
-def test_steps_that_drop_tokens_and_guidance_by_a_dropped_path_do_not_wait(selection):
+def test_steps_that_drop_tokens_and_guidance_by_a_dropped_path_do_not_wait():
     options = ["--model.depth=6", "--model.fusion=true", "--training.path_drop_rate=0.1"]
-    options += ["--training.token_drop_rate=0.75", f"--training.token_selection={selection}"]
+    options += ["--training.token_drop_rate=0.75", "--training.token_selection=squares"]
     recipe = small(read_recipe("digits", [*options, "--evaluation.path_drop_guidance=true"]), "fp32")
     device = StandIn()
     state = make_state(recipe, device)
