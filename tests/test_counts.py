@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from model_configs import model_configs
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion_moe.config import read_recipe, recipe_names
+from diffusion_moe.config import ModelConfig, read_recipe, recipe_names
 from diffusion_moe.counts import (
     buffer_bytes,
     buffer_shapes,
@@ -17,6 +17,7 @@ from diffusion_moe.counts import (
     parameter_shapes,
 )
 from diffusion_moe.models import make_model
+from diffusion_moe.models.token_drop import TokenDrop
 from diffusion_moe.moe import GroupedExperts
 
 
@@ -44,6 +45,25 @@ def check_counts(config):
     assert flops.total == counter.get_total_flops()
     names = [f"{type(model).__name__}.blocks.{index}" for index in range(config.depth)]
     assert list(flops.blocks) == [sum(counts[name].values()) for name in names]
+
+
+DROPPING = [
+    {"router": "dsmoe", "fusion": True, "num_kv_heads": 2},
+    {"router": "ec", "capacity": 1.5, "expert_bias": True},
+    {"router": "dense", "fusion": True, "text_dim": 12, "text_length": 5, "text_conditioning": "joint"},
+]
+
+
+@pytest.mark.parametrize("settings", DROPPING, ids=str)
+def test_of_models_whose_middle_blocks_see_a_part_of_the_tokens(settings):
+    small = {"sample_size": 8, "in_channels": 1, "hidden_size": 32, "num_heads": 4, "depth": 6, "expert_dim": 16}
+    config = ModelConfig(**small, **settings)
+    check_counts(config)
+    with torch.device("meta"):
+        model, drop = make_model(config).train(), TokenDrop(torch.zeros(1, 4, dtype=torch.long))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*blank_inputs(config, 1), token_drop=drop)
+    assert model_flops(config, 0.75).total == counter.get_total_flops() < model_flops(config).total
 
 
 FAMILIES = {"dit-s", "tc-dit-l-e16", "diffmoe-s-e16", "dsmoe-s-e16", "jitmoe-b-16-e16", "t2i-dsmoe-s-e16", "shapes-t2i"}

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .config import ModelConfig
+from .config import ModelConfig, Recipe
+from .config.token_drop import num_kept
 
 PAPER_MILLION = 2**20
 """The papers' "M" parameters."""
@@ -52,17 +53,22 @@ def model_size(config: ModelConfig) -> Size:
     return Size(total, total - experts * (1 - config.experts_per_token / config.num_experts))
 
 
-def model_flops(config: ModelConfig) -> Flops:
-    """Count the matmuls of a model in training, where DiffMoE's experts take their share of the one image's tokens."""
+def model_flops(config: ModelConfig, drop_rate: float = 0.0) -> Flops:
+    """Count the matmuls of a model in training, where DiffMoE's experts take their share of the one image's tokens.
+
+    Args:
+        config: the model.
+        drop_rate: share of the image's tokens that the middle blocks do not see.
+    """
     outside, blocks = 0, [0] * config.depth
     for name, shape in parameter_shapes(config).items():
-        flops = 2 * matmul_rows(config, name) * math.prod(shape[1:] if is_expert_matrix(name) else shape)
+        flops = 2 * matmul_rows(config, name, drop_rate) * math.prod(shape[1:] if is_expert_matrix(name) else shape)
         if name.startswith("blocks."):
             blocks[block_index(name)] += flops
         else:
             outside += flops
     for index in range(config.depth):
-        tokens, heads = num_tokens(config, index), config.num_heads
+        tokens, heads = num_tokens(config, index, drop_rate), config.num_heads
         # Query times key, and weight times value.
         blocks[index] += 4 * tokens * (tokens + config.attention_sinks) * heads * config.attended_width
         if has_cross_attention(config):
@@ -72,19 +78,29 @@ def model_flops(config: ModelConfig) -> Flops:
     return Flops(outside, tuple(blocks))
 
 
-def matmul_rows(config: ModelConfig, name: str) -> int:
+def training_flops(recipe: Recipe) -> float:
+    """FLOPs of the forward pass of an image, mean over all steps of training."""
+    training = recipe.training
+    dropping = training.dropping_steps / training.steps
+    fewer, full = (model_flops(recipe.model, rate).total for rate in (training.token_drop_rate, 0.0))
+    return dropping * fewer + (1 - dropping) * full
+
+
+def matmul_rows(config: ModelConfig, name: str, drop_rate: float = 0.0) -> int:
     """Rows of one image that are multiplied by a parameter; 0 if it is no matrix of a matmul."""
     if is_expert_matrix(name):
-        return num_assignments(config, block_index(name))
+        return num_assignments(config, block_index(name), drop_rate=drop_rate)
+    if name.startswith("fusion."):
+        return num_tokens(config, middle_blocks(config)[-1]) if name.endswith(".weight") else 0
     if name.endswith("experts.b_out"):
-        return num_tokens(config, block_index(name))  # the routing weights, as a matrix, times the biases
+        return num_tokens(config, block_index(name), drop_rate)  # the routing weights, as a matrix, times the biases
     if not name.endswith(".weight") or name == "y_embedder.weight" or "norm" in name:
         return 0
     if name.startswith("text_embedder.mlp.") or ".cross_attn.kv." in name:
         return config.text_length
     if name.startswith(("t_embedder.", "text_embedder.pool.")) or ".adaln." in name:
         return 1
-    return num_tokens(config, block_index(name)) if name.startswith("blocks.") else num_image_tokens(config)
+    return num_tokens(config, block_index(name), drop_rate) if name.startswith("blocks.") else num_image_tokens(config)
 
 
 # Tokens and assignments
@@ -95,16 +111,19 @@ def num_image_tokens(config: ModelConfig) -> int:
     return (config.sample_size // config.patch_size) ** 2
 
 
-def num_tokens(config: ModelConfig, index: int) -> int:
+def num_tokens(config: ModelConfig, index: int, drop_rate: float = 0.0) -> int:
     """Tokens of one image in block `index`, with those of its text and class that are in the same sequence."""
+    image = num_image_tokens(config)
+    if drop_rate and index in middle_blocks(config):
+        image = num_kept(image, drop_rate)
     text = config.text_length if config.text_dim and config.text_conditioning == "joint" else 0
-    return num_image_tokens(config) + text + (config.class_tokens if index >= config.class_tokens_from else 0)
+    return image + text + (config.class_tokens if index >= config.class_tokens_from else 0)
 
 
-def num_assignments(config: ModelConfig, index: int, images: int = 1) -> int:
+def num_assignments(config: ModelConfig, index: int, images: int = 1, drop_rate: float = 0.0) -> int:
     """Pairs of token and expert in MoE block `index`, for a batch of images in training."""
     assert config.rule is not None
-    return config.rule.num_assignments(config, num_tokens(config, index), images)
+    return config.rule.num_assignments(config, num_tokens(config, index, drop_rate), images)
 
 
 def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
@@ -114,6 +133,11 @@ def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
         product = f"training.accumulation {accumulation} x {world} processes = {parts}"
         raise ValueError(f"training.batch_size {batch_size} is not divisible by {product}")
     return batch_size // parts
+
+
+def middle_blocks(config: ModelConfig) -> range:
+    """Blocks that see a part of the tokens where tokens are dropped."""
+    return range(config.first_k_full, config.depth - config.last_k_full)
 
 
 def is_moe_block(config: ModelConfig, index: int) -> bool:
@@ -181,6 +205,8 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
         shapes |= {f"text_embedder.{name}": shape for name, shape in _text_embedder(config).items()}
     for index in range(config.depth):
         shapes |= {f"blocks.{index}.{name}": shape for name, shape in _block(config, index).items()}
+    if config.fusion:
+        shapes |= {"fusion.mask_token": (D,)} | _linear("fusion.linear", 2 * D, D)
     if config.backbone == "jit":
         shapes |= _norm(config, "final_layer.norm")
     shapes |= _linear("final_layer.linear", D, config.patch_size**2 * config.in_channels * (1 + config.learn_sigma))

@@ -239,6 +239,16 @@ def test_a_step_with_something_left_on_the_host_raises(tiny_recipe, forgotten):
         train_step(state, tiny_recipe, pinned(batch))
 
 
+def test_steps_that_drop_tokens_and_guidance_by_a_dropped_path_do_not_wait():
+    options = ["--model.depth=6", "--model.fusion=true", "--training.path_drop_rate=0.1"]
+    options += ["--training.token_drop_rate=0.75", "--training.token_selection=squares"]
+    recipe = small(read_recipe("digits", [*options, "--evaluation.path_drop_guidance=true"]), "fp32")
+    device = StandIn()
+    state = make_state(recipe, device)
+    assert step_waits(state, recipe, device) == []
+    assert sampling_waits(state, recipe, device) == []
+
+
 # dopri5 chooses its steps by values, which the stand-in has none of.
 SOLVERS = [solver for solver in (*FLOW_SOLVERS, *DDPM_SOLVERS) if solver != "dopri5"]
 

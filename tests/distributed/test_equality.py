@@ -40,6 +40,8 @@ FROZEN_EXPERTS = ["--init.from_checkpoint=unused", '--init.freeze=["*.experts.*"
 JIT = ["--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6", "--model.class_tokens=2"]
 JIT += ["--model.class_tokens_from=1", "--model.norm=rmsnorm", "--model.qk_norm=true", "--model.shared_bias=true"]
 JIT += ["--model.position=sincos+rope2d", "--model.rotary_pairs=neighbours", "--diffusion.loss=velocity"]
+SPRINT = ["--model.depth=3", "--model.first_k_full=1", "--model.last_k_full=1", "--model.fusion=true"]
+SPRINT += ["--training.token_drop_rate=0.75", "--training.token_selection=squares", "--training.path_drop_rate=0.2"]
 FEATURES = {
     "accumulation": ["--training.accumulation=2"],
     "recomputed blocks": ["--training.recompute=blocks"],
@@ -114,6 +116,7 @@ def test_two_processes(compare):
         ),
         "race, experts, accumulated": ([*ROUTERS["race"], *FEATURES["accumulation"]], LAYOUTS["experts"]),
         "threshold, shard": (ROUTERS["threshold"], LAYOUTS["shard"]),
+        "dsmoe, experts, dropped tokens": ([*ROUTERS["dsmoe"], *SPRINT, *FEATURES["accumulation"]], LAYOUTS["experts"]),
         "dsmoe, experts, frozen": ([*ROUTERS["dsmoe"], *FROZEN_EXPERTS], LAYOUTS["experts"]),
         "muon, shard": (ROUTERS["muon"], LAYOUTS["shard"]),
     }

@@ -29,6 +29,7 @@ MODELS = {
     "sincos": ["--model.position=sincos", "--model.num_kv_heads=1"],
     "window": ["--model.sliding_window=3"],
     "sinks": ["--model.attention_sinks=true"],
+    "fusion": ["--model.fusion=true", "--model.first_k_full=1", "--model.last_k_full=0"],
     "dropout": ["--model.depth=4", *(f"--model.{kind}dropout=0.1" for kind in ("", "attention_", "expert_"))],
     "identity": ["--model.shared=identity", "--model.expert_dropout=0.1"],
     "ddpm": ["--model.process=ddpm", "--model.prediction=epsilon", "--model.learn_sigma=true"],

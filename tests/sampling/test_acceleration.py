@@ -104,15 +104,15 @@ class Graphs:
     def __init__(self, monkeypatch):
         self.captures = []
         monkeypatch.setattr(acceleration, "check_acceleration", lambda *_: None)
-        monkeypatch.setattr(acceleration.Replayed, "_capture", lambda replayed, inputs: self.capture(replayed, inputs))
+        monkeypatch.setattr(acceleration.Replayed, "_capture", lambda *arguments: self.capture(*arguments))
 
-    def capture(self, replayed, inputs):
+    def capture(self, replayed, inputs, options):
         self.captures.append(tuple(None if tensor is None else tuple(tensor.shape) for tensor in inputs))
         text = () if inputs[3] is None else (TextFeatures(*inputs[3:]),)
-        output = replayed.network(*inputs[:3], *text)
+        output = replayed.network(*inputs[:3], *text, **options)
 
         def replay():
-            again = replayed.network(*inputs[:3], *text)
+            again = replayed.network(*inputs[:3], *text, **options)
             output.sample.copy_(again.sample)
             for report, new in zip(output.routing, again.routing):
                 report.counts_E.copy_(new.counts_E)

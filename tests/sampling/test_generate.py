@@ -9,6 +9,7 @@ from diffusion_moe.analysis.recorder import record_routing
 from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.diffusion.ddpm import ddpm_ancestral, linear_schedule, respaced
 from diffusion_moe.diffusion.solvers import even_times, sde
+from diffusion_moe.models.token_drop import TokenDrop
 from diffusion_moe.moe import routers_of
 from diffusion_moe.pixels import image_grid, to_uint8
 from diffusion_moe.randomness import normal
@@ -172,6 +173,22 @@ def test_guidance_extrapolates_the_velocity(model):
     ]
     torch.testing.assert_close(x[2], x[0] + 2.5 * (x[1] - x[0]), rtol=1e-4, atol=1e-4)
     assert (x[1] - x[0]).abs().max() > 1e-3
+
+
+def test_path_drop_guidance_leads_away_from_a_prediction_without_middle_blocks(tiny):
+    fusion = ["--model.depth=3", "--model.fusion=true", "--model.first_k_full=1", "--model.last_k_full=1"]
+    model = randomised(make_state(read_recipe("digits", [*tiny, *fusion]), torch.device("cpu")).model)
+    labels, null = class_schedule(4, 10), torch.full((4,), 10)
+    settings = EvaluationConfig(steps=2, batch_size=4, guidance_scale=3.0, path_drop_guidance=True)
+    images = generate(model, labels, 4, settings)
+    x = normal(0, "sample", 0, torch.arange(4), (1, 8, 8))
+    with torch.no_grad():
+        for t in (torch.zeros(4), torch.full((4,), 0.5)):
+            weak = model(x, t, null, token_drop=TokenDrop(path=True)).sample
+            x = x + 0.5 * (weak + 3.0 * (model(x, t, labels).sample - weak))
+    torch.testing.assert_close(images, x, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="path_drop_guidance is true, but the model has no fusion"):
+        generate(make_state(read_recipe("digits", tiny), torch.device("cpu")).model, labels, 4, settings)
 
 
 def test_an_unconditional_model_generates(tiny):

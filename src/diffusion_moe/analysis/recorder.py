@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..diffusion.ddpm import linear_schedule
+from ..models.token_drop import NOTHING_DROPPED
 from ..moe import Router, Routing, routers_of
 from ..moe.precision import full_precision
 
@@ -139,6 +140,8 @@ class RoutingRecord:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         if _settings(module) is None:
             return
+        if self.positions and given.get("token_drop", NOTHING_DROPPED).kept_BK is not None:
+            raise ValueError("a pass keeps a part of the tokens, whose places are not recorded; leave positions out")
         t_B = given["timestep"].detach().float().expand(len(given["hidden_states"]))
         time_B = 1 - t_B / len(linear_schedule()) if self.is_ddpm else t_B
         bin_B = (time_B * self.time_bins + BIN_SLACK).long().clamp(0, self.time_bins - 1)

@@ -38,6 +38,9 @@ class EvaluationConfig(Settings):
     """Times t between which guidance is on (0 is noise, 1 is data)."""
     guidance_channels: int | None = setting(None, change="always", valid=POSITIVE._replace(remedy="use null for all"))
     """Number of first channels that are guided; null: all. The papers' DDPM scores guided three of four."""
+    path_drop_guidance: bool = setting(False, change="always")
+    """The prediction that guidance leads away from has no class or prompt and skips the middle blocks (SPRINT;
+    model.fusion)."""
     threshold_scale: float = setting(1.0, change="always", valid=POSITIVE)
     """Factor on the thresholds (router: diffmoe, race, threshold): below 1 more compute a token, above 1 less."""
     capacity_limit: float | None = setting(None, change="always", valid=POSITIVE._replace(remedy="use null for none"))

@@ -152,6 +152,14 @@ class ModelConfig(Settings):
     """Period of blocks with an MoE layer: 1: all blocks; 2: blocks 1, 3, ...; n: the last of every n."""
     first_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)
     """Number of first blocks that are dense whatever moe_layer_freq is."""
+    fusion: bool = setting(False, affects="weights")
+    """Fuse the tokens before and after the middle blocks by a linear layer, with a mask token where these saw none
+    (SPRINT)."""
+    first_k_full: int = setting(2, affects="nothing", reference=False, valid=NOT_NEGATIVE)
+    """Number of first blocks that see all tokens; those between them and the last ones are the middle blocks (fusion,
+    or training.token_drop_rate above 0)."""
+    last_k_full: int = setting(2, affects="nothing", reference=False, valid=NOT_NEGATIVE)
+    """Number of last blocks that see all tokens (fusion, or training.token_drop_rate above 0)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,6 +174,8 @@ class ModelConfig(Settings):
         self._check_positions()
         self._check_backbone()
         self._check_text()
+        if self.fusion:
+            self.check_middle_blocks("model.fusion is true")
         if self.rule is not None:
             self.rule.check(self, "model.")
 
@@ -218,6 +228,12 @@ class ModelConfig(Settings):
     def guidable(self) -> bool:
         """True if the model has an output for no class or no prompt, as guidance needs."""
         return self.text_dim > 0 or (self.num_classes > 0 and self.null_class)
+
+    def check_middle_blocks(self, need: str) -> None:
+        """Refuse a model without middle blocks; `need` says what needs them."""
+        if self.first_k_full + self.last_k_full >= self.depth:
+            full = f"model.first_k_full {self.first_k_full} and last_k_full {self.last_k_full}"
+            raise ValueError(f"{need}, but {full} leave no middle blocks of model.depth {self.depth}; lower them")
 
     def _check_positions(self) -> None:
         need = f"as model.position {self.position} needs"

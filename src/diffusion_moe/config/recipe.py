@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 
+from ..routing_rules import rule_of
 from .data import DataConfig
 from .evaluation import EvaluationConfig
 from .model import ModelConfig
+from .token_drop import square_of
 from .training import DiffusionConfig, InitConfig, LoggingConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 
 
@@ -50,6 +52,25 @@ class Recipe:
         dropout = self.diffusion.class_dropout
         if dropout and self.model.num_classes and not self.model.null_class:
             raise ValueError(f"diffusion.class_dropout is {dropout}, but model.null_class is false; set it to 0")
+        self._check_token_drop()
+
+    def _check_token_drop(self) -> None:
+        training, model = self.training, self.model
+        if not model.fusion:
+            training.require_default("path_drop_rate", "but model.fusion is false")
+        if not training.token_drop_rate:
+            return
+        model.check_middle_blocks(f"training.token_drop_rate is {training.token_drop_rate}")
+        reason = "but among kept tokens (training.token_drop_rate) an index tells no distance"
+        model.require_default("sliding_window", reason, "set it to 0")
+        rule = rule_of(model.router)
+        if rule is not None and "target_loss_weight" in rule.reads and model.target_loss_weight:
+            raise ValueError(
+                f"model.target_loss_weight is {model.target_loss_weight}, but training.token_drop_rate is "
+                f"{training.token_drop_rate}: routers of the middle blocks do not see every patch; set it to 0"
+            )
+        if training.token_selection == "squares":
+            square_of(training.token_drop_rate, model.sample_size // model.patch_size)
 
     @property
     def loss_min_gap(self) -> float:
@@ -74,7 +95,8 @@ def to_yaml(recipe: Recipe) -> str:
 def difference(old: Recipe, new: Recipe) -> list[str]:
     """Lines `name: old -> new` for every field that may not change while a run resumes without --resume changed."""
     before, after = to_dict(old), to_dict(new)
-    free = ("always", "constant") if new.optimizer.schedule == "constant" else ("always",)
+    by_steps = new.optimizer.schedule != "constant" or new.training.full_token_share > 0
+    free = ("always",) if by_steps else ("always", "constant")
     return [
         f"{section}.{field.name}: {before[section][field.name]} -> {after[section][field.name]}"
         for section, kind in SECTIONS.items()

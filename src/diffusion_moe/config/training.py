@@ -68,6 +68,17 @@ class TrainingConfig(Settings):
     one."""
     device: Literal["auto", "cpu", "cuda"] = setting("auto")
     """auto: the GPU if there is one."""
+    token_drop_rate: float = setting(0.0, valid=BELOW_ONE)
+    """Share of an image's tokens that the middle blocks (model.first_k_full, last_k_full) do not see. They skip these
+    blocks (TREAD), or with model.fusion are a mask token after them (SPRINT drops 0.75)."""
+    token_selection: Literal["random", "squares"] = setting("random")
+    """Tokens that are kept (token_drop_rate above 0): any, or of each square of 2 x 2 or 4 x 4 tokens as many, any of
+    them (SPRINT)."""
+    full_token_share: float = setting(0.0, valid=FRACTION)
+    """Share of the steps, the last ones, in which no token is dropped (token_drop_rate above 0)."""
+    path_drop_rate: float = setting(0.0, valid=FRACTION)
+    """Share of training samples whose middle blocks are ignored in all steps, for path-drop guidance (model.fusion;
+    SPRINT: 0.1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +87,18 @@ class TrainingConfig(Settings):
         if len({self.ema_decay, *decays}) != 1 + len(decays):
             remedy = "they must differ from each other and from ema_decay"
             raise ValueError(f"training.extra_ema_decays are {decays}; {remedy}")
+        if not self.token_drop_rate:
+            for name in ("token_selection", "full_token_share"):
+                self.require_default(name, "but training.token_drop_rate is 0")
+
+    @property
+    def dropping_steps(self) -> int:
+        """Number of the last step in which tokens are dropped; 0 if there is none."""
+        return self.steps - round(self.full_token_share * self.steps) if self.token_drop_rate else 0
+
+    def drop_rate_at(self, step: int) -> float:
+        """Share of an image's tokens that the middle blocks do not see in a step, counted from 1."""
+        return self.token_drop_rate if step <= self.dropping_steps else 0.0
 
 
 @dataclass(frozen=True)

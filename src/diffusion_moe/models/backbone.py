@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import TEXT_FIELDS, ModelConfig
 from ..config.renamed import old_names
@@ -20,9 +19,11 @@ from ..nn.attention import CrossAttention
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
-from .block import DiTBlock, FinalLayer
+from .block import DiTBlock, FinalLayer, checkpoint_block
 from .diffusers_bases import HOMES, add_bases_when_imported, import_bases, takes_settings
+from .inputs import check_inputs
 from .text import TextEmbedder, TextTokens
+from .token_drop import NOTHING_DROPPED, Fusion, TokenDrop, keep_rotary, keep_tokens, middle_of, put_back
 
 
 class DiTOutput(NamedTuple):
@@ -96,6 +97,7 @@ class Backbone(nn.Module):
         self.y_embedder = nn.Embedding(rows, D) if config.num_classes else None
         self.text_embedder = TextEmbedder(config) if config.text_dim else None
         self.blocks = nn.ModuleList(DiTBlock(config, i) for i in range(config.depth))
+        self.fusion = Fusion(D) if config.fusion else None
         self.final_layer = FinalLayer(D, P * P * self.out_channels, self.make_final_norm())
         self.register_positions()
         self.gradient_checkpointing = False
@@ -244,7 +246,7 @@ class Backbone(nn.Module):
         pooled_projections: Tensor | None = None,
     ) -> Embedded:
         """Tokens with added positions, and the conditioning of the blocks. Arguments and errors as for `forward`."""
-        self._check_inputs(hidden_states, class_labels, encoder_hidden_states)
+        check_inputs(self.settings, hidden_states, class_labels, encoder_hidden_states)
         x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
         if self.settings.adds_sincos:
             x_BND = x_BND + self.sincos(*self.grid(hidden_states)).to(x_BND.dtype)
@@ -260,23 +262,6 @@ class Backbone(nn.Module):
             return Embedded(x_BND, condition_BD, class_BD, (text,), 0)
         x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
         return Embedded(x_BND, condition_BD, class_BD, (), self.settings.text_length)
-
-    def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None, text: Tensor | None) -> None:
-        config, (height, width) = self.settings, hidden_states.shape[-2:]
-        if (class_labels is None) != (self.y_embedder is None):
-            raise ValueError(
-                f"class_labels are {'missing' if class_labels is None else 'given'}, but the model has num_classes "
-                f"{config.num_classes}; pass them exactly when it is not 0"
-            )
-        if (text is None) != (self.text_embedder is None):
-            raise ValueError(
-                f"encoder_hidden_states are {'missing' if text is None else 'given'}, but the model has text_dim "
-                f"{config.text_dim}; pass them exactly when it is not 0 (no prompt: a mask of false)"
-            )
-        if height % config.patch_size or width % config.patch_size or not height or not width:
-            raise ValueError(
-                f"the image is {height} x {width}; both must be positive multiples of patch_size {config.patch_size}"
-            )
 
     def grid(self, hidden_states: Tensor) -> tuple[int, int]:
         """Rows and columns of an image's tokens."""
@@ -352,6 +337,7 @@ class Backbone(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         pooled_projections: Tensor | None = None,
+        token_drop: TokenDrop = NOTHING_DROPPED,
         return_dict: bool = True,
     ) -> DiTOutput | tuple[Tensor, tuple[RoutingReport, ...]]:
         """Predict the velocity, the clean image or the noise, as `prediction` says.
@@ -363,37 +349,46 @@ class Backbone(nn.Module):
             encoder_hidden_states: features of the text encoder, (B, L, text_dim); None for a model without text.
             encoder_attention_mask: true at tokens, bool, (B, L); None: everywhere. A row of false is no prompt.
             pooled_projections: pooled feature of the text encoder, (B, text_pooled_dim); None for a model without it.
+            token_drop: what the middle blocks leave out, in training or for path-drop guidance.
             return_dict: return a `DiTOutput`; false: a plain tuple of the same.
 
         Raises:
             ValueError: labels or text that the model does not take or that are missing; a size that is no multiple of
-                patch_size; features of another shape than the model's.
+                patch_size; features of another shape than the model's; something dropped that the model cannot lack.
         """
-        x, condition, label, text, still = self.embed(
+        embedded = self.embed(
             hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, pooled_projections
         )
-        reports: list[RoutingReport] = []
-        grid = self.grid(hidden_states)
-        rotary = self.rotary(still, grid)
-        for index, block in enumerate(self.blocks):
-            if label is not None and self.settings.class_tokens and index == self.settings.class_tokens_from:
-                x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
-                still += self.settings.class_tokens
-                rotary = self.rotary(still, grid)
-            x, report = self.run_block(block, x, condition, rotary, *text)
-            if report is not None:
-                predicted_BNP = report.predicted_BNP
-                if predicted_BNP is not None:  # of the image alone
-                    report = report._replace(predicted_BNP=predicted_BNP[:, still:])
-                reports.append(report)
-        patches = self.final_layer(x[:, still:], condition)
+        x, reports = self.run_blocks(embedded, self.grid(hidden_states), token_drop)
+        patches = self.final_layer(x, embedded.condition)
         output = DiTOutput(unpatchify(patches, self.settings.patch_size, *hidden_states.shape[-2:]), tuple(reports))
         return output if return_dict else output.to_tuple()
 
-
-def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
-    """Apply a block, store only its inputs, and recompute it in the backward pass."""
-    return checkpoint(block.__call__, *inputs, use_reentrant=False)
+    def run_blocks(
+        self, embedded: Embedded, grid: tuple[int, int], drop: TokenDrop
+    ) -> tuple[Tensor, list[RoutingReport]]:
+        """Apply all blocks: tokens of the image, (B, N, D), and the reports of the routers."""
+        x, condition, label, text, still = embedded
+        middle = middle_of(self.settings, drop)
+        before, kept, rotary = None, None, self.rotary(still, grid)
+        reports: list[RoutingReport] = []
+        for index, block in enumerate(self.blocks):
+            if middle and index == middle.start:
+                before, kept = x, drop.kept_BK
+                x, rotary = keep_tokens(x, kept, still), keep_rotary(rotary, kept, still)
+            if label is not None and self.settings.class_tokens and index == self.settings.class_tokens_from:
+                tokens = (label[:, None] + self.class_positions).to(x.dtype)
+                x = torch.cat((tokens, x), dim=1)
+                before = None if before is None else torch.cat((tokens, before), dim=1)
+                still += self.settings.class_tokens
+                rotary = keep_rotary(self.rotary(still, grid), kept, still)
+            if drop.path is not True or index not in middle:
+                x, report = self.run_block(block, x, condition, rotary, *text)
+                reports += [] if report is None else [report.without_first(still)]
+            if before is not None and index == middle[-1]:
+                x = put_back(x, before, kept, still) if self.fusion is None else self.fusion(x, before, drop, still)
+                before, kept, rotary = None, None, self.rotary(still, grid)
+        return x[:, still:], reports
 
 
 add_bases_when_imported(Backbone)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..counts import in_middle_half, is_moe_block
@@ -84,6 +85,11 @@ class FinalLayer(nn.Module):
     def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
         shift, scale = self.adaln(condition_BD).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x_BND), shift, scale))
+
+
+def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
+    """Apply a block, store only its inputs, and recompute it in the backward pass."""
+    return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
 
 def make_moe(config: ModelConfig) -> MoEFeedForward:

@@ -38,6 +38,12 @@ class RoutingReport(NamedTuple):
     scores_TE: Tensor | None = None
     """Scores whose quantiles over the whole step the thresholds follow (rule threshold in training)."""
 
+    def without_first(self, tokens: int) -> RoutingReport:
+        """The report without the predictions of an image's first tokens, which are no patches."""
+        if self.predicted_BNP is None:
+            return self
+        return self._replace(predicted_BNP=self.predicted_BNP[:, tokens:])
+
 
 class Routing(NamedTuple):
     """Assignments of tokens to experts, grouped by expert; a dropped token has none."""

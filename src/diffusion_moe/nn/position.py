@@ -17,7 +17,7 @@ Pairs = Literal["halves", "neighbours"]
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotation angles, both (N, I)."""
+    """Cosines and sines of the rotation angles, both (N, I), or (B, 1, N, I) where images differ."""
 
     cos_NI: Tensor
     sin_NI: Tensor

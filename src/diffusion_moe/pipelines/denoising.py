@@ -24,6 +24,7 @@ from ..config import ModelConfig
 from ..data.latent_space import LatentScaling
 from ..diffusion.guidance import inside
 from ..diffusion.prediction import convert
+from ..models.token_drop import TokenDrop
 from ..moe import scale_thresholds
 from .schedulers import check_scheduler
 
@@ -44,6 +45,7 @@ class Request:
         guidance_interval: times t strictly between which there is guidance; 0 is noise, 1 is data. The whole interval
             includes both ends.
         guidance_channels: number of first channels that are guided; None: all.
+        path_drop_guidance: guide away from a prediction that skips the middle blocks (SPRINT; a model with fusion).
         height: height of the images, in pixels; None: the model's own.
         width: width of the images, in pixels; None: the model's own.
         generator: one for the whole batch, or one per image, which makes each image independent of its batch.
@@ -60,6 +62,7 @@ class Request:
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_channels: int | None = None
+    path_drop_guidance: bool = False
     height: int | None = None
     width: int | None = None
     generator: torch.Generator | list[torch.Generator] | None = None
@@ -121,6 +124,8 @@ class DenoisingPipeline(DiffusionPipeline):
         """Refuse options that do not fit the model or each other; the message says what would."""
         self._check_components()
         self._check_guidance(request.guidance_scale, request.guidance_interval, request.guidance_channels)
+        if request.path_drop_guidance and not self.settings.fusion:
+            raise ValueError("path_drop_guidance is true, but the model has no fusion; remove it")
         output_type, unknown = request.output_type, set(request.callback_inputs) - set(self._callback_tensor_inputs)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
@@ -243,26 +248,37 @@ class DenoisingPipeline(DiffusionPipeline):
         settings, C = self.settings, self.settings.in_channels
         channels, guides = request.guidance_channels or C, self.guidance_scale != 1
         if settings.process == "ddpm":
-            output = self._predict(x, step, conditions, null if guides else None, channels)
+            output = self._predict(x, step, conditions, null if guides else None, channels, request)
             # A learned variance is taken together with epsilon.
             return output if self.scheduler.config.get("variance_type") == "learned_range" else output[:, :C]
         # t is 1 - sigma. Some schedulers round their timesteps, so these are not used.
         t = 1 - self.scheduler.sigmas[i].to(x.device, torch.float32)
         # Rounded, because 1 - sigma differs in the last bits from an end such as 0.1.
         guides = guides and inside(t.round(decimals=6), request.guidance_interval)
-        output = self._predict(x, t, conditions, null if guides else None, channels)
+        output = self._predict(x, t, conditions, null if guides else None, channels, request)
         return -convert(output[:, :C], x, t, settings.prediction, "velocity", settings.min_gap)
 
-    def _predict(self, x: Tensor, t: Tensor, conditions: Conditions, null: Conditions | None, channels: int) -> Tensor:
+    def _predict(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditions: Conditions,
+        null: Conditions | None,
+        channels: int,
+        request: Request,
+    ) -> Tensor:
         """Output of the transformer, with guidance of the first channels, float32, (B, C or 2C, H, W)."""
 
-        def output_of(x: Tensor, conditions: Conditions) -> Tensor:
-            return self.transformer(x.to(self.transformer.dtype), t, **conditions, return_dict=False)[0].float()
+        def output_of(x: Tensor, conditions: Conditions, **drop: TokenDrop) -> Tensor:
+            x = x.to(self.transformer.dtype)
+            return self.transformer(x, t, **conditions, **drop, return_dict=False)[0].float()
 
         if null is None:
             return output_of(x, conditions)
         # A router that pools the batch would mix the two halves of a doubled batch.
-        if self.settings.pools_batch:
+        if request.path_drop_guidance:
+            without, output = output_of(x, null, token_drop=TokenDrop(path=True)), output_of(x, conditions)
+        elif self.settings.pools_batch:
             without, output = output_of(x, null), output_of(x, conditions)
         else:
             pairs = {name: (null[name], conditions[name]) for name in conditions}

@@ -41,7 +41,7 @@ class Kept:
 
 
 def kept_activations(recipe: Recipe, images: int, sharded: bool = False) -> Kept:
-    """Count what autograd keeps of one micro-batch of so many images.
+    """Count what autograd keeps of one micro-batch of so many images, in a step in which no token is dropped.
 
     With frozen weights or adapters the result is an upper bound, because autograd keeps nothing for frozen weights.
 
@@ -93,6 +93,9 @@ class ForwardPass:
         kept += self.low * B * (counts.TIME_FREQUENCIES + 2 * D) + self.cast("t_embedder.mlp.2.")
         kept += INT64 * B if config.num_classes else 0
         kept += self.text_embedder() if config.text_dim else 0
+        if config.fusion:  # the tokens that are joined
+            tokens = counts.num_tokens(config, counts.middle_blocks(config)[-1])
+            kept += self.low * B * tokens * 2 * D + self.cast("fusion.linear.")
         loss = FLOAT32 * patches * (1 + config.learn_sigma)
         return kept + self.final_layer() + loss
 

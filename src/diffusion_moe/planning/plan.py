@@ -21,7 +21,10 @@ ROOM = 0.9
 
 @dataclass(frozen=True)
 class Compute:
-    """Floating-point operations of one step, over all processes: matmuls alone, two operations a multiply-add."""
+    """Floating-point operations of one step, over all processes: matmuls alone, two operations a multiply-add.
+
+    Where steps drop tokens it is the mean over all steps.
+    """
 
     forward: int
     backward: int
@@ -140,9 +143,23 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
 
 def compute_of(recipe: Recipe) -> Compute:
     """Count the matmuls of a step."""
-    config, batch, flops = recipe.model, recipe.training.batch_size, counts.model_flops(recipe.model)
-    w_in = {name: shape for name, shape in counts.parameter_shapes(config).items() if name.endswith(".experts.w_in")}
-    first_projections = sum(2 * counts.matmul_rows(config, name) * math.prod(shape[1:]) for name, shape in w_in.items())
+    training = recipe.training
+    dropping, full = _compute_at(recipe, training.token_drop_rate), _compute_at(recipe, 0.0)
+    steps = {dropping: training.dropping_steps, full: training.steps - training.dropping_steps}
+    if dropping == full:
+        return full
+
+    def mean(name: str) -> int:
+        return round(sum(count * getattr(compute, name) for compute, count in steps.items()) / training.steps)
+
+    return Compute(mean("forward"), mean("backward"), mean("recompute"))
+
+
+def _compute_at(recipe: Recipe, drop_rate: float) -> Compute:
+    config, batch, flops = recipe.model, recipe.training.batch_size, counts.model_flops(recipe.model, drop_rate)
+    shapes = counts.parameter_shapes(config)
+    rows = {name: counts.matmul_rows(config, name, drop_rate) for name in shapes if name.endswith(".experts.w_in")}
+    first_projections = sum(2 * count * math.prod(shapes[name][1:]) for name, count in rows.items())
     again = {"none": 0, "experts": first_projections, "blocks": sum(flops.blocks)}
     return Compute(batch * flops.total, 2 * batch * flops.total, batch * again[recipe.training.recompute])
 

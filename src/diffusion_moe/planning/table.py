@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..counts import model_flops
 from ..log import Log
 from .options import PlanOptions
 from .plan import Plan
@@ -35,6 +36,9 @@ def print_plan(plan: Plan, name: str, options: PlanOptions, log: Log) -> None:
     row("images", f"{training.batch_size:,}, {plan.images_per_process:,} at a time on each process")
     row("tokens", f"{training.batch_size * plan.tokens_per_image:,}, {plan.tokens_per_image:,} an image")
     row("forward and backward", f"{_short(compute.forward)}FLOP + {_short(compute.backward)}FLOP")
+    if training.token_drop_rate:
+        saved = 1 - compute.forward / (training.batch_size * model_flops(plan.recipe.model).total)
+        row("saved by dropping", f"{saved:.0%} of all FLOPs, mean over the steps; memory is that of all tokens")
     if compute.recompute:
         row("recomputed", f"{_short(compute.recompute)}FLOP")
     log("memory of a process")

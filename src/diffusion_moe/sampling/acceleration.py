@@ -13,13 +13,15 @@ from torch import Tensor
 
 from ..config import EvaluationConfig, ModelConfig
 from ..models import Backbone, DiTOutput
+from ..models.token_drop import TokenDrop
 from ..moe import routers_of
 from ..moe.backend import choose_grouped_matmul, on_device
 from ..moe.precision import choose_precision
 from ..text import TextFeatures
 
 Network = Callable[..., DiTOutput]
-"""x (B, C, H, W), t (a scalar), labels (B,) or None, and of a model with text its `TextFeatures`, to the output."""
+"""x (B, C, H, W), t (a scalar), labels (B,) or None, and of a model with text its `TextFeatures`, to the output; with
+`skips_middle` that without the middle blocks."""
 WARM_UP = 3
 """Calls before a capture, in which libraries choose their kernels and allocate their memory."""
 MOST_GRAPHS = 8
@@ -67,10 +69,12 @@ def accelerated(model: Backbone, settings: EvaluationConfig) -> Network:
         # Without autocast's cache of casts: a captured graph must contain them.
         cast = partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
 
-    def network(x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
+    def network(
+        x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None, skips_middle: bool = False
+    ) -> DiTOutput:
         prompt = {} if text is None else text.arguments(model.settings.text_pooled_dim > 0)
         with cast():
-            return model(x, t, labels, **prompt)
+            return model(x, t, labels, **prompt, token_drop=TokenDrop(path=skips_middle))
 
     if settings.acceleration == "compile":
         model.compile_blocks()
@@ -105,37 +109,40 @@ class Replayed:
         self.captured: dict[Hashable, _Captured] = {}
         """Graphs by shapes and constants, the last used at the end."""
 
-    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None) -> DiTOutput:
+    def __call__(
+        self, x: Tensor, t: Tensor, labels: Tensor | None, text: TextFeatures | None = None, **options: Any
+    ) -> DiTOutput:
         given = (x, t, labels, *(text or (None, None, None)))
         with on_device(x):
-            captured = self._graph_for(given)
+            captured = self._graph_for(given, options)
             for buffer, tensor in zip(captured.inputs, given):
                 if buffer is not None and tensor is not None:
                     buffer.copy_(tensor)
             captured.graph.replay()
         return DiTOutput(captured.output.sample.clone(), captured.output.routing)
 
-    def _graph_for(self, given: tuple[Tensor | None, ...]) -> _Captured:
-        key = (tuple(None if tensor is None else tensor.shape for tensor in given), self.constants())
+    def _graph_for(self, given: tuple[Tensor | None, ...], options: dict[str, Any]) -> _Captured:
+        shapes = tuple(None if tensor is None else tensor.shape for tensor in given)
+        key = (shapes, tuple(options.items()), self.constants())
         captured = self.captured.pop(key, None)
         if captured is None:
             while len(self.captured) >= MOST_GRAPHS:  # before the capture, which needs their memory
                 del self.captured[next(iter(self.captured))]
-            captured = self._capture(tuple(None if tensor is None else tensor.clone() for tensor in given))
+            captured = self._capture(tuple(None if tensor is None else tensor.clone() for tensor in given), options)
         self.captured[key] = captured
         return captured
 
-    def _capture(self, inputs: tuple[Tensor | None, ...]) -> _Captured:
+    def _capture(self, inputs: tuple[Tensor | None, ...], options: dict[str, Any]) -> _Captured:
         text = () if inputs[3] is None else (TextFeatures(*inputs[3:]),)  # type: ignore[arg-type]
         call = (*inputs[:3], *text)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                self.network(*call)
+                self.network(*call, **options)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile: those that pin memory or write files.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self.network(*call)
+            output = self.network(*call, **options)
         return _Captured(graph, inputs, output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -125,6 +125,8 @@ def check_solver(config: ModelConfig, settings: EvaluationConfig) -> None:
         raise ValueError(
             f"guidance_scale is {settings.guidance_scale}, but the model has no null class; set it to 1 for no guidance"
         )
+    if settings.path_drop_guidance and not config.fusion:
+        raise ValueError("path_drop_guidance is true, but the model has no fusion (model.fusion); remove it")
 
 
 @torch.no_grad()
@@ -217,10 +219,12 @@ def guided_network(
 ) -> Model:
     """The velocity (flow), or epsilon and variance (ddpm), with guidance."""
 
-    def predict(labels: Tensor | None, text: TextFeatures | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def predict(labels: Tensor | None, text: TextFeatures | None, skips: bool = False) -> Model:
+        skipping = {"skips_middle": True} if skips else {}
+
         def prediction(x: Tensor, t: Tensor) -> Tensor:
             t, texts = _on_device(t, x.device), () if text is None else (text,)
-            out = network(x, t, labels, *texts)
+            out = network(x, t, labels, *texts, **skipping)
             stats.note(out.routing)
             if config.process == "ddpm":
                 return out.sample.float()
@@ -240,13 +244,15 @@ def guided_network(
     )
 
     def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        output, without = joint(torch.cat((x, x)), t).chunk(2)
-        return output, without
+        output, other = joint(torch.cat((x, x)), t).chunk(2)
+        return output, other
 
-    # Both in one batch, unless routing pools the batch and would mix them.
-    channels = settings.guidance_channels or config.in_channels
+    # Both in one batch, unless routing pools the batch and would mix them, or one of them skips blocks.
+    channels, skips = settings.guidance_channels or config.in_channels, settings.path_drop_guidance
+    apart = config.pools_batch or skips
     scale, interval = settings.guidance_scale, settings.guidance_interval
-    return guided(conditional, predict(null, negative), scale, interval, channels, None if config.pools_batch else both)
+    without = predict(null, negative, skips)
+    return guided(conditional, without, scale, interval, channels, None if apart else both)
 
 
 def _on_device(t: Tensor, device: torch.device) -> Tensor:
@@ -282,6 +288,7 @@ def sampling_metadata(settings: EvaluationConfig, stats: SamplingStats) -> dict[
         "guidance_scale": settings.guidance_scale,
         "guidance_interval": list(settings.guidance_interval),
         "guidance_channels": settings.guidance_channels,
+        "path_drop_guidance": settings.path_drop_guidance,
         "threshold_scale": settings.threshold_scale,
         "dtype": choose_precision(settings.precision, best_device()).precision,
         "seed": settings.seed,

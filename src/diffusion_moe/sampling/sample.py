@@ -118,6 +118,8 @@ def settings_name(sampler: Sampler) -> str:
         parts += [f"rtol{settings.rtol:g}", f"atol{settings.atol:g}"]
     if settings.guidance_channels is not None:
         parts += [f"channels{settings.guidance_channels}"]
+    if settings.path_drop_guidance:
+        parts += ["pathdrop"]
     if settings.threshold_scale != default.threshold_scale:
         parts += [f"thresholds{settings.threshold_scale:g}"]
     if settings.capacity_limit is not None:

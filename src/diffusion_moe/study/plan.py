@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from ..config import Recipe
-from ..counts import model_flops, model_size
+from ..counts import model_flops, model_size, training_flops
 from ..log import Log
 from .definition import Study
 from .matching import MATCHED
@@ -43,7 +43,7 @@ def print_plan(study: Study, records: Sequence[Record], gflops: float, log: Log)
 
 def _assumed_seconds(recipe: Recipe, gflops: float) -> float:
     images = recipe.training.steps * recipe.training.batch_size
-    return 3 * model_flops(recipe.model).total * images / (1e9 * gflops)
+    return 3 * training_flops(recipe) * images / (1e9 * gflops)
 
 
 def _widths(recipe: Recipe) -> str:

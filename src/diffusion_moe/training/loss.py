@@ -14,11 +14,13 @@ from ..diffusion.loss import flow_loss
 from ..diffusion.path import rectified_flow
 from ..diffusion.times import sample_steps, sample_times
 from ..models import Backbone, DiTOutput
+from ..models.token_drop import NOTHING_DROPPED, TokenDrop
 from ..moe import RoutingReport
 from ..moe.precision import choose_precision, full_precision
 from ..nn.embeddings import patchify
 from ..randomness import normal, uniform
 from ..text import TextFeatures
+from .token_drop import choose_drop
 
 
 class LossParts(NamedTuple):
@@ -43,7 +45,7 @@ class LossParts(NamedTuple):
 
 
 def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, samples: Tensor) -> LossParts:
-    """Loss of some of a step's images; noise, times and label dropout are functions of (seed, step, sample).
+    """Loss of some of a step's images; noise, times and all that is dropped are functions of (seed, step, sample).
 
     Args:
         batch: the images, with labels or text.
@@ -68,7 +70,8 @@ def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, s
         t = sample_steps(seed, step, samples)
     else:
         t = sample_times(recipe.diffusion, seed, step, samples)
-    return loss_at(model, recipe, images, labels, noise, t, text)
+    drop = choose_drop(recipe, step, samples, model.grid(images))
+    return loss_at(model, recipe, images, labels, noise, t, text, drop)
 
 
 def loss_at(
@@ -79,6 +82,7 @@ def loss_at(
     noise: Tensor,
     t: Tensor,
     text: TextFeatures | None = None,
+    drop: TokenDrop = NOTHING_DROPPED,
 ) -> LossParts:
     """Loss for given noise and times; with ddpm, `t` are steps."""
     prompt = {} if text is None else text.arguments(recipe.model.text_pooled_dim > 0)
@@ -86,7 +90,7 @@ def loss_at(
     def predict(x_t: Tensor) -> DiTOutput:
         bf16 = choose_precision(recipe.training.precision, images.device).precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16) if bf16 else full_precision(images):
-            return model(x_t, t, labels, **prompt)
+            return model(x_t, t, labels, **prompt, token_drop=drop)
 
     if recipe.model.process == "ddpm":
         schedule = linear_schedule()

@@ -28,6 +28,7 @@ class Speedometer:
         self.recipe, self.device = recipe, device
         self.laps: list[tuple[str, Mark, Mark]] = []
         self.last_speed: dict[str, float] = {}
+        self.known_flops: dict[float, int] = {}
         self.last = self._mark()
 
     def lap(self, name: str) -> None:
@@ -48,9 +49,9 @@ class Speedometer:
             if name not in UNLOGGED and math.isfinite(value)  # JSON has no others
         }
         metrics["learning_rate"] = result.learning_rate
-        return metrics | self._speed() | {"memory_gb": self._memory_gb()}
+        return metrics | self._speed(result.step) | {"memory_gb": self._memory_gb()}
 
-    def _speed(self) -> dict[str, float]:
+    def _speed(self, step: int) -> dict[str, float]:
         spent = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
         steps, open_laps = 0, []
         for lap in self.laps:
@@ -65,7 +66,8 @@ class Speedometer:
         if not steps or not total:  # nothing was timed since the last call
             return self.last_speed
         images = steps * self.recipe.training.batch_size / total
-        flops = 3 * self.flops_an_image * images  # the backward pass takes two matmuls for each of the forward pass
+        # The backward pass takes two matmuls for each of the forward pass.
+        flops = 3 * self.flops_an_image(self.recipe.training.drop_rate_at(step)) * images
         numbers = {"images_per_second": images, "model_tflops": flops / 1e12}
         if (peak := self.peak_flops) is not None:
             world = self.recipe.parallel.replicate * self.recipe.parallel.shard * self.recipe.parallel.experts
@@ -73,10 +75,11 @@ class Speedometer:
         self.last_speed = numbers | {f"seconds_{name}": seconds / steps for name, seconds in spent.items()}
         return self.last_speed
 
-    @cached_property
-    def flops_an_image(self) -> int:
+    def flops_an_image(self, drop_rate: float) -> int:
         """FLOPs of the forward pass."""
-        return model_flops(self.recipe.model).total
+        if drop_rate not in self.known_flops:
+            self.known_flops[drop_rate] = model_flops(self.recipe.model, drop_rate).total
+        return self.known_flops[drop_rate]
 
     @cached_property
     def peak_flops(self) -> float | None:
