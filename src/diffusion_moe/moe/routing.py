@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import takes_triton
+from .operators import operator, run
 
 
 class RoutingReport(NamedTuple):
@@ -57,7 +58,7 @@ def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
     return torch.searchsorted(offsets_E, index_A, right=True)
 
 
-@torch.library.custom_op("diffusion_moe::sort_by_expert", mutates_args=())
+@operator("sort_by_expert")
 def sort_by_expert(expert_A: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Group assignments by expert, keeping their order within one. No host synchronisation.
 
@@ -113,7 +114,7 @@ def route_by_token(
         num_experts: E.
         losses: scalars to add to the training loss, already weighted.
     """
-    order_A, row_A, offsets_E, counts_E = sort_by_expert(expert_TK.flatten(), num_experts)
+    order_A, row_A, offsets_E, counts_E = run(sort_by_expert, expert_TK.flatten(), num_experts)
     return Routing(
         token_A=order_A // expert_TK.shape[1],
         weight_A=Permute.apply(weight_TK.flatten(), order_A, row_A),
