@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import TEXT_FIELDS, ModelConfig
 from ..config.renamed import old_names
 from ..moe import GroupedExperts, RoutingReport
-from ..nn.attention import CrossAttention
+from ..nn.attention import CrossAttention, window_mask
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
@@ -375,12 +375,14 @@ class Backbone(nn.Module):
         reports: list[RoutingReport] = []
         grid = self.grid(hidden_states)
         rotary = self.rotary(still, grid)
+        mask = window_mask(x, self.settings.sliding_window, self.settings.attention_sinks)
         for index, block in enumerate(self.blocks):
             if label is not None and self.settings.class_tokens and index == self.settings.class_tokens_from:
                 x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
                 still += self.settings.class_tokens
                 rotary = self.rotary(still, grid)
-            x, report = self.run_block(block, x, condition, rotary, *text)
+                mask = window_mask(x, self.settings.sliding_window, self.settings.attention_sinks)
+            x, report = self.run_block(block, x, condition, rotary, mask, *text)
             if report is not None:
                 reports.append(report)
         patches = self.final_layer(x[:, still:], condition)
