@@ -45,6 +45,13 @@ def choose_device(name: Literal["auto", "cpu", "cuda"], option: str = "device") 
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. From the CPU it is copied through pinned memory, so that the host does not wait."""
+    if device.type == "cpu" or x.device.type != "cpu":
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over processes, on every process; `x` itself on one."""
     if world_size() == 1:

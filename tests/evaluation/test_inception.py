@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_moe.benchmarks.wait_trace import StandIn
 from diffusion_moe.evaluation import inception
 from diffusion_moe.evaluation.inception import Inception
 from diffusion_moe.evaluation.scorer import make_extractor
@@ -42,6 +43,15 @@ def test_features_are_torch_fidelitys_and_the_spatial_ones_adms(extractor, image
     expected = np.transpose(first_of_block, (0, 2, 3, 1)).reshape(3, 17 * 17 * 7)
     np.testing.assert_allclose(found["spatial"], expected, rtol=1e-5, atol=1e-5)
     assert found["pool"].std() > 0.1 and found["spatial"].std() > 0.01
+
+
+def test_a_pass_on_a_device_waits_for_its_features_alone(inception_file):
+    """Traced on the stand-in for a GPU: two outputs, and the logits."""
+    extractor = Inception(inception_file).to(torch.device("meta"))
+    with StandIn().trace() as waits:
+        features = extractor(torch.zeros(2, 3, 20, 20, dtype=torch.uint8))
+        extractor.logits(features["pool"])
+    assert [wait.kind for wait in waits] == ["copy to the host"] * 3
 
 
 def test_grey_images_are_repeated(extractor, images):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusion_moe.nn.attention import CrossAttention, SelfAttention
+from diffusion_moe.nn.attention import CrossAttention, SelfAttention, window_mask
 
 pytestmark = pytest.mark.gpu
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -26,10 +26,11 @@ def compare(layer, *inputs):
 @pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
 @pytest.mark.parametrize(("sinks", "window"), [(False, 0), (True, 0), (False, 9), (True, 9)])
 def test_self_attention(num_kv_heads, sinks, window):
-    layer = SelfAttention(384, 6, num_kv_heads, qk_norm=True, sinks=sinks, window=window).cuda()
+    layer = SelfAttention(384, 6, num_kv_heads, qk_norm=True, sinks=sinks).cuda()
     if sinks:
         torch.nn.init.normal_(layer.sinks)
-    compare(layer, torch.randn(2, 65, 384, device="cuda", requires_grad=True))
+    x_BND = torch.randn(2, 65, 384, device="cuda", requires_grad=True)
+    compare(layer, x_BND, None, window_mask(x_BND, window, sinks))
 
 
 @pytest.mark.parametrize("num_kv_heads", [6, 2, 1])

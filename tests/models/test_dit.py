@@ -273,6 +273,27 @@ def test_a_bfloat16_model_is_close_to_float32(router):
     assert (actual - expected).norm() / expected.norm() < 0.05
 
 
+def test_the_mask_of_a_window_is_made_once_for_all_blocks(monkeypatch):
+    """Once again where class tokens lengthen the sequence. With sinks there is one more key, which all attend to."""
+    masks, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q, k, v, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return real(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    model = make_model(depth=2, sliding_window=3, attention_sinks=True)
+    model(*batch(model))
+    index = torch.arange(17)
+    near = (index[:16, None] - index).abs() < 3
+    near[:, 16] = True
+    assert masks[0] is masks[1] and torch.equal(masks[0], near)
+    masks.clear()
+    model = JiT(**SMALL, bottleneck_dim=8, class_tokens=2, class_tokens_from=1, sliding_window=3)
+    model(*batch(model))
+    assert [len(mask) for mask in masks] == [16, 18, 18] and masks[1] is masks[2]
+
+
 @pytest.mark.parametrize(
     "router", ["diffmoe", "dsmoe", *(pytest.param(router, marks=pytest.mark.slow) for router in ("tc", "ec", "race"))]
 )

@@ -10,9 +10,11 @@ from diffusion_moe.moe import MoEFeedForward, RouterConfig, operators
 from diffusion_moe.moe.expert_matmul import GroupedMatmul
 from diffusion_moe.moe.operators import is_seen, run
 from diffusion_moe.moe.ops import combine
+from diffusion_moe.moe.parallel import Combine, Dispatch
 
 SUM = (torch.randn(4, 3), torch.tensor([2, 0, 1, 3]), torch.tensor([0, 2]), 2)
 OPERATORS = ("gmm", "gmm_wgrad", "combine", "weighted_activation", "weighted_activation_backward_", "grouped_topk")
+OPERATORS += ("sort_by_expert",)
 
 
 @pytest.fixture
@@ -45,6 +47,21 @@ def test_a_training_step_calls_bodies(layer, monkeypatch):
     assert dispatched(lambda: step(layer, x)) >= set(OPERATORS)
     for ours, theirs in zip(bodies, step(layer, x)):
         assert torch.equal(ours, theirs)
+
+
+def test_rows_of_other_processes_are_combined_by_bodies():
+    """Forward in `Combine`, backward in `Dispatch`; each is the other's gradient."""
+    y_AD, row_A, start_T, per_token = SUM
+    token_A = torch.tensor([0, 1, 0, 1])
+    x_TD, y_AD = torch.randn(2, 3, requires_grad=True), y_AD.clone().requires_grad_()
+
+    def both_ways():
+        Dispatch.apply(x_TD, token_A, row_A, start_T, per_token).backward(y_AD.detach())
+        return Combine.apply(y_AD, token_A, row_A, start_T, per_token)
+
+    out_TD = torch.zeros(2, 3).index_add(0, token_A, y_AD)
+    assert "combine" not in dispatched(lambda: torch.testing.assert_close(both_ways(), out_TD))
+    torch.testing.assert_close(x_TD.grad, out_TD)
 
 
 def test_flops_of_a_step_are_counted(layer):

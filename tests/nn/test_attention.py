@@ -5,11 +5,11 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from diffusion_moe.nn.attention import CrossAttention, SelfAttention
+from diffusion_moe.nn.attention import CrossAttention, SelfAttention, window_mask
 from diffusion_moe.nn.position import apply_rotary, rotary_table
 
 
-def plain_attention(layer: SelfAttention, x_ND: torch.Tensor, rotary=None) -> torch.Tensor:
+def plain_attention(layer: SelfAttention, x_ND: torch.Tensor, rotary=None, window=0) -> torch.Tensor:
     """One image, one head at a time."""
     heads, kv_heads, size = layer.num_heads, layer.num_kv_heads, layer.head_dim
     queries, keys, values = layer.qkv(x_ND).split([heads * size, kv_heads * size, kv_heads * size], dim=1)
@@ -22,9 +22,9 @@ def plain_attention(layer: SelfAttention, x_ND: torch.Tensor, rotary=None) -> to
         if rotary is not None:
             q, k = apply_rotary(q[None, None], rotary)[0, 0], apply_rotary(k[None, None], rotary)[0, 0]
         exp = torch.exp(q @ k.T / size**0.5)
-        if layer.window:
+        if window:
             places = range(len(x_ND))
-            exp = exp * torch.tensor([[float(abs(i - j) < layer.window) for j in places] for i in places])
+            exp = exp * torch.tensor([[float(abs(i - j) < window) for j in places] for i in places])
         # The sink takes its share of the sum, and gives nothing.
         sink = 0 if layer.sinks is None else torch.exp(layer.sinks[head])
         outs.append(exp / (exp.sum(dim=1, keepdim=True) + sink) @ v)
@@ -50,15 +50,16 @@ def test_equals_the_softmax_formula(num_kv_heads, qk_norm, axes):
 @pytest.mark.parametrize("head_dim", [None, 12])
 def test_sinks_and_windows_equal_the_softmax_formula(num_kv_heads, sinks, window, head_dim):
     torch.manual_seed(0)
-    layer = SelfAttention(32, 4, num_kv_heads, head_dim=head_dim, sinks=sinks, window=window)
+    layer = SelfAttention(32, 4, num_kv_heads, head_dim=head_dim, sinks=sinks)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.3)
     rotary = rotary_table(3, 3, head_dim or 8, 2)
     x_BND = torch.randn(2, 9, 32, requires_grad=True)
     inputs = [x_BND, *layer.parameters()]
-    expected = torch.stack([plain_attention(layer, x_ND, rotary) for x_ND in x_BND])
-    torch.testing.assert_close(layer(x_BND, rotary), expected, rtol=1e-4, atol=1e-5)
-    grads = torch.autograd.grad(layer(x_BND, rotary).square().mean(), inputs)
+    expected = torch.stack([plain_attention(layer, x_ND, rotary, window) for x_ND in x_BND])
+    actual = layer(x_BND, rotary, window_mask(x_BND, window, sinks))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad(actual.square().mean(), inputs)
     torch.testing.assert_close(grads, torch.autograd.grad(expected.square().mean(), inputs), rtol=1e-3, atol=1e-5)
 
 
@@ -153,7 +154,8 @@ def test_kernels_get_masks_without_grouped_heads_and_no_gradient_of_a_mask(monke
         return real(q, k, v, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
-    SelfAttention(32, 4, 2, sinks=sinks, window=window)(torch.randn(2, 9, 32))
+    x_BND = torch.randn(2, 9, 32)
+    SelfAttention(32, 4, 2, sinks=sinks)(x_BND, mask_NM=window_mask(x_BND, window, sinks))
     ((q, k, v, options),) = calls
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
     if window:

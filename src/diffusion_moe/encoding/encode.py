@@ -26,6 +26,7 @@ from ..data.float16_files import DTYPE
 from ..data.image_files import ImageFileDataset
 from ..data.latent_space import LatentScaling, LatentSpace, encoder_sha256
 from ..data.latents import CachePlan
+from ..distributed import to_device
 from ..log import Log
 from ..randomness import normal
 from ..sampling.loading import load_vae
@@ -181,7 +182,7 @@ def latents_of(vae: AutoencoderKL, batch: DecodedBatch, dataset: ImageFileDatase
     Raises:
         ValueError: a latent is not finite, or larger than float16 holds; the message names the image.
     """
-    images = batch.images.to(vae.device)
+    images = to_device(batch.images, vae.device)
     views: list[Tensor] = []
     for view in [images, images.flip(-1)] if plan.flip else [images]:
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import ImageDataset
+from ..distributed import to_device
 from .features import CLASSIFIER, Extractor, ExtractorIdentity, fingerprint
 
 FEATURES = 64
@@ -75,7 +76,7 @@ class ClassifierFeatures(Extractor):
 
     def logits(self, pool_SD: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.module.head(pool_SD.to(self.device)).cpu()
+            return self.module.head(to_device(pool_SD, self.device)).cpu()
 
 
 def _moved(images: Tensor) -> Tensor:

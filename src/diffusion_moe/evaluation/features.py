@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import to_device
 from ..moe.precision import exact_float32
 
 INCEPTION, CLASSIFIER = "inception", "classifier"
@@ -80,7 +81,7 @@ class Extractor(ABC):
         images = images.flatten().view(images.shape)  # kernels are chosen by strides, and differ in the last digit
         # TensorFloat-32 would move the features by more than float32 sums do.
         with exact_float32(convolutions=True):
-            features = self.extract(images.to(self.device))
+            features = self.extract(to_device(images, self.device))
         return {name: value.float().cpu() for name, value in features.items()}
 
     @abstractmethod

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import barrier, is_main
+from ..distributed import barrier, is_main, to_device
 from .features import HASH_DIGITS, INCEPTION, Extractor, ExtractorIdentity
 
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -58,7 +58,7 @@ class Inception(Extractor):
     def logits(self, pool_SD: Tensor) -> Tensor:
         """Without the layer's bias, as ADM and torch-fidelity score."""
         weight: Any = self.module.fc.weight  # type: ignore[union-attr]
-        return torch.cat([(part.to(weight.device) @ weight.T).cpu() for part in pool_SD.split(5000)])
+        return torch.cat([(to_device(part, weight.device) @ weight.T).cpu() for part in pool_SD.split(5000)])
 
     def warnings(self) -> list[str]:
         if self.published:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -138,8 +139,12 @@ class ClassifierAndNearest(ClassifierFeatures):
         self.training = training
         self.identity = replace(self.identity, feature=f"{self.identity.feature}, nearest training image")
 
+    def to(self, device: torch.device) -> Extractor:
+        self.training = self.training.to(device)
+        return super().to(device)
+
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        nearest = metrics.nearest_neighbour_distance(images / 127.5 - 1, self.training.to(images.device))
+        nearest = metrics.nearest_neighbour_distance(images / 127.5 - 1, self.training)
         return super().extract(images) | {"nearest": nearest}
 
 

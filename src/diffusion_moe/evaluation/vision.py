@@ -39,9 +39,13 @@ class VisionModel(Extractor):
             "class token" if self.has_class_token else "mean over places",
         )
 
+    def to(self, device: torch.device) -> Extractor:
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return super().to(device)
+
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         pixels = resize(images, self.size) / 255
-        pixels = (pixels - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+        pixels = (pixels - self.mean) / self.std
         hidden = self.module(pixel_values=pixels).last_hidden_state
         if hidden.dim() == 4:  # a convolutional network's map
             hidden = hidden.flatten(2).transpose(1, 2)

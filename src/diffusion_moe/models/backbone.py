@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import TEXT_FIELDS, ModelConfig
 from ..config.renamed import old_names
 from ..moe import GroupedExperts, RoutingReport
-from ..nn.attention import CrossAttention
+from ..nn.attention import CrossAttention, window_mask
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
@@ -371,6 +371,7 @@ class Backbone(nn.Module):
         x, condition, label, text, still = embedded
         middle = middle_of(self.settings, drop)
         before, kept, rotary = None, None, self.rotary(still, grid)
+        mask = window_mask(x, self.settings.sliding_window, self.settings.attention_sinks)
         reports: list[RoutingReport] = []
         for index, block in enumerate(self.blocks):
             if middle and index == middle.start:
@@ -382,8 +383,9 @@ class Backbone(nn.Module):
                 before = None if before is None else torch.cat((tokens, before), dim=1)
                 still += self.settings.class_tokens
                 rotary = keep_rotary(self.rotary(still, grid), kept, still)
+                mask = window_mask(x, self.settings.sliding_window, self.settings.attention_sinks)
             if drop.path is not True or index not in middle:
-                x, report = self.run_block(block, x, condition, rotary, *text)
+                x, report = self.run_block(block, x, condition, rotary, mask, *text)
                 reports += [] if report is None else [report.without_first(still)]
             if before is not None and index == middle[-1]:
                 x = put_back(x, before, kept, still) if self.fusion is None else self.fusion(x, before, drop, still)

@@ -42,7 +42,6 @@ class DiTBlock(nn.Module):
             config.qk_norm,
             config.head_dim,
             config.attention_sinks,
-            config.sliding_window,
             dropout,
             attention_dropout,
         )
@@ -61,10 +60,15 @@ class DiTBlock(nn.Module):
             )
 
     def forward(
-        self, x_BND: Tensor, condition_BD: Tensor, rotary: Rotary | None, text: TextTokens | None = None
+        self,
+        x_BND: Tensor,
+        condition_BD: Tensor,
+        rotary: Rotary | None,
+        mask_NM: Tensor | None = None,
+        text: TextTokens | None = None,
     ) -> BlockOutput:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition_BD).chunk(6, dim=-1)
-        x_BND = x_BND + gate1[:, None] * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rotary)
+        x_BND = x_BND + gate1[:, None] * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rotary, mask_NM)
         if self.cross_attn is not None and self.cross_norm is not None and text is not None:
             # PixArt-alpha section 2.3: after self-attention, not modulated by adaLN; its projection starts at zero.
             x_BND = x_BND + self.cross_attn(self.cross_norm(x_BND), *text)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .expert_autograd import ExpertSettings, ExpertWeights, apply_experts, rows_by_token
+from .operators import run
 from .ops import combine
 from .precision import matmul_dtype
 from .routing import Routing, RoutingReport
@@ -55,7 +56,7 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, drows_AD: Tensor) -> tuple[Tensor | None, ...]:
-        return combine(drows_AD.contiguous(), *ctx.saved_tensors, ctx.per_token), None, None, None, None
+        return run(combine, drows_AD.contiguous(), *ctx.saved_tensors, ctx.per_token), None, None, None, None
 
 
 class Combine(torch.autograd.Function):
@@ -64,7 +65,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_AD: Tensor, token_A: Tensor, row_A: Tensor, start_T: Tensor, per_token: int) -> Tensor:
         ctx.save_for_backward(token_A)
-        return combine(y_AD, row_A, start_T, per_token)
+        return run(combine, y_AD, row_A, start_T, per_token)
 
     @staticmethod
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:

@@ -86,10 +86,16 @@ def with_sink_key(q_BHNI: Tensor, k_BKNI: Tensor, v_BKNI: Tensor, sinks_H: Tenso
     return q_BHNI, k_BKNI, v_BKNI
 
 
-def window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Mask of a window, (queries, keys): tokens near each other; keys after those of the tokens are for all."""
-    query_N, key_M = torch.arange(queries, device=device), torch.arange(keys, device=device)
-    return ((query_N[:, None] - key_M).abs() < window) | (key_M >= queries)
+def window_mask(x_BND: Tensor, window: int, sinks: bool) -> Tensor | None:
+    """Mask of a window, true where token indices i and j have |i - j| < window, (N, M); None for window 0: everywhere.
+
+    With sinks there is one more key than tokens (see `with_sink_key`), which all tokens attend to.
+    """
+    if not window:
+        return None
+    tokens, device = x_BND.shape[1], x_BND.device
+    query_N, key_M = torch.arange(tokens, device=device), torch.arange(tokens + sinks, device=device)
+    return ((query_N[:, None] - key_M).abs() < window) | (key_M >= tokens)
 
 
 class Heads(nn.Module):
@@ -134,7 +140,6 @@ class SelfAttention(Heads):
 
     Args:
         sinks: add a learned logit to the softmax of each head; its share of the attention has value zero.
-        window: attend only if |i - j| < window for token indices i and j; 0: everywhere.
         attention_dropout: dropout of the attention weights, in training.
     """
 
@@ -149,20 +154,20 @@ class SelfAttention(Heads):
         qk_norm: bool = False,
         head_dim: int | None = None,
         sinks: bool = False,
-        window: int = 0,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
     ) -> None:
         super().__init__(dim, num_heads, num_kv_heads, qk_norm, head_dim, dropout)
-        self.window, self.attention_dropout = window, attention_dropout
+        self.attention_dropout = attention_dropout
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
         self.processor = AttentionProcessor()
 
     def make_input_projections(self, dim: int) -> None:
         self.qkv = nn.Linear(dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim)
 
-    def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        return self.processor(self, x_BND, rotary)
+    def forward(self, x_BND: Tensor, rotary: Rotary | None = None, mask_NM: Tensor | None = None) -> Tensor:
+        """Attend to all tokens, or where `window_mask` is true."""
+        return self.processor(self, x_BND, rotary, mask_NM)
 
     def project(self, x_BND: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, N, I), keys and values (B, kv heads, N, I)."""
@@ -175,11 +180,10 @@ class SelfAttention(Heads):
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         return q, k.to(q.dtype), v.to(q.dtype)
 
-    def masked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def masked(self, q: Tensor, k: Tensor, v: Tensor, mask_NM: Tensor | None) -> Tensor:
         """Attention with sinks or a window, (B, H, N, I)."""
         if self.sinks is not None:
             q, k, v = with_sink_key(q, k, v, self.sinks)
-        mask_NM = window_mask(q.shape[2], k.shape[2], self.window, q.device) if self.window else None
         y_BHNI = attention(q, k, v, mask_NM, self.attention_dropout if self.training else 0.0, self.head_dim**-0.5)
         return y_BHNI[..., : self.head_dim]
 
@@ -191,15 +195,17 @@ class AttentionProcessor:
     _parallel_config: Any = None
     attend = staticmethod(native_attention)
 
-    def __call__(self, attention: SelfAttention, x_BND: Tensor, rotary: Rotary | None) -> Tensor:
+    def __call__(
+        self, attention: SelfAttention, x_BND: Tensor, rotary: Rotary | None, mask_NM: Tensor | None
+    ) -> Tensor:
         q, k, v = attention.project(x_BND, rotary)
-        if attention.sinks is not None or attention.window:
+        if attention.sinks is not None or mask_NM is not None:
             if self._attention_backend not in MASKED_BACKENDS:
                 raise ValueError(
                     f"attention backend {self._attention_backend} takes no mask, which attention_sinks and "
                     "sliding_window need; use set_attention_backend('native')"
                 )
-            y_BNHI = attention.masked(q, k, v).transpose(1, 2)
+            y_BNHI = attention.masked(q, k, v, mask_NM).transpose(1, 2)
         else:
             y_BNHI = self.attend(
                 q.transpose(1, 2),

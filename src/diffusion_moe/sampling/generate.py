@@ -15,7 +15,7 @@ from ..diffusion.ddpm import DDPM_STEPS, ddim, ddpm_ancestral, linear_schedule, 
 from ..diffusion.guidance import Model, guided
 from ..diffusion.prediction import convert
 from ..diffusion.solvers import SOLVERS, Counted, dopri5, even_times, sde
-from ..distributed import from_main
+from ..distributed import from_main, to_device
 from ..log import Log
 from ..models import Backbone
 from ..moe import RoutingReport, limit_capacity, scale_thresholds
@@ -173,12 +173,12 @@ def generate_batches(
     limit_capacity(model, settings.capacity_limit)
     try:
         for samples in torch.arange(first, num_samples).split(settings.batch_size):
-            classes = None if labels is None else labels[samples].to(model.device)
+            classes = None if labels is None else to_device(labels[samples], model.device)
             texts = None if prompts is None else prompts.rows(samples, model.device)
             if texts is not None:  # the model would pad them too; so a captured graph meets one length
                 texts = texts.padded_to(config.text_length)
             call = Counted(guided_network(config, network, classes, texts, settings, stats))
-            x = solve(call, config, settings, samples.to(model.device), shape)
+            x = solve(call, config, settings, to_device(samples, model.device), shape)
             stats.batches += 1
             stats.evaluations += call.evaluations
             yield (x if vae is None else decode(vae, x)).float().cpu()

@@ -15,7 +15,7 @@ from ..config import Recipe
 from ..counts import model_flops, model_size
 from ..data import ImageDataset, load_dataset
 from ..diffusion.ddpm import DDPM_STEPS
-from ..distributed import choose_device
+from ..distributed import choose_device, to_device
 from ..evaluation.evaluate import score_model
 from ..evaluation.features import CLASSIFIER
 from ..evaluation.make_statistics import evenly, make_statistics
@@ -86,9 +86,9 @@ def losses_by_level(model: Backbone, recipe: Recipe, dataset: ImageDataset, devi
     chosen = torch.tensor(evenly(len(dataset), LEVEL_IMAGES))
     sums = torch.zeros(LEVELS, dtype=torch.float64)
     for indices in chosen.split(LEVEL_BATCH):
-        batch, samples = dataset.read(indices.tolist()), indices.to(device)
-        images = batch.images.to(device)
-        labels = batch.labels.to(device) if recipe.model.num_classes else None
+        batch, samples = dataset.read(indices.tolist()), to_device(indices, device)
+        images = to_device(batch.images, device)
+        labels = to_device(batch.labels, device) if recipe.model.num_classes else None
         text = dataset.first_texts(indices) if recipe.model.text_dim else None
         text = None if text is None else text.to(device)
         for level in range(LEVELS):

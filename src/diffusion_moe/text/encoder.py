@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..distributed import to_device
 from ..log import Log
 from .features import Precision, TextFeatures, TextSpace
 
@@ -80,10 +81,10 @@ class TextEncoder:
         )
         self._warn_of_cuts(prompts)
         self._warn_of_unknown_words(prompts, tokens)
-        ids, mask = tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
+        ids, mask = (to_device(tokens[name], self.device) for name in ("input_ids", "attention_mask"))
         output = self.model(input_ids=ids, attention_mask=mask)
         features, mask = output.last_hidden_state, mask.bool()
-        if not bool(mask[:, 0].all()):  # padded on the left: move the tokens to the front
+        if not tokens["attention_mask"][:, 0].all():  # padded on the left: move the tokens to the front
             order = (~mask).long().argsort(dim=1, stable=True)
             features = features.gather(1, order[..., None].expand_as(features))
             mask = mask.gather(1, order)

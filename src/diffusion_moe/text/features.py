@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import to_device
+
 Precision = Literal["fp32", "bf16"]
 
 
@@ -55,9 +57,9 @@ class TextFeatures(NamedTuple):
         """Some of the texts, by their indices in the batch."""
         return self._each(lambda part: part[indices])
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> TextFeatures:
+    def to(self, device: torch.device) -> TextFeatures:
         """The same texts on a device, float32."""
-        return self._each(lambda part: part.to(device, non_blocking=non_blocking)).cast(torch.float32)
+        return self._each(lambda part: to_device(part, device)).cast(torch.float32)
 
     def cast(self, dtype: torch.dtype) -> TextFeatures:
         """The same texts with features of this type."""

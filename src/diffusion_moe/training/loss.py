@@ -65,7 +65,7 @@ def micro_batch_loss(model: Backbone, recipe: Recipe, batch: Batch, step: int, s
     if recipe.model.text_dim:
         assert batch.text is not None
         dropped = uniform(seed, "class_dropout", step, samples) < recipe.diffusion.caption_dropout
-        text = batch.text.to(device, non_blocking=True).dropped(dropped)
+        text = batch.text.to(device).dropped(dropped)
     if recipe.model.process == "ddpm":
         t = sample_steps(seed, step, samples)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import Recipe
 from ..data import load_dataset
 from ..diffusion.times import sample_steps, sample_times
-from ..distributed import all_reduce_sum, rank, world_size
+from ..distributed import all_reduce_sum, rank, to_device, world_size
 from ..models import Backbone
 from ..randomness import derive_seed, normal
 from .loss import loss_at
@@ -73,9 +73,9 @@ class Validation:
 
     def _losses_of(self, model: Backbone, indices: Tensor) -> Tensor:
         recipe, seed = self.recipe, derive_seed(self.recipe.training.seed, "validation", 0)
-        batch, samples = self.dataset.read(indices.tolist()), indices.to(self.device)
-        images = batch.images.to(self.device)
-        labels = batch.labels.to(self.device) if recipe.model.num_classes else None
+        batch, samples = self.dataset.read(indices.tolist()), to_device(indices, self.device)
+        images = to_device(batch.images, self.device)
+        labels = to_device(batch.labels, self.device) if recipe.model.num_classes else None
         text = self.dataset.first_texts(indices) if recipe.model.text_dim else None
         text = None if text is None else text.to(self.device)
         noise = normal(seed, "noise", 0, samples, tuple(images.shape[1:]))
