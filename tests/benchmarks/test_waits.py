@@ -26,6 +26,7 @@ from diffusion_moe.training.ema import reset_ema, update_ema
 from diffusion_moe.training.measures import HostCopy
 from diffusion_moe.training.state import state_from_model
 from diffusion_moe.training.step import train_step
+from diffusion_moe.training.validation import Validation
 
 TINY = ["--model.hidden_size=32", "--model.depth=2", "--model.num_heads=2", "--model.expert_dim=16"]
 TINY += ["--model.num_experts=4", "--training.batch_size=4", "--training.accumulation=2", "--training.precision=fp32"]
@@ -293,6 +294,19 @@ def test_a_feature_pass_waits_for_its_features_alone():
     extractor.module.body[0].bias = torch.nn.Parameter(torch.zeros(32))
     with refused("diffusion_moe/evaluation/classifier.py"):
         extractor(images)
+
+
+def test_validation_waits_once_for_the_loss_of_each_model(tiny_recipe):
+    """Its three batches are copied through pinned memory, the last one a smaller one."""
+    recipe = dataclasses.replace(tiny_recipe, logging=dataclasses.replace(tiny_recipe.logging, validate_images=5))
+    device = StandIn()
+    state = make_state(recipe, device)
+    with device.trace() as found:
+        losses = Validation(recipe, device.device).losses(state)
+    assert list(losses) == ["val_loss", f"val_loss_ema_{recipe.training.ema_decay}"]
+    assert [wait.kind for wait in found] == ["scalar read"] * 2
+    lines = {linecache.getline(str(PACKAGE.parent / wait.file), wait.line).strip() for wait in found}
+    assert lines == {"return float(all_reduce_sum(total)) / (self.count * world_size())"}
 
 
 def test_waits_on_a_gpu_are_torchs_warnings_with_their_line(monkeypatch):

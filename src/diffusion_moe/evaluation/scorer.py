@@ -220,6 +220,7 @@ def classifier_scorer(data: DataConfig) -> ClassifierScorer:
     classifier = shared_classifier(training)
     seen, held_out = training.read_all(), test.read_all()
     extractor = ClassifierAndNearest(classifier, seen.images)
+    extractor.to(best_device())
     real, of_training = extractor(to_uint8(held_out.images)), extractor(to_uint8(seen.images))
     predicted = extractor.logits(real["pool"]).argmax(1)
     reference = Reference(

@@ -53,13 +53,11 @@ class Validation:
 
     @torch.no_grad()
     def _loss(self, model: Backbone) -> float:
-        training, total = self.recipe.training, torch.zeros(2, dtype=torch.float64, device=self.device)
+        training, total = self.recipe.training, torch.zeros((), dtype=torch.float64, device=self.device)
         size = max(1, training.batch_size // (training.accumulation * world_size()))
         for indices in self._batches(size):
-            loss_B = self._losses_of(model, indices)
-            total += torch.stack((loss_B.double().sum(), torch.full_like(total[1], len(indices))))
-        loss, count = all_reduce_sum(total).tolist()
-        return loss / count
+            total += self._losses_of(model, indices).double().sum()
+        return float(all_reduce_sum(total)) / (self.count * world_size())
 
     def _batches(self, size: int) -> Iterator[Tensor]:
         """Indices of this process' held-out images in batches, each of one bucket."""
