@@ -116,6 +116,7 @@ def test_models_are_averages_over_all_steps_of_any_width(run, capsys):
                 assert (tensor - average).norm() <= 0.03 * (weights[-1] - average).norm() + 1e-6, name
 
 
+@pytest.mark.slow
 def test_they_are_sampled_and_swept_like_other_emas(run, capsys):
     folder, _ = run
     assert main(["ema", str(folder), "--std", "0.05,0.2"]) == 0
