@@ -11,6 +11,8 @@ from diffusion_moe.config import SECTIONS, DataConfig, ModelConfig, current_name
 from diffusion_moe.config.renamed import RENAMED, current_sections
 from diffusion_moe.routing_rules import RULES
 
+STATE = {"optimizer.kind", "training.posthoc_ema_stds"}
+"""Settings that say what a checkpoint holds, so that they cannot change either."""
 ALL = [(section, field) for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)]
 
 
@@ -19,7 +21,7 @@ def test_every_field_is_classified(section, field):
     """A new field declares when it may change; one of the model also what of the weights it changes."""
     assert field.metadata["change"] in ("never", "asked", "constant", "always")
     assert (field.metadata["affects"] in ("weights", "labels", "positions", "nothing")) == (section == "model")
-    assert (field.metadata["change"] == "never") == (section in ("model", "init"))
+    assert (field.metadata["change"] == "never") == (section in ("model", "init") or f"{section}.{field.name}" in STATE)
     assert field.metadata["group"] in ((None, "text", "experts") if section == "model" else (None,))
     assert set(field.metadata["kinds"]) <= {"digits", "shapes", "folder", "huggingface", "webdataset", "latents"}
 

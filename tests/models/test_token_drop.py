@@ -74,7 +74,7 @@ def oracle_of_an_image(model, given, kept, path):
         rotary = model.rotary(still)
         if rotary is not None:
             rotary = rotary._replace(cos_NI=rotary.cos_NI[places], sin_NI=rotary.sin_NI[places])
-        x, _ = block(x, condition, rotary, *text)
+        x, _ = block(x, condition, rotary, None, *text)
         if index == last:
             rows = []
             for place in range(still + 16):

@@ -80,9 +80,9 @@ def seen():
 def undisturbed(tmp_path_factory, seen):
     """A small study that was not stopped."""
 
-    def recorded(model, recipe, images, labels, noise, t, text=None):
+    def recorded(model, recipe, images, labels, noise, t, *others):
         seen.append((images.clone(), noise.clone(), t.clone()))
-        return real(model, recipe, images, labels, noise, t, text)
+        return real(model, recipe, images, labels, noise, t, *others)
 
     def unrecorded(study, scale):
         before = len(seen)

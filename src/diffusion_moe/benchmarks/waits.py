@@ -113,7 +113,8 @@ def sampling_waits(state: TrainState, recipe: Recipe, device: Device) -> list[Wa
     if not config.guidable:
         settings = replace(settings, guidance_scale=1.0)
     labels = batch.labels.to(device.device) if config.num_classes else None
-    text = None if batch.text is None else batch.text.to(device.device)
+    with device.trace():
+        text = None if batch.text is None else batch.text.to(device.device)
     prompts = None if text is None else Prompts(text, text.nothing())
     samples = torch.arange(len(batch.images), device=device.device)
     network = accelerated(state.ema, settings)

@@ -136,11 +136,13 @@ class ForwardPass:
     # Blocks
 
     def block_inputs(self) -> int:
-        """Tokens of each block, and what all share: the condition, and the text with its mask."""
+        """Tokens of each block, and what all share: the condition, the text with its mask, the masks of a window."""
         config = self.config
-        tokens = self.images * sum(counts.num_tokens(config, index) for index in range(config.depth))
-        mask = self.images * config.text_length if counts.has_cross_attention(config) else 0
-        return self.low * tokens * config.hidden_size + self.shared_by_blocks() + mask
+        tokens = [counts.num_tokens(config, index) for index in range(config.depth)]
+        masks = self.images * config.text_length if counts.has_cross_attention(config) else 0
+        if config.sliding_window:  # a mask for each length of the sequence
+            masks += sum(N * (N + config.attention_sinks) for N in set(tokens))
+        return self.low * self.images * sum(tokens) * config.hidden_size + self.shared_by_blocks() + masks
 
     def shared_by_blocks(self) -> int:
         """The condition, in float32 with a table of classes, and the text."""

@@ -86,11 +86,12 @@ def loss_at(
 ) -> LossParts:
     """Loss for given noise and times; with ddpm, `t` are steps."""
     prompt = {} if text is None else text.arguments(recipe.model.text_pooled_dim > 0)
+    dropped = {} if drop is NOTHING_DROPPED else {"token_drop": drop}
 
     def predict(x_t: Tensor) -> DiTOutput:
         bf16 = choose_precision(recipe.training.precision, images.device).precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16) if bf16 else full_precision(images):
-            return model(x_t, t, labels, **prompt, token_drop=drop)
+            return model(x_t, t, labels, **prompt, **dropped)
 
     if recipe.model.process == "ddpm":
         schedule = linear_schedule()
