@@ -35,7 +35,10 @@ MISTAKES = {
     "abbreviated option": (["--model.dep=4"], "did you mean --model.depth"),
     "wrong type": (["--model.depth=four"], "model.depth is four; expected int"),
     "fraction for an integer": (["--training.steps=1.5"], "training.steps is 1.5"),
-    "unknown choice": (["--model.router=best"], "model.router is 'best'; choose one of dense, tc, ec, diffmoe, dsmoe"),
+    "unknown choice": (
+        ["--model.router=best"],
+        "model.router is 'best'; choose one of dense, tc, ec, diffmoe, dsmoe, promoe",
+    ),
     "a lone item for a list": (["--data.buckets=64x64"], "data.buckets is 64x64; expected a list, as [64x64]"),
     "number out of range": (["--training.steps=0"], "training.steps is 0"),
     "experts": (["--model.top_k=9"], "model.top_k is 9, more than model.num_experts 8"),

@@ -28,6 +28,8 @@ class RoutingSettings(Protocol):
     def n_group(self) -> int: ...
     @property
     def topk_group(self) -> int: ...
+    @property
+    def contrastive_temperature(self) -> float: ...
 
 
 CHOICES = {"balance": ("none", "aux", "bias"), "inference_pool": ("image", "batch")}
@@ -43,6 +45,8 @@ class RoutingRule:
     """Thresholds decide at inference how many experts a token gets."""
     has_equal_loads: ClassVar[bool] = False
     """Every expert serves the same number of tokens at inference, so that its matmuls are batched, not grouped."""
+    needs_labels: ClassVar[bool] = False
+    """`Router.route` is given the images that have no class and no prompt."""
 
     @classmethod
     def check(cls, settings: RoutingSettings, section: str = "") -> None:
@@ -223,11 +227,42 @@ class DiffMoERule(ExpertChoiceRule):
         return {"threshold": (settings.num_experts,)}
 
 
+class ProMoERule(TokenChoiceRule):
+    """ProMoE: images without a class have the last expert; other tokens take the K prototypes of highest cosine."""
+
+    reads = frozenset({"top_k", "routed_scaling_factor", "contrastive_weight", "contrastive_temperature"})
+    needs_labels = True
+
+    @classmethod
+    def check(cls, settings: RoutingSettings, section: str = "") -> None:
+        super().check(settings, section)
+        experts, top_k, temperature = settings.num_experts, settings.top_k, settings.contrastive_temperature
+        if top_k >= experts:
+            reason = f"but of {section}num_experts {experts} the last is for images without a class"
+            raise ValueError(f"{section}top_k is {top_k}, {reason}; choose at most {experts - 1}")
+        if temperature <= 0:
+            raise ValueError(f"{section}contrastive_temperature is {temperature}; it must be positive")
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        """1, as for images without a class; what the cosines of the others sum to depends on the tokens."""
+        return 1.0
+
+    @staticmethod
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (settings.num_experts - 1, dim)}
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {}
+
+
 RULES: dict[str, type[RoutingRule]] = {
     "tc": TokenChoiceRule,
     "ec": ExpertChoiceRule,
     "diffmoe": DiffMoERule,
     "dsmoe": DSMoERule,
+    "promoe": ProMoERule,
 }
 """Rules by the value of `ModelConfig.router`; `moe.routers.register_router` adds to them."""
 

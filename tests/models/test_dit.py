@@ -16,8 +16,9 @@ from diffusion_moe.config import TEXT_FIELDS, ModelConfig
 from diffusion_moe.counts import is_moe_block
 from diffusion_moe.models import load_model
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
+from diffusion_moe.routing_rules import RULES
 
-ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe"]
+ROUTERS = ["dense", *RULES]
 POSITIONS = ["sincos", "rope1d", "rope2d"]
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5,
@@ -273,7 +274,7 @@ def test_a_bfloat16_model_is_close_to_float32(router):
     assert (actual - expected).norm() / expected.norm() < 0.05
 
 
-@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize("router", RULES)
 def test_a_block_compiles_to_one_graph(router):
     torch._dynamo.reset()
     model = make_model(router=router)

@@ -18,8 +18,9 @@ from diffusion_moe.moe import (
     update_routing_state,
 )
 from diffusion_moe.moe.precision import VARIABLE
+from diffusion_moe.routing_rules import RULES
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
+KINDS = list(RULES)
 
 
 def make_layer(kind="tc", shared="none", **settings) -> MoEFeedForward:

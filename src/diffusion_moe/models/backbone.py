@@ -21,8 +21,9 @@ from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
 from .block import DiTBlock, FinalLayer
+from .conditions import further_inputs, unconditional_images
 from .diffusers_bases import HOMES, add_bases_when_imported, import_bases, takes_settings
-from .text import TextEmbedder, TextTokens
+from .text import TextEmbedder
 
 
 class DiTOutput(NamedTuple):
@@ -50,8 +51,8 @@ class Embedded(NamedTuple):
     """Time, class and pooled text, (B, D)."""
     label: Tensor | None
     """The class alone, (B, D); None for a model without classes."""
-    text: tuple[TextTokens, ...]
-    """Text for cross-attention; empty without it."""
+    further: tuple[Any, ...]
+    """Further inputs of each block: text for cross-attention, images without class and prompt (`further_inputs`)."""
     text_tokens: int
     """Number of text tokens at the front of `tokens`; 0 unless text and image form one sequence."""
 
@@ -248,18 +249,20 @@ class Backbone(nn.Module):
         x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
         if self.settings.adds_sincos:
             x_BND = x_BND + self.sincos(*self.grid(hidden_states)).to(x_BND.dtype)
-        condition_BD, class_BD = self.t_embedder(timestep.expand(len(x_BND))), None
+        condition_BD, class_BD, text, still = self.t_embedder(timestep.expand(len(x_BND))), None, None, 0
         if self.y_embedder is not None:
             class_BD = self.y_embedder(class_labels)
             condition_BD = condition_BD + class_BD
-        if self.text_embedder is None:
-            return Embedded(x_BND, condition_BD, class_BD, (), 0)
-        text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
-        condition_BD = condition_BD + pooled_BD
-        if self.settings.text_conditioning == "cross":
-            return Embedded(x_BND, condition_BD, class_BD, (text,), 0)
-        x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
-        return Embedded(x_BND, condition_BD, class_BD, (), self.settings.text_length)
+        if self.text_embedder is not None:
+            text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
+            condition_BD = condition_BD + pooled_BD
+            if self.settings.text_conditioning == "joint":
+                x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
+                text, still = None, self.settings.text_length
+        unconditional_B = unconditional_images(
+            self.settings, class_labels, encoder_hidden_states, encoder_attention_mask
+        )
+        return Embedded(x_BND, condition_BD, class_BD, further_inputs(text, unconditional_B), still)
 
     def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None, text: Tensor | None) -> None:
         config, (height, width) = self.settings, hidden_states.shape[-2:]
@@ -369,7 +372,7 @@ class Backbone(nn.Module):
             ValueError: labels or text that the model does not take or that are missing; a size that is no multiple of
                 patch_size; features of another shape than the model's.
         """
-        x, condition, label, text, still = self.embed(
+        x, condition, label, further, still = self.embed(
             hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, pooled_projections
         )
         reports: list[RoutingReport] = []
@@ -380,7 +383,7 @@ class Backbone(nn.Module):
                 x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
                 still += self.settings.class_tokens
                 rotary = self.rotary(still, grid)
-            x, report = self.run_block(block, x, condition, rotary, *text)
+            x, report = self.run_block(block, x, condition, rotary, *further)
             if report is not None:
                 reports.append(report)
         patches = self.final_layer(x[:, still:], condition)

@@ -7,6 +7,7 @@ for GPUs are in `kernels/`; `backend.py` chooses between them and torch.
 from .experts import GroupedExperts, experts_loop
 from .feed_forward import FeedForward
 from .layer import MoEFeedForward, MoEOutput, recompute_experts
+from .promoe import ProMoERouter
 from .routers import (
     ROUTERS,
     Router,
@@ -18,6 +19,9 @@ from .routers import (
     update_routing_state,
 )
 from .routing import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
+
+# Rules in files of their own, which import the base class from `routers.py`.
+ROUTERS["promoe"] = ProMoERouter
 
 __all__ = [
     "ROUTERS",

@@ -45,6 +45,8 @@ class Routing(NamedTuple):
     """Rows of each token, int64, if every token has K of them."""
     equal: bool = False
     """True if every expert has the same number of rows."""
+    padded: bool = False
+    """True if rows of weight 0 are no assignments: they only pad a fixed shape."""
 
     def expert_A(self) -> Tensor:
         """Expert of each assignment in [0, E), int64."""
@@ -165,6 +167,7 @@ def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor, room: int | None = None)
         weight_A=weight_TE[token_A, expert_A] * served_A,
         offsets_E=torch.searchsorted(expert_A, torch.arange(E, device=expert_A.device), right=True, out_int32=True),
         report=RoutingReport(served_E, {}, dropped=counts_E.sum() - served_E.sum()),
+        padded=True,
     )
 
 
