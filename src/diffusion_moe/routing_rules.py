@@ -29,6 +29,8 @@ class RoutingSettings(Protocol):
     @property
     def topk_group(self) -> int: ...
     @property
+    def contrastive_weight(self) -> float: ...
+    @property
     def contrastive_temperature(self) -> float: ...
 
 
@@ -251,6 +253,15 @@ class ProMoERule(TokenChoiceRule):
     @staticmethod
     def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (settings.num_experts - 1, dim)}
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        prototypes = settings.num_experts - 1
+        # Norms, logits, where the class is missing; logits, norms, experts and rows of the choices.
+        kept = 9 * tokens + 4 * prototypes * (tokens + 1) + 28 * rows
+        if settings.contrastive_weight:  # choices, sums and normalised vectors, their cosines, norms and masks
+            kept += 4 * prototypes * (tokens + 3 * dim + prototypes) + 18 * prototypes + 8
+        return kept
 
     @staticmethod
     def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:

@@ -24,6 +24,7 @@ ROUTERS = {
     "ec": ["--model.router=ec"],
     "dense": ["--model.router=dense"],
     "diffmoe": ["--model.router=diffmoe", "--parallel.pool=global", "--model.expert_bias=true"],
+    "promoe": ["--model.router=promoe", "--parallel.pool=global", "--diffusion.class_dropout=0.5"],
 }
 LAYOUTS = {
     "replicate": ["--parallel.replicate=2"],
@@ -109,6 +110,10 @@ def test_two_processes(compare):
             [*ROUTERS["diffmoe"], *FEATURES["accumulation"]],
             [*LAYOUTS["experts"], *FEATURES["recomputed blocks"]],
         ),
+        "promoe, replicate, accumulated and recomputed": (
+            [*ROUTERS["promoe"], *FEATURES["accumulation"]],
+            [*LAYOUTS["replicate"], *FEATURES["recomputed blocks"]],
+        ),
         "dsmoe, experts, frozen": ([*ROUTERS["dsmoe"], *FROZEN_EXPERTS], LAYOUTS["experts"]),
     }
     compare(2, 6, cases, check_equal)
@@ -137,7 +142,7 @@ def test_every_rule_on_four_processes(compare, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["dsmoe", "diffmoe"])
+@pytest.mark.parametrize("router", ["dsmoe", "diffmoe", "promoe"])
 def test_everything_else_that_a_recipe_may_ask_for(compare, router):
     cases = {
         f"{router}, {feature}": ([*ROUTERS[router], *options], LAYOUTS["experts"])

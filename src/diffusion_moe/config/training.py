@@ -160,8 +160,8 @@ class ParallelConfig(Settings):
     experts: int = setting(1, change="always", common=True, valid=POSITIVE)
     """Processes that the experts are distributed over; tokens are dispatched between them."""
     pool: Literal["rank", "global"] = setting("rank")
-    """Tokens that DiffMoE's experts choose from: those of a process, or of all processes. Global gathers all scores in
-    each MoE layer."""
+    """Tokens that DiffMoE's experts choose from, and that ProMoE's contrastive loss is of: those of a process, or of all
+    processes. Global gathers all scores, or sums of tokens, in each MoE layer."""
 
     @property
     def processes(self) -> int:

@@ -40,7 +40,7 @@ class ProMoERouter(ProMoERule, Router):
         norm_T = torch.linalg.vector_norm(x_TD, dim=-1).clamp_min(EPS)
         norm_R = torch.linalg.vector_norm(self.weight.to(x_TD.dtype), dim=-1).clamp_min(EPS)
         # The norm of a token does not change its order of experts.
-        expert_TK = (logits_TR / norm_R).detach().topk(config.top_k, dim=-1).indices
+        expert_TK = (logits_TR.detach() / norm_R.detach()).topk(config.top_k, dim=-1).indices
         # ProMoE eq. 4, with the identity as activation
         cosine_TK = logits_TR.gather(-1, expert_TK) / (norm_T[:, None] * norm_R[expert_TK])
         weight_TK = config.routed_scaling_factor * cosine_TK
