@@ -47,6 +47,8 @@ class RoutingRule:
     """Thresholds decide at inference how many experts a token gets."""
     has_equal_loads: ClassVar[bool] = False
     """Every expert serves the same number of tokens at inference, so that its matmuls are batched, not grouped."""
+    has_capacity_schedule: ClassVar[bool] = False
+    """In training the router serves `Router.training_capacity` experts a token, where it is set."""
     needs_labels: ClassVar[bool] = False
     """`Router.route` is given the images that have no class and no prompt."""
 
@@ -178,6 +180,7 @@ class ExpertChoiceRule(RoutingRule):
 
     reads = frozenset({"capacity"})
     has_equal_loads = True
+    has_capacity_schedule = True
 
     @classmethod
     def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:

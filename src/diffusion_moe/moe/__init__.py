@@ -16,6 +16,7 @@ from .routers import (
     register_router,
     routers_of,
     scale_thresholds,
+    set_training_capacity,
     update_routing_state,
 )
 from .routing import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
@@ -43,5 +44,6 @@ __all__ = [
     "route_by_token",
     "routers_of",
     "scale_thresholds",
+    "set_training_capacity",
     "update_routing_state",
 ]

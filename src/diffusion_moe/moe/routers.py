@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -87,6 +87,9 @@ class Router(RoutingRule, nn.Module):
     capacity_limit: float | None = None
     """Experts a token on average that inference has room for, for rules with `has_thresholds`; None: no limit."""
 
+    training_capacity: float | None = None
+    """Capacity in training instead of the settings', for rules with `has_capacity_schedule`; None: the settings'."""
+
     def __init__(self, dim: int, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
@@ -96,6 +99,13 @@ class Router(RoutingRule, nn.Module):
     def reset_parameters(self) -> None:
         """Draw from a normal of standard deviation 0.006, as the published DiffMoE and EC-DiT do."""
         nn.init.normal_(self.weight, std=0.006)
+
+    @property
+    def settings(self) -> RouterConfig:
+        """The settings with the capacity of now."""
+        if self.training_capacity is None or not self.training:
+            return self.config
+        return replace(self.config, capacity=self.training_capacity)
 
     def forward(self, x_BND: Tensor, unconditional_B: Tensor | None = None) -> Routing:
         """Route the tokens of a batch of images; token n of image b has index b * N + n.
@@ -208,7 +218,7 @@ class ExpertChoice(ExpertChoiceRule, Router):
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
         B, N, _ = logits_BNE.shape
         gate_BEN = logits_BNE.softmax(dim=-1).transpose(1, 2)
-        weight_BEC, token_BEC = gate_BEN.topk(self.expert_capacity(self.config, N), dim=-1, sorted=False)
+        weight_BEC, token_BEC = gate_BEN.topk(self.expert_capacity(self.settings, N), dim=-1, sorted=False)
         token_BEC = token_BEC + N * torch.arange(B, device=token_BEC.device)[:, None, None]
         return route_by_expert(token_BEC.transpose(0, 1).flatten(1), weight_BEC.transpose(0, 1).flatten(1))
 
@@ -237,7 +247,7 @@ class DiffMoERouter(DiffMoERule, Router):
         gate_TE, predicted_TE = gate_BNE.flatten(0, 1), predicted_BNE.flatten(0, 1)
         if self.group is not None:
             return self.route_over_processes(gate_TE, predicted_TE, self.group)
-        capacity = self.expert_capacity(self.config, len(gate_TE))
+        capacity = self.expert_capacity(self.settings, len(gate_TE))
         weight_EC, token_EC = gate_TE.T.topk(capacity, dim=-1, sorted=False)
         losses = self.losses(predicted_TE, chosen_from_pool(token_EC, len(gate_TE)))
         return route_by_expert(token_EC, weight_EC, losses, observed_threshold(predicted_TE, capacity))
@@ -258,7 +268,7 @@ class DiffMoERouter(DiffMoERule, Router):
         """
         all_T2E = all_gather_rows(torch.stack((gate_TE, predicted_TE), dim=1), group)
         all_gate_TE, all_predicted_TE = all_T2E.unbind(1)
-        capacity = self.expert_capacity(self.config, len(all_gate_TE))
+        capacity = self.expert_capacity(self.settings, len(all_gate_TE))
         token_EC = all_gate_TE.T.topk(capacity, dim=-1, sorted=False).indices
         chosen_TE = chosen_from_pool(token_EC, len(all_gate_TE)).chunk(group.size())[group.rank()]
         routing = route_by_mask(chosen_TE, gate_TE)
@@ -334,6 +344,13 @@ def scale_thresholds(model: nn.Module, scale: float) -> None:
         raise ValueError(f"threshold_scale is {scale}, but only diffmoe routers have thresholds; leave it at 1")
     for router in routers:
         router.threshold_scale = scale
+
+
+def set_training_capacity(model: nn.Module, capacity: float | None) -> None:
+    """Set `Router.training_capacity` of all routers with a capacity schedule."""
+    for router in routers_of(model):
+        if router.has_capacity_schedule:
+            router.training_capacity = capacity
 
 
 def limit_capacity(model: nn.Module, limit: float | None) -> None:

@@ -133,7 +133,7 @@ class ForwardPass:
     # Blocks
 
     def block_inputs(self) -> int:
-        """Tokens of each block, and what all share: the condition, the text with its mask, where classes are missing."""
+        """Tokens of each block, and what all share: the condition, the text and its mask, images without a class."""
         config = self.config
         tokens = self.images * sum(counts.num_tokens(config, index) for index in range(config.depth))
         mask = self.images * config.text_length if counts.has_cross_attention(config) else 0
