@@ -67,7 +67,7 @@ def model_flops(config: ModelConfig) -> Flops:
         if has_cross_attention(config):
             blocks[index] += 4 * tokens * config.text_length * heads * config.head_width
         if config.rule is not None and is_moe_block(config, index):
-            blocks[index] += config.rule.loss_flops(config, tokens)
+            blocks[index] += config.rule.loss_flops(config, config.hidden_size, tokens)
     return Flops(outside, tuple(blocks))
 
 

@@ -30,6 +30,10 @@ class RoutingSettings(Protocol):
     def topk_group(self) -> int: ...
     @property
     def target_dim(self) -> int: ...
+    @property
+    def contrastive_weight(self) -> float: ...
+    @property
+    def contrastive_temperature(self) -> float: ...
 
 
 CHOICES = {"balance": ("none", "aux", "bias"), "inference_pool": ("image", "batch")}
@@ -47,6 +51,10 @@ class RoutingRule:
     """The number of assignments in training depends on settings alone, so that a block compiles to one graph."""
     has_equal_loads: ClassVar[bool] = False
     """Every expert serves the same number of tokens at inference, so that its matmuls are batched, not grouped."""
+    has_capacity_schedule: ClassVar[bool] = False
+    """In training the router serves `Router.training_capacity` experts a token, where it is set."""
+    needs_labels: ClassVar[bool] = False
+    """`Router.route` is given the images that have no class and no prompt."""
 
     @classmethod
     def check(cls, settings: RoutingSettings, section: str = "") -> None:
@@ -96,7 +104,7 @@ class RoutingRule:
         return {"weight": (settings.num_experts, dim)}
 
     @staticmethod
-    def loss_flops(settings: RoutingSettings, tokens: int) -> int:
+    def loss_flops(settings: RoutingSettings, dim: int, tokens: int) -> int:
         """Operations of the losses' matmuls in training, two a multiply-add."""
         return 0
 
@@ -181,6 +189,7 @@ class ExpertChoiceRule(RoutingRule):
 
     reads = frozenset({"capacity"})
     has_equal_loads = True
+    has_capacity_schedule = True
 
     @classmethod
     def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
@@ -251,7 +260,7 @@ class RaceRule(RoutingRule):
         return 0.0  # weights are the logits
 
     @staticmethod
-    def loss_flops(settings: RoutingSettings, tokens: int) -> int:
+    def loss_flops(settings: RoutingSettings, dim: int, tokens: int) -> int:
         return 4 * tokens * settings.num_experts**2  # scores with scores, and choices with choices
 
     @classmethod
@@ -297,6 +306,51 @@ class ThresholdRule(RoutingRule):
         return {"threshold": (settings.num_experts,), "num_updates": (1,)}
 
 
+class ProMoERule(TokenChoiceRule):
+    """ProMoE: images without a class have the last expert; other tokens take the K prototypes of highest cosine."""
+
+    reads = frozenset({"top_k", "routed_scaling_factor", "contrastive_weight", "contrastive_temperature"})
+    needs_labels = True
+
+    @classmethod
+    def check(cls, settings: RoutingSettings, section: str = "") -> None:
+        super().check(settings, section)
+        experts, top_k, temperature = settings.num_experts, settings.top_k, settings.contrastive_temperature
+        if top_k >= experts:
+            reason = f"but of {section}num_experts {experts} the last is for images without a class"
+            raise ValueError(f"{section}top_k is {top_k}, {reason}; choose at most {experts - 1}")
+        if temperature <= 0:
+            raise ValueError(f"{section}contrastive_temperature is {temperature}; it must be positive")
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        """1, as for images without a class; what the cosines of the others sum to depends on the tokens."""
+        return 1.0
+
+    @staticmethod
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (settings.num_experts - 1, dim)}
+
+    @staticmethod
+    def loss_flops(settings: RoutingSettings, dim: int, tokens: int) -> int:
+        prototypes = settings.num_experts - 1
+        # Sums of tokens by expert, and their cosines with the prototypes.
+        return 2 * (tokens + prototypes) * prototypes * dim if settings.contrastive_weight else 0
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        prototypes = settings.num_experts - 1
+        # Norms, logits, where the class is missing; logits, norms, experts and rows of the choices.
+        kept = 9 * tokens + 4 * prototypes * (tokens + 1) + 28 * rows
+        if settings.contrastive_weight:  # choices, sums and normalised vectors, their cosines, norms and masks
+            kept += 4 * prototypes * (tokens + 3 * dim + prototypes) + 18 * prototypes + 8
+        return kept
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {}
+
+
 RULES: dict[str, type[RoutingRule]] = {
     "tc": TokenChoiceRule,
     "ec": ExpertChoiceRule,
@@ -304,6 +358,7 @@ RULES: dict[str, type[RoutingRule]] = {
     "dsmoe": DSMoERule,
     "race": RaceRule,
     "threshold": ThresholdRule,
+    "promoe": ProMoERule,
 }
 """Rules by the value of `ModelConfig.router`; `moe.routers.register_router` adds to them."""
 

@@ -16,9 +16,10 @@ from diffusion_moe.analysis.recorder import pairs_of, tally
 from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.models import make_model
 from diffusion_moe.moe import MoEFeedForward, Router, RouterConfig, Routing, route_by_token
+from diffusion_moe.routing_rules import RULES
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+KINDS = list(RULES)
 
 
 class ByPosition(Router):

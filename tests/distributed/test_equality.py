@@ -26,6 +26,7 @@ ROUTERS = {
     "diffmoe": ["--model.router=diffmoe", "--parallel.pool=global", "--model.expert_bias=true"],
     "race": ["--model.router=race", "--parallel.pool=global", "--model.similarity_loss_weight=0.1"],
     "threshold": ["--model.router=threshold", "--model.capacity=1.5"],
+    "promoe": ["--model.router=promoe", "--parallel.pool=global", "--diffusion.class_dropout=0.5"],
 }
 LAYOUTS = {
     "replicate": ["--parallel.replicate=2"],
@@ -113,6 +114,10 @@ def test_two_processes(compare):
         ),
         "race, experts, accumulated": ([*ROUTERS["race"], *FEATURES["accumulation"]], LAYOUTS["experts"]),
         "threshold, shard": (ROUTERS["threshold"], LAYOUTS["shard"]),
+        "promoe, replicate, accumulated and recomputed": (
+            [*ROUTERS["promoe"], *FEATURES["accumulation"]],
+            [*LAYOUTS["replicate"], *FEATURES["recomputed blocks"]],
+        ),
         "dsmoe, experts, frozen": ([*ROUTERS["dsmoe"], *FROZEN_EXPERTS], LAYOUTS["experts"]),
     }
     compare(2, 6, cases, check_equal)
@@ -141,7 +146,7 @@ def test_every_rule_on_four_processes(compare, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["dsmoe", "diffmoe"])
+@pytest.mark.parametrize("router", ["dsmoe", "diffmoe", "promoe"])
 def test_everything_else_that_a_recipe_may_ask_for(compare, router):
     cases = {
         f"{router}, {feature}": ([*ROUTERS[router], *options], LAYOUTS["experts"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusion_moe.moe import MoEFeedForward, RouterConfig, experts_loop
+from diffusion_moe.routing_rules import RULES
 
 pytestmark = pytest.mark.gpu
 
@@ -13,7 +14,7 @@ def make_layer(kind):
     return MoEFeedForward(64, 32, config, shared="swiglu").cuda()
 
 
-@pytest.mark.parametrize("kind", ["tc", "ec", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize("kind", RULES)
 def test_training_forward_and_backward_never_wait_for_the_device(kind):
     """bfloat16 on compute capability 9.0 and newer; float32 products synchronise inside torch."""
     layer, x = make_layer(kind), torch.randn(4, 64, 64, device="cuda", requires_grad=True)
@@ -33,7 +34,7 @@ def test_training_forward_and_backward_never_wait_for_the_device(kind):
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("kind", ["tc", "ec", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize("kind", RULES)
 def test_experts_equal_the_loop(kind):
     layer, x = make_layer(kind), torch.randn(256, 64, device="cuda")
     routing = layer.router(x[None])

@@ -3,6 +3,7 @@
 from hypothesis import strategies as st
 
 from diffusion_moe.config import ModelConfig
+from diffusion_moe.routing_rules import RULES
 
 
 @st.composite
@@ -28,7 +29,7 @@ def model_configs(draw):
         "attention_dropout": pick(0.0, 0.1),
         "num_classes": pick(0, 7),
         "null_class": pick(True, False),
-        "router": pick("dense", "tc", "ec", "diffmoe", "dsmoe", "race"),
+        "router": pick("dense", *(name for name, rule in RULES.items() if rule.has_fixed_rows)),
         "num_experts": pick(4, 8),
         "expert_dim": pick(16, 24),
         "expert_activation": pick("gelu", "swiglu"),
@@ -51,4 +52,6 @@ def model_configs(draw):
     if chosen["backbone"] == "jit":
         chosen |= {"bottleneck_dim": 6, "class_tokens_from": pick(0, chosen["depth"] - 1)}
         chosen["class_tokens"] = pick(0, 3) if chosen["num_classes"] else 0
+    if chosen["router"] == "promoe" and "text_dim" not in chosen:  # it needs images without a class
+        chosen |= {"num_classes": 7, "null_class": True}
     return ModelConfig(sample_size=8, hidden_size=32, **chosen)

@@ -16,8 +16,9 @@ from diffusion_moe.config import TEXT_FIELDS, ModelConfig
 from diffusion_moe.counts import is_moe_block
 from diffusion_moe.models import load_model
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
+from diffusion_moe.routing_rules import RULES
 
-ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+ROUTERS = ["dense", *RULES]
 POSITIONS = ["sincos", "rope1d", "rope2d"]
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5,
@@ -274,7 +275,12 @@ def test_a_bfloat16_model_is_close_to_float32(router):
 
 
 @pytest.mark.parametrize(
-    "router", ["diffmoe", "dsmoe", *(pytest.param(router, marks=pytest.mark.slow) for router in ("tc", "ec", "race"))]
+    "router",
+    [
+        pytest.param(name, marks=() if name in ("diffmoe", "dsmoe") else pytest.mark.slow)
+        for name, rule in RULES.items()
+        if rule.has_fixed_rows
+    ],
 )
 def test_a_block_compiles_to_one_graph(router):
     torch._dynamo.reset()

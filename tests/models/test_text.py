@@ -13,8 +13,9 @@ from diffusion_moe.models import load_model
 from diffusion_moe.moe import routers_of
 from diffusion_moe.nn.attention import CrossAttention
 from diffusion_moe.nn.position import sincos_table
+from diffusion_moe.routing_rules import RULES
 
-ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+ROUTERS = ["dense", *RULES]
 W, L = 12, 5
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 0, "hidden_size": 32, "depth": 2,

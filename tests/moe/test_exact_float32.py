@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_moe.moe import MoEFeedForward, RouterConfig, precision
+from diffusion_moe.routing_rules import RULES
 
 CUDA, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 ALLOWED = {
@@ -40,7 +41,7 @@ class MatmulPrecisions(TorchDispatchMode):
 
 @pytest.mark.parametrize("way", ALLOWED)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", ["tc", "ec", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize("kind", RULES)
 def test_routers_compute_in_float32(kind, training, way):
     layer = MoEFeedForward(16, 8, RouterConfig(kind, num_experts=4, top_k=2, capacity=2.0)).train(training)
     ALLOWED[way]()

@@ -20,7 +20,7 @@ from diffusion_moe.moe import (
 from diffusion_moe.moe.precision import VARIABLE
 from diffusion_moe.routing_rules import RULES
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+KINDS = list(RULES)
 
 
 def make_layer(kind="tc", shared="none", **settings) -> MoEFeedForward:

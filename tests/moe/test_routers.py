@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from diffusion_moe.moe import ROUTERS, Router, RouterConfig, register_router
+from diffusion_moe.routing_rules import RULES
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+KINDS = list(RULES)
 
 
 def make_router(kind, dim=6, num_experts=8, **settings):
@@ -319,10 +320,11 @@ def test_gradient_of_the_weights_reaches_the_gate():
 
 
 @pytest.mark.parametrize(
-    ("kind", "std"), [("ec", 0.006), ("diffmoe", 0.006), ("dsmoe", (2 / 512) ** 0.5), ("tc", (1 / 3 / 512) ** 0.5)]
+    ("kind", "std"),
+    [("ec", 0.006), ("diffmoe", 0.006), ("dsmoe", (2 / 512) ** 0.5), ("tc", (1 / 3 / 512) ** 0.5), ("promoe", 0.02)],
 )
 def test_initial_gates(kind, std):
-    """Normal 0.006 (EC, DiffMoE), Kaiming-normal (DSMoE), a linear layer's own (TC); states start at zero."""
+    """Normal 0.006 (EC, DiffMoE) or 0.02 (ProMoE), Kaiming-normal (DSMoE), a linear layer's (TC); states are zero."""
     router = ROUTERS[kind](512, RouterConfig(kind, 64))
     assert float(router.weight.std()) == pytest.approx(std, rel=0.03)
     assert all(torch.all(buffer == 0) for buffer in router.buffers())

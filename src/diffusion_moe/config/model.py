@@ -102,7 +102,8 @@ class ModelConfig(Settings):
     router: str = setting("dsmoe", affects="weights", group="experts", common=True)
     """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (expert choice over
     the batch with a capacity predictor), dsmoe (sigmoid grouped top-k), race (one top-k over all tokens and experts of
-    the batch), threshold (tokens above each expert's moving threshold)."""
+    the batch), threshold (tokens above each expert's moving threshold), promoe (prototypes by cosine, and the last
+    expert for images without a class)."""
     num_experts: int = setting(16, affects="weights", group="experts", common=True)
     """Routed experts of a layer."""
     expert_dim: int = setting(768, affects="weights", group="experts", common=True, valid=POSITIVE)
@@ -114,7 +115,7 @@ class ModelConfig(Settings):
     expert_dropout: float = setting(0.0, affects="nothing", group="experts", valid=BELOW_ONE)
     """Dropout inside routed and shared experts."""
     top_k: int = setting(2, affects="weights", group="experts", common=True)
-    """Experts per token (router: tc, dsmoe)."""
+    """Experts per token (router: tc, dsmoe, promoe)."""
     capacity: float = setting(1.0, affects="weights", group="experts", common=True)
     """Experts per token, on average (router: ec, diffmoe, race, threshold)."""
     n_group: int = setting(1, affects="weights", group="experts")
@@ -122,7 +123,7 @@ class ModelConfig(Settings):
     topk_group: int = setting(1, affects="weights", group="experts")
     """Groups a token may choose its experts from (router: dsmoe)."""
     routed_scaling_factor: float = setting(1.0, affects="weights", group="experts")
-    """Factor on the routed experts' weights (router: dsmoe)."""
+    """Factor on the routed experts' weights (router: dsmoe, promoe)."""
     shared: Shared = setting("swiglu", affects="weights", group="experts")
     """Output added to that of a token's routed experts: none, the token itself (identity), or that of a shared expert
     with this activation."""
@@ -148,6 +149,10 @@ class ModelConfig(Settings):
     inference_pool: Literal["image", "batch"] = setting("image", affects="nothing", group="experts", reference=False)
     """Tokens that thresholds choose from at inference (router: diffmoe): those of each image, or of the whole batch as
     in the paper."""
+    contrastive_weight: float = setting(1.0, affects="nothing", group="experts", reference=False, valid=NOT_NEGATIVE)
+    """Weight of the contrastive loss of prototypes (router: promoe)."""
+    contrastive_temperature: float = setting(0.07, affects="nothing", group="experts", reference=False)
+    """Temperature of that loss (router: promoe)."""
     moe_layer_freq: int = setting(2, affects="weights", group="experts", valid=POSITIVE)
     """Period of blocks with an MoE layer: 1: all blocks; 2: blocks 1, 3, ...; n: the last of every n."""
     first_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)
@@ -168,6 +173,9 @@ class ModelConfig(Settings):
         self._check_text()
         if self.rule is not None:
             self.rule.check(self, "model.")
+            if self.rule.needs_labels and not self.guidable:
+                remedy = "set model.num_classes and model.null_class, or model.text_dim"
+                raise ValueError(f"model.router {self.router} needs images without class or prompt; {remedy}")
 
     @property
     def rule(self) -> type[RoutingRule] | None:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import TEXT_FIELDS, ModelConfig
 from ..config.renamed import old_names
@@ -20,9 +19,10 @@ from ..nn.attention import CrossAttention
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
-from .block import DiTBlock, FinalLayer
+from .block import DiTBlock, FinalLayer, checkpoint_block
+from .conditions import further_inputs, unconditional_images
 from .diffusers_bases import HOMES, add_bases_when_imported, import_bases, takes_settings
-from .text import TextEmbedder, TextTokens
+from .text import TextEmbedder
 
 
 class DiTOutput(NamedTuple):
@@ -50,8 +50,8 @@ class Embedded(NamedTuple):
     """Time, class and pooled text, (B, D)."""
     label: Tensor | None
     """The class alone, (B, D); None for a model without classes."""
-    text: tuple[TextTokens, ...]
-    """Text for cross-attention; empty without it."""
+    further: tuple[Any, ...]
+    """Further inputs of each block: text for cross-attention, images without class and prompt (`further_inputs`)."""
     text_tokens: int
     """Number of text tokens at the front of `tokens`; 0 unless text and image form one sequence."""
 
@@ -248,18 +248,18 @@ class Backbone(nn.Module):
         x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
         if self.settings.adds_sincos:
             x_BND = x_BND + self.sincos(*self.grid(hidden_states)).to(x_BND.dtype)
-        condition_BD, class_BD = self.t_embedder(timestep.expand(len(x_BND))), None
+        condition_BD, class_BD, text, still = self.t_embedder(timestep.expand(len(x_BND))), None, None, 0
         if self.y_embedder is not None:
             class_BD = self.y_embedder(class_labels)
             condition_BD = condition_BD + class_BD
-        if self.text_embedder is None:
-            return Embedded(x_BND, condition_BD, class_BD, (), 0)
-        text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
-        condition_BD = condition_BD + pooled_BD
-        if self.settings.text_conditioning == "cross":
-            return Embedded(x_BND, condition_BD, class_BD, (text,), 0)
-        x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
-        return Embedded(x_BND, condition_BD, class_BD, (), self.settings.text_length)
+        if self.text_embedder is not None:
+            text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
+            condition_BD = condition_BD + pooled_BD
+            if self.settings.text_conditioning == "joint":
+                x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
+                text, still = None, self.settings.text_length
+        missing_B = unconditional_images(self.settings, class_labels, encoder_hidden_states, encoder_attention_mask)
+        return Embedded(x_BND, condition_BD, class_BD, further_inputs(text, missing_B), still)
 
     def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None, text: Tensor | None) -> None:
         config, (height, width) = self.settings, hidden_states.shape[-2:]
@@ -369,7 +369,7 @@ class Backbone(nn.Module):
             ValueError: labels or text that the model does not take or that are missing; a size that is no multiple of
                 patch_size; features of another shape than the model's.
         """
-        x, condition, label, text, still = self.embed(
+        x, condition, label, further, still = self.embed(
             hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, pooled_projections
         )
         reports: list[RoutingReport] = []
@@ -380,20 +380,14 @@ class Backbone(nn.Module):
                 x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
                 still += self.settings.class_tokens
                 rotary = self.rotary(still, grid)
-            x, report = self.run_block(block, x, condition, rotary, *text)
+            x, report = self.run_block(block, x, condition, rotary, *further)
             if report is not None:
-                predicted_BNP = report.predicted_BNP
-                if predicted_BNP is not None:  # of the image alone
-                    report = report._replace(predicted_BNP=predicted_BNP[:, still:])
+                if report.predicted_BNP is not None:  # of the image alone
+                    report = report._replace(predicted_BNP=report.predicted_BNP[:, still:])
                 reports.append(report)
         patches = self.final_layer(x[:, still:], condition)
         output = DiTOutput(unpatchify(patches, self.settings.patch_size, *hidden_states.shape[-2:]), tuple(reports))
         return output if return_dict else output.to_tuple()
-
-
-def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
-    """Apply a block, store only its inputs, and recompute it in the backward pass."""
-    return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
 
 add_bases_when_imported(Backbone)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..counts import in_middle_half, is_moe_block
@@ -60,16 +61,27 @@ class DiTBlock(nn.Module):
             )
 
     def forward(
-        self, x_BND: Tensor, condition_BD: Tensor, rotary: Rotary | None, text: TextTokens | None = None
+        self,
+        x_BND: Tensor,
+        condition_BD: Tensor,
+        rotary: Rotary | None,
+        text: TextTokens | None = None,
+        unconditional_B: Tensor | None = None,
     ) -> BlockOutput:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition_BD).chunk(6, dim=-1)
         x_BND = x_BND + gate1[:, None] * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rotary)
         if self.cross_attn is not None and self.cross_norm is not None and text is not None:
             # PixArt-alpha section 2.3: after self-attention, not modulated by adaLN; its projection starts at zero.
             x_BND = x_BND + self.cross_attn(self.cross_norm(x_BND), *text)
-        out = self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+        labels = {"unconditional_B": unconditional_B} if isinstance(self.mlp, MoEFeedForward) else {}
+        out = self.mlp(modulate(self.norm2(x_BND), shift2, scale2), **labels)
         y_BND, report = (out.hidden_states, out.report) if isinstance(out, MoEOutput) else (out, None)
         return BlockOutput(x_BND + gate2[:, None] * y_BND, report)
+
+
+def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
+    """Apply a block, store only its inputs, and recompute it in the backward pass."""
+    return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
 
 class FinalLayer(nn.Module):

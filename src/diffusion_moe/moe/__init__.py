@@ -14,6 +14,7 @@ from .routers import (
     register_router,
     routers_of,
     scale_thresholds,
+    set_training_capacity,
     update_routing_state,
 )
 from .routing import (
@@ -47,5 +48,6 @@ __all__ = [
     "route_by_token",
     "routers_of",
     "scale_thresholds",
+    "set_training_capacity",
     "update_routing_state",
 ]

@@ -53,6 +53,8 @@ class Routing(NamedTuple):
     """Rows of each token, int64, if every token has K of them."""
     equal: bool = False
     """True if every expert has the same number of rows."""
+    padded: bool = False
+    """True if rows of weight 0 are no assignments: they only pad a fixed shape."""
 
     def expert_A(self) -> Tensor:
         """Expert of each assignment in [0, E), int64."""
@@ -169,7 +171,7 @@ def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor, room: int | None = None)
     served_E = torch.zeros_like(counts_E).scatter_add(0, index_A // T, served_A.long())
     routing = route_by_pair(index_A, weight_TE)
     report = RoutingReport(served_E, {}, dropped=counts_E.sum() - served_E.sum())
-    return routing._replace(weight_A=routing.weight_A * served_A, report=report)
+    return routing._replace(weight_A=routing.weight_A * served_A, report=report, padded=True)
 
 
 def route_by_pair(pair_A: Tensor, weight_TE: Tensor, losses: dict[str, Tensor] | None = None) -> Routing:

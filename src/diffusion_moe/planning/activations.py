@@ -133,10 +133,11 @@ class ForwardPass:
     # Blocks
 
     def block_inputs(self) -> int:
-        """Tokens of each block, and what all share: the condition, and the text with its mask."""
+        """Tokens of each block, and what all share: the condition, the text and its mask, images without a class."""
         config = self.config
         tokens = self.images * sum(counts.num_tokens(config, index) for index in range(config.depth))
         mask = self.images * config.text_length if counts.has_cross_attention(config) else 0
+        mask += self.images if config.rule is not None and config.rule.needs_labels else 0
         return self.low * tokens * config.hidden_size + self.shared_by_blocks() + mask
 
     def shared_by_blocks(self) -> int:

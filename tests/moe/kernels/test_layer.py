@@ -17,6 +17,7 @@ from diffusion_moe.moe import (
     route_by_mask,
     route_by_token,
 )
+from diffusion_moe.routing_rules import RULES
 
 KINDS = list(itertools.product(["swiglu", "gelu"], [True, False]))
 
@@ -74,7 +75,7 @@ def test_experts_equal_the_loop_for_any_sizes(data):
     assert_equals_loop(kind, tokens, experts, dim, width, *data.draw(st.sampled_from(KINDS)))
 
 
-@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize("router", RULES)
 @pytest.mark.parametrize("balance", ["none", "aux", "bias"])
 def test_a_training_step_of_the_layer_equals_torch(both, router, balance):
     settings = {"top_k": 2, "n_group": 2, "topk_group": 1} if router == "dsmoe" else {"top_k": 2}
