@@ -259,10 +259,8 @@ class Backbone(nn.Module):
             if self.settings.text_conditioning == "joint":
                 x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
                 text, still = None, self.settings.text_length
-        unconditional_B = unconditional_images(
-            self.settings, class_labels, encoder_hidden_states, encoder_attention_mask
-        )
-        return Embedded(x_BND, condition_BD, class_BD, further_inputs(text, unconditional_B), still)
+        missing_B = unconditional_images(self.settings, class_labels, encoder_hidden_states, encoder_attention_mask)
+        return Embedded(x_BND, condition_BD, class_BD, further_inputs(text, missing_B), still)
 
     def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None, text: Tensor | None) -> None:
         config, (height, width) = self.settings, hidden_states.shape[-2:]
