@@ -118,6 +118,7 @@ def test_recording_changes_no_bit(tiny, kind, grad):
         with torch.set_grad_enabled(grad):
             out = model(x, t, labels)
         loss = out.sample.square().sum() + sum(loss for report in out.routing for loss in report.losses.values())
+        loss = loss + sum(r.predicted_BNP.square().sum() for r in out.routing if r.predicted_BNP is not None)
         gradients = torch.autograd.grad(loss, list(model.parameters())) if grad else ()
         return [out.sample, *gradients]
 
