@@ -6,6 +6,7 @@ benchmarks, checks of a recipe, sampling and reports ask the rule and never comp
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Protocol
 
 
@@ -39,6 +40,10 @@ class RoutingRule:
 
     reads: ClassVar[frozenset[str]] = frozenset()
     """Names of the settings in `ModelConfig` that the rule reads, num_experts aside."""
+    sees_unmodulated: ClassVar[bool] = False
+    """The router looks at a block's tokens before adaLN modulates them; the experts take them modulated."""
+    sees: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `moe.RoutingContext` that the router looks at beside the tokens."""
     has_thresholds: ClassVar[bool] = False
     """Thresholds decide at inference how many experts a token gets."""
     has_equal_loads: ClassVar[bool] = False
@@ -191,6 +196,32 @@ class ExpertChoiceRule(RoutingRule):
         return max(1, int(tokens / settings.num_experts * settings.capacity))
 
 
+class NucleusRule(ExpertChoiceRule):
+    """Nucleus-Image: each expert takes the best tokens of each image; a token's weights are normalised over them."""
+
+    reads = frozenset({"capacity", "routed_scaling_factor"})
+    sees_unmodulated = True
+    sees = frozenset({"time_embedding_BD"})
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        return settings.routed_scaling_factor  # but 0 for a token that no expert took
+
+    @staticmethod
+    def expert_capacity(settings: RoutingSettings, tokens: int) -> int:
+        """Tokens each expert takes of an image, rounded up."""
+        return max(1, math.ceil(settings.capacity * tokens / settings.num_experts))
+
+    @staticmethod
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (settings.num_experts, dim), "time_weight": (settings.num_experts, dim)}
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        # Scores and which of them count, the tokens' sums; the choices, their scores and sums.
+        return 5 * tokens * settings.num_experts + 4 * tokens + 16 * rows
+
+
 class DiffMoERule(ExpertChoiceRule):
     """DiffMoE: each expert takes the best tokens of the whole batch; thresholds decide at inference."""
 
@@ -228,6 +259,7 @@ RULES: dict[str, type[RoutingRule]] = {
     "ec": ExpertChoiceRule,
     "diffmoe": DiffMoERule,
     "dsmoe": DSMoERule,
+    "nucleus": NucleusRule,
 }
 """Rules by the value of `ModelConfig.router`; `moe.routers.register_router` adds to them."""
 

@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from router_context import with_context
 
 from diffusion_moe.moe import ROUTERS, Router, RouterConfig, register_router
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe"]
+KINDS = ["tc", "ec", "diffmoe", "dsmoe", "nucleus"]
 
 
 def make_router(kind, dim=6, num_experts=8, **settings):
@@ -17,7 +18,7 @@ def make_router(kind, dim=6, num_experts=8, **settings):
     router = ROUTERS[kind](dim, RouterConfig(kind, num_experts, **settings))
     with torch.no_grad():
         router.weight.normal_()
-    return router
+    return with_context(router)
 
 
 def softmax_scores(router, x_BND) -> np.ndarray:
@@ -257,7 +258,7 @@ def test_permuted_tokens_are_routed_alike(gates, kind, training):
     order = torch.randperm(16)
     before, after = gates(router(x_BND), 32), gates(router(x_BND[:, order]), 32)
     torch.testing.assert_close(after, before.view(2, 16, -1)[:, order].flatten(0, 1))
-    if kind != "ec":
+    if kind not in ("ec", "nucleus"):
         order = torch.randperm(32) if kind != "diffmoe" or training else torch.arange(32)
         after = gates(router(x_BND.flatten(0, 1)[order].view_as(x_BND)), 32)
         torch.testing.assert_close(after, before[order])
@@ -319,7 +320,7 @@ def test_gradient_of_the_weights_reaches_the_gate():
 
 
 @pytest.mark.parametrize(
-    ("kind", "std"), [("ec", 0.006), ("diffmoe", 0.006), ("dsmoe", (2 / 512) ** 0.5), ("tc", (1 / 3 / 512) ** 0.5)]
+    ("kind", "std"), [("ec", 0.006), ("diffmoe", 0.006), ("nucleus", 0.006), ("dsmoe", (2 / 512) ** 0.5), ("tc", (1 / 3 / 512) ** 0.5)]
 )
 def test_initial_gates(kind, std):
     """Normal 0.006 (EC, DiffMoE), Kaiming-normal (DSMoE), a linear layer's own (TC); states start at zero."""

@@ -101,7 +101,7 @@ def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, li
         ValueError: there are too few experts for four points of experts a token.
     """
     # Only the MoE layer is made: heads and positions need not fit the width.
-    config = replace(config, num_heads=1, num_kv_heads=None, head_dim=4, position="rope1d")
+    config = replace(config, num_heads=1, num_kv_heads=None, head_dim=4, position="rope1d", layer_capacities=None)
     first = max(1, images // 4)
     tokens = [Point(n * tokens_an_image, config, n) for n in (first * 2**i for i in range(5))]
     start = config.num_experts

@@ -11,16 +11,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import TEXT_FIELDS, ModelConfig
 from ..config.renamed import old_names
-from ..moe import GroupedExperts, RoutingReport
+from ..moe import GroupedExperts, RoutingContext, RoutingReport
 from ..nn.attention import CrossAttention
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
-from .block import DiTBlock, FinalLayer
+from .block import DiTBlock, FinalLayer, checkpoint_block, routing_context
 from .diffusers_bases import HOMES, add_bases_when_imported, import_bases, takes_settings
 from .text import TextEmbedder, TextTokens
 
@@ -50,9 +49,11 @@ class Embedded(NamedTuple):
     """Time, class and pooled text, (B, D)."""
     label: Tensor | None
     """The class alone, (B, D); None for a model without classes."""
-    text: tuple[TextTokens, ...]
-    """Text for cross-attention; empty without it."""
-    text_tokens: int
+    context: RoutingContext | None
+    """What routers look at beside tokens; None for rules that look at nothing else."""
+    text: TextTokens | None = None
+    """Text for cross-attention; None without it."""
+    text_tokens: int = 0
     """Number of text tokens at the front of `tokens`; 0 unless text and image form one sequence."""
 
 
@@ -83,7 +84,9 @@ class Backbone(nn.Module):
             ValueError: the settings contradict each other.
         """
         super().__init__()
-        self.settings = config = ModelConfig(backbone=self.kind, **settings)  # type: ignore[arg-type]
+        # Tuples are lists in config.json.
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        self.settings = config = ModelConfig(backbone=self.kind, **settings)
         left_out = {"backbone"} if config.text_dim else {"backbone", *TEXT_FIELDS}
         # Where diffusers keeps what config.json holds.
         self._internal_dict = {name: value for name, value in vars(config).items() if name not in left_out}
@@ -249,17 +252,18 @@ class Backbone(nn.Module):
         if self.settings.adds_sincos:
             x_BND = x_BND + self.sincos(*self.grid(hidden_states)).to(x_BND.dtype)
         condition_BD, class_BD = self.t_embedder(timestep.expand(len(x_BND))), None
+        context = routing_context(self.settings, condition_BD)
         if self.y_embedder is not None:
             class_BD = self.y_embedder(class_labels)
             condition_BD = condition_BD + class_BD
         if self.text_embedder is None:
-            return Embedded(x_BND, condition_BD, class_BD, (), 0)
+            return Embedded(x_BND, condition_BD, class_BD, context)
         text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
         condition_BD = condition_BD + pooled_BD
         if self.settings.text_conditioning == "cross":
-            return Embedded(x_BND, condition_BD, class_BD, (text,), 0)
+            return Embedded(x_BND, condition_BD, class_BD, context, text)
         x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
-        return Embedded(x_BND, condition_BD, class_BD, (), self.settings.text_length)
+        return Embedded(x_BND, condition_BD, class_BD, context, text_tokens=self.settings.text_length)
 
     def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None, text: Tensor | None) -> None:
         config, (height, width) = self.settings, hidden_states.shape[-2:]
@@ -369,7 +373,7 @@ class Backbone(nn.Module):
             ValueError: labels or text that the model does not take or that are missing; a size that is no multiple of
                 patch_size; features of another shape than the model's.
         """
-        x, condition, label, text, still = self.embed(
+        x, condition, label, context, text, still = self.embed(
             hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, pooled_projections
         )
         reports: list[RoutingReport] = []
@@ -380,17 +384,12 @@ class Backbone(nn.Module):
                 x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
                 still += self.settings.class_tokens
                 rotary = self.rotary(still, grid)
-            x, report = self.run_block(block, x, condition, rotary, *text)
+            x, report = self.run_block(block, x, condition, rotary, text, context)
             if report is not None:
                 reports.append(report)
         patches = self.final_layer(x[:, still:], condition)
         output = DiTOutput(unpatchify(patches, self.settings.patch_size, *hidden_states.shape[-2:]), tuple(reports))
         return output if return_dict else output.to_tuple()
-
-
-def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
-    """Apply a block, store only its inputs, and recompute it in the backward pass."""
-    return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
 
 add_bases_when_imported(Backbone)

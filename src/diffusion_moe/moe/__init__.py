@@ -7,6 +7,7 @@ for GPUs are in `kernels/`; `backend.py` chooses between them and torch.
 from .experts import GroupedExperts, experts_loop
 from .feed_forward import FeedForward
 from .layer import MoEFeedForward, MoEOutput, recompute_experts
+from .nucleus import NucleusRouter
 from .routers import (
     ROUTERS,
     Router,
@@ -17,7 +18,17 @@ from .routers import (
     scale_thresholds,
     update_routing_state,
 )
-from .routing import Routing, RoutingReport, merge_reports, route_by_expert, route_by_mask, route_by_token
+from .routing import (
+    Routing,
+    RoutingContext,
+    RoutingReport,
+    merge_reports,
+    route_by_expert,
+    route_by_mask,
+    route_by_token,
+)
+
+ROUTERS["nucleus"] = NucleusRouter
 
 __all__ = [
     "ROUTERS",
@@ -28,6 +39,7 @@ __all__ = [
     "Router",
     "RouterConfig",
     "Routing",
+    "RoutingContext",
     "RoutingReport",
     "experts_loop",
     "limit_capacity",

@@ -23,7 +23,7 @@ from .capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, cho
 from .grouped_topk import grouped_topk
 from .parallel import all_gather_rows
 from .precision import exact_float32, exact_linear, full_precision
-from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
+from .routing import Routing, RoutingContext, RoutingReport, route_by_expert, route_by_mask, route_by_token
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,19 +35,20 @@ class RouterConfig:
 
     kind: str
     """Name of the rule: tc (token choice), ec (expert choice per image), diffmoe (batch pool with a capacity
-    predictor), dsmoe (sigmoid grouped top-k), or one of `register_router`."""
+    predictor), dsmoe (sigmoid grouped top-k), nucleus (expert choice per image by token and time), or one of
+    `register_router`."""
     num_experts: int
     """Number of routed experts E."""
     top_k: int = 2
     """Experts a token is sent to (tc, dsmoe)."""
     capacity: float = 1.0
-    """Experts a token is sent to on average (ec, diffmoe)."""
+    """Experts a token is sent to on average (ec, diffmoe, nucleus)."""
     n_group: int = 1
     """Number of groups that the experts are divided into (dsmoe)."""
     topk_group: int = 1
     """Number of groups that a token may choose experts from (dsmoe)."""
     routed_scaling_factor: float = 1.0
-    """Factor on the routed experts' weights (dsmoe)."""
+    """Factor on the routed experts' weights (dsmoe, nucleus)."""
     balance: Literal["none", "aux", "bias"] = "none"
     """Load balancing of tc and dsmoe: none, an auxiliary loss, or a correction bias moved after each step."""
     balance_weight: float = 0.01
@@ -92,11 +93,23 @@ class Router(RoutingRule, nn.Module):
         """Draw from a normal of standard deviation 0.006, as the published DiffMoE and EC-DiT do."""
         nn.init.normal_(self.weight, std=0.006)
 
-    def forward(self, x_BND: Tensor) -> Routing:
-        """Route the tokens of a batch of images; token n of image b has index b * N + n."""
+    def forward(self, x_BND: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route the tokens of a batch of images; token n of image b has index b * N + n.
+
+        Raises:
+            ValueError: the context lacks what the rule looks at (`sees`).
+        """
+        context = context or RoutingContext()
+        missing = [name for name in sorted(self.sees) if getattr(context, name) is None]
+        if missing:
+            raise ValueError(f"router {self.config.kind} needs {', '.join(missing)}; pass it in a RoutingContext")
         with full_precision(x_BND), exact_float32():
             x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
-            return self.route(x_BND, exact_linear(x_BND, self.weight.to(x_BND.dtype)))
+            return self.route(x_BND, self.logits(x_BND, context))
+
+    def logits(self, x_BND: Tensor, context: RoutingContext) -> Tensor:
+        """Score tokens against experts, (B, N, E), in float32 or float64."""
+        return exact_linear(x_BND, self.weight.to(x_BND.dtype))
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
         """Assign tokens to experts, in float32 or float64."""
@@ -273,7 +286,8 @@ ROUTERS: dict[str, type[Router]] = {
     "diffmoe": DiffMoERouter,
     "dsmoe": DSMoERouter,
 }
-"""Router classes by the names of `RouterConfig.kind`; `register_router` adds to them."""
+"""Router classes by the names of `RouterConfig.kind`. `moe/__init__.py` adds the rules with files of their own, and
+`register_router` those of users."""
 
 
 def register_router(name: str, router: type[Router]) -> None:

@@ -1,7 +1,7 @@
 """The value between routers and experts: which token goes to which expert, with which weight.
 
 Shape suffixes: B images, N tokens of one image, T tokens of the batch (B * N), E experts, K experts a token,
-A assignments (pairs of token and expert), C tokens an expert takes.
+A assignments (pairs of token and expert), C tokens an expert takes, D width.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ class RoutingReport(NamedTuple):
     """Tokens of the batch; set by `MoEFeedForward`."""
     dropped: Tensor | None = None
     """Choices dropped by a capacity limit, int64 scalar (DiffMoE at inference)."""
+
+
+class RoutingContext(NamedTuple):
+    """What a router may look at beside the tokens. A rule names the fields that it needs (`RoutingRule.sees`)."""
+
+    time_embedding_BD: Tensor | None = None
+    """Embedding of each image's time over its root mean square, float32."""
 
 
 class Routing(NamedTuple):
