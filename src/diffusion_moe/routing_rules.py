@@ -7,6 +7,7 @@ benchmarks, checks of a recipe, sampling and reports ask the rule and never comp
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import ClassVar, Protocol
 
 
@@ -29,6 +30,8 @@ class RoutingSettings(Protocol):
     def n_group(self) -> int: ...
     @property
     def topk_group(self) -> int: ...
+    @property
+    def time_boundaries(self) -> tuple[float, ...] | None: ...
 
 
 CHOICES = {"balance": ("none", "aux", "bias"), "inference_pool": ("image", "batch")}
@@ -172,6 +175,50 @@ class DSMoERule(TokenChoiceRule):
         return {"e_score_correction_bias": (settings.num_experts,)}
 
 
+class TimeRule(TokenChoiceRule):
+    """Experts by time: all tokens of an image go to the expert of its range of t."""
+
+    reads = frozenset({"time_boundaries"})
+    sees = frozenset({"time_B"})
+
+    @classmethod
+    def check(cls, settings: RoutingSettings, section: str = "") -> None:
+        super().check(settings, section)
+        boundaries = settings.time_boundaries
+        if boundaries is None:
+            return
+        if len(boundaries) != settings.num_experts - 1:
+            reason = f"but {section}num_experts is {settings.num_experts}; give one fewer than experts, or null"
+            raise ValueError(f"{section}time_boundaries are {len(boundaries)}, {reason}")
+        if any(low >= high for low, high in pairwise((0.0, *boundaries, 1.0))):
+            listed = ", ".join(map(str, boundaries))
+            raise ValueError(f"{section}time_boundaries are {listed}; give ascending times between 0 and 1")
+
+    @staticmethod
+    def experts_per_token(settings: RoutingSettings) -> float:
+        return 1
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        return 1.0
+
+    @staticmethod
+    def has_fixed_weight(settings: RoutingSettings) -> bool:
+        return True
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        return 8 * rows  # rows of the tokens
+
+    @staticmethod
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {}
+
+
 class ExpertChoiceRule(RoutingRule):
     """EC-DiT: each expert takes the best tokens of each image."""
 
@@ -260,6 +307,7 @@ RULES: dict[str, type[RoutingRule]] = {
     "diffmoe": DiffMoERule,
     "dsmoe": DSMoERule,
     "nucleus": NucleusRule,
+    "time": TimeRule,
 }
 """Rules by the value of `ModelConfig.router`; `moe.routers.register_router` adds to them."""
 

@@ -40,7 +40,9 @@ def make_router(**settings):
     return router
 
 
-@pytest.mark.parametrize(("capacity", "tokens", "taken"), [(1.0, 8, 2), (1.0, 9, 3), (1.3, 8, 3), (0.1, 8, 1), (4, 8, 8)])
+@pytest.mark.parametrize(
+    ("capacity", "tokens", "taken"), [(1.0, 8, 2), (1.0, 9, 3), (1.3, 8, 3), (0.1, 8, 1), (4, 8, 8)]
+)
 def test_choices_and_weights_are_those_of_a_plain_loop(gates, capacity, tokens, taken):
     router, x_BND, time_BD = make_router(capacity=capacity), torch.randn(3, tokens, 6), torch.randn(3, 6)
     routing = router(x_BND, RoutingContext(time_embedding_BD=time_BD))

@@ -320,7 +320,8 @@ def test_gradient_of_the_weights_reaches_the_gate():
 
 
 @pytest.mark.parametrize(
-    ("kind", "std"), [("ec", 0.006), ("diffmoe", 0.006), ("nucleus", 0.006), ("dsmoe", (2 / 512) ** 0.5), ("tc", (1 / 3 / 512) ** 0.5)]
+    ("kind", "std"),
+    [("ec", 0.006), ("diffmoe", 0.006), ("nucleus", 0.006), ("dsmoe", (2 / 512) ** 0.5), ("tc", (1 / 3 / 512) ** 0.5)],
 )
 def test_initial_gates(kind, std):
     """Normal 0.006 (EC, DiffMoE), Kaiming-normal (DSMoE), a linear layer's own (TC); states start at zero."""

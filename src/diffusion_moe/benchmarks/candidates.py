@@ -37,7 +37,10 @@ def layer_candidates(module: nn.Module, shape: tuple[int, int, int], dtype: torc
     torch.manual_seed(1)
     x = torch.randn(shape, device=device, requires_grad=True)
     direction = torch.randn(shape, device=device)
-    context = RoutingContext(time_embedding_BD=torch.randn(shape[0], shape[2], device=device))
+    context = RoutingContext(
+        time_B=torch.rand(shape[0], device=device),
+        time_embedding_BD=torch.randn(shape[0], shape[2], device=device),
+    )
 
     def forward() -> tuple[Tensor, ...]:
         with autocast(device, dtype):

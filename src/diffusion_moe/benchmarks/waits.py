@@ -77,6 +77,7 @@ def small(recipe: Recipe, precision: Any) -> Recipe:
         first_k_dense=min(model.first_k_dense, 1),
         last_k_dense=0,
         layer_capacities=None,
+        time_boundaries=None,
     )
     training = replace(
         recipe.training, batch_size=2 * IMAGES, accumulation=2, precision=precision, compile=False, device="auto"

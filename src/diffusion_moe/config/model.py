@@ -103,7 +103,7 @@ class ModelConfig(Settings):
     router: str = setting("dsmoe", affects="weights", group="experts", common=True)
     """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (expert choice over
     the batch with a capacity predictor), dsmoe (sigmoid grouped top-k), nucleus (expert choice per image by token and
-    time)."""
+    time), time (an expert for each range of t)."""
     num_experts: int = setting(16, affects="weights", group="experts", common=True)
     """Routed experts of a layer."""
     expert_dim: int = setting(768, affects="weights", group="experts", common=True, valid=POSITIVE)
@@ -147,6 +147,9 @@ class ModelConfig(Settings):
     inference_pool: Literal["image", "batch"] = setting("image", affects="nothing", group="experts", reference=False)
     """Tokens that thresholds choose from at inference (router: diffmoe): those of each image, or of the whole batch as
     in the paper."""
+    time_boundaries: tuple[float, ...] | None = setting(None, affects="weights", group="experts")
+    """Times between the ranges of t of the experts, ascending, one fewer than experts; 0 is noise, 1 is data (router:
+    time). null: ranges of equal length."""
     moe_layer_freq: int = setting(2, affects="weights", group="experts", valid=POSITIVE)
     """Period of blocks with an MoE layer: 1: all blocks; 2: blocks 1, 3, ...; n: the last of every n."""
     first_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)

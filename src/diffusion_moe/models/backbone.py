@@ -251,8 +251,9 @@ class Backbone(nn.Module):
         x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
         if self.settings.adds_sincos:
             x_BND = x_BND + self.sincos(*self.grid(hidden_states)).to(x_BND.dtype)
-        condition_BD, class_BD = self.t_embedder(timestep.expand(len(x_BND))), None
-        context = routing_context(self.settings, condition_BD)
+        timestep = timestep.expand(len(x_BND))
+        condition_BD, class_BD = self.t_embedder(timestep), None
+        context = routing_context(self.settings, timestep, condition_BD)
         if self.y_embedder is not None:
             class_BD = self.y_embedder(class_labels)
             condition_BD = condition_BD + class_BD

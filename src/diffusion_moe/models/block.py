@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..counts import in_middle_half, is_moe_block
+from ..diffusion.ddpm import DDPM_STEPS
 from ..moe import FeedForward, MoEFeedForward, RouterConfig, RoutingContext, RoutingReport
 from ..moe.precision import full_precision
 from ..nn.attention import CrossAttention, SelfAttention
@@ -104,18 +105,26 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x_BND), shift, scale))
 
 
-def routing_context(config: ModelConfig, time_BD: Tensor) -> RoutingContext | None:
+def routing_context(config: ModelConfig, timestep_B: Tensor, time_BD: Tensor) -> RoutingContext | None:
     """The parts of the context that the model's routing rule looks at; None if it looks at none.
 
     Args:
+        timestep_B: t, or with `process: ddpm` the step.
         time_BD: embedding of the time.
     """
     if config.rule is None or not config.rule.sees or not config.moe_blocks:
         return None
-    # Nucleus-Image normalises its embedding of time; the norm's learned scale is in the router's weight here.
-    with full_precision(time_BD):
-        time_BD = time_BD.to(torch.promote_types(time_BD.dtype, torch.float32))
-        return RoutingContext(time_embedding_BD=F.rms_norm(time_BD, time_BD.shape[1:], eps=EPS))
+    time_B = time_embedding_BD = None
+    if "time_B" in config.rule.sees:
+        time_B = timestep_B.float()
+        if config.process == "ddpm":
+            time_B = 1 - time_B / DDPM_STEPS
+    if "time_embedding_BD" in config.rule.sees:
+        # Nucleus-Image normalises its embedding of time; the norm's learned scale is in the router's weight here.
+        with full_precision(time_BD):
+            time_BD = time_BD.to(torch.promote_types(time_BD.dtype, torch.float32))
+            time_embedding_BD = F.rms_norm(time_BD, time_BD.shape[1:], eps=EPS)
+    return RoutingContext(time_B, time_embedding_BD)
 
 
 def make_moe(config: ModelConfig) -> MoEFeedForward:

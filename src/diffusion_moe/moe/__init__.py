@@ -4,6 +4,7 @@ Read in this order: `layer.py`, `routers.py`, `routing.py`, `experts.py`, `exper
 for GPUs are in `kernels/`; `backend.py` chooses between them and torch.
 """
 
+from .by_time import TimeRouter
 from .experts import GroupedExperts, experts_loop
 from .feed_forward import FeedForward
 from .layer import MoEFeedForward, MoEOutput, recompute_experts
@@ -28,7 +29,9 @@ from .routing import (
     route_by_token,
 )
 
+# The rules with files of their own, which import the base class from `routers.py`.
 ROUTERS["nucleus"] = NucleusRouter
+ROUTERS["time"] = TimeRouter
 
 __all__ = [
     "ROUTERS",

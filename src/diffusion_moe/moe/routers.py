@@ -35,8 +35,8 @@ class RouterConfig:
 
     kind: str
     """Name of the rule: tc (token choice), ec (expert choice per image), diffmoe (batch pool with a capacity
-    predictor), dsmoe (sigmoid grouped top-k), nucleus (expert choice per image by token and time), or one of
-    `register_router`."""
+    predictor), dsmoe (sigmoid grouped top-k), nucleus (expert choice per image by token and time), time (an expert for
+    each range of t), or one of `register_router`."""
     num_experts: int
     """Number of routed experts E."""
     top_k: int = 2
@@ -61,6 +61,8 @@ class RouterConfig:
     """Decay of the moving average of the thresholds (diffmoe)."""
     inference_pool: Literal["image", "batch"] = "image"
     """Tokens that thresholds choose from at inference (diffmoe): those of each image, or of the whole batch."""
+    time_boundaries: tuple[float, ...] | None = None
+    """Times between the ranges of t of the experts, ascending, 0 is noise (time); None: ranges of equal length."""
 
     def __post_init__(self) -> None:
         if self.kind not in ROUTERS:
@@ -99,13 +101,18 @@ class Router(RoutingRule, nn.Module):
         Raises:
             ValueError: the context lacks what the rule looks at (`sees`).
         """
+        context = self.checked(context)
+        with full_precision(x_BND), exact_float32():
+            x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
+            return self.route(x_BND, self.logits(x_BND, context))
+
+    def checked(self, context: RoutingContext | None) -> RoutingContext:
+        """The context, or an empty one; a ValueError if it lacks what the rule looks at."""
         context = context or RoutingContext()
         missing = [name for name in sorted(self.sees) if getattr(context, name) is None]
         if missing:
             raise ValueError(f"router {self.config.kind} needs {', '.join(missing)}; pass it in a RoutingContext")
-        with full_precision(x_BND), exact_float32():
-            x_BND = x_BND.to(torch.promote_types(x_BND.dtype, torch.float32))
-            return self.route(x_BND, self.logits(x_BND, context))
+        return context
 
     def logits(self, x_BND: Tensor, context: RoutingContext) -> Tensor:
         """Score tokens against experts, (B, N, E), in float32 or float64."""

@@ -34,6 +34,8 @@ class RoutingReport(NamedTuple):
 class RoutingContext(NamedTuple):
     """What a router may look at beside the tokens. A rule names the fields that it needs (`RoutingRule.sees`)."""
 
+    time_B: Tensor | None = None
+    """Time of each image from 0 (noise) to 1 (data), float32."""
     time_embedding_BD: Tensor | None = None
     """Embedding of each image's time over its root mean square, float32."""
 

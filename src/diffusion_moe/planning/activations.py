@@ -53,7 +53,7 @@ def kept_activations(recipe: Recipe, images: int, sharded: bool = False) -> Kept
     outside = counted.outside()
     blocks = [counted.block(index) for index in range(recipe.model.depth)]
     blocks[0] += counted.shared_by_blocks()
-    if context := counted.routing_context():
+    if context := counted.time_embedding():
         blocks[recipe.model.moe_blocks[0]] += context
         blocks[0] -= context if counted.condition_is_time else 0  # already kept by its norm
     for layer, kept in counted.adapters(recipe.init):
@@ -96,7 +96,7 @@ class ForwardPass:
         kept += self.low * B * (counts.TIME_FREQUENCIES + 2 * D) + self.cast("t_embedder.mlp.2.")
         kept += INT64 * B if config.num_classes else 0
         kept += self.text_embedder() if config.text_dim else 0
-        if context := self.routing_context():
+        if context := self.time_embedding():
             kept += context + FLOAT32 * B  # the norm's input and inverse deviations
         loss = FLOAT32 * patches * (1 + config.learn_sigma)
         return kept + self.final_layer() + loss
@@ -142,7 +142,9 @@ class ForwardPass:
         config = self.config
         tokens = self.images * sum(counts.num_tokens(config, index) for index in range(config.depth))
         mask = self.images * config.text_length if counts.has_cross_attention(config) else 0
-        return self.low * tokens * config.hidden_size + self.shared_by_blocks() + self.routing_context() + mask
+        times = FLOAT32 * self.images if self.routers_see("time_B") else 0
+        context = self.time_embedding() + times
+        return self.low * tokens * config.hidden_size + self.shared_by_blocks() + context + mask
 
     def shared_by_blocks(self) -> int:
         """The condition, in float32 with a table of classes, and the text."""
@@ -150,12 +152,14 @@ class ForwardPass:
         text = self.low * self.images * config.text_length * D if counts.has_cross_attention(config) else 0
         return (FLOAT32 if config.num_classes else self.low) * self.images * D + text
 
-    def routing_context(self) -> int:
-        """The normalised embedding of time that routers share, in float32."""
+    def routers_see(self, name: str) -> bool:
+        """True if the model has routers that look at this field of their context."""
         config = self.config
-        if config.rule is None or not config.moe_blocks or "time_embedding_BD" not in config.rule.sees:
-            return 0
-        return FLOAT32 * self.images * config.hidden_size
+        return config.rule is not None and name in config.rule.sees and bool(config.moe_blocks)
+
+    def time_embedding(self) -> int:
+        """The normalised embedding of time that routers share, in float32."""
+        return FLOAT32 * self.images * self.config.hidden_size if self.routers_see("time_embedding_BD") else 0
 
     @property
     def condition_is_time(self) -> bool:

@@ -101,9 +101,11 @@ def upcycled(dense: Backbone, model: Backbone, noise: float, seed: int) -> tuple
         return state, [f"the dense layers cannot be upcycled: {division}"]
     lost = loses_biases(config, division)
     equality = "exactly" if division.exact and not lost and not noise else "approximately"
+    assert config.rule is not None
+    routers = ", and their routers are new" if config.rule.parameter_shapes(config, config.hidden_size) else ""
     notes.append(
         f"experts of {len(moe_blocks)} blocks: {division.describe(config)}; they start {equality} equal to the dense "
-        "layers, and their routers are new"
+        f"layers{routers}"
     )
     if lost:
         notes.append("biases of the dense layers are dropped where experts have none (model.expert_bias, shared_bias)")
