@@ -30,7 +30,7 @@ def model_configs(draw):
         "attention_dropout": pick(0.0, 0.1),
         "num_classes": pick(0, 7),
         "null_class": pick(True, False),
-        "router": pick("dense", "tc", "ec", "diffmoe", "dsmoe", "nucleus"),
+        "router": pick("dense", "tc", "ec", "diffmoe", "dsmoe", "nucleus", "time"),
         "num_experts": pick(4, 8),
         "expert_dim": pick(16, 24),
         "expert_activation": pick("gelu", "swiglu"),

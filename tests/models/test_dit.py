@@ -117,6 +117,8 @@ CHECKPOINTED = [
     {"router": "ec"},
     {"router": "diffmoe"},
     {"router": "dsmoe", "balance": "bias", "position": "sincos"},
+    {"router": "nucleus"},
+    {"router": "time"},
 ]
 
 
@@ -151,6 +153,8 @@ def test_gradient_checkpointing_changes_nothing(settings):
         ({"first_k_dense": 2}, [3, 5]),
         ({"first_k_dense": 2, "moe_layer_freq": 1}, [2, 3, 4, 5]),
         ({"first_k_dense": 6, "moe_layer_freq": 1}, []),
+        ({"first_k_dense": 3, "last_k_dense": 1, "moe_layer_freq": 1}, [3, 4]),
+        ({"last_k_dense": 1}, [1, 3]),
         ({"router": "dense"}, []),
     ],
     ids=str,

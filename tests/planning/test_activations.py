@@ -20,6 +20,7 @@ MODELS = {
     "tc, aux": ["--model.router=tc", "--model.balance=aux"],
     "ec": ["--model.router=ec", "--model.expert_activation=gelu"],
     "diffmoe": ["--model.router=diffmoe", "--model.expert_bias=true"],
+    "time": ["--model.router=time", "--model.shared=none"],
     "nucleus": [
         *("--model.router=nucleus", "--model.depth=5", "--model.moe_layer_freq=1", "--model.first_k_dense=2"),
         *("--model.last_k_dense=1", "--model.layer_capacities=[2,1]"),

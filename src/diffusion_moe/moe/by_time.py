@@ -34,6 +34,6 @@ class TimeRouter(TimeRule, Router):
         expert_B = torch.zeros_like(time_B, dtype=torch.long)
         for boundary in self.boundaries:
             expert_B = expert_B + (time_B > boundary)
-        expert_TK = expert_B.repeat_interleave(x_BND.shape[1])[:, None]
+        expert_TK = expert_B[:, None].expand(x_BND.shape[:2]).reshape(-1, 1)
         weight_TK = torch.ones_like(expert_TK, dtype=torch.promote_types(x_BND.dtype, torch.float32))
         return route_by_token(expert_TK, weight_TK, self.config.num_experts)

@@ -274,7 +274,9 @@ class ForwardPass:
         """Router, experts and shared expert."""
         config, D, low = self.config, self.config.hidden_size, self.low
         assert config.rule is not None
-        kept = low * T * D + (FLOAT32 * T * D if low < FLOAT32 else 0)  # the input; routers read it in float32
+        kept = low * T * D  # the input
+        if low < FLOAT32 and config.rule.parameter_shapes(config, D):
+            kept += FLOAT32 * T * D  # routers with weights read it in float32
         kept += config.rule.kept_bytes(config, D, T, A)
         dropout = bool(config.expert_dropout)
         kept += self.dropped_experts(name, T, A) if dropout else self.experts(name, T, A)
