@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         super().__init__()
         # Tuples are lists in config.json.
         settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-        self.settings = config = ModelConfig(backbone=self.kind, **settings)
+        self.settings = config = ModelConfig(backbone=self.kind, **settings)  # type: ignore[arg-type]
         left_out = {"backbone"} if config.text_dim else {"backbone", *TEXT_FIELDS}
         # Where diffusers keeps what config.json holds.
         self._internal_dict = {name: value for name, value in vars(config).items() if name not in left_out}

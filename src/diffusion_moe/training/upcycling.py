@@ -86,6 +86,7 @@ def upcycled(dense: Backbone, model: Backbone, noise: float, seed: int) -> tuple
         The state, without tensors that cannot be upcycled, and lines for the user.
     """
     config, state, notes = model.settings, dict(dense.state_dict()), []
+    assert config.rule is not None
     division = divide(config)  # of all layers, but for the weight of those with a capacity of their own
     moe_blocks = [index for index, block in enumerate(model.blocks) if isinstance(block.mlp, MoEFeedForward)]
     for index in moe_blocks:
@@ -101,7 +102,6 @@ def upcycled(dense: Backbone, model: Backbone, noise: float, seed: int) -> tuple
         return state, [f"the dense layers cannot be upcycled: {division}"]
     lost = loses_biases(config, division)
     equality = "exactly" if division.exact and not lost and not noise else "approximately"
-    assert config.rule is not None
     routers = ", and their routers are new" if config.rule.parameter_shapes(config, config.hidden_size) else ""
     notes.append(
         f"experts of {len(moe_blocks)} blocks: {division.describe(config)}; they start {equality} equal to the dense "
