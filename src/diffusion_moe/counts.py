@@ -75,6 +75,8 @@ def matmul_rows(config: ModelConfig, name: str) -> int:
     """Rows of one image that are multiplied by a parameter; 0 if it is no matrix of a matmul."""
     if is_expert_matrix(name):
         return num_assignments(config, block_index(name))
+    if name.endswith(".router.time_weight"):
+        return 1
     if name.endswith("experts.b_out"):
         return num_tokens(config, block_index(name))  # the routing weights, as a matrix, times the biases
     if not name.endswith(".weight") or name == "y_embedder.weight" or "norm" in name:
@@ -103,7 +105,7 @@ def num_tokens(config: ModelConfig, index: int) -> int:
 def num_assignments(config: ModelConfig, index: int, images: int = 1) -> int:
     """Pairs of token and expert in MoE block `index`, for a batch of images in training."""
     assert config.rule is not None
-    return config.rule.num_assignments(config, num_tokens(config, index), images)
+    return config.rule.num_assignments(config.of_moe_block(index), num_tokens(config, index), images)
 
 
 def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
@@ -116,8 +118,8 @@ def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
 
 
 def is_moe_block(config: ModelConfig, index: int) -> bool:
-    """True for an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
-    return config.rule is not None and index >= config.first_k_dense and (index + 1) % config.moe_layer_freq == 0
+    """True for an MoE block."""
+    return index in config.moe_blocks
 
 
 def in_middle_half(config: ModelConfig, index: int) -> bool:

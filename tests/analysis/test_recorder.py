@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from router_context import with_context
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +63,7 @@ def call(model, batch=3):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_are_those_of_a_plain_loop(kind):
-    layer = MoEFeedForward(8, 4, RouterConfig(kind, num_experts=4, top_k=2, capacity=2.0))
+    layer = with_context(MoEFeedForward(8, 4, RouterConfig(kind, num_experts=4, top_k=2, capacity=2.0)))
     x = torch.randn(3, 6, 8)
     routing = layer.router(x)
     served, compute, positions = np.zeros(4), np.zeros(6), np.zeros((4, 6))
@@ -149,7 +150,7 @@ def test_counts_sum_to_what_the_reports_and_usage_say(tiny, kind):
 
 
 def test_rows_that_fill_up_a_shape_are_not_counted():
-    """A routing with room to spare: two rows of weight 0, and a report that says nothing was dropped."""
+    """A routing with room to spare: two rows of weight 0 that only pad it."""
 
     class Report(NamedTuple):
         counts_E: torch.Tensor
@@ -161,9 +162,8 @@ def test_rows_that_fill_up_a_shape_are_not_counted():
     class Roomy(Router):
         def route(self, x_BND, logits_BNE):
             report = Report(torch.tensor([1, 2]), {}, dropped=torch.tensor(0))
-            return Routing(
-                torch.tensor([0, 2, 1, 2, 3]), torch.tensor([0.5, 0, 1, 1, 0]), torch.tensor([2, 5]).int(), report
-            )
+            token_A, weight_A = torch.tensor([0, 2, 1, 2, 3]), torch.tensor([0.5, 0, 1, 1, 0])
+            return Routing(token_A, weight_A, torch.tensor([2, 5]).int(), report, padded=True)
 
     layer = MoEFeedForward(8, 4, RouterConfig("tc", num_experts=2))
     layer.router = Roomy(8, RouterConfig("tc", num_experts=2))

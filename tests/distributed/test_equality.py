@@ -22,6 +22,11 @@ ROUTERS = {
     "dsmoe unbalanced": ["--model.router=dsmoe", "--model.balance=none"],
     "tc": ["--model.router=tc", "--model.balance=bias", "--model.expert_activation=gelu"],
     "ec": ["--model.router=ec"],
+    "nucleus": [
+        *("--model.router=nucleus", "--model.moe_layer_freq=1", "--model.first_k_dense=1"),
+        "--model.routed_scaling_factor=2.5",
+    ],
+    "time": ["--model.router=time", "--model.moe_layer_freq=1"],
     "dense": ["--model.router=dense"],
     "diffmoe": ["--model.router=diffmoe", "--parallel.pool=global", "--model.expert_bias=true"],
     "race": ["--model.router=race", "--parallel.pool=global", "--model.similarity_loss_weight=0.1"],

@@ -1,5 +1,7 @@
 """Settings of small models for tests of any of them."""
 
+import dataclasses
+
 from hypothesis import strategies as st
 
 from diffusion_moe.config import ModelConfig
@@ -43,6 +45,7 @@ def model_configs(draw):
         "balance": pick("none", "aux", "bias"),
         "moe_layer_freq": pick(1, 2),
         "first_k_dense": pick(0, 2),
+        "last_k_dense": pick(0, 1),
     }
     if pick(True, False):
         chosen |= {"text_dim": 12, "text_length": 5, "text_pooled_dim": pick(0, 6)}
@@ -54,4 +57,8 @@ def model_configs(draw):
         chosen["class_tokens"] = pick(0, 3) if chosen["num_classes"] else 0
     if chosen["router"] == "promoe" and "text_dim" not in chosen:  # it needs images without a class
         chosen |= {"num_classes": 7, "null_class": True}
-    return ModelConfig(sample_size=8, hidden_size=32, **chosen)
+    config = ModelConfig(sample_size=8, hidden_size=32, **chosen)
+    if config.moe_blocks and pick(True, False):
+        capacities = tuple(pick(0.5, 2.0) for _ in config.moe_blocks)
+        config = dataclasses.replace(config, layer_capacities=capacities)
+    return config

@@ -1,11 +1,13 @@
 """Images without class and prompt, and where a model's router sends them."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from diffusion_moe import DiT
 from diffusion_moe.config import ModelConfig
-from diffusion_moe.models.conditions import unconditional_images
+from diffusion_moe.models.conditions import routing_context, unconditional_images
 
 TEXT = {"text_dim": 6, "text_length": 3}
 SMALL = {
@@ -23,13 +25,16 @@ MASK = torch.tensor([[True, False, False], [True, True, False], [False, False, F
         ({"num_classes": 0, **TEXT}, None, torch.zeros(3, 3, 6), MASK, [False, False, True]),
         ({"num_classes": 0, **TEXT}, None, torch.zeros(3, 3, 6), None, [False, False, False]),
         (TEXT, LABELS, torch.zeros(3, 3, 6), MASK, [False, False, True]),
-        ({"router": "dsmoe"}, LABELS, None, None, None),
     ],
-    ids=["classes", "text", "no mask", "classes and text", "a rule without need"],
+    ids=["classes", "text", "no mask", "classes and text"],
 )
 def test_an_image_has_neither_class_nor_prompt(settings, labels, text, mask, expected):
-    found = unconditional_images(ModelConfig(**{**SMALL, **settings}), labels, text, mask)
-    assert expected == (None if found is None else found.tolist())
+    config, times = ModelConfig(**{**SMALL, **settings}), torch.rand(3)
+    assert unconditional_images(config, labels, text, mask).tolist() == expected
+    context = routing_context(config, times, torch.randn(3, 32), labels, text, mask)
+    assert context.unconditional_B.tolist() == expected and context[:2] == (None, None)
+    config = dataclasses.replace(config, router="dsmoe")
+    assert routing_context(config, times, torch.randn(3, 32), labels, text, mask) is None
 
 
 @pytest.mark.parametrize("text", [{}, TEXT, TEXT | {"text_conditioning": "joint"}], ids=["", "cross", "joint"])

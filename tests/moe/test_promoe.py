@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from diffusion_moe.moe import MoEFeedForward, RouterConfig
+from diffusion_moe.moe import MoEFeedForward, RouterConfig, RoutingContext
 from diffusion_moe.moe.promoe import ProMoERouter, contrastive_loss
 
 WITHOUT_CLASS = torch.tensor([False, True, False])
+CONTEXT = RoutingContext(unconditional_B=WITHOUT_CLASS)
 
 
 def make_router(num_experts=6, **settings) -> ProMoERouter:
@@ -43,7 +44,7 @@ def test_tokens_with_a_class_take_prototypes_and_others_the_last_expert(gates, t
         cosines = [cosine(x_D, prototype_D) for prototype_D in router.weight.detach()]
         for e in sorted(range(5), key=lambda e: -cosines[e])[:top_k]:
             expected_TE[t, e] = 2.5 * cosines[e]
-    routing = router(x_BND, WITHOUT_CLASS)
+    routing = router(x_BND, CONTEXT)
     torch.testing.assert_close(gates(routing, 12), expected_TE)
     assert routing.report.counts_E.tolist() == (expected_TE != 0).sum(0).tolist()
     assert len(routing.token_A) == 12 * top_k, "shapes do not depend on the classes"
@@ -51,7 +52,8 @@ def test_tokens_with_a_class_take_prototypes_and_others_the_last_expert(gates, t
 
 def test_without_labels_every_image_has_a_class():
     router, x_BND = make_router(top_k=2), torch.randn(3, 4, 5, dtype=torch.float64)
-    torch.testing.assert_close(router(x_BND).report, router(x_BND, torch.zeros(3, dtype=torch.bool)).report)
+    context = RoutingContext(unconditional_B=torch.zeros(3, dtype=torch.bool))
+    torch.testing.assert_close(router(x_BND).report, router(x_BND, context).report)
     assert router(x_BND).report.counts_E[5] == 0
 
 
@@ -59,7 +61,7 @@ def test_without_labels_every_image_has_a_class():
 def test_the_loss_and_all_its_gradients_are_those_of_a_loop(top_k):
     router = make_router(top_k=top_k, contrastive_weight=0.5, contrastive_temperature=0.2)
     x_BND = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    routing = router(x_BND, WITHOUT_CLASS)
+    routing = router(x_BND, CONTEXT)
     chosen = {t: set() for t in range(12) if not WITHOUT_CLASS[t // 4]}
     for token, expert in zip(routing.token_A.tolist(), routing.expert_A().tolist()):
         if token in chosen:
@@ -100,7 +102,7 @@ def test_spare_rows_change_no_output_and_no_gradient(top_k):
     """An image without a class gets the last expert's output; the others' experts learn nothing from it."""
     layer = MoEFeedForward(5, 7, RouterConfig("promoe", 4, top_k=top_k, contrastive_weight=0.0)).double()
     x_BND = torch.randn(1, 4, 5, dtype=torch.float64)
-    out = layer(x_BND, unconditional_B=torch.tensor([True])).hidden_states
+    out = layer(x_BND, context=RoutingContext(unconditional_B=torch.tensor([True]))).hidden_states
     gate, up = (x_BND @ layer.experts.w_in[3]).chunk(2, dim=-1)
     torch.testing.assert_close(out, (torch.nn.functional.silu(gate) * up) @ layer.experts.w_out[3])
     out.square().sum().backward()

@@ -8,12 +8,14 @@ from diffusion_moe.data import batches_from, load_dataset
 from diffusion_moe.moe import routers_of, set_training_capacity
 from diffusion_moe.planning.options import PlanOptions
 from diffusion_moe.planning.plan import compute_of, make_plan
+from diffusion_moe.routing_rules import RULES
 from diffusion_moe.training.checkpoint import Checkpoints, load_checkpoint, state_tensors
 from diffusion_moe.training.state import make_state
 from diffusion_moe.training.step import train_step
 
 CPU = torch.device("cpu")
 SCHEDULE = ["--training.capacity_full_steps=2", "--training.capacity_fall_steps=4", "--model.capacity=1"]
+SCHEDULED = [name for name, rule in RULES.items() if rule.has_capacity_schedule]
 OF_EACH_STEP = [4, 4, 3.25, 2.5, 1.75, 1, 1]
 """Experts a token of 4 experts."""
 
@@ -39,7 +41,7 @@ def test_the_schedule_in_closed_form(tiny):
     assert recipe_of(tiny, "--model.router=ec").capacity_at(1) is None
 
 
-@pytest.mark.parametrize("router", ["ec", "diffmoe"])
+@pytest.mark.parametrize("router", SCHEDULED)
 def test_training_serves_as_many_experts_and_inference_the_capacity(tiny, router):
     recipe = recipe_of(tiny, f"--model.router={router}", *SCHEDULE)
     state = make_state(recipe, CPU)
@@ -49,7 +51,7 @@ def test_training_serves_as_many_experts_and_inference_the_capacity(tiny, router
         assert first.eval().settings.capacity == 1
 
 
-@pytest.mark.parametrize("router", ["ec", "diffmoe"])
+@pytest.mark.parametrize("router", SCHEDULED)
 def test_a_resumed_run_repeats_the_schedule_bit_for_bit(tiny, router, tmp_path):
     recipe = recipe_of(tiny, f"--model.router={router}", *SCHEDULE)
     state = make_state(recipe, CPU)
@@ -69,8 +71,9 @@ def test_a_resumed_run_repeats_the_schedule_bit_for_bit(tiny, router, tmp_path):
         (["--model.router=tc"], "training.capacity_full_steps is 2, but model.router tc has no capacity to schedule"),
         (["--model.router=dense"], "but model.router dense has no capacity to schedule"),
         (["--model.router=ec", "--training.compile=true"], "set it to 0, or training.compile to false"),
+        (["--model.router=ec", "--model.layer_capacities=[1]"], "set it to 0, or model.layer_capacities to null"),
     ],
-    ids=["tc", "dense", "compile"],
+    ids=["tc", "dense", "compile", "capacities of layers"],
 )
 def test_impossible_schedules_are_refused(tiny, options, match):
     with pytest.raises(ValueError, match=match):

@@ -52,6 +52,9 @@ class Recipe:
         for name in ("capacity_full_steps", "capacity_fall_steps"):
             if rule is None or not rule.has_capacity_schedule:
                 training.require_default(name, f"but model.router {self.model.router} has no capacity to schedule")
+            elif self.model.layer_capacities is not None:
+                reason = "but model.layer_capacities gives each layer a capacity of its own"
+                training.require_default(name, reason, "set it to 0, or model.layer_capacities to null")
             elif training.compile:
                 reason = "but training.compile would compile again for each capacity"
                 training.require_default(name, reason, "set it to 0, or training.compile to false")

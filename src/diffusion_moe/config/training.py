@@ -20,9 +20,10 @@ class TrainingConfig(Settings):
     accumulation: int = setting(1, valid=POSITIVE)
     """Micro-batches a step is split into; batch_size must be divisible by it."""
     capacity_full_steps: int = setting(0, valid=NOT_NEGATIVE)
-    """First steps in which every expert serves every token (model.router: ec, diffmoe)."""
+    """First steps in which every expert serves every token (model.router: ec, diffmoe, nucleus)."""
     capacity_fall_steps: int = setting(0, valid=NOT_NEGATIVE)
-    """Steps after them in which the experts a token fall linearly to model.capacity (model.router: ec, diffmoe)."""
+    """Steps after them in which the experts a token fall linearly to model.capacity (model.router: ec, diffmoe,
+    nucleus)."""
     ema_decay: float = setting(0.9999, common=True, valid=BELOW_ONE)
     """Decay of the EMA of weights and routing state; the EMA is the model that the run exports."""
     extra_ema_decays: tuple[float, ...] = setting((), valid=BELOW_ONE)

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from ..config import TEXT_FIELDS, ModelConfig
 from ..config.renamed import old_names
-from ..moe import GroupedExperts, RoutingReport
+from ..moe import GroupedExperts, RoutingContext, RoutingReport
 from ..nn.attention import CrossAttention
 from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
 from .block import DiTBlock, FinalLayer, checkpoint_block
-from .conditions import further_inputs, unconditional_images
+from .conditions import routing_context
 from .diffusers_bases import HOMES, add_bases_when_imported, import_bases, takes_settings
-from .text import TextEmbedder
+from .inputs import check_inputs
+from .text import TextEmbedder, TextTokens
 
 
 class DiTOutput(NamedTuple):
@@ -50,9 +51,11 @@ class Embedded(NamedTuple):
     """Time, class and pooled text, (B, D)."""
     label: Tensor | None
     """The class alone, (B, D); None for a model without classes."""
-    further: tuple[Any, ...]
-    """Further inputs of each block: text for cross-attention, images without class and prompt (`further_inputs`)."""
-    text_tokens: int
+    context: RoutingContext | None
+    """What routers look at beside tokens; None for rules that look at nothing else."""
+    text: TextTokens | None = None
+    """Text for cross-attention; None without it."""
+    text_tokens: int = 0
     """Number of text tokens at the front of `tokens`; 0 unless text and image form one sequence."""
 
 
@@ -83,6 +86,8 @@ class Backbone(nn.Module):
             ValueError: the settings contradict each other.
         """
         super().__init__()
+        # Tuples are lists in config.json.
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         self.settings = config = ModelConfig(backbone=self.kind, **settings)  # type: ignore[arg-type]
         left_out = {"backbone"} if config.text_dim else {"backbone", *TEXT_FIELDS}
         # Where diffusers keeps what config.json holds.
@@ -244,39 +249,26 @@ class Backbone(nn.Module):
         pooled_projections: Tensor | None = None,
     ) -> Embedded:
         """Tokens with added positions, and the conditioning of the blocks. Arguments and errors as for `forward`."""
-        self._check_inputs(hidden_states, class_labels, encoder_hidden_states)
+        check_inputs(self.settings, hidden_states, class_labels, encoder_hidden_states)
         x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
         if self.settings.adds_sincos:
             x_BND = x_BND + self.sincos(*self.grid(hidden_states)).to(x_BND.dtype)
-        condition_BD, class_BD, text, still = self.t_embedder(timestep.expand(len(x_BND))), None, None, 0
+        timestep = timestep.expand(len(x_BND))
+        condition_BD, class_BD = self.t_embedder(timestep), None
+        context = routing_context(
+            self.settings, timestep, condition_BD, class_labels, encoder_hidden_states, encoder_attention_mask
+        )
         if self.y_embedder is not None:
             class_BD = self.y_embedder(class_labels)
             condition_BD = condition_BD + class_BD
-        if self.text_embedder is not None:
-            text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
-            condition_BD = condition_BD + pooled_BD
-            if self.settings.text_conditioning == "joint":
-                x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
-                text, still = None, self.settings.text_length
-        missing_B = unconditional_images(self.settings, class_labels, encoder_hidden_states, encoder_attention_mask)
-        return Embedded(x_BND, condition_BD, class_BD, further_inputs(text, missing_B), still)
-
-    def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor | None, text: Tensor | None) -> None:
-        config, (height, width) = self.settings, hidden_states.shape[-2:]
-        if (class_labels is None) != (self.y_embedder is None):
-            raise ValueError(
-                f"class_labels are {'missing' if class_labels is None else 'given'}, but the model has num_classes "
-                f"{config.num_classes}; pass them exactly when it is not 0"
-            )
-        if (text is None) != (self.text_embedder is None):
-            raise ValueError(
-                f"encoder_hidden_states are {'missing' if text is None else 'given'}, but the model has text_dim "
-                f"{config.text_dim}; pass them exactly when it is not 0 (no prompt: a mask of false)"
-            )
-        if height % config.patch_size or width % config.patch_size or not height or not width:
-            raise ValueError(
-                f"the image is {height} x {width}; both must be positive multiples of patch_size {config.patch_size}"
-            )
+        if self.text_embedder is None:
+            return Embedded(x_BND, condition_BD, class_BD, context)
+        text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
+        condition_BD = condition_BD + pooled_BD
+        if self.settings.text_conditioning == "cross":
+            return Embedded(x_BND, condition_BD, class_BD, context, text)
+        x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
+        return Embedded(x_BND, condition_BD, class_BD, context, text_tokens=self.settings.text_length)
 
     def grid(self, hidden_states: Tensor) -> tuple[int, int]:
         """Rows and columns of an image's tokens."""
@@ -369,7 +361,7 @@ class Backbone(nn.Module):
             ValueError: labels or text that the model does not take or that are missing; a size that is no multiple of
                 patch_size; features of another shape than the model's.
         """
-        x, condition, label, further, still = self.embed(
+        x, condition, label, context, text, still = self.embed(
             hidden_states, timestep, class_labels, encoder_hidden_states, encoder_attention_mask, pooled_projections
         )
         reports: list[RoutingReport] = []
@@ -380,7 +372,7 @@ class Backbone(nn.Module):
                 x = torch.cat(((label[:, None] + self.class_positions).to(x.dtype), x), dim=1)
                 still += self.settings.class_tokens
                 rotary = self.rotary(still, grid)
-            x, report = self.run_block(block, x, condition, rotary, *further)
+            x, report = self.run_block(block, x, condition, rotary, text, context)
             if report is not None:
                 if report.predicted_BNP is not None:  # of the image alone
                     report = report._replace(predicted_BNP=report.predicted_BNP[:, still:])

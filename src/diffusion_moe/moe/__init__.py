@@ -19,6 +19,7 @@ from .routers import (
 )
 from .routing import (
     Routing,
+    RoutingContext,
     RoutingReport,
     merge_reports,
     route_by_expert,
@@ -36,6 +37,7 @@ __all__ = [
     "Router",
     "RouterConfig",
     "Routing",
+    "RoutingContext",
     "RoutingReport",
     "experts_loop",
     "limit_capacity",

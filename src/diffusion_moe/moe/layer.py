@@ -11,7 +11,7 @@ from .feed_forward import FeedForward
 from .precision import compute_dtype
 from .router import RouterConfig
 from .routers import ROUTERS
-from .routing import RoutingReport
+from .routing import RoutingContext, RoutingReport
 
 Shared = Literal["none", "identity", "gelu", "swiglu"]
 
@@ -71,19 +71,21 @@ class MoEFeedForward(nn.Module):
             self.shared = FeedForward(dim, shared_dim or expert_dim, shared, shared_bias, dropout)
 
     def forward(
-        self, x: Tensor, router_input: Tensor | None = None, unconditional_B: Tensor | None = None
+        self, x: Tensor, router_input: Tensor | None = None, context: RoutingContext | None = None
     ) -> MoEOutput:
         """Apply the layer.
 
         Args:
             x: tokens, (B, N, D), or (N, D) for one image.
             router_input: input of the router instead of x, with the same number of tokens.
-            unconditional_B: true for images without class and prompt, bool, (B,); None: for none. Rules with
-                `needs_labels` read it.
+            context: what else the router looks at; its rule says what (`RoutingRule.sees`).
+
+        Raises:
+            ValueError: the context lacks something.
         """
         x_BND = x if x.ndim == 3 else x[None]
         router_BND = x_BND if router_input is None else router_input.reshape(*x_BND.shape[:2], -1)
-        routing = self.router(router_BND, unconditional_B)
+        routing = self.router(router_BND, context)
         if self.shared is not None:
             # Cast once for routed and shared experts, unless only the input is kept.
             cast_BND = x_BND if self.shared.recompute else x_BND.to(compute_dtype(x_BND))

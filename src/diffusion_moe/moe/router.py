@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..routing_rules import RULES, RoutingRule
 from .precision import exact_float32, exact_linear, full_precision
-from .routing import Routing, RoutingReport
+from .routing import Routing, RoutingContext, RoutingReport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,20 +29,21 @@ class RouterConfig:
     kind: str
     """Name of the rule: tc (token choice), ec (expert choice per image), diffmoe (batch pool with a capacity
     predictor), dsmoe (sigmoid grouped top-k), race (one top-k over all tokens and experts),
-    threshold (tokens above each expert's threshold), promoe (prototypes, and an expert for images without a class), or
-    one of `register_router`."""
+    threshold (tokens above each expert's threshold), promoe (prototypes, and an expert for images without a class),
+    nucleus (expert choice per image by token and time), time (an expert for each range of t), or one of
+    `register_router`."""
     num_experts: int
     """Number of routed experts E."""
     top_k: int = 2
     """Experts a token is sent to (tc, dsmoe, promoe)."""
     capacity: float = 1.0
-    """Experts a token is sent to on average (ec, diffmoe, race, threshold)."""
+    """Experts a token is sent to on average (ec, diffmoe, race, threshold, nucleus)."""
     n_group: int = 1
     """Number of groups that the experts are divided into (dsmoe)."""
     topk_group: int = 1
     """Number of groups that a token may choose experts from (dsmoe)."""
     routed_scaling_factor: float = 1.0
-    """Factor on the routed experts' weights (dsmoe, promoe)."""
+    """Factor on the routed experts' weights (dsmoe, promoe, nucleus)."""
     balance: Literal["none", "aux", "bias"] = "none"
     """Load balancing of tc and dsmoe: none, an auxiliary loss, or a correction bias moved after each step."""
     balance_weight: float = 0.01
@@ -65,6 +66,8 @@ class RouterConfig:
     """Weight of the contrastive loss of prototypes (promoe)."""
     contrastive_temperature: float = 0.07
     """Temperature of that loss (promoe)."""
+    time_boundaries: tuple[float, ...] | None = None
+    """Times between the ranges of t of the experts, ascending, 0 is noise (time); None: ranges of equal length."""
 
     def __post_init__(self) -> None:
         if self.kind not in RULES:
@@ -106,23 +109,39 @@ class Router(RoutingRule, nn.Module):
             return self.config
         return replace(self.config, capacity=self.training_capacity)
 
-    def forward(self, x_BND: Tensor, unconditional_B: Tensor | None = None) -> Routing:
+    def forward(self, x_BND: Tensor, context: RoutingContext | None = None) -> Routing:
         """Route the tokens of a batch of images; token n of image b has index b * N + n.
 
         Args:
-            unconditional_B: true for images without class and prompt, for rules with `needs_labels`; None: for none.
+            context: what else the router looks at; its rule says what (`RoutingRule.sees`).
+
+        Raises:
+            ValueError: the context lacks something.
         """
+        seen = self.seen(context)
         with full_precision(x_BND), exact_float32():
             x_BND = self.features(x_BND.to(torch.promote_types(x_BND.dtype, torch.float32)))
-            labels = {"unconditional_B": unconditional_B} if self.needs_labels else {}
-            return self.route(x_BND, exact_linear(x_BND, self.weight.to(x_BND.dtype)), **labels)
+            return self.route(x_BND, exact_linear(x_BND, self.weight.to(x_BND.dtype)), **seen)
+
+    def seen(self, context: RoutingContext | None) -> dict[str, Tensor | None]:
+        """What the router looks at beside the tokens, by name.
+
+        Raises:
+            ValueError: the context lacks something.
+        """
+        seen = {name: getattr(context, name, None) for name in sorted(self.sees)}
+        # Without `unconditional_B` all images have a class or a prompt.
+        missing = [name for name, tensor in seen.items() if tensor is None and name != "unconditional_B"]
+        if missing:
+            raise ValueError(f"router {self.config.kind} needs {', '.join(missing)}; pass it in a RoutingContext")
+        return seen
 
     def features(self, x_BND: Tensor) -> Tensor:
         """What the experts' vectors are scored against, (B, N, D): the tokens, unless a rule computes it from them."""
         return x_BND
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
-        """Assign tokens to experts, in float32 or float64; rules with `needs_labels` also take `unconditional_B`.
+        """Assign tokens to experts, in float32 or float64; a rule also takes what it `sees`, by name.
 
         Args:
             x_BND: `features` of the tokens.

@@ -23,8 +23,10 @@ from ..routing_rules import (
     names_with_thresholds,
 )
 from .balance import balance_loss, updated_correction_bias
+from .by_time import TimeRouter
 from .capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, chosen_from_pool, observed_threshold
 from .grouped_topk import grouped_topk
+from .nucleus import NucleusRouter
 from .parallel import all_gather_rows
 from .promoe import ProMoERouter
 from .race import RaceRouter
@@ -205,6 +207,8 @@ ROUTERS: dict[str, type[Router]] = {
     "race": RaceRouter,
     "threshold": ThresholdRouter,
     "promoe": ProMoERouter,
+    "nucleus": NucleusRouter,
+    "time": TimeRouter,
 }
 """Router classes by the names of `RouterConfig.kind`; `register_router` adds to them."""
 

@@ -1,7 +1,7 @@
 """The value between routers and experts: which token goes to which expert, with which weight.
 
 Shape suffixes: B images, N tokens of one image, T tokens of the batch (B * N), E experts, K experts a token,
-A assignments (pairs of token and expert), C tokens an expert takes.
+A assignments (pairs of token and expert), C tokens an expert takes, D width.
 """
 
 from __future__ import annotations
@@ -37,6 +37,17 @@ class RoutingReport(NamedTuple):
     """Prediction of what each token's patch is trained to become, of P values, for a loss (Expert Race in training)."""
     scores_TE: Tensor | None = None
     """Scores whose quantiles over the whole step the thresholds follow (rule threshold in training)."""
+
+
+class RoutingContext(NamedTuple):
+    """What a router may look at beside the tokens. A rule names the fields that it needs (`RoutingRule.sees`)."""
+
+    time_B: Tensor | None = None
+    """Time of each image from 0 (noise) to 1 (data), float32."""
+    time_embedding_BD: Tensor | None = None
+    """Embedding of each image's time over its root mean square, float32."""
+    unconditional_B: Tensor | None = None
+    """True for images without class and prompt, bool; None: there are none."""
 
 
 class Routing(NamedTuple):
