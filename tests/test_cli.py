@@ -13,6 +13,7 @@ import yaml
 from diffusion_moe.cli import VERBS, main
 from diffusion_moe.cli.help import field_docs
 from diffusion_moe.config import SECTIONS, find_recipe, read_recipe, recipe_names
+from diffusion_moe.routing_rules import RULES
 
 
 def run(capsys, *arguments):
@@ -35,7 +36,7 @@ MISTAKES = {
     "abbreviated option": (["--model.dep=4"], "did you mean --model.depth"),
     "wrong type": (["--model.depth=four"], "model.depth is four; expected int"),
     "fraction for an integer": (["--training.steps=1.5"], "training.steps is 1.5"),
-    "unknown choice": (["--model.router=best"], "model.router is 'best'; choose one of dense, tc, ec, diffmoe, dsmoe"),
+    "unknown choice": (["--model.router=best"], f"model.router is 'best'; choose one of dense, {', '.join(RULES)}"),
     "a lone item for a list": (["--data.buckets=64x64"], "data.buckets is 64x64; expected a list, as [64x64]"),
     "number out of range": (["--training.steps=0"], "training.steps is 0"),
     "experts": (["--model.top_k=9"], "model.top_k is 9, more than model.num_experts 8"),

@@ -74,7 +74,7 @@ def model_flops(config: ModelConfig, drop_rate: float = 0.0) -> Flops:
         if has_cross_attention(config):
             blocks[index] += 4 * tokens * config.text_length * heads * config.head_width
         if config.rule is not None and is_moe_block(config, index):
-            blocks[index] += config.rule.loss_flops(config, tokens)
+            blocks[index] += config.rule.loss_flops(config, config.hidden_size, tokens)
     return Flops(outside, tuple(blocks))
 
 
@@ -90,6 +90,8 @@ def matmul_rows(config: ModelConfig, name: str, drop_rate: float = 0.0) -> int:
     """Rows of one image that are multiplied by a parameter; 0 if it is no matrix of a matmul."""
     if is_expert_matrix(name):
         return num_assignments(config, block_index(name), drop_rate=drop_rate)
+    if name.endswith(".router.time_weight"):
+        return 1
     if name.startswith("fusion."):
         return num_tokens(config, middle_blocks(config)[-1]) if name.endswith(".weight") else 0
     if name.endswith("experts.b_out"):
@@ -123,7 +125,7 @@ def num_tokens(config: ModelConfig, index: int, drop_rate: float = 0.0) -> int:
 def num_assignments(config: ModelConfig, index: int, images: int = 1, drop_rate: float = 0.0) -> int:
     """Pairs of token and expert in MoE block `index`, for a batch of images in training."""
     assert config.rule is not None
-    return config.rule.num_assignments(config, num_tokens(config, index, drop_rate), images)
+    return config.rule.num_assignments(config.of_moe_block(index), num_tokens(config, index, drop_rate), images)
 
 
 def images_per_process(batch_size: int, accumulation: int, world: int) -> int:
@@ -141,8 +143,8 @@ def middle_blocks(config: ModelConfig) -> range:
 
 
 def is_moe_block(config: ModelConfig, index: int) -> bool:
-    """True for an MoE block: the last of every `moe_layer_freq`, after the first `first_k_dense`."""
-    return config.rule is not None and index >= config.first_k_dense and (index + 1) % config.moe_layer_freq == 0
+    """True for an MoE block."""
+    return index in config.moe_blocks
 
 
 def in_middle_half(config: ModelConfig, index: int) -> bool:

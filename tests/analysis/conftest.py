@@ -11,6 +11,7 @@ KINDS = {
     "ec": ["--model.router=ec"],
     "diffmoe": ["--model.router=diffmoe"],
     "dsmoe": ["--model.router=dsmoe"],
+    "promoe": ["--model.router=promoe"],
     "dense": ["--model.router=dense"],
     "class-free": ["--model.num_classes=0", "--model.router=diffmoe"],
     "ddpm": ["--model.process=ddpm", "--model.prediction=epsilon", "--evaluation.solver=ddim"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router_context import with_context
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_moe import record_routing
@@ -16,9 +17,10 @@ from diffusion_moe.analysis.recorder import pairs_of, tally
 from diffusion_moe.config import EvaluationConfig, read_recipe
 from diffusion_moe.models import make_model
 from diffusion_moe.moe import MoEFeedForward, Router, RouterConfig, Routing, route_by_token
+from diffusion_moe.routing_rules import RULES
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+KINDS = list(RULES)
 
 
 class ByPosition(Router):
@@ -61,7 +63,7 @@ def call(model, batch=3):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_are_those_of_a_plain_loop(kind):
-    layer = MoEFeedForward(8, 4, RouterConfig(kind, num_experts=4, top_k=2, capacity=2.0))
+    layer = with_context(MoEFeedForward(8, 4, RouterConfig(kind, num_experts=4, top_k=2, capacity=2.0)))
     x = torch.randn(3, 6, 8)
     routing = layer.router(x)
     served, compute, positions = np.zeros(4), np.zeros(6), np.zeros((4, 6))
@@ -117,6 +119,7 @@ def test_recording_changes_no_bit(tiny, kind, grad):
         with torch.set_grad_enabled(grad):
             out = model(x, t, labels)
         loss = out.sample.square().sum() + sum(loss for report in out.routing for loss in report.losses.values())
+        loss = loss + sum(r.predicted_BNP.square().sum() for r in out.routing if r.predicted_BNP is not None)
         gradients = torch.autograd.grad(loss, list(model.parameters())) if grad else ()
         return [out.sample, *gradients]
 
@@ -147,7 +150,7 @@ def test_counts_sum_to_what_the_reports_and_usage_say(tiny, kind):
 
 
 def test_rows_that_fill_up_a_shape_are_not_counted():
-    """A routing with room to spare: two rows of weight 0, and a report that says nothing was dropped."""
+    """A routing with room to spare: two rows of weight 0 that only pad it."""
 
     class Report(NamedTuple):
         counts_E: torch.Tensor
@@ -159,9 +162,8 @@ def test_rows_that_fill_up_a_shape_are_not_counted():
     class Roomy(Router):
         def route(self, x_BND, logits_BNE):
             report = Report(torch.tensor([1, 2]), {}, dropped=torch.tensor(0))
-            return Routing(
-                torch.tensor([0, 2, 1, 2, 3]), torch.tensor([0.5, 0, 1, 1, 0]), torch.tensor([2, 5]).int(), report
-            )
+            token_A, weight_A = torch.tensor([0, 2, 1, 2, 3]), torch.tensor([0.5, 0, 1, 1, 0])
+            return Routing(token_A, weight_A, torch.tensor([2, 5]).int(), report, padded=True)
 
     layer = MoEFeedForward(8, 4, RouterConfig("tc", num_experts=2))
     layer.router = Roomy(8, RouterConfig("tc", num_experts=2))

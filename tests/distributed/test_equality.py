@@ -22,11 +22,17 @@ ROUTERS = {
     "dsmoe unbalanced": ["--model.router=dsmoe", "--model.balance=none"],
     "tc": ["--model.router=tc", "--model.balance=bias", "--model.expert_activation=gelu"],
     "ec": ["--model.router=ec"],
+    "nucleus": [
+        *("--model.router=nucleus", "--model.moe_layer_freq=1", "--model.first_k_dense=1"),
+        "--model.routed_scaling_factor=2.5",
+    ],
+    "time": ["--model.router=time", "--model.moe_layer_freq=1"],
     "dense": ["--model.router=dense"],
     "muon": ["--model.router=dsmoe", "--optimizer.kind=muon", "--model.num_kv_heads=1"],
     "diffmoe": ["--model.router=diffmoe", "--parallel.pool=global", "--model.expert_bias=true"],
     "race": ["--model.router=race", "--parallel.pool=global", "--model.similarity_loss_weight=0.1"],
     "threshold": ["--model.router=threshold", "--model.capacity=1.5"],
+    "promoe": ["--model.router=promoe", "--parallel.pool=global", "--diffusion.class_dropout=0.5"],
 }
 LAYOUTS = {
     "replicate": ["--parallel.replicate=2"],
@@ -117,6 +123,10 @@ def test_two_processes(compare):
         "race, experts, accumulated": ([*ROUTERS["race"], *FEATURES["accumulation"]], LAYOUTS["experts"]),
         "threshold, shard": (ROUTERS["threshold"], LAYOUTS["shard"]),
         "dsmoe, experts, dropped tokens": ([*ROUTERS["dsmoe"], *SPRINT, *FEATURES["accumulation"]], LAYOUTS["experts"]),
+        "promoe, replicate, accumulated and recomputed": (
+            [*ROUTERS["promoe"], *FEATURES["accumulation"]],
+            [*LAYOUTS["replicate"], *FEATURES["recomputed blocks"]],
+        ),
         "dsmoe, experts, frozen": ([*ROUTERS["dsmoe"], *FROZEN_EXPERTS], LAYOUTS["experts"]),
         "muon, shard": (ROUTERS["muon"], LAYOUTS["shard"]),
     }
@@ -146,7 +156,7 @@ def test_every_rule_on_four_processes(compare, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["dsmoe", "diffmoe"])
+@pytest.mark.parametrize("router", ["dsmoe", "diffmoe", "promoe"])
 def test_everything_else_that_a_recipe_may_ask_for(compare, router):
     cases = {
         f"{router}, {feature}": ([*ROUTERS[router], *options], LAYOUTS["experts"])

@@ -8,6 +8,7 @@ import torch
 from diffusion_moe.config import EvaluationConfig
 from diffusion_moe.models import DiT
 from diffusion_moe.moe import MoEFeedForward, RouterConfig, precision, routers_of
+from diffusion_moe.routing_rules import RULES
 from diffusion_moe.sampling.acceleration import MOST_GRAPHS, accelerated
 from diffusion_moe.sampling.generate import generate
 
@@ -28,7 +29,7 @@ def make_model(router):
     return model
 
 
-@pytest.mark.parametrize("router", ["dense", "ec", "tc", "dsmoe", "diffmoe"])
+@pytest.mark.parametrize("router", ["dense", *RULES])
 def test_graphs_sample_the_same_images(router):
     """Two shapes of a batch, with and without guidance; and one network under several thresholds."""
     model, labels = make_model(router), torch.arange(6)

@@ -1,8 +1,11 @@
 """Settings of small models for tests of any of them."""
 
+import dataclasses
+
 from hypothesis import strategies as st
 
 from diffusion_moe.config import ModelConfig
+from diffusion_moe.routing_rules import RULES
 
 
 @st.composite
@@ -28,7 +31,7 @@ def model_configs(draw):
         "attention_dropout": pick(0.0, 0.1),
         "num_classes": pick(0, 7),
         "null_class": pick(True, False),
-        "router": pick("dense", "tc", "ec", "diffmoe", "dsmoe", "race"),
+        "router": pick("dense", *(name for name, rule in RULES.items() if rule.has_fixed_rows)),
         "num_experts": pick(4, 8),
         "expert_dim": pick(16, 24),
         "expert_activation": pick("gelu", "swiglu"),
@@ -42,6 +45,7 @@ def model_configs(draw):
         "balance": pick("none", "aux", "bias"),
         "moe_layer_freq": pick(1, 2),
         "first_k_dense": pick(0, 2),
+        "last_k_dense": pick(0, 1),
     }
     if pick(True, False):
         chosen |= {"text_dim": 12, "text_length": 5, "text_pooled_dim": pick(0, 6)}
@@ -51,4 +55,10 @@ def model_configs(draw):
     if chosen["backbone"] == "jit":
         chosen |= {"bottleneck_dim": 6, "class_tokens_from": pick(0, chosen["depth"] - 1)}
         chosen["class_tokens"] = pick(0, 3) if chosen["num_classes"] else 0
-    return ModelConfig(sample_size=8, hidden_size=32, **chosen)
+    if chosen["router"] == "promoe" and "text_dim" not in chosen:  # it needs images without a class
+        chosen |= {"num_classes": 7, "null_class": True}
+    config = ModelConfig(sample_size=8, hidden_size=32, **chosen)
+    if config.moe_blocks and pick(True, False):
+        capacities = tuple(pick(0.5, 2.0) for _ in config.moe_blocks)
+        config = dataclasses.replace(config, layer_capacities=capacities)
+    return config

@@ -21,7 +21,6 @@ SMALL = {
 MODELS = {
     "dsmoe": (DiT, {"router": "dsmoe"}),
     "diffmoe": (DiT, {"router": "diffmoe"}),
-    "race": (DiT, {"router": "race"}),
     "jit": (JiT, {"prediction": "x", "bottleneck_dim": 8, "class_tokens": 2, "class_tokens_from": 1,
                   "norm": "rmsnorm", "qk_norm": True, "position": "sincos+rope2d"}),
 }  # fmt: skip
@@ -48,8 +47,8 @@ def make_sure_model(name="dsmoe"):
     """The same with all experts chosen, so that rounding cannot reroute."""
     model = make_model(name, top_k=4, capacity=4.0)
     for router in routers_of(model):
-        if name in ("diffmoe", "race"):
-            router.threshold.fill_(0.0 if name == "diffmoe" else -1e9)
+        if name == "diffmoe":
+            router.threshold.zero_()
     return model
 
 
@@ -120,8 +119,8 @@ def test_a_narrow_dtype_leaves_routers_and_their_state_as_they_were(name, shard,
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     state = model.state_dict()
     kept = {key: tensor for key, tensor in loaded.state_dict().items() if ".router." in key}
-    state_name = "threshold" if name in ("diffmoe", "race") else "e_score_correction_bias"
-    assert {key.split(".router.")[1] for key in kept} >= {"weight", state_name}
+    state_names = {"dsmoe": "e_score_correction_bias", "diffmoe": "threshold", "jit": "e_score_correction_bias"}
+    assert {key.split(".router.")[1] for key in kept} >= {"weight", state_names[name]}
     assert all(tensor.dtype == torch.float32 and torch.equal(tensor, state[key]) for key, tensor in kept.items())
     others = {tensor.dtype for key, tensor in loaded.state_dict().items() if key not in kept}
     assert others == {torch.bfloat16} and loaded.dtype == torch.bfloat16

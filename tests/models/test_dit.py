@@ -15,9 +15,11 @@ from diffusion_moe import DiT, JiT
 from diffusion_moe.config import TEXT_FIELDS, ModelConfig
 from diffusion_moe.counts import is_moe_block
 from diffusion_moe.models import load_model
+from diffusion_moe.models.conditions import routing_context
 from diffusion_moe.moe import MoEFeedForward, routers_of, update_routing_state
+from diffusion_moe.routing_rules import RULES
 
-ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+ROUTERS, FAST = ["dense", *RULES], ("diffmoe", "dsmoe")
 POSITIONS = ["sincos", "rope1d", "rope2d"]
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 5,
@@ -112,11 +114,9 @@ def test_saved_config_is_flat(tmp_path):
 
 
 CHECKPOINTED = [
-    {"router": "dense"},
     {"router": "tc", "balance": "aux"},
-    {"router": "ec"},
-    {"router": "diffmoe"},
     {"router": "dsmoe", "balance": "bias", "position": "sincos"},
+    *({"router": router} for router in ("dense", "ec", "diffmoe", "promoe", "nucleus", "time")),
 ]
 
 
@@ -151,6 +151,8 @@ def test_gradient_checkpointing_changes_nothing(settings):
         ({"first_k_dense": 2}, [3, 5]),
         ({"first_k_dense": 2, "moe_layer_freq": 1}, [2, 3, 4, 5]),
         ({"first_k_dense": 6, "moe_layer_freq": 1}, []),
+        ({"first_k_dense": 3, "last_k_dense": 1, "moe_layer_freq": 1}, [3, 4]),
+        ({"last_k_dense": 1}, [1, 3]),
         ({"router": "dense"}, []),
     ],
     ids=str,
@@ -261,7 +263,7 @@ def test_published_sizes(name):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_bfloat16_model_is_close_to_float32(router):
     """As from_pretrained(torch_dtype=torch.bfloat16) makes it. All experts are chosen, so rounding cannot reroute."""
-    every = {"top_k": 4, "capacity": 4.0}
+    every = {"top_k": 3 if router == "promoe" else 4, "capacity": 4.0}
     model = make_model(router=router, **every).eval()
     for m in routers_of(model):
         if router in ("diffmoe", "race", "threshold"):
@@ -295,17 +297,17 @@ def test_the_mask_of_a_window_is_made_once_for_all_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "router", ["diffmoe", "dsmoe", *(pytest.param(router, marks=pytest.mark.slow) for router in ("tc", "ec", "race"))]
+    "router", [pytest.param(r, marks=() if r in FAST else pytest.mark.slow) for r in RULES if RULES[r].has_fixed_rows]
 )
 def test_a_block_compiles_to_one_graph(router):
     torch._dynamo.reset()
     model = make_model(router=router)
     block, x, condition = model.blocks[1], torch.randn(2, 16, 32), torch.randn(2, 32)
-    rotary = model.rotary()
+    rotary, context = model.rotary(), routing_context(model.settings, torch.rand(2), condition, torch.tensor([1, 5]))
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     results = []
     for function in (block, compiled):
-        out = function(x, condition, rotary)
+        out = function(x, condition, rotary, None, context)
         loss = out.hidden_states.square().sum() + sum(out.report.losses.values())
         if out.report.predicted_BNP is not None:
             loss = loss + out.report.predicted_BNP.square().sum()

@@ -1,5 +1,6 @@
 """Sizes against the published ones."""
 
+import dataclasses
 import json
 import re
 from functools import cache
@@ -55,6 +56,19 @@ def test_other_parameters_are_those_of_the_formula(name):
 def test_dense_models_are_as_large_as_the_dit_paper_says(name, million):
     """DiT, arXiv 2212.09748; its "M" is 10^6."""
     assert size_of(name).total == pytest.approx(million * 1e6, abs=0.7e6)
+
+
+@pytest.mark.parametrize(
+    ("like", "total", "activated"), [("s", 75, 33), ("b", 300, 130), ("l", 1063, 458), ("xl", 1568, 675)]
+)
+def test_promoe_models_are_as_large_as_the_paper_says(like, total, activated):
+    """ProMoE, arXiv 2510.24711, table 2; its "M" is 10^6."""
+    dense = config_of(f"dit-{like}")
+    width = {"hidden_size": dense.hidden_size, "depth": dense.depth, "num_heads": dense.num_heads}
+    config = dataclasses.replace(config_of("promoe-s-e14"), **width, expert_dim=2 * dense.hidden_size)
+    size = model_size(config)
+    assert size.total == pytest.approx(total * 1e6, abs=0.7e6)
+    assert size.activated == pytest.approx(activated * 1e6, abs=0.7e6)
 
 
 def test_the_documented_sizes_are_those_of_the_models():

@@ -13,8 +13,9 @@ from diffusion_moe.models import load_model
 from diffusion_moe.moe import routers_of
 from diffusion_moe.nn.attention import CrossAttention
 from diffusion_moe.nn.position import sincos_table
+from diffusion_moe.routing_rules import RULES
 
-ROUTERS = ["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+ROUTERS = ["dense", *RULES]
 W, L = 12, 5
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 3, "num_classes": 0, "hidden_size": 32, "depth": 2,
@@ -151,6 +152,7 @@ def test_gradients_reach_every_parameter(router, conditioning):
     batch["encoder_attention_mask"][0] = False
     out = model(**batch, pooled_projections=torch.randn(3, 4))
     loss = out.sample.square().mean() + sum(sum(report.losses.values()) for report in out.routing)
+    loss = loss + sum(r.predicted_BNP.square().sum() for r in out.routing if r.predicted_BNP is not None)
     loss.backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert [name for name in missing if "experts" not in name] == []

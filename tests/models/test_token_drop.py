@@ -58,7 +58,7 @@ def inputs(model, images=3):
 def oracle_of_an_image(model, given, kept, path):
     """Output for one image; tokens are taken and put back one by one, with the angles of their own places."""
     config, fusion = model.settings, model.fusion
-    x, condition, label, text, still = model.embed(**given)
+    x, condition, label, context, text, still = model.embed(**given)
     first, last = config.first_k_full, config.depth - config.last_k_full - 1
     places, all_before = list(range(still + 16)), None
     for index, block in enumerate(model.blocks):
@@ -74,7 +74,7 @@ def oracle_of_an_image(model, given, kept, path):
         rotary = model.rotary(still)
         if rotary is not None:
             rotary = rotary._replace(cos_NI=rotary.cos_NI[places], sin_NI=rotary.sin_NI[places])
-        x, _ = block(x, condition, rotary, None, *text)
+        x, _ = block(x, condition, rotary, None, text, context)
         if index == last:
             rows = []
             for place in range(still + 16):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from router_context import with_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,12 +21,12 @@ from diffusion_moe.moe import (
 from diffusion_moe.moe.precision import VARIABLE
 from diffusion_moe.routing_rules import RULES
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+KINDS = list(RULES)
 
 
 def make_layer(kind="tc", shared="none", **settings) -> MoEFeedForward:
     config = RouterConfig(kind, 4, **settings)
-    return MoEFeedForward(8, 16, config, shared=shared, shared_dim=24, bias=True, shared_bias=True)
+    return with_context(MoEFeedForward(8, 16, config, shared=shared, shared_dim=24, bias=True, shared_bias=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,12 +145,12 @@ def test_training_never_waits_for_the_device_nor_widens_to_all_experts(settings,
         monkeypatch.setattr(ops, name, None)
     monkeypatch.setattr("diffusion_moe.moe.expert_matmul._is_on_host", lambda offsets_E: False)  # as on a GPU
     B, N, D, E, F = 2, 64, 32, 8, 16
-    layer = MoEFeedForward(D, F, RouterConfig(num_experts=E, **settings), bias=True)
+    layer = with_context(MoEFeedForward(D, F, RouterConfig(num_experts=E, **settings), bias=True))
     with Watch() as watch:
         out = layer(torch.randn(B, N, D, requires_grad=True))
         (out.hidden_states.sum() + sum(out.report.losses.values())).backward()
     assert not watch.called & WAITS_FOR_DEVICE
-    matmuls = {"bmm", "baddbmm"} if settings["kind"] in ("ec", "diffmoe") else {"gmm", "gmm_wgrad"}
+    matmuls = {"bmm", "baddbmm"} if settings["kind"] in ("ec", "diffmoe", "nucleus") else {"gmm", "gmm_wgrad"}
     assert matmuls | {"combine"} <= watch.called
     assignments = int(out.report.counts_E.sum())
     assert watch.largest == max(assignments * max(2 * F, D), E * D * 2 * F) < B * N * E * D / 2
@@ -218,7 +219,8 @@ def test_a_layer_of_another_dtype_is_close_to_float32(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_acts_on_the_hidden_layer_of_every_expert(kind):
     """Without biases the last projection is linear: what dropout passes on tripled comes out tripled."""
-    layer = MoEFeedForward(6, 8, RouterConfig(kind, 4, top_k=2, capacity=2), shared="swiglu", dropout=0.25).train()
+    router = RouterConfig(kind, 4, top_k=2, capacity=2)
+    layer = with_context(MoEFeedForward(6, 8, router, shared="swiglu", dropout=0.25)).train()
     x = torch.randn(2, 6, 6)
     dropouts = (layer.experts.dropout, layer.shared.dropout)
     assert {dropout.p for dropout in dropouts} == {0.25}

@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from router_context import with_context
 
 from diffusion_moe.moe import ROUTERS, Router, RouterConfig, register_router
+from diffusion_moe.routing_rules import RULES
 
-KINDS = ["tc", "ec", "diffmoe", "dsmoe", "race", "threshold"]
+KINDS = [kind for kind, rule in RULES.items() if rule.parameter_shapes(RouterConfig(kind, 8), 6)]
+"""All rules that learn something."""
 
 
 def make_router(kind, dim=6, num_experts=8, **settings):
@@ -17,7 +20,7 @@ def make_router(kind, dim=6, num_experts=8, **settings):
     router = ROUTERS[kind](dim, RouterConfig(kind, num_experts, **settings))
     with torch.no_grad():
         router.weight.normal_()
-    return router
+    return with_context(router)
 
 
 def softmax_scores(router, x_BND) -> np.ndarray:
@@ -257,7 +260,7 @@ def test_permuted_tokens_are_routed_alike(gates, kind, training):
     order = torch.randperm(16)
     before, after = gates(router(x_BND), 32), gates(router(x_BND[:, order]), 32)
     torch.testing.assert_close(after, before.view(2, 16, -1)[:, order].flatten(0, 1))
-    if kind != "ec":
+    if kind not in ("ec", "nucleus"):
         order = torch.randperm(32) if kind != "diffmoe" or training else torch.arange(32)
         after = gates(router(x_BND.flatten(0, 1)[order].view_as(x_BND)), 32)
         torch.testing.assert_close(after, before[order])
@@ -319,10 +322,16 @@ def test_gradient_of_the_weights_reaches_the_gate():
 
 
 @pytest.mark.parametrize(
-    ("kind", "std"), [("ec", 0.006), ("diffmoe", 0.006), ("dsmoe", (2 / 512) ** 0.5), ("tc", (1 / 3 / 512) ** 0.5)]
+    ("kind", "std"),
+    [
+        *((kind, 0.006) for kind in ("ec", "diffmoe", "nucleus")),
+        ("dsmoe", (2 / 512) ** 0.5),
+        ("tc", (1 / 3 / 512) ** 0.5),
+        ("promoe", 0.02),
+    ],
 )
 def test_initial_gates(kind, std):
-    """Normal 0.006 (EC, DiffMoE), Kaiming-normal (DSMoE), a linear layer's own (TC); states start at zero."""
+    """Normal 0.006, or 0.02 (ProMoE), Kaiming-normal (DSMoE), a linear layer's (TC); states start at zero."""
     router = ROUTERS[kind](512, RouterConfig(kind, 64))
     assert float(router.weight.std()) == pytest.approx(std, rel=0.03)
     assert all(torch.all(buffer == 0) for buffer in router.buffers())
@@ -357,7 +366,7 @@ def test_settings_that_a_rule_does_not_read_are_not_checked():
     assert RouterConfig("tc", 4, capacity=0.0, n_group=3).n_group == 3
 
 
-@pytest.mark.parametrize("name", ["dense", *KINDS])
+@pytest.mark.parametrize("name", ["dense", *RULES])
 def test_a_taken_name_is_refused(name):
     with pytest.raises(ValueError, match=f"router '{name}' exists already"):
         register_router(name, ROUTERS["tc"])

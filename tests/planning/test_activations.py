@@ -21,6 +21,13 @@ MODELS = {
     "ec": ["--model.router=ec", "--model.expert_activation=gelu"],
     "diffmoe": ["--model.router=diffmoe", "--model.expert_bias=true"],
     "race": ["--model.router=race"],
+    "promoe": ["--model.router=promoe", "--model.expert_bias=true"],
+    "promoe, no loss": ["--model.router=promoe", "--model.top_k=1", "--model.contrastive_weight=0"],
+    "time": ["--model.router=time", "--model.shared=none"],
+    "nucleus": [
+        *("--model.router=nucleus", "--model.depth=5", "--model.moe_layer_freq=1", "--model.first_k_dense=2"),
+        *("--model.last_k_dense=1", "--model.layer_capacities=[2,1]"),
+    ],
     "dense": ["--model.router=dense", "--model.mlp_activation=swiglu"],
     "jit": [
         *("--model.backbone=jit", "--model.prediction=x", "--model.bottleneck_dim=6", "--model.norm=rmsnorm"),

@@ -13,6 +13,7 @@ from diffusion_moe.models.token_drop import TokenDrop
 from diffusion_moe.moe import routers_of
 from diffusion_moe.pixels import image_grid, to_uint8
 from diffusion_moe.randomness import normal
+from diffusion_moe.routing_rules import RULES
 from diffusion_moe.sampling.generate import SamplingStats, class_schedule, generate, sampling_metadata
 from diffusion_moe.training.state import make_state
 
@@ -24,7 +25,7 @@ def randomised(model):
     return model
 
 
-@pytest.fixture(params=["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"])
+@pytest.fixture(params=["dense", *RULES])
 def model(request, tiny):
     """A small model of each rule."""
     recipe = read_recipe("digits", [*tiny, f"--model.router={request.param}"])

@@ -11,6 +11,7 @@ from diffusion_moe.diffusion.ddpm import ddpm_losses, linear_schedule
 from diffusion_moe.diffusion.times import sample_steps, sample_times
 from diffusion_moe.moe import routers_of
 from diffusion_moe.randomness import normal
+from diffusion_moe.routing_rules import RULES
 from diffusion_moe.text import TextFeatures
 from diffusion_moe.training.loss import micro_batch_loss
 from diffusion_moe.training.state import make_state
@@ -71,7 +72,7 @@ def test_micro_batches_are_views_of_the_batch(tiny, accumulation, sizes):
     assert torch.equal(batch._replace(positions=None).samples(CPU), torch.arange(16))
 
 
-@pytest.mark.parametrize("router", ["dense", "tc", "ec", "diffmoe", "dsmoe", "race", "threshold"])
+@pytest.mark.parametrize("router", ["dense", *RULES])
 def test_every_rule_learns_one_batch(tiny, router):
     recipe = read_recipe(
         "digits", [*tiny, f"--model.router={router}", "--optimizer.learning_rate=3e-3", "--optimizer.schedule=constant"]

@@ -96,7 +96,7 @@ class Weights(NamedTuple):
     experts_LEE: np.ndarray
     """Cosine of `routing_metrics.expert_maps`."""
     routers_LEE: np.ndarray
-    """Cosine of the routers' vectors."""
+    """Cosine of the routers' vectors; NaN for experts without."""
 
 
 @dataclass(frozen=True)
@@ -348,5 +348,7 @@ def _weights(model: Backbone) -> Weights:
     for layer in layers:  # one at a time: the maps of large experts are large
         w_in, w_out = (w.float().cpu().numpy() for w in (layer.experts.w_in, layer.experts.w_out))
         experts.append(cosines(expert_maps(w_in, w_out)))
-        routers.append(cosines(layer.router.weight.float().cpu().numpy()))
+        has_vectors = "weight" in dict(layer.router.named_parameters())
+        vectors = layer.router.weight.float().cpu().numpy() if has_vectors else np.zeros((0, 1))
+        routers.append(cosines(np.pad(vectors, ((0, len(w_in) - len(vectors)), (0, 0)))))
     return Weights(np.stack(experts), np.stack(routers))

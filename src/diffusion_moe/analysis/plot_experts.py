@@ -132,9 +132,10 @@ def similarity(findings: Findings, sampling: Sampling) -> Panel:
     cosines_LEE = np.where(above, weights.experts_LEE, weights.routers_LEE)[layers]
     cosines_LEE[:, range(E), range(E)] = np.nan
     figure = _squares(cosines_LEE, layers, style.DIVERGING, (-1.0, 1.0), "cosine", "expert")
+    below = "Below: cosine of the router's vectors. " if np.isfinite(weights.routers_LEE).any() else ""
     caption = (
         "Above the diagonal: cosine of the experts' weights, taken as input times output projection (gates and "
-        "values), which does not depend on the order of hidden units. Below: cosine of the router's vectors. 1 is a "
+        f"values), which does not depend on the order of hidden units. {below}1 is a "
         f"duplicate, 0 unrelated.{_shown(layers, sampling)} Of {weights_note(findings)}."
     )
     return Panel("Similarity of the experts' weights", caption, figure)

@@ -217,8 +217,7 @@ class RoutingRecord:
 
 def served_of(routing: Routing) -> Tensor:
     """1 for each assignment, int64, (A,); 0 for rows that only pad a fixed shape, as a capacity limit makes them."""
-    # Padded rows occur only where the report counts dropped choices; elsewhere a weight of 0 is a weight.
-    if getattr(routing.report, "dropped", None) is None:
+    if not routing.padded:  # a weight of 0 is a weight
         return torch.ones_like(routing.token_A)
     return (routing.weight_A.detach() != 0).long()
 

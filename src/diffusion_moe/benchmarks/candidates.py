@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import MoEOutput
+from ..moe import MoEFeedForward, MoEOutput, RoutingContext
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,14 @@ def layer_candidates(module: nn.Module, shape: tuple[int, int, int], dtype: torc
     torch.manual_seed(1)
     x = torch.randn(shape, device=device, requires_grad=True)
     direction = torch.randn(shape, device=device)
+    context = RoutingContext(
+        time_B=torch.rand(shape[0], device=device),
+        time_embedding_BD=torch.randn(shape[0], shape[2], device=device),
+    )
 
     def forward() -> tuple[Tensor, ...]:
         with autocast(device, dtype):
-            out = module(x)
+            out = module(x, context=context) if isinstance(module, MoEFeedForward) else module(x)
         return (out.hidden_states, *out.report.losses.values()) if isinstance(out, MoEOutput) else (out,)
 
     def both() -> None:

@@ -101,7 +101,8 @@ def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, li
         ValueError: there are too few experts for four points of experts a token.
     """
     # Only the MoE layer is made: heads and positions need not fit the width.
-    config = replace(config, num_heads=1, num_kv_heads=None, head_dim=4, position="rope1d")
+    config = replace(config, num_heads=1, num_kv_heads=None, head_dim=4, position="rope1d", layer_capacities=None)
+    config = replace(config, time_boundaries=None)  # equal ranges, for any number of experts
     first = max(1, images // 4)
     tokens = [Point(n * tokens_an_image, config, n) for n in (first * 2**i for i in range(5))]
     start = config.num_experts
@@ -109,6 +110,9 @@ def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, li
         start //= 2
     experts = [Point(n, replace(config, num_experts=n), images) for n in (start * 2**i for i in range(5))]
     width = [_scaled(config, factor, images) for factor in (0.25, 0.5, 1, 2)]
+    found = {"tokens": tokens, "experts": experts, "width": width}
+    if config.rule is None or not config.rule.reads & {"top_k", "capacity"}:
+        return found  # a token has one number of experts
     name = _name_of_top_k(config)
     reachable = config.num_experts * config.topk_group // config.n_group if name == "top_k" else config.num_experts
     changes: list[dict[str, Any]] = [{name: n} for n in (1, 2, 4, 8, 16) if n <= reachable]
@@ -118,7 +122,7 @@ def axes(config: ModelConfig, images: int, tokens_an_image: int) -> dict[str, li
             f"a token can reach {reachable} experts, too few for {LEAST_POINTS} points of experts a token; "
             f"choose a recipe with {2 ** (LEAST_POINTS - 1)} or more"
         )
-    return {"tokens": tokens, "experts": experts, "width": width, "top_k": top_k}
+    return found | {"top_k": top_k}
 
 
 def _scaled(config: ModelConfig, factor: float, images: int) -> Point:

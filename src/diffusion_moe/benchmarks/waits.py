@@ -77,6 +77,9 @@ def small(recipe: Recipe, precision: Any) -> Recipe:
         shared_dim=None if model.shared_dim is None else 64,
         moe_layer_freq=min(model.moe_layer_freq, 2),
         first_k_dense=min(model.first_k_dense, 1),
+        last_k_dense=0,
+        layer_capacities=None,
+        time_boundaries=None,
     )
     training = replace(
         recipe.training, batch_size=2 * IMAGES, accumulation=2, precision=precision, compile=False, device="auto"

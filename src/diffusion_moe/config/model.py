@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Literal
 
 from ..routing_rules import RULES, RoutingRule, rule_of
@@ -102,7 +103,9 @@ class ModelConfig(Settings):
     router: str = setting("dsmoe", affects="weights", group="experts", common=True)
     """Routing rule: dense (no experts), tc (token choice), ec (expert choice per image), diffmoe (expert choice over
     the batch with a capacity predictor), dsmoe (sigmoid grouped top-k), race (one top-k over all tokens and experts of
-    the batch), threshold (tokens above each expert's moving threshold)."""
+    the batch), threshold (tokens above each expert's moving threshold), promoe (prototypes by cosine, and the last
+    expert for images without a class), nucleus (expert choice per image by token and time), time (an expert for each
+    range of t)."""
     num_experts: int = setting(16, affects="weights", group="experts", common=True)
     """Routed experts of a layer."""
     expert_dim: int = setting(768, affects="weights", group="experts", common=True, valid=POSITIVE)
@@ -114,15 +117,17 @@ class ModelConfig(Settings):
     expert_dropout: float = setting(0.0, affects="nothing", group="experts", valid=BELOW_ONE)
     """Dropout inside routed and shared experts."""
     top_k: int = setting(2, affects="weights", group="experts", common=True)
-    """Experts per token (router: tc, dsmoe)."""
+    """Experts per token (router: tc, dsmoe, promoe)."""
     capacity: float = setting(1.0, affects="weights", group="experts", common=True)
-    """Experts per token, on average (router: ec, diffmoe, race, threshold)."""
+    """Experts per token, on average (router: ec, diffmoe, race, threshold, nucleus)."""
+    layer_capacities: tuple[float, ...] | None = setting(None, affects="weights", group="experts")
+    """Capacity of each MoE layer, in order, for rules that read capacity; null: capacity for all."""
     n_group: int = setting(1, affects="weights", group="experts")
     """Groups the experts are divided into (router: dsmoe)."""
     topk_group: int = setting(1, affects="weights", group="experts")
     """Groups a token may choose its experts from (router: dsmoe)."""
     routed_scaling_factor: float = setting(1.0, affects="weights", group="experts")
-    """Factor on the routed experts' weights (router: dsmoe)."""
+    """Factor on the routed experts' weights (router: dsmoe, promoe, nucleus)."""
     shared: Shared = setting("swiglu", affects="weights", group="experts")
     """Output added to that of a token's routed experts: none, the token itself (identity), or that of a shared expert
     with this activation."""
@@ -148,10 +153,19 @@ class ModelConfig(Settings):
     inference_pool: Literal["image", "batch"] = setting("image", affects="nothing", group="experts", reference=False)
     """Tokens that thresholds choose from at inference (router: diffmoe): those of each image, or of the whole batch as
     in the paper."""
+    contrastive_weight: float = setting(1.0, affects="nothing", group="experts", reference=False, valid=NOT_NEGATIVE)
+    """Weight of the contrastive loss of prototypes (router: promoe)."""
+    contrastive_temperature: float = setting(0.07, affects="nothing", group="experts", reference=False)
+    """Temperature of that loss (router: promoe)."""
+    time_boundaries: tuple[float, ...] | None = setting(None, affects="weights", group="experts")
+    """Times between the ranges of t of the experts, ascending, one fewer than experts; 0 is noise, 1 is data (router:
+    time). null: ranges of equal length."""
     moe_layer_freq: int = setting(2, affects="weights", group="experts", valid=POSITIVE)
     """Period of blocks with an MoE layer: 1: all blocks; 2: blocks 1, 3, ...; n: the last of every n."""
     first_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)
     """Number of first blocks that are dense whatever moe_layer_freq is."""
+    last_k_dense: int = setting(0, affects="weights", group="experts", valid=NOT_NEGATIVE)
+    """Number of last blocks that are dense whatever moe_layer_freq is."""
     fusion: bool = setting(False, affects="weights")
     """Fuse the tokens before and after the middle blocks by a linear layer, with a mask token where these saw none
     (SPRINT)."""
@@ -176,8 +190,7 @@ class ModelConfig(Settings):
         self._check_text()
         if self.fusion:
             self.check_middle_blocks("model.fusion is true")
-        if self.rule is not None:
-            self.rule.check(self, "model.")
+        self._check_experts()
 
     @property
     def rule(self) -> type[RoutingRule] | None:
@@ -185,9 +198,29 @@ class ModelConfig(Settings):
         return rule_of(self.router)
 
     @property
+    def moe_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks with an MoE layer: the last of every `moe_layer_freq`, but for the first and last
+        dense ones."""
+        if self.rule is None:
+            return ()
+        inner = range(self.first_k_dense, self.depth - self.last_k_dense)
+        return tuple(index for index in inner if (index + 1) % self.moe_layer_freq == 0)
+
+    def of_moe_block(self, index: int) -> ModelConfig:
+        """The settings with the capacity of MoE block `index`."""
+        if self.layer_capacities is None:
+            return self
+        capacity = self.layer_capacities[self.moe_blocks.index(index)]
+        return replace(self, capacity=capacity, layer_capacities=None)
+
+    @property
     def experts_per_token(self) -> float:
-        """Routed experts that serve a token of an MoE layer, on average."""
-        return 0.0 if self.rule is None else self.rule.experts_per_token(self)
+        """Routed experts that serve a token of an MoE layer, on average over tokens and layers."""
+        if self.rule is None:
+            return 0.0
+        if self.layer_capacities is None:
+            return self.rule.experts_per_token(self)
+        return fmean(self.rule.experts_per_token(self.of_moe_block(index)) for index in self.moe_blocks)
 
     @property
     def target_dim(self) -> int:
@@ -255,6 +288,23 @@ class ModelConfig(Settings):
         if not 0 <= self.class_tokens_from < self.depth:
             remedy = f"choose 0 to below model.depth {self.depth}"
             raise ValueError(f"model.class_tokens_from is {self.class_tokens_from}; {remedy}")
+
+    def _check_experts(self) -> None:
+        if self.rule is None:
+            return
+        self.rule.check(self, "model.")
+        if "unconditional_B" in self.rule.sees and not self.guidable:
+            remedy = "set model.num_classes and model.null_class, or model.text_dim"
+            raise ValueError(f"model.router {self.router} needs images without class or prompt; {remedy}")
+        if self.layer_capacities is None:
+            return
+        if len(self.layer_capacities) != len(self.moe_blocks):
+            remedy = f"but the model has {len(self.moe_blocks)} MoE layers; give one for each, or null"
+            raise ValueError(f"model.layer_capacities are {len(self.layer_capacities)}, {remedy}")
+        for capacity in self.layer_capacities:
+            if not 0 < capacity <= self.num_experts:
+                remedy = f"choose above 0 up to model.num_experts {self.num_experts}"
+                raise ValueError(f"model.layer_capacities has {capacity}; {remedy}")
 
     def _check_text(self) -> None:
         if not self.text_dim:

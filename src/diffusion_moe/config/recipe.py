@@ -72,6 +72,31 @@ class Recipe:
         if training.token_selection == "squares":
             square_of(training.token_drop_rate, model.sample_size // model.patch_size)
 
+        self._check_capacity_schedule()
+
+    def _check_capacity_schedule(self) -> None:
+        training, rule = self.training, self.model.rule
+        for name in ("capacity_full_steps", "capacity_fall_steps"):
+            if rule is None or not rule.has_capacity_schedule:
+                training.require_default(name, f"but model.router {self.model.router} has no capacity to schedule")
+            elif self.model.layer_capacities is not None:
+                reason = "but model.layer_capacities gives each layer a capacity of its own"
+                training.require_default(name, reason, "set it to 0, or model.layer_capacities to null")
+            elif training.compile:
+                reason = "but training.compile would compile again for each capacity"
+                training.require_default(name, reason, "set it to 0, or training.compile to false")
+
+    def capacity_at(self, step: int) -> float | None:
+        """Experts a token on average in a training step, counted from 1; None without a schedule of the capacity.
+
+        The schedule of the published DiffMoE code (stages I and II): all experts, then linearly down to the capacity.
+        """
+        full, fall = self.training.capacity_full_steps, self.training.capacity_fall_steps
+        if not full + fall:
+            return None
+        left = min(max(full + fall - step, 0), fall) / fall if fall else float(step <= full)
+        return self.model.capacity + (self.model.num_experts - self.model.capacity) * left
+
     @property
     def loss_min_gap(self) -> float:
         """The smallest 1 - t or t that the loss divides by."""

@@ -30,6 +30,11 @@ class TrainingConfig(Settings):
     """Images of one optimizer step, over all processes and micro-batches."""
     accumulation: int = setting(1, valid=POSITIVE)
     """Micro-batches a step is split into; batch_size must be divisible by it."""
+    capacity_full_steps: int = setting(0, valid=NOT_NEGATIVE)
+    """First steps in which every expert serves every token (model.router: ec, diffmoe, nucleus)."""
+    capacity_fall_steps: int = setting(0, valid=NOT_NEGATIVE)
+    """Steps after them in which the experts a token fall linearly to model.capacity (model.router: ec, diffmoe,
+    nucleus)."""
     ema_decay: float = setting(0.9999, common=True, valid=BELOW_ONE)
     """Decay of the EMA of weights and routing state; the EMA is the model that the run exports."""
     extra_ema_decays: tuple[float, ...] = setting((), valid=BELOW_ONE)
@@ -209,8 +214,8 @@ class ParallelConfig(Settings):
     experts: int = setting(1, change="always", common=True, valid=POSITIVE)
     """Processes that the experts are distributed over; tokens are dispatched between them."""
     pool: Literal["rank", "global"] = setting("rank")
-    """Tokens that experts choose from (router: diffmoe, race): those of a process, or of all processes. Global gathers
-    all scores in each MoE layer."""
+    """Tokens that experts choose from (router: diffmoe, race), and those of the contrastive loss (router: promoe): of a
+    process, or of all processes. Global gathers all scores, or sums of tokens, in each MoE layer."""
 
     @property
     def processes(self) -> int:

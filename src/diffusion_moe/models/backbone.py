@@ -20,9 +20,10 @@ from ..nn.embeddings import TimestepEmbedder, patchify, unpatchify
 from ..nn.norm import make_norm
 from ..nn.position import Rotary, rotary_table, sincos_table
 from .block import DiTBlock, FinalLayer, checkpoint_block
+from .conditions import routing_context
 from .diffusers_bases import HOMES, add_bases_when_imported, import_bases, takes_settings
-from .inputs import check_inputs
-from .text import TextEmbedder, TextTokens
+from .inputs import Embedded, check_inputs
+from .text import TextEmbedder
 from .token_drop import NOTHING_DROPPED, Fusion, TokenDrop, keep_rotary, keep_tokens, middle_of, put_back
 
 
@@ -40,21 +41,6 @@ class DiTOutput(NamedTuple):
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields in order."""
         return tuple(self)
-
-
-class Embedded(NamedTuple):
-    """The input of the blocks."""
-
-    tokens: Tensor
-    """(B, N, D)."""
-    condition: Tensor
-    """Time, class and pooled text, (B, D)."""
-    label: Tensor | None
-    """The class alone, (B, D); None for a model without classes."""
-    text: tuple[TextTokens, ...]
-    """Text for cross-attention; empty without it."""
-    text_tokens: int
-    """Number of text tokens at the front of `tokens`; 0 unless text and image form one sequence."""
 
 
 class Backbone(nn.Module):
@@ -84,6 +70,8 @@ class Backbone(nn.Module):
             ValueError: the settings contradict each other.
         """
         super().__init__()
+        # Tuples are lists in config.json.
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         self.settings = config = ModelConfig(backbone=self.kind, **settings)  # type: ignore[arg-type]
         left_out = {"backbone"} if config.text_dim else {"backbone", *TEXT_FIELDS}
         # Where diffusers keeps what config.json holds.
@@ -250,18 +238,22 @@ class Backbone(nn.Module):
         x_BND = self.x_embedder(patchify(hidden_states, self.settings.patch_size))
         if self.settings.adds_sincos:
             x_BND = x_BND + self.sincos(*self.grid(hidden_states)).to(x_BND.dtype)
-        condition_BD, class_BD = self.t_embedder(timestep.expand(len(x_BND))), None
+        timestep = timestep.expand(len(x_BND))
+        condition_BD, class_BD = self.t_embedder(timestep), None
+        context = routing_context(
+            self.settings, timestep, condition_BD, class_labels, encoder_hidden_states, encoder_attention_mask
+        )
         if self.y_embedder is not None:
             class_BD = self.y_embedder(class_labels)
             condition_BD = condition_BD + class_BD
         if self.text_embedder is None:
-            return Embedded(x_BND, condition_BD, class_BD, (), 0)
+            return Embedded(x_BND, condition_BD, class_BD, context)
         text, pooled_BD = self.text_embedder(encoder_hidden_states, encoder_attention_mask, pooled_projections)
         condition_BD = condition_BD + pooled_BD
         if self.settings.text_conditioning == "cross":
-            return Embedded(x_BND, condition_BD, class_BD, (text,), 0)
+            return Embedded(x_BND, condition_BD, class_BD, context, text)
         x_BND = torch.cat((text.tokens.to(x_BND.dtype), x_BND), dim=1)
-        return Embedded(x_BND, condition_BD, class_BD, (), self.settings.text_length)
+        return Embedded(x_BND, condition_BD, class_BD, context, text_tokens=self.settings.text_length)
 
     def grid(self, hidden_states: Tensor) -> tuple[int, int]:
         """Rows and columns of an image's tokens."""
@@ -368,7 +360,7 @@ class Backbone(nn.Module):
         self, embedded: Embedded, grid: tuple[int, int], drop: TokenDrop
     ) -> tuple[Tensor, list[RoutingReport]]:
         """Apply all blocks: tokens of the image, (B, N, D), and the reports of the routers."""
-        x, condition, label, text, still = embedded
+        x, condition, label, context, text, still = embedded
         middle = middle_of(self.settings, drop)
         before, kept, rotary = None, None, self.rotary(still, grid)
         mask = window_mask(x, self.settings.sliding_window, self.settings.attention_sinks)
@@ -385,7 +377,7 @@ class Backbone(nn.Module):
                 rotary = keep_rotary(self.rotary(still, grid), kept, still)
                 mask = window_mask(x, self.settings.sliding_window, self.settings.attention_sinks)
             if drop.path is not True or index not in middle:
-                x, report = self.run_block(block, x, condition, rotary, mask, *text)
+                x, report = self.run_block(block, x, condition, rotary, mask, text, context)
                 reports += [] if report is None else [report.without_first(still)]
             if before is not None and index == middle[-1]:
                 x = put_back(x, before, kept, still) if self.fusion is None else self.fusion(x, before, drop, still)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..counts import in_middle_half, is_moe_block
-from ..moe import FeedForward, MoEFeedForward, MoEOutput, RouterConfig, RoutingReport
+from ..moe import FeedForward, MoEFeedForward, RouterConfig, RoutingContext, RoutingReport
 from ..nn.attention import CrossAttention, SelfAttention
 from ..nn.norm import make_norm, modulate
 from ..nn.position import Rotary
@@ -47,7 +47,7 @@ class DiTBlock(nn.Module):
         )
         self.mlp: nn.Module
         if is_moe_block(config, index):
-            self.mlp = make_moe(config)
+            self.mlp = make_moe(config.of_moe_block(index))
         else:
             self.mlp = FeedForward(D, config.mlp_width, config.mlp_activation, config.mlp_bias, dropout)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
@@ -66,15 +66,25 @@ class DiTBlock(nn.Module):
         rotary: Rotary | None,
         mask_NM: Tensor | None = None,
         text: TextTokens | None = None,
+        context: RoutingContext | None = None,
     ) -> BlockOutput:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition_BD).chunk(6, dim=-1)
         x_BND = x_BND + gate1[:, None] * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rotary, mask_NM)
         if self.cross_attn is not None and self.cross_norm is not None and text is not None:
             # PixArt-alpha section 2.3: after self-attention, not modulated by adaLN; its projection starts at zero.
             x_BND = x_BND + self.cross_attn(self.cross_norm(x_BND), *text)
-        out = self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
-        y_BND, report = (out.hidden_states, out.report) if isinstance(out, MoEOutput) else (out, None)
+        normed_BND = self.norm2(x_BND)
+        y_BND, report = modulate(normed_BND, shift2, scale2), None
+        if isinstance(self.mlp, MoEFeedForward):
+            y_BND, report = self.mlp(y_BND, normed_BND if self.mlp.router.sees_unmodulated else None, context)
+        else:
+            y_BND = self.mlp(y_BND)
         return BlockOutput(x_BND + gate2[:, None] * y_BND, report)
+
+
+def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
+    """Apply a block, store only its inputs, and recompute it in the backward pass."""
+    return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
 
 class FinalLayer(nn.Module):
@@ -89,11 +99,6 @@ class FinalLayer(nn.Module):
     def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
         shift, scale = self.adaln(condition_BD).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x_BND), shift, scale))
-
-
-def checkpoint_block(block: nn.Module, *inputs: Any) -> Any:
-    """Apply a block, store only its inputs, and recompute it in the backward pass."""
-    return checkpoint(block.__call__, *inputs, use_reentrant=False)
 
 
 def make_moe(config: ModelConfig) -> MoEFeedForward:

@@ -1,10 +1,14 @@
-"""Checks of the arguments of a model's forward."""
+"""The arguments of a model's forward, checked, and what the blocks get of them."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..moe import RoutingContext
+from .text import TextTokens
 
 
 def check_inputs(config: ModelConfig, hidden_states: Tensor, class_labels: Tensor | None, text: Tensor | None) -> None:
@@ -28,3 +32,20 @@ def check_inputs(config: ModelConfig, hidden_states: Tensor, class_labels: Tenso
         raise ValueError(
             f"the image is {height} x {width}; both must be positive multiples of patch_size {config.patch_size}"
         )
+
+
+class Embedded(NamedTuple):
+    """The input of the blocks."""
+
+    tokens: Tensor
+    """(B, N, D)."""
+    condition: Tensor
+    """Time, class and pooled text, (B, D)."""
+    label: Tensor | None
+    """The class alone, (B, D); None for a model without classes."""
+    context: RoutingContext | None
+    """What routers look at beside tokens; None for rules that look at nothing else."""
+    text: TextTokens | None = None
+    """Text for cross-attention; None without it."""
+    text_tokens: int = 0
+    """Number of text tokens at the front of `tokens`; 0 unless text and image form one sequence."""

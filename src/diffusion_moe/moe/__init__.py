@@ -14,10 +14,12 @@ from .routers import (
     register_router,
     routers_of,
     scale_thresholds,
+    set_training_capacity,
     update_routing_state,
 )
 from .routing import (
     Routing,
+    RoutingContext,
     RoutingReport,
     merge_reports,
     route_by_expert,
@@ -35,6 +37,7 @@ __all__ = [
     "Router",
     "RouterConfig",
     "Routing",
+    "RoutingContext",
     "RoutingReport",
     "experts_loop",
     "limit_capacity",
@@ -47,5 +50,6 @@ __all__ = [
     "route_by_token",
     "routers_of",
     "scale_thresholds",
+    "set_training_capacity",
     "update_routing_state",
 ]

@@ -11,7 +11,7 @@ from .feed_forward import FeedForward
 from .precision import compute_dtype
 from .router import RouterConfig
 from .routers import ROUTERS
-from .routing import RoutingReport
+from .routing import RoutingContext, RoutingReport
 
 Shared = Literal["none", "identity", "gelu", "swiglu"]
 
@@ -70,16 +70,22 @@ class MoEFeedForward(nn.Module):
         if shared in ("gelu", "swiglu"):
             self.shared = FeedForward(dim, shared_dim or expert_dim, shared, shared_bias, dropout)
 
-    def forward(self, x: Tensor, router_input: Tensor | None = None) -> MoEOutput:
+    def forward(
+        self, x: Tensor, router_input: Tensor | None = None, context: RoutingContext | None = None
+    ) -> MoEOutput:
         """Apply the layer.
 
         Args:
             x: tokens, (B, N, D), or (N, D) for one image.
             router_input: input of the router instead of x, with the same number of tokens.
+            context: what else the router looks at; its rule says what (`RoutingRule.sees`).
+
+        Raises:
+            ValueError: the context lacks something.
         """
         x_BND = x if x.ndim == 3 else x[None]
         router_BND = x_BND if router_input is None else router_input.reshape(*x_BND.shape[:2], -1)
-        routing = self.router(router_BND)
+        routing = self.router(router_BND, context)
         if self.shared is not None:
             # Cast once for routed and shared experts, unless only the input is kept.
             cast_BND = x_BND if self.shared.recompute else x_BND.to(compute_dtype(x_BND))

@@ -138,6 +138,13 @@ def _all_to_all(rows_AD: Tensor, splits: Splits, group: dist.ProcessGroup) -> Te
     return received
 
 
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over all processes, without a gradient."""
+    total = x.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
 def all_gather_rows(x_TE: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The rows of all processes, in the order of the processes, without a gradient. All have the same number."""
     gathered = x_TE.new_empty(group.size() * len(x_TE), *x_TE.shape[1:])

@@ -8,7 +8,7 @@ Shape suffixes: B images, N tokens of one image, D width, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..routing_rules import RULES, RoutingRule
 from .precision import exact_float32, exact_linear, full_precision
-from .routing import Routing, RoutingReport
+from .routing import Routing, RoutingContext, RoutingReport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,19 +29,21 @@ class RouterConfig:
     kind: str
     """Name of the rule: tc (token choice), ec (expert choice per image), diffmoe (batch pool with a capacity
     predictor), dsmoe (sigmoid grouped top-k), race (one top-k over all tokens and experts),
-    threshold (tokens above each expert's threshold), or one of `register_router`."""
+    threshold (tokens above each expert's threshold), promoe (prototypes, and an expert for images without a class),
+    nucleus (expert choice per image by token and time), time (an expert for each range of t), or one of
+    `register_router`."""
     num_experts: int
     """Number of routed experts E."""
     top_k: int = 2
-    """Experts a token is sent to (tc, dsmoe)."""
+    """Experts a token is sent to (tc, dsmoe, promoe)."""
     capacity: float = 1.0
-    """Experts a token is sent to on average (ec, diffmoe, race, threshold)."""
+    """Experts a token is sent to on average (ec, diffmoe, race, threshold, nucleus)."""
     n_group: int = 1
     """Number of groups that the experts are divided into (dsmoe)."""
     topk_group: int = 1
     """Number of groups that a token may choose experts from (dsmoe)."""
     routed_scaling_factor: float = 1.0
-    """Factor on the routed experts' weights (dsmoe)."""
+    """Factor on the routed experts' weights (dsmoe, promoe, nucleus)."""
     balance: Literal["none", "aux", "bias"] = "none"
     """Load balancing of tc and dsmoe: none, an auxiliary loss, or a correction bias moved after each step."""
     balance_weight: float = 0.01
@@ -60,6 +62,12 @@ class RouterConfig:
     """Weight of each layer's loss of predicting the training target (race); used by who computes that loss."""
     target_dim: int = 0
     """Values of the training target that a token stands for (race); 0: routers do not predict it."""
+    contrastive_weight: float = 1.0
+    """Weight of the contrastive loss of prototypes (promoe)."""
+    contrastive_temperature: float = 0.07
+    """Temperature of that loss (promoe)."""
+    time_boundaries: tuple[float, ...] | None = None
+    """Times between the ranges of t of the experts, ascending, 0 is noise (time); None: ranges of equal length."""
 
     def __post_init__(self) -> None:
         if self.kind not in RULES:
@@ -81,29 +89,59 @@ class Router(RoutingRule, nn.Module):
     fewer."""
     capacity_limit: float | None = None
     """Experts a token on average that inference has room for, for rules with `has_thresholds`; None: no limit."""
+    training_capacity: float | None = None
+    """Capacity in training instead of the settings', for rules with `has_capacity_schedule`; None: the settings'."""
 
     def __init__(self, dim: int, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
+        self.weight = nn.Parameter(torch.empty(self.parameter_shapes(config, dim)["weight"]))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw from a normal of standard deviation 0.006, as the published DiffMoE and EC-DiT do."""
         nn.init.normal_(self.weight, std=0.006)
 
-    def forward(self, x_BND: Tensor) -> Routing:
-        """Route the tokens of a batch of images; token n of image b has index b * N + n."""
+    @property
+    def settings(self) -> RouterConfig:
+        """The settings with the capacity of now."""
+        if self.training_capacity is None or not self.training:
+            return self.config
+        return replace(self.config, capacity=self.training_capacity)
+
+    def forward(self, x_BND: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route the tokens of a batch of images; token n of image b has index b * N + n.
+
+        Args:
+            context: what else the router looks at; its rule says what (`RoutingRule.sees`).
+
+        Raises:
+            ValueError: the context lacks something.
+        """
+        seen = self.seen(context)
         with full_precision(x_BND), exact_float32():
             x_BND = self.features(x_BND.to(torch.promote_types(x_BND.dtype, torch.float32)))
-            return self.route(x_BND, exact_linear(x_BND, self.weight.to(x_BND.dtype)))
+            return self.route(x_BND, exact_linear(x_BND, self.weight.to(x_BND.dtype)), **seen)
+
+    def seen(self, context: RoutingContext | None) -> dict[str, Tensor | None]:
+        """What the router looks at beside the tokens, by name.
+
+        Raises:
+            ValueError: the context lacks something.
+        """
+        seen = {name: getattr(context, name, None) for name in sorted(self.sees)}
+        # Without `unconditional_B` all images have a class or a prompt.
+        missing = [name for name, tensor in seen.items() if tensor is None and name != "unconditional_B"]
+        if missing:
+            raise ValueError(f"router {self.config.kind} needs {', '.join(missing)}; pass it in a RoutingContext")
+        return seen
 
     def features(self, x_BND: Tensor) -> Tensor:
         """What the experts' vectors are scored against, (B, N, D): the tokens, unless a rule computes it from them."""
         return x_BND
 
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
-        """Assign tokens to experts, in float32 or float64.
+        """Assign tokens to experts, in float32 or float64; a rule also takes what it `sees`, by name.
 
         Args:
             x_BND: `features` of the tokens.

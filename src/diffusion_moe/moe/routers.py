@@ -23,9 +23,12 @@ from ..routing_rules import (
     names_with_thresholds,
 )
 from .balance import balance_loss, updated_correction_bias
+from .by_time import TimeRouter
 from .capacity import CapacityPredictor, capacity_loss, chosen_by_threshold, chosen_from_pool, observed_threshold
 from .grouped_topk import grouped_topk
+from .nucleus import NucleusRouter
 from .parallel import all_gather_rows
+from .promoe import ProMoERouter
 from .race import RaceRouter
 from .router import Router, RouterConfig
 from .routing import Routing, RoutingReport, route_by_expert, route_by_mask, route_by_token
@@ -127,7 +130,7 @@ class ExpertChoice(ExpertChoiceRule, Router):
     def route(self, x_BND: Tensor, logits_BNE: Tensor) -> Routing:
         B, N, _ = logits_BNE.shape
         gate_BEN = logits_BNE.softmax(dim=-1).transpose(1, 2)
-        weight_BEC, token_BEC = gate_BEN.topk(self.expert_capacity(self.config, N), dim=-1, sorted=False)
+        weight_BEC, token_BEC = gate_BEN.topk(self.expert_capacity(self.settings, N), dim=-1, sorted=False)
         token_BEC = token_BEC + N * torch.arange(B, device=token_BEC.device)[:, None, None]
         return route_by_expert(token_BEC.transpose(0, 1).flatten(1), weight_BEC.transpose(0, 1).flatten(1))
 
@@ -156,7 +159,7 @@ class DiffMoERouter(DiffMoERule, Router):
         gate_TE, predicted_TE = gate_BNE.flatten(0, 1), predicted_BNE.flatten(0, 1)
         if self.group is not None:
             return self.route_over_processes(gate_TE, predicted_TE, self.group)
-        capacity = self.expert_capacity(self.config, len(gate_TE))
+        capacity = self.expert_capacity(self.settings, len(gate_TE))
         weight_EC, token_EC = gate_TE.T.topk(capacity, dim=-1, sorted=False)
         losses = self.losses(predicted_TE, chosen_from_pool(token_EC, len(gate_TE)))
         return route_by_expert(token_EC, weight_EC, losses, observed_threshold(predicted_TE, capacity))
@@ -177,7 +180,7 @@ class DiffMoERouter(DiffMoERule, Router):
         """
         all_T2E = all_gather_rows(torch.stack((gate_TE, predicted_TE), dim=1), group)
         all_gate_TE, all_predicted_TE = all_T2E.unbind(1)
-        capacity = self.expert_capacity(self.config, len(all_gate_TE))
+        capacity = self.expert_capacity(self.settings, len(all_gate_TE))
         token_EC = all_gate_TE.T.topk(capacity, dim=-1, sorted=False).indices
         chosen_TE = chosen_from_pool(token_EC, len(all_gate_TE)).chunk(group.size())[group.rank()]
         routing = route_by_mask(chosen_TE, gate_TE)
@@ -203,6 +206,9 @@ ROUTERS: dict[str, type[Router]] = {
     "dsmoe": DSMoERouter,
     "race": RaceRouter,
     "threshold": ThresholdRouter,
+    "promoe": ProMoERouter,
+    "nucleus": NucleusRouter,
+    "time": TimeRouter,
 }
 """Router classes by the names of `RouterConfig.kind`; `register_router` adds to them."""
 
@@ -257,6 +263,13 @@ def scale_thresholds(model: nn.Module, scale: float) -> None:
         )
     for router in routers:
         router.threshold_scale = scale
+
+
+def set_training_capacity(model: nn.Module, capacity: float | None) -> None:
+    """Set `Router.training_capacity` of all routers with a capacity schedule."""
+    for router in routers_of(model):
+        if router.has_capacity_schedule:
+            router.training_capacity = capacity
 
 
 def limit_capacity(model: nn.Module, limit: float | None) -> None:

@@ -1,7 +1,7 @@
 """The value between routers and experts: which token goes to which expert, with which weight.
 
 Shape suffixes: B images, N tokens of one image, T tokens of the batch (B * N), E experts, K experts a token,
-A assignments (pairs of token and expert), C tokens an expert takes.
+A assignments (pairs of token and expert), C tokens an expert takes, D width.
 """
 
 from __future__ import annotations
@@ -45,6 +45,17 @@ class RoutingReport(NamedTuple):
         return self._replace(predicted_BNP=self.predicted_BNP[:, tokens:])
 
 
+class RoutingContext(NamedTuple):
+    """What a router may look at beside the tokens. A rule names the fields that it needs (`RoutingRule.sees`)."""
+
+    time_B: Tensor | None = None
+    """Time of each image from 0 (noise) to 1 (data), float32."""
+    time_embedding_BD: Tensor | None = None
+    """Embedding of each image's time over its root mean square, float32."""
+    unconditional_B: Tensor | None = None
+    """True for images without class and prompt, bool; None: there are none."""
+
+
 class Routing(NamedTuple):
     """Assignments of tokens to experts, grouped by expert; a dropped token has none."""
 
@@ -59,6 +70,8 @@ class Routing(NamedTuple):
     """Rows of each token, int64, if every token has K of them."""
     equal: bool = False
     """True if every expert has the same number of rows."""
+    padded: bool = False
+    """True if rows of weight 0 are no assignments: they only pad a fixed shape."""
 
     def expert_A(self) -> Tensor:
         """Expert of each assignment in [0, E), int64."""
@@ -175,7 +188,7 @@ def route_by_mask(chosen_TE: Tensor, weight_TE: Tensor, room: int | None = None)
     served_E = torch.zeros_like(counts_E).scatter_add(0, index_A // T, served_A.long())
     routing = route_by_pair(index_A, weight_TE)
     report = RoutingReport(served_E, {}, dropped=counts_E.sum() - served_E.sum())
-    return routing._replace(weight_A=routing.weight_A * served_A, report=report)
+    return routing._replace(weight_A=routing.weight_A * served_A, report=report, padded=True)
 
 
 def route_by_pair(pair_A: Tensor, weight_TE: Tensor, losses: dict[str, Tensor] | None = None) -> Routing:

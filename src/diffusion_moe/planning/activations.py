@@ -53,6 +53,9 @@ def kept_activations(recipe: Recipe, images: int, sharded: bool = False) -> Kept
     outside = counted.outside()
     blocks = [counted.block(index) for index in range(recipe.model.depth)]
     blocks[0] += counted.shared_by_blocks()
+    if context := counted.time_embedding():
+        blocks[recipe.model.moe_blocks[0]] += context
+        blocks[0] -= context if counted.condition_is_time else 0  # already kept by its norm
     for layer, kept in counted.adapters(recipe.init):
         if layer.startswith("blocks."):
             blocks[counts.block_index(layer)] += kept
@@ -96,6 +99,8 @@ class ForwardPass:
         if config.fusion:  # the tokens that are joined
             tokens = counts.num_tokens(config, counts.middle_blocks(config)[-1])
             kept += self.low * B * tokens * 2 * D + self.cast("fusion.linear.")
+        if context := self.time_embedding():
+            kept += context + FLOAT32 * B  # the norm's input and inverse deviations
         loss = FLOAT32 * patches * (1 + config.learn_sigma)
         return kept + self.final_layer() + loss
 
@@ -136,19 +141,37 @@ class ForwardPass:
     # Blocks
 
     def block_inputs(self) -> int:
-        """Tokens of each block, and what all share: the condition, the text with its mask, the masks of a window."""
+        """Tokens of each block, and what all share: the condition, the text and its mask, the masks of a window, what
+        routers look at."""
         config = self.config
         tokens = [counts.num_tokens(config, index) for index in range(config.depth)]
         masks = self.images * config.text_length if counts.has_cross_attention(config) else 0
         if config.sliding_window:  # a mask for each length of the sequence
             masks += sum(N * (N + config.attention_sinks) for N in set(tokens))
-        return self.low * self.images * sum(tokens) * config.hidden_size + self.shared_by_blocks() + masks
+        times = FLOAT32 * self.images if self.routers_see("time_B") else 0
+        unconditional = self.images if self.routers_see("unconditional_B") else 0
+        context = self.time_embedding() + times + unconditional
+        return self.low * self.images * sum(tokens) * config.hidden_size + self.shared_by_blocks() + context + masks
 
     def shared_by_blocks(self) -> int:
         """The condition, in float32 with a table of classes, and the text."""
         config, D = self.config, self.config.hidden_size
         text = self.low * self.images * config.text_length * D if counts.has_cross_attention(config) else 0
         return (FLOAT32 if config.num_classes else self.low) * self.images * D + text
+
+    def routers_see(self, name: str) -> bool:
+        """True if the model has routers that look at this field of their context."""
+        config = self.config
+        return config.rule is not None and name in config.rule.sees and bool(config.moe_blocks)
+
+    def time_embedding(self) -> int:
+        """The normalised embedding of time that routers share, in float32."""
+        return FLOAT32 * self.images * self.config.hidden_size if self.routers_see("time_embedding_BD") else 0
+
+    @property
+    def condition_is_time(self) -> bool:
+        """True where the condition is the embedding of time itself, in float32."""
+        return self.low == FLOAT32 and not self.config.num_classes and not self.config.text_dim
 
     def block(self, index: int) -> int:
         """Block `index`, without what it shares with others."""
@@ -258,7 +281,9 @@ class ForwardPass:
         """Router, experts and shared expert."""
         config, D, low = self.config, self.config.hidden_size, self.low
         assert config.rule is not None
-        kept = low * T * D + (FLOAT32 * T * D if low < FLOAT32 else 0)  # the input; routers read it in float32
+        kept = low * T * D  # the input
+        if low < FLOAT32 and config.rule.parameter_shapes(config, D):
+            kept += FLOAT32 * T * D  # routers with weights read it in float32
         kept += config.rule.kept_bytes(config, D, T, A)
         dropout = bool(config.expert_dropout)
         kept += self.dropped_experts(name, T, A) if dropout else self.experts(name, T, A)

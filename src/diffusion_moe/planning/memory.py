@@ -135,8 +135,7 @@ class Tensors:
 def received_bytes(recipe: Recipe, images: int) -> int:
     """Bytes that expert parallelism keeps of rows received from other processes, under an even load."""
     config, itemsize = recipe.model, 2 if recipe.training.precision == "bf16" else FLOAT32
-    moe_blocks = [index for index in range(config.depth) if counts.is_moe_block(config, index)]
-    rows = [counts.num_assignments(config, index, images) for index in moe_blocks]
+    rows = [counts.num_assignments(config, index, images) for index in config.moe_blocks]
     kept = max(rows, default=0) if recipe.training.recompute == "blocks" else sum(rows)
     return kept * (itemsize * config.hidden_size + INDEX_BYTES)
 

@@ -23,7 +23,7 @@ ROOM = 0.9
 class Compute:
     """Floating-point operations of one step, over all processes: matmuls alone, two operations a multiply-add.
 
-    Where steps drop tokens it is the mean over all steps.
+    Where steps drop tokens it is the mean over all steps; where the capacity has a schedule, that of the mean capacity.
     """
 
     forward: int
@@ -122,13 +122,15 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     world = layouts[0].processes
     images = counts.images_per_process(training.batch_size, training.accumulation, world)
     tensors = Tensors(recipe)
-    kept = kept_activations(recipe, images, sharded=world > 1).total(training.recompute)
-    received = received_bytes(recipe, images)
+    fullest = with_capacity(recipe, recipe.capacity_at(1))
+    kept = kept_activations(fullest, images, sharded=world > 1).total(training.recompute)
+    received = received_bytes(fullest, images)
     found = []
     for layout in layouts:
         memory = tensors.memory(layout, kept + (received if layout.experts > 1 else 0))
         found.append(ProcessLayout(layout, memory, memory.total <= ROOM * 1e9 * options.memory_gb))
-    compute, speed = compute_of(recipe), 1e12 * options.peak_tflops * options.utilisation * world
+    compute = compute_of(with_capacity(recipe, mean_capacity(recipe)))
+    speed = 1e12 * options.peak_tflops * options.utilisation * world
     return Plan(
         recipe=recipe,
         world=world,
@@ -139,6 +141,21 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         layouts=tuple(found),
         seconds=training.steps * compute.model / speed,
     )
+
+
+def with_capacity(recipe: Recipe, capacity: float | None) -> Recipe:
+    """The recipe with another capacity; None: as it is."""
+    if capacity is None:
+        return recipe
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, capacity=capacity))
+
+
+def mean_capacity(recipe: Recipe) -> float | None:
+    """Mean capacity of a run's steps; None without a schedule of the capacity."""
+    if recipe.capacity_at(1) is None:
+        return None
+    steps = recipe.training.steps
+    return sum(filter(None, map(recipe.capacity_at, range(1, steps + 1)))) / steps
 
 
 def compute_of(recipe: Recipe) -> Compute:

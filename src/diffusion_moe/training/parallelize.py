@@ -106,9 +106,7 @@ def parallelize(model: Backbone, recipe: Recipe, meshes: Meshes) -> None:
 
 def computes_in_float32(module: nn.Module) -> bool:
     """True for routers and norms with parameters."""
-    return isinstance(module, Router) or (
-        isinstance(module, nn.LayerNorm | nn.RMSNorm) and bool(list(module.parameters()))
-    )
+    return isinstance(module, Router | nn.LayerNorm | nn.RMSNorm) and bool(list(module.parameters()))
 
 
 def _shard_experts(experts: GroupedExperts, meshes: Meshes, policy: Any) -> None:

@@ -18,7 +18,7 @@ from ..data import Batch
 from ..distributed import all_gather, all_reduce_sum, world_size
 from ..log import Log
 from ..models import Backbone
-from ..moe import RoutingReport, merge_reports, routers_of, update_routing_state
+from ..moe import RoutingReport, merge_reports, routers_of, set_training_capacity, update_routing_state
 from ..randomness import derive_seed
 from .ema import ema_decay, power_decay, update_ema
 from .loss import LossParts, micro_batch_loss
@@ -101,6 +101,7 @@ def train_step(
     lr = learning_rate(recipe.optimizer, step, recipe.training.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
+    set_training_capacity(model, recipe.capacity_at(step))
     parts = _accumulate_gradients(state, recipe, batch, step, lap)
     loss = torch.stack([part.diffusion.detach() for part in parts]).mean()
     routers = {

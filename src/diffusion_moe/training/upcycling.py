@@ -7,7 +7,7 @@ width, F hidden units, E experts, H columns of the first projection (see `moe.ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def divide(config: ModelConfig) -> Division | str:
     if config.num_experts % slices:
         return f"{config.num_experts} experts cannot be copies in {slices} slices each"
     normalised = config.rule.has_fixed_weight(config)
-    whole_copies = config.top_k % slices == 0 and (config.num_experts // config.n_group) % slices == 0
+    whole_copies = config.experts_per_token % slices == 0 and (config.num_experts // config.n_group) % slices == 0
     return Division(shared, slices, weight, exact=normalised and whole_copies and config.shared != "identity")
 
 
@@ -88,22 +88,26 @@ def upcycled(dense: Backbone, model: Backbone, noise: float, seed: int) -> tuple
         The state, without tensors that cannot be upcycled, and lines for the user.
     """
     config, state, notes = model.settings, dict(dense.state_dict()), []
-    division = divide(config)
+    assert config.rule is not None
+    division = divide(config)  # of all layers, but for the weight of those with a capacity of their own
     moe_blocks = [index for index, block in enumerate(model.blocks) if isinstance(block.mlp, MoEFeedForward)]
     for index in moe_blocks:
         prefix = f"blocks.{index}.mlp."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
         if isinstance(division, Division):
-            layer = _moe_layer(dense.blocks[index].mlp, model.blocks[index].mlp, division)  # type: ignore[arg-type]
+            weight = config.rule.initial_weight(config.of_moe_block(index))
+            own = replace(division, weight=weight)
+            layer = _moe_layer(dense.blocks[index].mlp, model.blocks[index].mlp, own)  # type: ignore[arg-type]
             _add_noise(layer, noise, derive_seed(seed, "upcycling", index))
             state |= {prefix + name: tensor for name, tensor in layer.items()}
     if not isinstance(division, Division):
         return state, [f"the dense layers cannot be upcycled: {division}"]
     lost = loses_biases(config, division)
     equality = "exactly" if division.exact and not lost and not noise else "approximately"
+    routers = ", and their routers are new" if config.rule.parameter_shapes(config, config.hidden_size) else ""
     notes.append(
         f"experts of {len(moe_blocks)} blocks: {division.describe(config)}; they start {equality} equal to the dense "
-        "layers, and their routers are new"
+        f"layers{routers}"
     )
     if lost:
         notes.append("biases of the dense layers are dropped where experts have none (model.expert_bias, shared_bias)")
@@ -130,8 +134,10 @@ def _moe_layer(dense: FeedForward, fresh: MoEFeedForward, division: Division) ->
     if (
         division.slices > 1
     ):  # equal rows for the slices of a copy, so that a token is routed to all of them with equal weights
-        rows_ED = tensors["router.weight"][:: division.slices]
-        tensors["router.weight"] = rows_ED.repeat_interleave(division.slices, dim=0)
+        for name in ("router.weight", "router.time_weight"):
+            if name in tensors:
+                rows_ED = tensors[name][:: division.slices]
+                tensors[name] = rows_ED.repeat_interleave(division.slices, dim=0)[: len(tensors[name])]
     return tensors
 
 

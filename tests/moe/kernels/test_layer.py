@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router_context import with_context
 
 from diffusion_moe.moe import (
     GroupedExperts,
@@ -17,6 +18,7 @@ from diffusion_moe.moe import (
     route_by_mask,
     route_by_token,
 )
+from diffusion_moe.routing_rules import RULES
 
 KINDS = list(itertools.product(["swiglu", "gelu"], [True, False]))
 
@@ -74,12 +76,13 @@ def test_experts_equal_the_loop_for_any_sizes(data):
     assert_equals_loop(kind, tokens, experts, dim, width, *data.draw(st.sampled_from(KINDS)))
 
 
-@pytest.mark.parametrize("router", ["tc", "ec", "diffmoe", "dsmoe"])
+@pytest.mark.parametrize("router", RULES)
 @pytest.mark.parametrize("balance", ["none", "aux", "bias"])
 def test_a_training_step_of_the_layer_equals_torch(both, router, balance):
     settings = {"top_k": 2, "n_group": 2, "topk_group": 1} if router == "dsmoe" else {"top_k": 2}
     config = RouterConfig(router, num_experts=8, capacity=2.0, balance=balance, **settings)
-    layer, x_BND = MoEFeedForward(6, 10, config, bias=True, shared="swiglu"), torch.randn(2, 9, 6, requires_grad=True)
+    layer = with_context(MoEFeedForward(6, 10, config, bias=True, shared="swiglu"))
+    x_BND = torch.randn(2, 9, 6, requires_grad=True)
 
     def run():
         out = layer(x_BND)

@@ -1,122 +1,11 @@
-"""Facts of each routing rule that the rest of the project uses, without torch.
-
-A router class inherits from its rule (see `moe.routers`), so that one class holds all facts of a rule. Sizes, plans,
-benchmarks, checks of a recipe, sampling and reports ask the rule and never compare names.
-"""
+"""The library's own routing rules, and the table of all rules."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+import math
+from itertools import pairwise
 
-
-class RoutingSettings(Protocol):
-    """The settings that rules read; `ModelConfig` and `RouterConfig` have them."""
-
-    @property
-    def num_experts(self) -> int: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def capacity(self) -> float: ...
-    @property
-    def balance(self) -> str: ...
-    @property
-    def inference_pool(self) -> str: ...
-    @property
-    def routed_scaling_factor(self) -> float: ...
-    @property
-    def n_group(self) -> int: ...
-    @property
-    def topk_group(self) -> int: ...
-    @property
-    def target_dim(self) -> int: ...
-
-
-CHOICES = {"balance": ("none", "aux", "bias"), "inference_pool": ("image", "batch")}
-"""Values of settings that are words."""
-
-
-class RoutingRule:
-    """Facts of one routing rule. Subclasses override what differs."""
-
-    reads: ClassVar[frozenset[str]] = frozenset()
-    """Names of the settings in `ModelConfig` that the rule reads, num_experts aside."""
-    has_thresholds: ClassVar[bool] = False
-    """Thresholds decide at inference how many experts a token gets."""
-    has_fixed_rows: ClassVar[bool] = True
-    """The number of assignments in training depends on settings alone, so that a block compiles to one graph."""
-    has_equal_loads: ClassVar[bool] = False
-    """Every expert serves the same number of tokens at inference, so that its matmuls are batched, not grouped."""
-
-    @classmethod
-    def check(cls, settings: RoutingSettings, section: str = "") -> None:
-        """Check the settings that the rule reads.
-
-        Args:
-            section: prefix of the settings' names in messages, as "model.".
-
-        Raises:
-            ValueError: a setting has an impossible value.
-        """
-        if settings.num_experts < 1:
-            raise ValueError(f"{section}num_experts is {settings.num_experts}; it must be positive")
-        for name in sorted({"top_k", "capacity"} & cls.reads):
-            value = getattr(settings, name)
-            if value <= 0:
-                raise ValueError(f"{section}{name} is {value}; it must be positive")
-            if value > settings.num_experts:
-                raise ValueError(f"{section}{name} is {value}, more than {section}num_experts {settings.num_experts}")
-        for name, choices in CHOICES.items():
-            if name in cls.reads and getattr(settings, name) not in choices:
-                raise ValueError(f"{section}{name} is {getattr(settings, name)!r}; choose one of {', '.join(choices)}")
-
-    @staticmethod
-    def experts_per_token(settings: RoutingSettings) -> float:
-        """Experts that serve a token, on average."""
-        raise NotImplementedError
-
-    @staticmethod
-    def pools_batch(settings: RoutingSettings) -> bool:
-        """True where images of a batch depend on each other at inference."""
-        return False
-
-    @classmethod
-    def initial_weight(cls, settings: RoutingSettings) -> float:
-        """Sum of the weights of a token's experts while all logits are 0: softmax gives each expert 1 / E."""
-        return cls.experts_per_token(settings) / settings.num_experts
-
-    @classmethod
-    def num_assignments(cls, settings: RoutingSettings, tokens: int, images: int = 1) -> int:
-        """Pairs of token and expert in training, for images of so many tokens."""
-        return round(images * tokens * cls.experts_per_token(settings))
-
-    @staticmethod
-    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of a router's parameters by name, for tokens of width `dim`."""
-        return {"weight": (settings.num_experts, dim)}
-
-    @staticmethod
-    def loss_flops(settings: RoutingSettings, tokens: int) -> int:
-        """Operations of the losses' matmuls in training, two a multiply-add."""
-        return 0
-
-    @classmethod
-    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
-        """Bytes that autograd keeps of a router in training beside its input, for so many tokens and assignments.
-
-        A rule that is not among the library's own is taken to keep its scores and the indices of its choices.
-        """
-        return 4 * tokens * settings.num_experts + 16 * rows
-
-    @staticmethod
-    def has_fixed_weight(settings: RoutingSettings) -> bool:
-        """True where the weights of a token's experts sum to `initial_weight` whatever the logits."""
-        return False
-
-    @staticmethod
-    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
-        """Shapes of a router's state by name."""
-        return {}
+from .rule import RoutingRule, RoutingSettings
 
 
 class TokenChoiceRule(RoutingRule):
@@ -176,11 +65,56 @@ class DSMoERule(TokenChoiceRule):
         return {"e_score_correction_bias": (settings.num_experts,)}
 
 
+class TimeRule(TokenChoiceRule):
+    """Experts by time: all tokens of an image go to the expert of its range of t."""
+
+    reads = frozenset({"time_boundaries"})
+    sees = frozenset({"time_B"})
+
+    @classmethod
+    def check(cls, settings: RoutingSettings, section: str = "") -> None:
+        super().check(settings, section)
+        boundaries = settings.time_boundaries
+        if boundaries is None:
+            return
+        if len(boundaries) != settings.num_experts - 1:
+            reason = f"but {section}num_experts is {settings.num_experts}; give one fewer than experts, or null"
+            raise ValueError(f"{section}time_boundaries are {len(boundaries)}, {reason}")
+        if any(low >= high for low, high in pairwise((0.0, *boundaries, 1.0))):
+            listed = ", ".join(map(str, boundaries))
+            raise ValueError(f"{section}time_boundaries are {listed}; give ascending times between 0 and 1")
+
+    @staticmethod
+    def experts_per_token(settings: RoutingSettings) -> float:
+        return 1
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        return 1.0
+
+    @staticmethod
+    def has_fixed_weight(settings: RoutingSettings) -> bool:
+        return True
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        return 8 * rows  # rows of the tokens
+
+    @staticmethod
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {}
+
+
 class ExpertChoiceRule(RoutingRule):
     """EC-DiT: each expert takes the best tokens of each image."""
 
     reads = frozenset({"capacity"})
     has_equal_loads = True
+    has_capacity_schedule = True
 
     @classmethod
     def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
@@ -198,6 +132,32 @@ class ExpertChoiceRule(RoutingRule):
     def expert_capacity(settings: RoutingSettings, tokens: int) -> int:
         """Tokens each expert takes out of a pool of `tokens`: the papers' int(T / E * capacity), at least one."""
         return max(1, int(tokens / settings.num_experts * settings.capacity))
+
+
+class NucleusRule(ExpertChoiceRule):
+    """Nucleus-Image: each expert takes the best tokens of each image; a token's weights are normalised over them."""
+
+    reads = frozenset({"capacity", "routed_scaling_factor"})
+    sees_unmodulated = True
+    sees = frozenset({"time_embedding_BD"})
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        return settings.routed_scaling_factor  # but 0 for a token that no expert took
+
+    @staticmethod
+    def expert_capacity(settings: RoutingSettings, tokens: int) -> int:
+        """Tokens each expert takes of an image, rounded up."""
+        return max(1, math.ceil(settings.capacity * tokens / settings.num_experts))
+
+    @staticmethod
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (settings.num_experts, dim), "time_weight": (settings.num_experts, dim)}
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        # Scores and which of them count, the tokens' sums; the choices, their scores and sums.
+        return 5 * tokens * settings.num_experts + 4 * tokens + 16 * rows
 
 
 class DiffMoERule(ExpertChoiceRule):
@@ -251,7 +211,7 @@ class RaceRule(RoutingRule):
         return 0.0  # weights are the logits
 
     @staticmethod
-    def loss_flops(settings: RoutingSettings, tokens: int) -> int:
+    def loss_flops(settings: RoutingSettings, dim: int, tokens: int) -> int:
         return 4 * tokens * settings.num_experts**2  # scores with scores, and choices with choices
 
     @classmethod
@@ -297,6 +257,51 @@ class ThresholdRule(RoutingRule):
         return {"threshold": (settings.num_experts,), "num_updates": (1,)}
 
 
+class ProMoERule(TokenChoiceRule):
+    """ProMoE: images without a class have the last expert; other tokens take the K prototypes of highest cosine."""
+
+    reads = frozenset({"top_k", "routed_scaling_factor", "contrastive_weight", "contrastive_temperature"})
+    sees = frozenset({"unconditional_B"})
+
+    @classmethod
+    def check(cls, settings: RoutingSettings, section: str = "") -> None:
+        super().check(settings, section)
+        experts, top_k, temperature = settings.num_experts, settings.top_k, settings.contrastive_temperature
+        if top_k >= experts:
+            reason = f"but of {section}num_experts {experts} the last is for images without a class"
+            raise ValueError(f"{section}top_k is {top_k}, {reason}; choose at most {experts - 1}")
+        if temperature <= 0:
+            raise ValueError(f"{section}contrastive_temperature is {temperature}; it must be positive")
+
+    @classmethod
+    def initial_weight(cls, settings: RoutingSettings) -> float:
+        """1, as for images without a class; what the cosines of the others sum to depends on the tokens."""
+        return 1.0
+
+    @staticmethod
+    def parameter_shapes(settings: RoutingSettings, dim: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (settings.num_experts - 1, dim)}
+
+    @staticmethod
+    def loss_flops(settings: RoutingSettings, dim: int, tokens: int) -> int:
+        prototypes = settings.num_experts - 1
+        # Sums of tokens by expert, and their cosines with the prototypes.
+        return 2 * (tokens + prototypes) * prototypes * dim if settings.contrastive_weight else 0
+
+    @classmethod
+    def kept_bytes(cls, settings: RoutingSettings, dim: int, tokens: int, rows: int) -> int:
+        prototypes = settings.num_experts - 1
+        # Norms, logits, where the class is missing; logits, norms, experts and rows of the choices.
+        kept = 9 * tokens + 4 * prototypes * (tokens + 1) + 28 * rows
+        if settings.contrastive_weight:  # choices, sums and normalised vectors, their cosines, norms and masks
+            kept += 4 * prototypes * (tokens + 3 * dim + prototypes) + 18 * prototypes + 8
+        return kept
+
+    @staticmethod
+    def buffer_shapes(settings: RoutingSettings) -> dict[str, tuple[int, ...]]:
+        return {}
+
+
 RULES: dict[str, type[RoutingRule]] = {
     "tc": TokenChoiceRule,
     "ec": ExpertChoiceRule,
@@ -304,6 +309,9 @@ RULES: dict[str, type[RoutingRule]] = {
     "dsmoe": DSMoERule,
     "race": RaceRule,
     "threshold": ThresholdRule,
+    "promoe": ProMoERule,
+    "nucleus": NucleusRule,
+    "time": TimeRule,
 }
 """Rules by the value of `ModelConfig.router`; `moe.routers.register_router` adds to them."""
 
