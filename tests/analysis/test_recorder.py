@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from router_context import with_context
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router_context import with_context
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_moe import record_routing
