@@ -125,7 +125,7 @@ def test_help_explains_every_option(capsys):
     for name, section in SECTIONS.items():
         for field in section.__dataclass_fields__:
             assert f"--{name}.{field}" in text
-    assert "Experts per token (router: tc, dsmoe)." in text
+    assert "Experts per token (router: tc, dsmoe, promoe)." in text
 
 
 @pytest.mark.parametrize("verb", VERBS)
