@@ -53,6 +53,7 @@ class Recipe:
         if dropout and self.model.num_classes and not self.model.null_class:
             raise ValueError(f"diffusion.class_dropout is {dropout}, but model.null_class is false; set it to 0")
         self._check_token_drop()
+        self._check_capacity_schedule()
 
     def _check_token_drop(self) -> None:
         training, model = self.training, self.model
@@ -71,8 +72,6 @@ class Recipe:
             )
         if training.token_selection == "squares":
             square_of(training.token_drop_rate, model.sample_size // model.patch_size)
-
-        self._check_capacity_schedule()
 
     def _check_capacity_schedule(self) -> None:
         training, rule = self.training, self.model.rule

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..counts import in_middle_half, is_moe_block
-from ..moe import FeedForward, MoEFeedForward, RouterConfig, RoutingContext, RoutingReport
+from ..moe import FeedForward, MoEFeedForward, MoEOutput, RouterConfig, RoutingContext, RoutingReport
 from ..nn.attention import CrossAttention, SelfAttention
 from ..nn.norm import make_norm, modulate
 from ..nn.position import Rotary
@@ -74,11 +74,12 @@ class DiTBlock(nn.Module):
             # PixArt-alpha section 2.3: after self-attention, not modulated by adaLN; its projection starts at zero.
             x_BND = x_BND + self.cross_attn(self.cross_norm(x_BND), *text)
         normed_BND = self.norm2(x_BND)
-        y_BND, report = modulate(normed_BND, shift2, scale2), None
+        modulated_BND = modulate(normed_BND, shift2, scale2)
         if isinstance(self.mlp, MoEFeedForward):
-            y_BND, report = self.mlp(y_BND, normed_BND if self.mlp.router.sees_unmodulated else None, context)
+            out = self.mlp(modulated_BND, normed_BND if self.mlp.router.sees_unmodulated else None, context)
         else:
-            y_BND = self.mlp(y_BND)
+            out = self.mlp(modulated_BND)  # a dense layer, or another library's experts in its place
+        y_BND, report = out if isinstance(out, MoEOutput) else (out, None)
         return BlockOutput(x_BND + gate2[:, None] * y_BND, report)
 
 
