@@ -60,7 +60,8 @@ def test_a_killed_evaluation_is_finished_by_two_processes_bit_for_bit(run, count
 
 
 def test_statistics_of_two_processes_equal_those_of_one(tmp_path, start):
-    options = ["stats", "digits", "--extractor=classifier", "--split=test", "--num_features=50", "--batch_size=5"]
+    options = ["stats", "digits", "--extractor=classifier", "--split=test", "--num_features=50", "--batch_size=50"]
+    options += ["--data.test_fraction=0.9"]  # a classifier of few images
     assert main([*options, "--output", str(tmp_path / "1.npz")]) == 0
     assert start(2, [*options, "--output", tmp_path / "2.npz"])[0] == [0, 0]
     one, two = (read_reference(tmp_path / f"{world}.npz") for world in (1, 2))
