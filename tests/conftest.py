@@ -29,7 +29,7 @@ TINY = [
 ]
 
 
-LONG = ("distributed", "training", "test_imports.py")
+LONG = ("distributed", "training", "study", "test_imports.py", "test_cli.py", "test_allocator.py", "test_kernels.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

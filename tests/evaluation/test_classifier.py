@@ -19,7 +19,8 @@ def test_the_classifier_reads_held_out_digits_and_is_a_function_of_its_seed(monk
     assert fingerprint(one) == fingerprint(again) != fingerprint(other)
 
 
-def test_features_and_logits_are_the_classifiers_and_survive_as_weights():
+def test_features_and_logits_are_the_classifiers_and_survive_as_weights(monkeypatch):
+    monkeypatch.setattr(classifier, "EPOCHS", 1)
     training = load_dataset(DataConfig(), "train")
     model = train_classifier(training)
     images = to_uint8(training.read_all().images[:5])

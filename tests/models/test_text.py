@@ -268,7 +268,8 @@ def test_sizes_and_operations_count_the_text():
     assert model_flops(config).total - model_flops(plain).total == 2 * products
 
 
-@pytest.mark.parametrize("conditioning", ["cross", pytest.param("joint", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("conditioning", ["cross", "joint"])
 def test_checkpointed_and_compiled_blocks_give_the_same_gradients(conditioning):
     plain, batch = make_model(text_conditioning=conditioning, qk_norm=True).train(), inputs()
     checkpointed, compiled = copy.deepcopy(plain), copy.deepcopy(plain)
