@@ -1,10 +1,12 @@
 """The classifier of a run's own data."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from diffusion_moe.config import DataConfig
-from diffusion_moe.data import load_dataset
+from diffusion_moe.data import Batch, load_dataset
 from diffusion_moe.evaluation import classifier
 from diffusion_moe.evaluation.classifier import ClassifierFeatures, train_classifier
 from diffusion_moe.evaluation.features import fingerprint
@@ -41,3 +43,16 @@ def test_moving_images_keeps_their_background_and_most_of_their_ink():
     assert moved.amin() >= -1
     assert (moved + 1).sum().item() == pytest.approx((images + 1).sum().item(), rel=0.1)
     assert (moved - images).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize(("side", "kernel", "rows"), [(8, 3, 8), (28, 3, 28), (32, 4, 16), (64, 8, 16), (96, 8, 24)])
+def test_large_images_are_reduced_by_the_first_convolution(monkeypatch, side, kernel, rows):
+    """To 16 to 31 pixels a side; the weights alone rebuild it."""
+    monkeypatch.setattr(classifier, "EPOCHS", 1)
+    images, labels = torch.rand(6, 3, side, side) * 2 - 1, torch.tensor([0, 1, 0, 1, 0, 1])
+    dataset = SimpleNamespace(read_all=lambda: Batch(images, labels), class_names=["a", "b"])
+    model = train_classifier(dataset)
+    assert model.body[0].weight.shape[2:] == (kernel, kernel)
+    assert model.body[0](images).shape[2:] == (rows, rows)
+    again = ClassifierFeatures.of_weights(model.state_dict())
+    torch.testing.assert_close(again.module(images), model(images), rtol=0, atol=0)

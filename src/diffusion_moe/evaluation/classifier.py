@@ -5,6 +5,7 @@ For data sets too far from ImageNet for Inception's features to mean much.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -23,12 +24,17 @@ BATCH = 128
 
 
 class Classifier(nn.Module):
-    """Three convolutions, averages over 4 x 4 parts of the image, two linear layers."""
+    """Three convolutions, averages over 4 x 4 parts of the image, two linear layers.
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    Args:
+        stride: pixels a step of the first convolution, 1 or even; its kernel is 3 or twice as wide as the stride.
+    """
+
+    def __init__(self, channels: int, num_classes: int, stride: int = 1) -> None:
         super().__init__()
+        kernel, padding = (3, 1) if stride == 1 else (2 * stride, stride // 2)
         self.body = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.Conv2d(channels, 32, kernel, stride, padding),
             nn.GELU(),
             nn.Conv2d(32, FEATURES, 3, padding=1, stride=2),
             nn.GELU(),
@@ -65,9 +71,10 @@ class ClassifierFeatures(Extractor):
             ValueError: it is no classifier's.
         """
         try:
-            classifier = Classifier(weights["body.0.weight"].shape[1], len(weights["head.bias"]))
+            _, channels, kernel, _ = weights["body.0.weight"].shape
+            classifier = Classifier(channels, len(weights["head.bias"]), 1 if kernel == 3 else kernel // 2)
             classifier.load_state_dict(dict(weights))
-        except (KeyError, IndexError, RuntimeError) as error:
+        except (KeyError, IndexError, ValueError, RuntimeError) as error:
             raise ValueError(f"the statistics hold no classifier of this version ({error}); make them again") from error
         return cls(classifier.eval().requires_grad_(False))
 
@@ -98,7 +105,9 @@ def train_classifier(dataset: ImageDataset, seed: int = 0) -> Classifier:
     images, labels = dataset.read_all()[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(images.shape[1], len(dataset.class_names))
+        # From 32 pixels a side the first convolution leaves 16 to 31.
+        stride = 2 ** max(0, int(math.log2(min(images.shape[2:]) / 16)))
+        model = Classifier(images.shape[1], len(dataset.class_names), stride)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=5e-2)
         batches = -(-len(images) // BATCH)
         epochs = max(1, min(EPOCHS, MAX_STEPS // batches))
