@@ -32,7 +32,10 @@ ROUTERS = {
     "diffmoe": ["--model.router=diffmoe", "--parallel.pool=global", "--model.expert_bias=true"],
     "race": ["--model.router=race", "--parallel.pool=global", "--model.similarity_loss_weight=0.1"],
     "threshold": ["--model.router=threshold", "--model.capacity=1.5"],
-    "promoe": ["--model.router=promoe", "--parallel.pool=global", "--diffusion.class_dropout=0.5"],
+    "promoe": [
+        *("--model.router=promoe", "--parallel.pool=global", "--diffusion.class_dropout=0.5"),
+        "--model.contrastive_weight=0.1",
+    ],
 }
 LAYOUTS = {
     "replicate": ["--parallel.replicate=2"],

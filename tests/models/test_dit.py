@@ -307,7 +307,7 @@ def test_a_block_compiles_to_one_graph(router):
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     results = []
     for function in (block, compiled):
-        out = function(x, condition, rotary, None, context)
+        out = function(x, condition, rotary, None, None, context)
         loss = out.hidden_states.square().sum() + sum(out.report.losses.values())
         if out.report.predicted_BNP is not None:
             loss = loss + out.report.predicted_BNP.square().sum()
