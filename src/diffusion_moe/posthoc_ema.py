@@ -66,7 +66,7 @@ def make_emas(path: Path, options: EmaOptions, log: Log) -> list[Path]:
         Their folders.
 
     Raises:
-        ValueError: there is no finished run, or it has no good snapshots.
+        ValueError: the folder holds no finished run, or no readable snapshots.
     """
     if read_source(path).recipe is None:
         raise ValueError(f"{path} is a model and no run, so it has no snapshots; give the folder of a run")

@@ -18,7 +18,7 @@ def square_of(rate: float, *sides: int) -> tuple[int, int]:
         sides: rows and columns of an image's tokens, or one number if they are equal.
 
     Raises:
-        ValueError: no square has a whole number of kept tokens, or the sides are no multiples of it.
+        ValueError: no square has a whole number of kept tokens, or the sides are not multiples of it.
     """
     kept = {side: side * side * (1 - rate) for side in (2, 4)}
     whole = [side for side, count in kept.items() if count == int(count)]

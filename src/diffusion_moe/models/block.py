@@ -68,6 +68,16 @@ class DiTBlock(nn.Module):
         text: TextTokens | None = None,
         context: RoutingContext | None = None,
     ) -> BlockOutput:
+        """Apply the block.
+
+        Args:
+            x_BND: tokens.
+            condition_BD: time, class and pooled text.
+            rotary: rotary positions; None without them.
+            mask_NM: true where a token attends to a key, bool; None: everywhere.
+            text: text for cross-attention; None without it.
+            context: further inputs of the router, see `RoutingContext`.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition_BD).chunk(6, dim=-1)
         x_BND = x_BND + gate1[:, None] * self.attn(modulate(self.norm1(x_BND), shift1, scale1), rotary, mask_NM)
         if self.cross_attn is not None and self.cross_norm is not None and text is not None:

@@ -1,4 +1,4 @@
-"""What the routers of a model look at beside the tokens. Shape suffixes: B images, L tokens of a text, D width."""
+"""Inputs of the routers other than the tokens. Shape suffixes: B images, L tokens of a text, D width."""
 
 from __future__ import annotations
 

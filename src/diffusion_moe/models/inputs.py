@@ -44,7 +44,7 @@ class Embedded(NamedTuple):
     label: Tensor | None
     """The class alone, (B, D); None for a model without classes."""
     context: RoutingContext | None
-    """What routers look at beside tokens; None for rules that look at nothing else."""
+    """Inputs of the routers other than the tokens; None for rules that have none."""
     text: TextTokens | None = None
     """Text for cross-attention; None without it."""
     text_tokens: int = 0

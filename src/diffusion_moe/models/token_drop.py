@@ -16,7 +16,7 @@ from ..nn.position import Rotary
 
 
 class TokenDrop(NamedTuple):
-    """What the middle blocks leave out of a batch; tokens of class and text are never left out."""
+    """Tokens of a batch that the middle blocks do not see; those of class and text are always seen."""
 
     kept_BK: Tensor | None = None
     """Ascending indices of the image tokens that the middle blocks see, int64; None: all."""

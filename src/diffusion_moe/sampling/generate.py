@@ -220,6 +220,7 @@ def guided_network(
     """The velocity (flow), or epsilon and variance (ddpm), with guidance."""
 
     def predict(labels: Tensor | None, text: TextFeatures | None, skips: bool = False) -> Model:
+        """The model for given labels and prompts; `skips` leaves out the middle blocks."""
         skipping = {"skips_middle": True} if skips else {}
 
         def prediction(x: Tensor, t: Tensor) -> Tensor:
